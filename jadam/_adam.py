@@ -1,0 +1,176 @@
+"""Adam, Algorithm 1 of Kingma & Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015, arXiv:1412.6980.
+
+Letters are the paper's: gradient ``g``, moments ``m`` and ``v``, their bias-corrected forms ``m_hat`` and
+``v_hat``, step ``t``. Arguments and state fields (``b1, b2, eps``; ``count, mu, nu``) are Optax's.
+"""
+
+import optax
+
+from jadam._numerics import abs_sq, divide, ema, sqrt
+from jadam._transformation import Step, descend, scale_by_rule
+
+
+def adam_rule(step: Step, g, m, v):
+    """One step of Algorithm 1 on one array: the direction ``u``, to be taken ``-learning_rate`` times."""
+    m = ema(step.b1, m, g)
+    v = ema(step.b2, v, abs_sq(g))
+    m_hat = m / step.b1.correction
+    v_hat = v / step.b2.correction
+    u = divide(m_hat, sqrt(v_hat + step.eps_root) + step.eps)
+    return u, m, v
+
+
+def nadam_rule(step: Step, g, m, v):
+    """Adam with Nesterov momentum (Dozat 2016, Algorithm 2): ``m_hat`` looks one step ahead."""
+    m = ema(step.b1, m, g)
+    v = ema(step.b2, v, abs_sq(g))
+    m_hat = step.b1.b * m / step.b1.next_correction + step.b1.one_minus_b * g / step.b1.correction
+    v_hat = v / step.b2.correction
+    u = divide(m_hat, sqrt(v_hat + step.eps_root) + step.eps)
+    return u, m, v
+
+
+def scale_by_adam(
+    b1=0.9,
+    b2=0.999,
+    eps=1e-8,
+    eps_root=0.0,
+    mu_dtype=None,
+    *,
+    nesterov: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Rescale gradients by Adam's rule, without the learning rate.
+
+    Kingma & Ba 2015, Algorithm 1. At step :math:`t = 1, 2, \dots`, for every coordinate,
+
+    .. math::
+
+        m_t &= b_1 m_{t-1} + (1 - b_1) g_t, & v_t &= b_2 v_{t-1} + (1 - b_2) |g_t|^2, \\
+        \hat m_t &= m_t / (1 - b_1^t),      & \hat v_t &= v_t / (1 - b_2^t), \\
+        u_t &= \hat m_t / (\sqrt{\hat v_t + \texttt{eps\_root}} + \texttt{eps}).
+
+    Departures from the paper: ``eps_root`` (0 in the paper) and ``nesterov``. All arithmetic is in float32,
+    or float64 where gradient or state are; see the README for the error bound. Two consequences of float32's
+    range: a coordinate with :math:`|g|` below about 1e-19 is squared to less than float32 can hold and moves by
+    at most :math:`\hat m` / ``eps`` (by :math:`\hat m` if ``eps`` is 0); one above 1e18 makes ``nu`` infinite
+    and never moves again.
+
+    Args:
+        b1: decay rate of the first moment, in [0, 1).
+        b2: decay rate of the second moment, in [0, 1).
+        eps: added to the denominator, >= 0, in the gradient's unit.
+        eps_root: added inside the square root, >= 0, in the gradient's unit squared.
+        mu_dtype: dtype in which ``mu`` is stored; default the parameter's, at least float32.
+        nesterov: look one step ahead, as NAdam does (Dozat 2016).
+
+        All four numbers may be Python numbers, best because :math:`1-b` is then exact, or scalar arrays of at
+        least float32, traced or not, as `optax.inject_hyperparams` passes them; then :math:`b^t` is today's beta
+        to the power t.
+
+    Returns:
+        A transformation with state `optax.ScaleByAdamState`: ``count`` int32, the number of steps taken, which
+        saturates; ``mu`` and ``nu`` shaped like the parameters, of their dtype widened to float32, ``nu`` real:
+        8 bytes per parameter. Updates have the dtype of the gradient promoted with the parameter's.
+
+    Raises:
+        ValueError: a hyperparameter outside its range, or gradients that do not match the state.
+        TypeError: a hyperparameter that is no number or narrower than float32, a leaf that is not floating, or
+            a state with 16-bit second moments.
+
+    Example:
+        >>> import jax.numpy as jnp, jadam
+        >>> tx = jadam.scale_by_adam()
+        >>> params = {"w": jnp.zeros(2, jnp.bfloat16)}
+        >>> state = tx.init(params)
+        >>> updates, state = tx.update({"w": jnp.array([3.0, -0.001])}, state, params)
+        >>> print(updates["w"].round(3), state.nu["w"].dtype)
+        [ 1. -1.] float32
+    """
+    rule = nadam_rule if nesterov else adam_rule
+    return scale_by_rule(
+        rule, optax.ScaleByAdamState, b1=b1, b2=b2, eps=eps, eps_root=eps_root, mu_dtype=mu_dtype
+    )
+
+
+def adam(
+    learning_rate,
+    b1=0.9,
+    b2=0.999,
+    eps=1e-8,
+    eps_root=0.0,
+    mu_dtype=None,
+    *,
+    nesterov: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adam: :math:`\theta_t = \theta_{t-1} - \alpha_t u_t` with :math:`u_t` of `scale_by_adam`.
+
+    Kingma & Ba 2015, Algorithm 1. A drop-in for `optax.adam`: the same arguments, state and checkpoints.
+
+    Args:
+        learning_rate: step size :math:`\alpha`, >= 0, in the parameters' unit, or a schedule that maps the number
+            of steps taken (int32) to it.
+        b1, b2, eps, eps_root, mu_dtype, nesterov: see `scale_by_adam`.
+
+    Returns:
+        A transformation with `optax.adam`'s state: a tuple of `optax.ScaleByAdamState` and the learning rate's.
+
+    Raises:
+        ValueError, TypeError: see `scale_by_adam`; also for ``learning_rate``.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jadam, optax
+        >>> loss = lambda w: jnp.sum((w - 1.0) ** 2)
+        >>> tx = jadam.adam(optax.cosine_decay_schedule(0.1, 100))
+        >>> w = jnp.zeros(3)
+        >>> state = tx.init(w)
+        >>> for _ in range(100):
+        ...     updates, state = tx.update(jax.grad(loss)(w), state, w)
+        ...     w = optax.apply_updates(w, updates)
+        >>> bool(loss(w) < 1e-3)
+        True
+    """
+    return descend(scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov), learning_rate)
+
+
+def adamw(
+    learning_rate,
+    b1=0.9,
+    b2=0.999,
+    eps=1e-8,
+    eps_root=0.0,
+    mu_dtype=None,
+    weight_decay=1e-4,
+    mask=None,
+    *,
+    nesterov: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adam with decoupled weight decay: :math:`\theta_t = \theta_{t-1} - \alpha_t (u_t + \lambda \theta_{t-1})`.
+
+    Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, arXiv:1711.05101, Algorithm 2, with
+    the decay multiplied by the learning rate as Optax and PyTorch do. A drop-in for `optax.adamw`: the same
+    arguments, state and checkpoints.
+
+    Args:
+        learning_rate: see `adam`.
+        b1, b2, eps, eps_root, mu_dtype, nesterov: see `scale_by_adam`.
+        weight_decay: :math:`\lambda` >= 0, or a schedule of it.
+        mask: a tree of booleans with the parameters' structure (or a prefix of it), or a function from the
+            parameters to one: True where the decay applies. Default: everywhere.
+
+    Returns:
+        A transformation with `optax.adamw`'s state; ``update`` needs ``params``.
+
+    Raises:
+        ValueError, TypeError: see `scale_by_adam`; also for ``learning_rate`` and ``weight_decay``, and for an
+            ``update`` without ``params``.
+
+    Example:
+        >>> import jax.numpy as jnp, jadam
+        >>> tx = jadam.adamw(0.1, weight_decay=0.5, mask={"w": True, "b": False})
+        >>> params = {"w": jnp.ones(1), "b": jnp.ones(1)}
+        >>> updates, _ = tx.update({"w": jnp.zeros(1), "b": jnp.zeros(1)}, tx.init(params), params)
+        >>> print(updates["w"], updates["b"])
+        [-0.05] [-0.]
+    """
+    direction = scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
+    return descend(direction, learning_rate, weight_decay, mask)

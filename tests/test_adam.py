@@ -1,0 +1,237 @@
+"""The numerical contract of Adam itself: how close to the paper, and where floating point is hardest."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+
+import jadam
+from jadam import _numerics
+
+
+def directions(tx, gradients, params=None):
+    """The directions a ``scale_by_*`` gives for these gradients, one jitted step each."""
+    state = tx.init(jnp.asarray(gradients[0] if params is None else params))
+    step = jax.jit(tx.update)
+    out = []
+    for g in gradients:
+        u, state = step(jnp.asarray(g), state, params)
+        out.append(np.asarray(u))
+    return out
+
+
+def largest_error(tx, gradients, **settings):
+    expected = oracle.adam(gradients, **settings)
+    return max(np.abs(u - e).max() for u, e in zip(directions(tx, gradients), expected, strict=True))
+
+
+def normal(steps, shape, scale=1.0, seed=0):
+    rng = np.random.default_rng(seed)
+    return [(scale * rng.standard_normal(shape)).astype(np.float32) for _ in range(steps)]
+
+
+def rounding_floor(gradients, b2):
+    """The error of an Adam whose only inexactness is to store v in float32, rounded once a step."""
+    b1, eps = 0.9, 1e-8
+    m, v, stored, worst = 0.0, 0.0, np.float32(0.0), 0.0
+    for t, g in enumerate(gradients, start=1):
+        g = g.astype(np.float64)
+        m = b1 * m + (1 - b1) * g
+        v = b2 * v + (1 - b2) * g**2
+        stored = (stored + (1 - b2) * (g**2 - stored)).astype(np.float32).astype(np.float64)
+        u, u_stored = (m / (1 - b1**t) / (np.sqrt(x / (1 - b2**t)) + eps) for x in (v, stored))
+        worst = max(worst, np.abs(u_stored - u).max())
+    return worst
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 1e6])
+@pytest.mark.parametrize("b2", [0.95, 0.999, 0.9999])
+def test_error_against_float64_over_1500_steps(b2, scale):
+    # Storing v in float32 rounds it once a step. The roundings add up like a random walk over 1/(1-b2) steps, each
+    # 0.29 ulp rms; at b2 = 0.9999, v growing all the while, sqrt(1500/3) * 0.29 * 2**-23.5 / 2 = 2.7e-7 rms in
+    # sqrt(v). That is the floor for this state. 7e-7 is what the README states, for 16 coordinates.
+    assert largest_error(jadam.scale_by_adam(b2=b2), normal(1500, 16, scale), b2=b2) <= 7e-7
+    # The largest of many is larger. All that jadam adds to the floor: some 5 roundings of the direction (|u| <= 4 in
+    # the first steps, 2**-24 each, in quadrature 5e-7 there), and m's, 1e-7.
+    gradients = normal(1500, 1000, scale)
+    assert largest_error(jadam.scale_by_adam(b2=b2), gradients, b2=b2) <= rounding_floor(gradients, b2) + 3e-7
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda u, t: u * (1 - 0.9**t),  # no bias correction of m
+        lambda u, t: u * np.sqrt((1 - 0.999 ** (t + 1)) / (1 - 0.999**t)),  # t off by one in v's
+        lambda u, t: u * (1 + 1e-6),
+    ],
+)
+def test_the_oracle_bites(wrong):
+    gradients = normal(5, 64)
+    expected = oracle.adam(gradients)
+    found = directions(jadam.scale_by_adam(), gradients)
+    assert max(np.abs(u - e).max() for u, e in zip(found, expected, strict=True)) <= 7e-7
+    assert max(np.abs(wrong(u, t) - e).max() for t, (u, e) in enumerate(zip(found, expected, strict=True), 1)) > 7e-7
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("k", [-50, -20, 20, 50])
+def test_invariant_to_powers_of_two(k, nesterov):
+    # Kingma & Ba 2015, section 2.1: with eps = 0 the step does not depend on the gradients' scale. A power of two
+    # changes exponents only, so not one bit may differ while every product stays normal.
+    gradients = [np.where(np.abs(g) < 0.01, np.float32(0.01), g) for g in normal(100, 1000)]
+    tx = jadam.scale_by_adam(eps=0.0, nesterov=nesterov)
+    scaled = [np.ldexp(g, k) for g in gradients]
+    for u, v in zip(directions(tx, gradients), directions(tx, scaled), strict=True):
+        np.testing.assert_array_equal(u.view(np.int32), v.view(np.int32))
+
+
+@pytest.mark.parametrize("b1", [0.0, 0.1, 0.5])
+@pytest.mark.parametrize("traced", [False, True])
+def test_small_b1_survives_a_spike(b1, traced):
+    # After 1e8, m + (1-b1)*(g-m) would return m's rounding error, up to 4, in place of g = 1.
+    gradients = [np.full(3, g, np.float32) for g in (1e8, 1.0, -1.0, 1.0)]
+    expected = oracle.adam(gradients, b1=float(np.float32(b1)) if traced else b1, b2=0.5)
+    found = directions(jadam.scale_by_adam(b1=jnp.float32(b1) if traced else b1, b2=0.5), gradients)
+    for u, e in zip(found, expected, strict=True):
+        np.testing.assert_allclose(u, e, rtol=1e-6)  # 8 roundings of 2**-24, halved below the root, and m's own
+
+
+@pytest.mark.parametrize("b", [0.0, 1e-3, 0.3, 0.5, 0.9, 0.999, 0.9999999, 1 - 1e-12])
+@pytest.mark.parametrize("t", [1, 2, 10, 1000, 2**31 - 1])
+def test_one_minus_power(b, t):
+    # expm1 is good to 2 ulp, its argument to 1.5 (log b, t, their product), which the result at most repeats.
+    with np.errstate(divide="ignore"):
+        expected = -np.expm1(t * np.log1p(-(1 - b)))
+    found = _numerics.one_minus_power(b, jnp.float32(t), jnp.float32)
+    np.testing.assert_allclose(found, expected, rtol=4 * 2**-23)
+
+
+def test_ema_keeps_a_constant():
+    # b*v + (1-b)*g in float32 settles 1.3e-5 off g at b = 0.999; here g is a fixed point, to the bit.
+    g = jnp.float32(0.7)
+    for b, traced in itertools.product([0.0, 0.3, 0.9, 0.999], [False, True]):
+        beta = _numerics.constant_beta(jnp.float32(b) if traced else b, jnp.float32(1), np.dtype("float32"))
+        assert _numerics.ema(beta, g, g) == g
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.complex128])
+def test_float64_equals_the_oracle(dtype):
+    rng = np.random.default_rng(0)
+    gradients = [rng.standard_normal(50).astype(dtype) for _ in range(60)]
+    if dtype == np.complex128:
+        gradients = [g + 1j * rng.standard_normal(50) for g in gradients]
+    params = jnp.zeros(50, dtype)
+    settings = {"b1": 0.8, "b2": 0.95, "eps": 1e-4, "eps_root": 1e-6}
+    tx = jadam.scale_by_adam(**settings)
+    state = tx.init(params)
+    # One complex coordinate is Adam on |g|: the oracle runs on g / |g| per part with the modulus's second moment.
+    m = v = np.zeros(50)
+    for t, g in enumerate(gradients, start=1):
+        u, state = tx.update(jnp.asarray(g), state, params)
+        assert u.dtype == dtype
+        g = g.astype(np.promote_types(dtype, np.float64))
+        m = 0.8 * m + 0.2 * g
+        v = 0.95 * v + 0.05 * np.abs(g) ** 2
+        expected = m / (1 - 0.8**t) / (np.sqrt(v / (1 - 0.95**t) + 1e-6) + 1e-4)
+        np.testing.assert_allclose(np.asarray(u), expected, atol=1e-12 if dtype != np.float32 else 1e-6)
+
+
+def test_complex_has_a_real_second_moment():
+    params = jnp.ones(3, jnp.complex64)
+    tx = jadam.scale_by_adam()
+    state = tx.init(params)
+    u, state = jax.jit(tx.update)(jnp.array([3 + 4j, 1j, 0]), state, params)
+    assert (u.dtype, state.mu.dtype, state.nu.dtype) == (jnp.complex64, jnp.complex64, jnp.float32)
+    np.testing.assert_allclose(u, [0.6 + 0.8j, 1j, 0], rtol=1e-6)  # one step: g / |g|
+
+
+class TestMaml:
+    """A loss differentiated through three updates, with coordinates whose gradient is exactly zero."""
+
+    def outer(self, start):
+        tx = jadam.adam(0.1)
+        params, state = start, tx.init(start)
+        for _ in range(3):
+            grads = self.slopes * params
+            updates, state = tx.update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+        return jnp.sum(params**2)
+
+    slopes = jnp.array([1.0, 0.0, 3.0, -2.0, 0.0], jnp.float32)
+    start = np.array([1.0, 2.0, -0.5, 0.3, 0.0])
+
+    def oracle_outer(self, start):
+        params, gradients = start, []
+        for _ in range(3):
+            gradients.append(np.asarray(self.slopes, np.float64) * params)
+            params = params - 0.1 * oracle.adam(gradients)[-1]
+        return np.sum(params**2)
+
+    def test_derivative_equals_the_oracle(self):
+        found = jax.jit(jax.grad(self.outer))(jnp.asarray(self.start, jnp.float32))
+        h = 1e-5  # central differences in float64: error h**2 * f''' / 6, about 1e-9
+        expected = [
+            (self.oracle_outer(self.start + h * e) - self.oracle_outer(self.start - h * e)) / (2 * h)
+            for e in np.eye(len(self.start))
+        ]
+        # Each of three steps adds about 10 roundings; the terms of the sum are of size 4: 30 * 2**-24 * 4 = 7e-6.
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+    def test_at_zero_gradient_the_slope_is_one_over_eps(self):
+        direction = lambda g: jadam.scale_by_adam(eps=0.5).update(g, jadam.scale_by_adam().init(g))[0]
+        np.testing.assert_allclose(jax.grad(direction)(jnp.float32(0.0)), 2.0, rtol=1e-6)  # m_hat's two roundings
+
+    @pytest.mark.parametrize("eps", [0.0, 1e-8])
+    def test_finite_where_everything_is_zero(self, eps):
+        tx = jadam.scale_by_adam(eps=eps)
+        g = jnp.zeros(3)
+        u, vjp = jax.vjp(lambda g: tx.update(g, tx.init(g))[0], g)
+        np.testing.assert_array_equal(u, 0)
+        assert np.isfinite(vjp(jnp.ones(3))[0]).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_narrow_gradients_are_computed_in_float32(dtype):
+    gradients = [jnp.asarray(g, dtype) for g in normal(50, 200)]
+    tx, params = jadam.scale_by_adam(), jnp.zeros(200, jnp.float32)
+    narrow = directions(tx, gradients, params)
+    wide = directions(tx, [np.asarray(g, np.float32) for g in gradients])
+    for a, b in zip(narrow, wide, strict=True):
+        np.testing.assert_array_equal(a, b)
+    zero, _ = tx.update(jnp.zeros(200, dtype), tx.init(params))
+    assert zero.dtype == dtype
+    np.testing.assert_array_equal(zero, 0)
+
+
+def test_the_learning_rate_is_not_rounded_to_bf16():
+    # Optax's stages would round lr = 1.003e-3 to bf16 first; only the final update may be rounded.
+    p = jnp.zeros(1, jnp.bfloat16)
+    tx = jadam.adamw(1.003e-3, weight_decay=0.0)
+    u, _ = jax.jit(tx.update)(p + 1, tx.init(p), p)
+    assert u[0] == jnp.bfloat16(-1.003e-3)
+
+
+def test_count_saturates():
+    tx = jadam.scale_by_adam(nesterov=True)
+    g = jnp.ones(2)
+    last = 2**31 - 1
+    state = optax.ScaleByAdamState(jnp.int32(last), g, g)
+    u, state = jax.jit(tx.update)(g, state)
+    assert state.count == last
+    np.testing.assert_allclose(u, 1, rtol=1e-6)  # m = v = 1, corrections 1
+
+
+def test_outside_the_range_of_squares():
+    # As the docstring of scale_by_adam says: below 1e-19 at most m_hat / eps; above 1e18 an infinite nu.
+    tiny, huge = np.float32(1e-25), np.float32(1e30)
+    for eps, bound in ((0.0, 1e-25), (1e-8, 1e-17)):
+        (u,) = directions(jadam.scale_by_adam(eps=eps), [np.array([tiny])])
+        assert 0 < u[0] <= bound * 1.001
+    tx = jadam.scale_by_adam()
+    u, state = tx.update(jnp.array([huge]), tx.init(jnp.zeros(1)))
+    assert (u[0], state.nu[0]) == (0, np.inf)
