@@ -4,6 +4,10 @@ Letters are the paper's: gradient ``g``, moments ``m`` and ``v``, their bias-cor
 ``v_hat``, step ``t``. Arguments and state fields (``b1, b2, eps``; ``count, mu, nu``) are Optax's.
 """
 
+from collections.abc import Callable
+from typing import Any
+
+import jax
 import optax
 
 from jadam._numerics import abs_sq, divide, ema, sqrt
@@ -31,11 +35,11 @@ def nadam_rule(step: Step, g, m, v):
 
 
 def scale_by_adam(
-    b1=0.9,
-    b2=0.999,
-    eps=1e-8,
-    eps_root=0.0,
-    mu_dtype=None,
+    b1: optax.ScalarOrSchedule = 0.9,
+    b2: optax.ScalarOrSchedule = 0.999,
+    eps: optax.ScalarOrSchedule = 1e-8,
+    eps_root: optax.ScalarOrSchedule = 0.0,
+    mu_dtype: jax.typing.DTypeLike | None = None,
     *,
     nesterov: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -87,18 +91,16 @@ def scale_by_adam(
         [ 1. -1.] float32
     """
     rule = nadam_rule if nesterov else adam_rule
-    return scale_by_rule(
-        rule, optax.ScaleByAdamState, b1=b1, b2=b2, eps=eps, eps_root=eps_root, mu_dtype=mu_dtype
-    )
+    return scale_by_rule(rule, optax.ScaleByAdamState, b1=b1, b2=b2, eps=eps, eps_root=eps_root, mu_dtype=mu_dtype)
 
 
 def adam(
-    learning_rate,
-    b1=0.9,
-    b2=0.999,
-    eps=1e-8,
-    eps_root=0.0,
-    mu_dtype=None,
+    learning_rate: optax.ScalarOrSchedule,
+    b1: optax.ScalarOrSchedule = 0.9,
+    b2: optax.ScalarOrSchedule = 0.999,
+    eps: optax.ScalarOrSchedule = 1e-8,
+    eps_root: optax.ScalarOrSchedule = 0.0,
+    mu_dtype: jax.typing.DTypeLike | None = None,
     *,
     nesterov: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -133,14 +135,14 @@ def adam(
 
 
 def adamw(
-    learning_rate,
-    b1=0.9,
-    b2=0.999,
-    eps=1e-8,
-    eps_root=0.0,
-    mu_dtype=None,
-    weight_decay=1e-4,
-    mask=None,
+    learning_rate: optax.ScalarOrSchedule,
+    b1: optax.ScalarOrSchedule = 0.9,
+    b2: optax.ScalarOrSchedule = 0.999,
+    eps: optax.ScalarOrSchedule = 1e-8,
+    eps_root: optax.ScalarOrSchedule = 0.0,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    weight_decay: optax.ScalarOrSchedule = 1e-4,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
     *,
     nesterov: bool = False,
 ) -> optax.GradientTransformationExtraArgs:

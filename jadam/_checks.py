@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -16,7 +17,7 @@ _RANGES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def hyperparameter(name: str, value, allowed: str, *, hint: str = "", schedule: bool = True, wide: bool = False):
+def hyperparameter(name: str, value, allowed: str, *, hint: str = "", schedule: bool = True, wide: bool = False) -> Any:
     """Return ``value`` as a float, a scalar `jax.Array`, or the schedule it is.
 
     Args:
@@ -33,7 +34,7 @@ def hyperparameter(name: str, value, allowed: str, *, hint: str = "", schedule: 
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (numbers.Real, np.ndarray)):
         kinds = "a number or a schedule" if schedule else "a number"
         raise TypeError(f"{name} must be {kinds} {allowed}, got {value!r} of type {type(value).__name__}.")
-    _scalar(name, np.shape(value))
+    _scalar(name, getattr(value, "shape", ()))
     value = float(value)
     _in_range(name, value, allowed, hint)
     return value
@@ -79,6 +80,16 @@ def storage_dtype(name: str, dtype):
     if not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(f"{name} must be a floating dtype such as jnp.bfloat16, got {dtype}.")
     return dtype
+
+
+def holds_complex(name: str, dtype, params) -> None:
+    """Raise if ``dtype`` would drop the imaginary part of a leaf."""
+    if dtype is None or jnp.issubdtype(dtype, jnp.complexfloating):
+        return
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if jnp.iscomplexobj(leaf):
+            where = f"params{jax.tree_util.keystr(path)}"
+            raise TypeError(f"{name} must be complex for complex parameters, got {dtype} for {where}. Leave it out.")
 
 
 def trainable(tree, what: str) -> None:

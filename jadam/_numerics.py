@@ -3,13 +3,14 @@
 Everything here works on one array (or scalar) and knows nothing of trees, states or optimizers.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-Scalar = jax.Array | np.generic
+Scalar = jax.Array  # or the NumPy scalar of a hyperparameter known on the host
 
 
 class Beta(NamedTuple):
@@ -73,7 +74,7 @@ def ema(beta: Beta, average, x):
     """
     slow = lambda: average + beta.one_minus_b * (x - average)
     fast = lambda: x + beta.b * (average - x)
-    if isinstance(beta.b, np.generic):
+    if isinstance(beta.b, np.floating):
         return slow() if beta.b >= 0.5 else fast()
     return jnp.where(beta.b >= 0.5, slow(), fast())
 
@@ -105,12 +106,16 @@ def divide(x, y):
     return x / jnp.where(y == 0, 1, y)
 
 
-def at_least_float32(*values):
-    """The common dtype of ``values`` (arrays or dtypes), widened to at least float32."""
-    dtype = np.dtype(np.float32)
-    for value in values:
-        dtype = jnp.promote_types(dtype, getattr(value, "dtype", None) or jnp.result_type(value))
-    return dtype
+def promote(*values) -> np.dtype:
+    """The common dtype of arrays and dtypes, by JAX's standard table also where the user wants strict promotion."""
+    with jax.numpy_dtype_promotion("standard"):
+        dtypes = [getattr(value, "dtype", None) or jnp.result_type(value) for value in values]
+        return functools.reduce(jnp.promote_types, dtypes)
+
+
+def at_least_float32(*values) -> np.dtype:
+    """The common dtype of ``values``, widened to at least float32."""
+    return promote(np.dtype(np.float32), *values)
 
 
 def real(dtype) -> np.dtype:

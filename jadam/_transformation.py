@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from jadam import _checks
-from jadam._numerics import Beta, Scalar, at_least_float32, constant_beta, real, scheduled_beta
+from jadam._numerics import Beta, Scalar, at_least_float32, constant_beta, promote, real, scheduled_beta
 
 Rule = Callable[..., tuple[jax.Array, ...]]
 
@@ -45,13 +45,13 @@ class ScheduledBetasState(NamedTuple):
 
 def scale_by_rule(
     rule: Rule,
-    state_type: Callable[..., Any],
+    state_type: Any,
     *,
     b1,
     b2,
     eps,
-    eps_root=0.0,
-    mu_dtype=None,
+    eps_root: Any = 0.0,
+    mu_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation that applies ``rule`` to every leaf.
 
@@ -67,8 +67,9 @@ def scale_by_rule(
     mu_dtype = _checks.storage_dtype("mu_dtype", mu_dtype)
     names = state_type._fields[1:]
 
-    def init(params):
+    def init(params) -> Any:
         _checks.trainable(params, "params")
+        _checks.holds_complex("mu_dtype", mu_dtype, params)
 
         def zeros(p, name):
             dtype = at_least_float32(p)
@@ -77,10 +78,11 @@ def scale_by_rule(
         moments = [jax.tree.map(functools.partial(zeros, name=name), params) for name in names]
         state = state_type(jnp.zeros([], jnp.int32), *moments)
         if any(scheduled):
-            state = ScheduledBetasState(*(jnp.zeros([]) if x else None for x in scheduled), state)
+            b1_correction, b2_correction = (jnp.zeros([]) if x else None for x in scheduled)
+            state = ScheduledBetasState(b1_correction, b2_correction, state)
         return state
 
-    def update(updates, state, params=None, **extra_args):
+    def update(updates, state, params=None, **extra_args) -> Any:
         del extra_args
         corrections = [None, None]
         if any(scheduled):
@@ -103,7 +105,7 @@ def scale_by_rule(
         columns = zip(*results, strict=True) if results else [()] * (1 + len(names))
         updates, *moments = (jax.tree.unflatten(jax.tree.structure(updates), column) for column in columns)
         state = state_type(optax.safe_increment(state.count), *moments)
-        return updates, ScheduledBetasState(*corrections, state) if any(scheduled) else state
+        return updates, ScheduledBetasState(corrections[0], corrections[1], state) if any(scheduled) else state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -121,7 +123,7 @@ def _scalars(given, count, corrections):
         value = _checked(name, value(count), schedule=False) if callable(value) else value
         return _checks.or_nan(value, _ALLOWED[name])
 
-    next_count = optax.safe_increment(count)
+    next_count = jnp.asarray(optax.safe_increment(count))
     now = {name: at(name, count) for name in given}
     betas = [
         None if correction is None else scheduled_beta(now[name], at(name, next_count), correction)
@@ -169,4 +171,4 @@ def descend(direction, learning_rate, weight_decay=None, mask=None) -> optax.Gra
 
 def result_dtypes(updates, params):
     """The dtype of each update: the gradient's, promoted with the parameter's where that is known."""
-    return jax.tree.map(jnp.result_type, updates, *([] if params is None else [params]))
+    return jax.tree.map(promote, updates, *([] if params is None else [params]))

@@ -231,7 +231,7 @@ def test_vmap_over_models_and_hyperparameters(member):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_strict_promotion(member, dtype):
     params = tree(dtype=dtype)
-    for rate in (1e-3, optax.cosine_decay_schedule(1e-3, 5), jnp.float32(1e-3)):
+    for rate in (1e-3, lambda count: jnp.float32(1e-3), jnp.float32(1e-3)):  # Optax's schedules promote
         tx = member.make(rate, b1=jnp.float32(0.9), b2=0.99)
         jax.jit(tx.update)(params, tx.init(params), params)
 

@@ -1,0 +1,53 @@
+"""Run benchmarks by name, or all of them: ``python -m benchmarks [NAME ...]``."""
+
+import argparse
+import datetime
+import importlib
+import json
+import platform
+import sys
+from pathlib import Path
+
+import jax
+import numpy
+import optax
+
+import jadam
+
+NAMES = ["accuracy"]
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict:
+    """What a figure must be read with."""
+    info = Path("/proc/cpuinfo")
+    names = [line for line in (info.read_text() if info.exists() else "").splitlines() if line.startswith("model name")]
+    cpu = names[0].split(":")[1].strip() if names else platform.processor()
+    packages = {module.__name__: module.__version__ for module in (jax, optax, numpy, jadam)}
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{platform.machine()}, {cpu}, {jax.default_backend()}",
+        "python": platform.python_version(),
+        **packages,
+    }
+
+
+def main() -> int:
+    """Run what is asked for, each benchmark writing one JSON file."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; default: all")
+    parser.add_argument("--torch-python", help="a Python with PyTorch, for the comparisons with it")
+    options = parser.parse_args()
+    if unknown := set(options.names) - set(NAMES):
+        parser.error(f"no benchmark named {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
+    for name in options.names or NAMES:
+        result = importlib.import_module(f"benchmarks.{name}").run(options)
+        RESULTS.mkdir(exist_ok=True)
+        out = RESULTS / f"{name}.json"
+        out.write_text(json.dumps({"command": f"python -m benchmarks {name}", **machine(), **result}, indent=1) + "\n")
+        print(f"{name}: written to {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

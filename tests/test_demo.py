@@ -1,0 +1,162 @@
+"""The demo as its user meets it: a process with a terminal, a log file, a full disk or an impatient owner."""
+
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+
+import flax.nnx as nnx
+import matplotlib.figure
+import optax
+import pytest
+
+from jadam import _demo
+from jadam.__main__ import main
+
+COMMAND = [sys.executable, "-m", "jadam", "demo"]
+
+
+def demo(*arguments, cwd, **kwargs):
+    return subprocess.run([*COMMAND, *arguments], cwd=cwd, capture_output=True, text=True, timeout=120, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    cwd = tmp_path_factory.mktemp("demo")
+    return demo(cwd=cwd), cwd
+
+
+def rows(output):
+    """The table's rows: {optimizer: [learning rate, accuracy, steps to 90 %, seconds, bytes]}."""
+    cells = [[c.strip() for c in line.strip("│").split("│")] for line in output.splitlines() if line.startswith("│")]
+    return {name: [float(x) for x in rest] for name, *rest in cells}
+
+
+def test_trains_on_real_digits(finished):
+    result, cwd = finished
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    table = rows(result.stdout)
+    assert list(table) == ["SGD", "optax.adam", "jadam.adam"]
+    rate, accuracy, steps_to_90, _, size = table["jadam.adam"]
+    assert (rate, size) == (1e-3, 8.0)
+    assert accuracy >= 0.95
+    assert steps_to_90 <= 500
+    picture = cwd / "jadam-demo.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert str(picture) in result.stdout
+
+
+def test_a_log_gets_no_control_codes(finished):
+    result, _ = finished
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", result.stdout)
+
+
+def test_same_start_same_batches():
+    data = _demo.load(3)
+    start = lambda: _demo.Classifier(nnx.Rngs(3))
+    first, second = (
+        _demo.train("", rate, optax.sgd(rate), start, data, 1, 3, lambda *_: None).loss for rate in (0.1, 1e-3)
+    )
+    assert first == second  # the loss before the first step, whatever was trained before
+
+
+def terminal(*arguments, cwd, interrupt_at=None):
+    """Run the demo in a pseudo-terminal; return its exit code and all it wrote there."""
+    main, side = pty.openpty()
+    env = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+    process = subprocess.Popen([*COMMAND, *arguments], cwd=cwd, stdin=side, stdout=side, stderr=side, env=env)
+    os.close(side)
+    output, deadline = b"", time.monotonic() + 100
+    while time.monotonic() < deadline:
+        if select.select([main], [], [], 0.2)[0]:
+            try:
+                chunk = os.read(main, 65536)
+            except OSError:  # Linux: the other end is closed
+                break
+            if not chunk:
+                break
+            output += chunk
+            if interrupt_at and interrupt_at in output:
+                process.send_signal(signal.SIGINT)
+                interrupt_at = None
+    os.close(main)
+    return process.wait(10), output.decode()
+
+
+def test_a_terminal_shows_progress(tmp_path):
+    code, output = terminal("--steps", "300", cwd=tmp_path)
+    assert code == 0
+    assert "\x1b[?25l" in output  # the cursor is hidden while it draws
+    output = re.sub(r"\x1b\[[?\d;]*[a-zA-Z]", "", output)
+    assert re.search(r"jadam\.adam ━+ 300/300", output)
+    assert re.search(r"loss 0\.\d+, 9\d\.\d% of test digits", output)
+
+
+def test_ctrl_c_stops_cleanly(tmp_path):
+    code, output = terminal("--steps", "1000000", cwd=tmp_path, interrupt_at=b"loss")
+    assert code == 130
+    assert "jadam demo: interrupted, no picture written" in output
+    assert "Traceback" not in output
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--lr", "-1"], "argument --lr: must be a number > 0, got -1; try 1e-3"),
+        (["--lr", "nan"], "argument --lr: must be a number > 0, got nan; try 1e-3"),
+        (["--lr", "fast"], "argument --lr: must be a number > 0, got fast; try 1e-3"),
+        (["--steps", "0"], "argument --steps: must be a whole number in [1, 1000000], got 0"),
+        (["--steps", "1e3"], "argument --steps: must be a whole number in [1, 1000000], got 1e3"),
+        (["--seed", "-3"], "argument --seed: must be a whole number in [0, 2147483647], got -3"),
+        (["--out", "no/such/folder/x.png"], "--out: cannot write into no/such/folder: No such file or directory"),
+        (["--out", "x.digits"], "--out must end in one of ."),
+        (["--out", "folder.png"], "--out must be a file, folder.png is a folder"),
+        (["--speed", "3"], "unrecognized arguments: --speed 3"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_exit_2(arguments, text, tmp_path, monkeypatch, capsys):
+    (tmp_path / "folder.png").mkdir()
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = main(["demo", *arguments])
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capsys.readouterr()
+    assert code == 2
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert text in err
+
+
+def test_missing_extras_are_one_line_and_exit_2(tmp_path):
+    script = "import sys; sys.modules['flax'] = None; from jadam.__main__ import main; sys.exit(main(['demo']))"
+    result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2
+    assert result.stderr == "jadam demo: error: flax is missing; pip install 'jadam[demo]'\n"
+
+
+def test_a_failed_save_leaves_the_old_picture(tmp_path, monkeypatch):
+    out = tmp_path / "old.png"
+    out.write_bytes(b"precious")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", full)
+    with pytest.raises(_demo.OutputError, match=r"cannot write .*old\.png: No space left on device"):
+        _demo.save(matplotlib.figure.Figure(), out)
+    assert out.read_bytes() == b"precious"
+    assert [p.name for p in tmp_path.iterdir()] == ["old.png"]
+
+
+def test_help():
+    result = demo("--help", cwd=".")
+    assert result.returncode == 0
+    for option in ("--lr", "--steps", "--seed", "--out"):
+        assert option in result.stdout

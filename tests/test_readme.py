@@ -1,0 +1,46 @@
+"""Every code block of the README: Python runs here, shell commands run in .ci/run."""
+
+import importlib.metadata
+import re
+from pathlib import Path
+
+import pytest
+import sybil.document
+from sybil.parsers.markdown import PythonCodeBlockParser
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+TEXT = README.read_text()
+
+
+def test_the_python_blocks_run_in_order():
+    document = sybil.document.Document.parse(str(README), PythonCodeBlockParser())
+    examples = list(document)
+    assert len(examples) == TEXT.count("```python")
+    for example in examples:
+        example.evaluate()
+
+
+def shell_commands():
+    blocks = re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
+    return [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("command", shell_commands())
+def test_shell_commands_are_run_by_ci_or_resolve(command):
+    if extra := re.fullmatch(r"pip install \. 'jax\[(\w+)\]'", command):  # an accelerator is needed to do more
+        assert extra[1] in importlib.metadata.metadata("jax").get_all("Provides-Extra")
+    else:
+        assert command in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+@pytest.mark.parametrize("path", re.findall(r"\]\((?!http)([^)]+)\)|`((?:jadam|tests|benchmarks|\.ci)/[\w./]*)`", TEXT))
+def test_paths_exist(path):
+    assert (ROOT / next(filter(None, path))).exists()
+
+
+def test_the_lower_bounds_are_those_of_pyproject():
+    bounds = re.findall(r"\b(jax|optax|flax) (\d+\.\d+\.\d+)", TEXT.split("with the oldest")[1])
+    assert [name for name, _ in bounds] == ["jax", "optax", "flax"]
+    for name, version in bounds:
+        assert f'"{name}>={version}"' in (ROOT / "pyproject.toml").read_text()
