@@ -1,11 +1,23 @@
-"""Adam (Kingma & Ba 2015) for JAX, as pure ``init``/``update`` pairs that chain with Optax.
+"""Adam (Kingma & Ba 2015) and its relatives for JAX, as pure ``init``/``update`` pairs that chain with Optax.
 
 Reading order: `jadam._adam` is Algorithm 1 on one screen; `jadam._numerics` has the formulas it is written
-in; `jadam._transformation` maps it over a tree of parameters; `jadam._checks` stops bad input.
+in; `jadam._adamax`, `_nadam`, `_amsgrad` and `_radam` say what differs; `jadam.averaging` keeps averages of the
+parameters; `jadam._transformation` maps a rule over a tree of parameters; `jadam._checks` stops bad input.
 """
 
 from jadam._adam import adam as adam
 from jadam._adam import adamw as adamw
 from jadam._adam import scale_by_adam as scale_by_adam
+from jadam._adamax import adamax as adamax
+from jadam._adamax import adamaxw as adamaxw
+from jadam._adamax import scale_by_adamax as scale_by_adamax
+from jadam._amsgrad import amsgrad as amsgrad
+from jadam._amsgrad import scale_by_amsgrad as scale_by_amsgrad
+from jadam._nadam import nadam as nadam
+from jadam._nadam import nadamw as nadamw
+from jadam._radam import radam as radam
+from jadam._radam import scale_by_radam as scale_by_radam
+from jadam.averaging import average_params as average_params
+from jadam.averaging import averaged_params as averaged_params
 
 __version__ = "0.1.0"

@@ -10,8 +10,9 @@ from typing import Any
 import jax
 import optax
 
-from jadam._numerics import abs_sq, divide, ema, sqrt
-from jadam._transformation import Step, descend, scale_by_rule
+from jadam import _checks
+from jadam._numerics import Beta, abs_sq, divide, ema, sqrt
+from jadam._transformation import Rule, Step, descend, scale_by_rule
 
 
 def adam_rule(step: Step, g, m, v):
@@ -20,18 +21,47 @@ def adam_rule(step: Step, g, m, v):
     v = ema(step.b2, v, abs_sq(g))
     m_hat = m / step.b1.correction
     v_hat = v / step.b2.correction
-    u = divide(m_hat, sqrt(v_hat + step.eps_root) + step.eps)
-    return u, m, v
+    return direction(step, m_hat, v_hat), m, v
+
+
+def direction(step: Step, m_hat, v_hat):
+    """The last line of Algorithm 1, without the learning rate."""
+    return divide(m_hat, sqrt(v_hat + step.eps_root) + step.eps)
 
 
 def nadam_rule(step: Step, g, m, v):
-    """Adam with Nesterov momentum (Dozat 2016, Algorithm 2): ``m_hat`` looks one step ahead."""
+    """Adam whose ``m_hat`` looks one step ahead (Dozat 2016, Algorithm 2)."""
     m = ema(step.b1, m, g)
     v = ema(step.b2, v, abs_sq(g))
-    m_hat = step.b1.b * m / step.b1.next_correction + step.b1.one_minus_b * g / step.b1.correction
-    v_hat = v / step.b2.correction
-    u = divide(m_hat, sqrt(v_hat + step.eps_root) + step.eps)
-    return u, m, v
+    return direction(step, look_ahead(step.b1, m, g), v / step.b2.correction), m, v
+
+
+def look_ahead(b1: Beta, m, g):
+    """Nesterov's ``m_hat``: the next step's momentum on ``m``, today's gradient besides, each corrected on its own."""
+    return b1.next_b * m / b1.next_correction + b1.one_minus_b * g / b1.correction
+
+
+def with_eps_hat(rule: Rule) -> Rule:
+    """Kingma & Ba 2015, end of section 2: ``eps`` is added to ``sqrt(v)`` where Algorithm 1 has ``sqrt(v_hat)``."""
+    return lambda step, *arrays: rule(step.replace(eps=step.eps / sqrt(step.b2.correction)), *arrays)
+
+
+def without_correction(rule: Rule, *names: str) -> Rule:
+    """``rule`` with the bias corrections of these betas left out."""
+
+    def uncorrected(step, *arrays):
+        ones = {name: getattr(step, name)._replace(correction=1.0, next_correction=1.0) for name in names}
+        return rule(step.replace(**ones), *arrays)
+
+    return uncorrected
+
+
+def variant(rule: Rule, eps_mode: str, bias_correction: bool = True) -> Rule:
+    """``rule`` as the two switches of the public functions ask."""
+    _checks.one_of("eps_mode", eps_mode, ("paper", "hat"))
+    _checks.one_of("bias_correction", bias_correction, (True, False))
+    rule = with_eps_hat(rule) if eps_mode == "hat" else rule
+    return rule if bias_correction else without_correction(rule, "b1", "b2")
 
 
 def scale_by_adam(
@@ -42,6 +72,8 @@ def scale_by_adam(
     mu_dtype: jax.typing.DTypeLike | None = None,
     *,
     nesterov: bool = False,
+    eps_mode: str = "paper",
+    bias_correction: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescale gradients by Adam's rule, without the learning rate.
 
@@ -66,15 +98,20 @@ def scale_by_adam(
         eps_root: added inside the square root, >= 0, in the gradient's unit squared.
         mu_dtype: dtype in which ``mu`` is stored; default the parameter's, at least float32.
         nesterov: look one step ahead, as NAdam does (Dozat 2016).
+        eps_mode: ``"paper"`` adds ``eps`` as Algorithm 1 does; ``"hat"`` adds it to :math:`\sqrt{v_t}` before the
+            correction, the cheaper order at the end of the paper's section 2 and TensorFlow's Adam.
+        bias_correction: False leaves out both corrections, as the paper's section 6.4 does to show their use.
 
-        All four numbers may be Python numbers, best because :math:`1-b` is then exact, or scalar arrays of at
-        least float32, traced or not, as `optax.inject_hyperparams` passes them; then :math:`b^t` is today's beta
-        to the power t.
+        The four numbers may be Python numbers, best because :math:`1-b` is then exact; or schedules of the number of
+        steps taken, as theorem 4.1 has of :math:`b_1`: then :math:`b^t` becomes the product of the betas so far; or
+        scalar arrays of at least float32, traced or not, as `optax.inject_hyperparams` passes them: then
+        :math:`b^t` is today's beta to the power t. A traced value out of range cannot raise; it makes the update NaN.
 
     Returns:
         A transformation with state `optax.ScaleByAdamState`: ``count`` int32, the number of steps taken, which
         saturates; ``mu`` and ``nu`` shaped like the parameters, of their dtype widened to float32, ``nu`` real:
-        8 bytes per parameter. Updates have the dtype of the gradient promoted with the parameter's.
+        8 bytes per parameter. If a beta is a schedule, a `ScheduledBetasState` around it. Updates have the dtype of
+        the gradient promoted with the parameter's.
 
     Raises:
         ValueError: a hyperparameter outside its range, or gradients that do not match the state.
@@ -90,8 +127,10 @@ def scale_by_adam(
         >>> print(updates["w"].round(3), state.nu["w"].dtype)
         [ 1. -1.] float32
     """
-    rule = nadam_rule if nesterov else adam_rule
-    return scale_by_rule(rule, optax.ScaleByAdamState, b1=b1, b2=b2, eps=eps, eps_root=eps_root, mu_dtype=mu_dtype)
+    rule = variant(nadam_rule if nesterov else adam_rule, eps_mode, bias_correction)
+    return scale_by_rule(
+        rule, optax.ScaleByAdamState, {"b1": b1, "b2": b2}, {"eps": eps, "eps_root": eps_root}, mu_dtype
+    )
 
 
 def adam(
@@ -103,6 +142,8 @@ def adam(
     mu_dtype: jax.typing.DTypeLike | None = None,
     *,
     nesterov: bool = False,
+    eps_mode: str = "paper",
+    bias_correction: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adam: :math:`\theta_t = \theta_{t-1} - \alpha_t u_t` with :math:`u_t` of `scale_by_adam`.
 
@@ -111,7 +152,7 @@ def adam(
     Args:
         learning_rate: step size :math:`\alpha`, >= 0, in the parameters' unit, or a schedule that maps the number
             of steps taken (int32) to it.
-        b1, b2, eps, eps_root, mu_dtype, nesterov: see `scale_by_adam`.
+        b1, b2, eps, eps_root, mu_dtype, nesterov, eps_mode, bias_correction: see `scale_by_adam`.
 
     Returns:
         A transformation with `optax.adam`'s state: a tuple of `optax.ScaleByAdamState` and the learning rate's.
@@ -131,7 +172,8 @@ def adam(
         >>> bool(loss(w) < 1e-3)
         True
     """
-    return descend(scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov), learning_rate)
+    switches = {"nesterov": nesterov, "eps_mode": eps_mode, "bias_correction": bias_correction}
+    return descend(scale_by_adam(b1, b2, eps, eps_root, mu_dtype, **switches), learning_rate)
 
 
 def adamw(
@@ -145,6 +187,9 @@ def adamw(
     mask: Any | Callable[[optax.Params], Any] | None = None,
     *,
     nesterov: bool = False,
+    eps_mode: str = "paper",
+    bias_correction: bool = True,
+    max_lr: float | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adam with decoupled weight decay: :math:`\theta_t = \theta_{t-1} - \alpha_t (u_t + \lambda \theta_{t-1})`.
 
@@ -154,10 +199,13 @@ def adamw(
 
     Args:
         learning_rate: see `adam`.
-        b1, b2, eps, eps_root, mu_dtype, nesterov: see `scale_by_adam`.
+        b1, b2, eps, eps_root, mu_dtype, nesterov, eps_mode, bias_correction: see `scale_by_adam`.
         weight_decay: :math:`\lambda` >= 0, or a schedule of it.
         mask: a tree of booleans with the parameters' structure (or a prefix of it), or a function from the
             parameters to one: True where the decay applies. Default: everywhere.
+        max_lr: None couples the decay to the learning rate, :math:`\alpha_t \lambda`. A number > 0, the schedule's
+            largest value, decouples it: :math:`(\alpha_t / \texttt{max\_lr}) \lambda`, Loshchilov & Hutter's
+            :math:`\eta_t \lambda`, for which :math:`\lambda` must be smaller by a factor max_lr.
 
     Returns:
         A transformation with `optax.adamw`'s state; ``update`` needs ``params``.
@@ -174,5 +222,6 @@ def adamw(
         >>> print(updates["w"], updates["b"])
         [-0.05] [-0.]
     """
-    direction = scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
-    return descend(direction, learning_rate, weight_decay, mask)
+    switches = {"nesterov": nesterov, "eps_mode": eps_mode, "bias_correction": bias_correction}
+    direction = scale_by_adam(b1, b2, eps, eps_root, mu_dtype, **switches)
+    return descend(direction, learning_rate, weight_decay, mask, max_lr)

@@ -13,6 +13,7 @@ import numpy as np
 _RANGES: dict[str, Callable[[Any], Any]] = {
     "in [0, 1)": lambda x: (x >= 0) & (x < 1),
     ">= 0": lambda x: (x >= 0) & (x < math.inf),
+    ">= 4": lambda x: (x >= 4) & (x < math.inf),
     "> 0": lambda x: (x > 0) & (x < math.inf),
 }
 
@@ -67,6 +68,12 @@ def _in_range(name, value, allowed, hint):
 def or_nan(value, allowed: str):
     """A traced ``value``, or NaN where it is out of range: nothing under jit can raise, NaN is seen."""
     return jnp.where(_RANGES[allowed](value), value, jnp.nan) if isinstance(value, jax.Array) else value
+
+
+def one_of(name: str, value, allowed: tuple) -> None:
+    """Raise unless ``value`` is one of ``allowed``."""
+    if not any(value is x or (isinstance(x, str) and value == x) for x in allowed):
+        raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {value!r}.")
 
 
 def storage_dtype(name: str, dtype):

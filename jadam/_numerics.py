@@ -19,13 +19,15 @@ class Beta(NamedTuple):
     b: Scalar  # the rate itself, in [0, 1)
     one_minus_b: Scalar  # the weight of the newest term
     correction: Scalar  # 1 - b**t: what an average of ones has reached t steps after starting from 0
-    next_correction: Scalar  # 1 - b**(t+1), for methods that look one step ahead
+    next_b: Scalar  # the rate at t+1: b again, unless it follows a schedule
+    next_correction: Scalar  # 1 - b**(t+1)
 
 
 def constant_beta(b, t: Scalar, dtype) -> Beta:
     """``b`` (a float or an array) held constant since step 1; ``t`` is float, of ``dtype``."""
     value = b.astype(dtype) if isinstance(b, jax.Array) else np.dtype(dtype).type(b)
-    return Beta(value, one_minus(b, dtype), one_minus_power(b, t, dtype), one_minus_power(b, t + 1, dtype))
+    correction, next_correction = one_minus_power(b, t, dtype), one_minus_power(b, t + 1, dtype)
+    return Beta(value, one_minus(b, dtype), correction, value, next_correction)
 
 
 def scheduled_beta(b, next_b, correction: jax.Array) -> Beta:
@@ -34,9 +36,9 @@ def scheduled_beta(b, next_b, correction: jax.Array) -> Beta:
     ``1 - b_1 * b_2 * ... * b_t`` is the average of ones under those betas, which, unlike the product, does not
     cancel while it is close to 0.
     """
-    rates = [constant_beta(x, jnp.ones([], correction.dtype), correction.dtype) for x in (b, next_b)]
-    correction = ema(rates[0], correction, 1)
-    return Beta(*rates[0][:2], correction, ema(rates[1], correction, 1))
+    now, then = (constant_beta(x, jnp.ones([], correction.dtype), correction.dtype) for x in (b, next_b))
+    correction = ema(now, correction, 1)
+    return now._replace(correction=correction, next_b=then.b, next_correction=ema(then, correction, 1))
 
 
 def one_minus(b, dtype) -> Scalar:

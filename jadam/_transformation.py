@@ -8,6 +8,7 @@ behind it.
 
 import functools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -19,38 +20,35 @@ from jadam._numerics import Beta, Scalar, at_least_float32, constant_beta, promo
 
 Rule = Callable[..., tuple[jax.Array, ...]]
 
-_ALLOWED = {"b1": "in [0, 1)", "b2": "in [0, 1)", "eps": ">= 0", "eps_root": ">= 0"}
 
+class Step(SimpleNamespace):
+    """The scalars of one step, in the dtype of the leaf they are used on.
 
-class Step(NamedTuple):
-    """The scalars of one step, in the dtype of the leaf they are used on."""
+    ``t`` counts from 1; a `Beta` for every decay rate and a scalar for every other hyperparameter, by name.
+    """
 
-    t: Scalar  # 1, 2, ...
-    b1: Beta
-    b2: Beta
-    eps: Scalar
-    eps_root: Scalar
+    t: Scalar
+
+    def replace(self, **changed) -> "Step":
+        """The same step with some scalars changed."""
+        return Step(**{**vars(self), **changed})
 
 
 class ScheduledBetasState(NamedTuple):
-    """The state when ``b1`` or ``b2`` is a schedule: the plain one, and what corrects a scheduled beta.
+    """The state when a decay rate is a schedule: the plain one, and what corrects each scheduled rate.
 
-    A correction is ``1 - b(0) * b(1) * ... * b(t-1)``, a scalar; ``None`` for a beta that is constant.
+    A correction is ``1 - b(0) * b(1) * ... * b(t-1)``, a scalar.
     """
 
-    b1_correction: jax.Array | None
-    b2_correction: jax.Array | None
+    corrections: dict[str, jax.Array]
     inner_state: Any
 
 
 def scale_by_rule(
     rule: Rule,
     state_type: Any,
-    *,
-    b1,
-    b2,
-    eps,
-    eps_root: Any = 0.0,
+    betas: dict[str, Any],
+    scalars: dict[str, Any],
     mu_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation that applies ``rule`` to every leaf.
@@ -59,11 +57,13 @@ def scale_by_rule(
         rule: ``rule(step, g, *moments) -> (u, *moments)``.
         state_type: NamedTuple of ``count`` and the moments. The first moment, ``mu``, is shaped and typed like
             the parameter, the others are shaped like it and real.
-        b1, b2, eps, eps_root, mu_dtype: as in `jadam.scale_by_adam`.
+        betas: decay rates by name, in [0, 1): numbers, scalar arrays or schedules.
+        scalars: other hyperparameters by name, >= 0: the same.
+        mu_dtype: dtype in which ``mu`` is stored; default the parameter's, at least float32.
     """
-    given = {"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root}
-    given = {name: _checked(name, value) for name, value in given.items()}
-    scheduled = [callable(given["b1"]), callable(given["b2"])]
+    betas = {name: _beta(name, value) for name, value in betas.items()}
+    scalars = {name: _scalar(name, value) for name, value in scalars.items()}
+    scheduled = [name for name, value in betas.items() if callable(value)]
     mu_dtype = _checks.storage_dtype("mu_dtype", mu_dtype)
     names = state_type._fields[1:]
 
@@ -77,27 +77,22 @@ def scale_by_rule(
 
         moments = [jax.tree.map(functools.partial(zeros, name=name), params) for name in names]
         state = state_type(jnp.zeros([], jnp.int32), *moments)
-        if any(scheduled):
-            b1_correction, b2_correction = (jnp.zeros([]) if x else None for x in scheduled)
-            state = ScheduledBetasState(b1_correction, b2_correction, state)
-        return state
+        return ScheduledBetasState({name: jnp.zeros([]) for name in scheduled}, state) if scheduled else state
 
     def update(updates, state, params=None, **extra_args) -> Any:
         del extra_args
-        corrections = [None, None]
-        if any(scheduled):
-            *corrections, state = state
+        corrections, state = state if scheduled else ({}, state)
         _checks.gradients(updates, params)
         for name, moments in zip(names, state[1:], strict=True):
             _checks.same_tree(updates, moments, "updates", f"state.{name}")
             if name != "mu" or mu_dtype is None:
                 _checks.moments_wide_enough(moments, name)
-        scalars, corrections = _scalars(given, state.count, corrections)
+        step, corrections = _at_step(betas, scalars, state.count, corrections)
 
         def leaf(g, result_dtype, *stored):
             dtype = at_least_float32(g, *stored)
             wide = [x.astype(dtype if name == "mu" else real(dtype)) for name, x in zip(names, stored, strict=True)]
-            u, *moments = rule(scalars(real(dtype)), g.astype(dtype), *wide)
+            u, *moments = rule(step(real(dtype)), g.astype(dtype), *wide)
             return u.astype(result_dtype), *(x.astype(s.dtype) for x, s in zip(moments, stored, strict=True))
 
         trees = [updates, result_dtypes(updates, params), *state[1:]]
@@ -105,45 +100,57 @@ def scale_by_rule(
         columns = zip(*results, strict=True) if results else [()] * (1 + len(names))
         updates, *moments = (jax.tree.unflatten(jax.tree.structure(updates), column) for column in columns)
         state = state_type(optax.safe_increment(state.count), *moments)
-        return updates, ScheduledBetasState(corrections[0], corrections[1], state) if any(scheduled) else state
+        return updates, ScheduledBetasState(corrections, state) if scheduled else state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _checked(name, value, schedule=True):
-    hint = "Did you swap it with learning_rate or eps?" if name in ("b1", "b2") else ""
-    return _checks.hyperparameter(name, value, _ALLOWED[name], hint=hint, schedule=schedule, wide=True)
+def _beta(name, value, schedule=True):
+    hint = "Did you swap it with learning_rate or eps?"
+    return _checks.hyperparameter(name, value, "in [0, 1)", hint=hint, schedule=schedule, wide=True)
 
 
-def _scalars(given, count, corrections):
-    """This step's `Step` as a function of the dtype, and the corrections of scheduled betas to keep."""
+def _scalar(name, value, schedule=True):
+    return _checks.hyperparameter(name, value, ">= 0", schedule=schedule, wide=True)
 
-    def at(name, count):
-        value = given[name]
-        value = _checked(name, value(count), schedule=False) if callable(value) else value
-        return _checks.or_nan(value, _ALLOWED[name])
+
+def _at_step(betas, scalars, count, corrections):
+    """The `Step` after ``count`` others, as a function of the dtype; and the corrections of scheduled betas."""
+
+    def beta(name, count):
+        value = betas[name]
+        return _checks.or_nan(_beta(name, value(count), schedule=False) if callable(value) else value, "in [0, 1)")
+
+    def scalar(name):
+        value = scalars[name]
+        return _checks.or_nan(_scalar(name, value(count), schedule=False) if callable(value) else value, ">= 0")
 
     next_count = jnp.asarray(optax.safe_increment(count))
-    now = {name: at(name, count) for name in given}
-    betas = [
-        None if correction is None else scheduled_beta(now[name], at(name, next_count), correction)
-        for name, correction in zip(("b1", "b2"), corrections, strict=True)
-    ]
+    varying = {
+        name: scheduled_beta(beta(name, count), beta(name, next_count), corrections[name]) for name in corrections
+    }
+    constant = {name: beta(name, count) for name in betas if name not in varying}
+    others = {name: scalar(name) for name in scalars}
 
     @functools.cache  # per dtype, not per leaf
     def step(dtype):
         t = next_count.astype(dtype)
-        b1, b2 = (
-            constant_beta(now[name], t, dtype) if beta is None else Beta(*(x.astype(dtype) for x in beta))
-            for name, beta in zip(("b1", "b2"), betas, strict=True)
+        return Step(
+            t=t,
+            **{name: Beta(*(x.astype(dtype) for x in value)) for name, value in varying.items()},
+            **{name: constant_beta(value, t, dtype) for name, value in constant.items()},
+            **{name: jnp.asarray(value, dtype) for name, value in others.items()},
         )
-        return Step(t, b1, b2, jnp.asarray(now["eps"], dtype), jnp.asarray(now["eps_root"], dtype))
 
-    return step, [None if beta is None else beta.correction for beta in betas]
+    return step, {name: value.correction for name, value in varying.items()}
 
 
-def descend(direction, learning_rate, weight_decay=None, mask=None) -> optax.GradientTransformationExtraArgs:
+def descend(
+    direction, learning_rate, weight_decay=None, mask=None, max_lr=None
+) -> optax.GradientTransformationExtraArgs:
     """``direction``, then weight decay unless ``None``, then ``-learning_rate``: Optax's own stages, in float32.
+
+    With ``max_lr`` the decay is ``weight_decay * learning_rate / max_lr``, free of the learning rate's scale.
 
     Optax multiplies in the updates' dtype, which rounds a learning rate to bf16 for bf16 gradients. Here the
     stages see gradients and parameters widened to float32, and only the final update is narrowed.
@@ -151,6 +158,9 @@ def descend(direction, learning_rate, weight_decay=None, mask=None) -> optax.Gra
     stages = [direction]
     if weight_decay is not None:
         weight_decay = _checks.hyperparameter("weight_decay", weight_decay, ">= 0")
+        if max_lr is not None:
+            max_lr = _checks.hyperparameter("max_lr", max_lr, "> 0", schedule=False)
+            weight_decay = _over(weight_decay, max_lr)
         stages.append(optax.add_decayed_weights(weight_decay, mask))
     learning_rate = _checks.hyperparameter("learning_rate", learning_rate, ">= 0", hint="To maximise, negate the loss.")
     stages.append(optax.scale_by_learning_rate(learning_rate))
@@ -167,6 +177,10 @@ def descend(direction, learning_rate, weight_decay=None, mask=None) -> optax.Gra
         return jax.tree.map(lambda u, dtype: u.astype(dtype), updates, narrow), state
 
     return optax.GradientTransformationExtraArgs(chain.init, update)
+
+
+def _over(weight_decay, max_lr):
+    return (lambda count: weight_decay(count) / max_lr) if callable(weight_decay) else weight_decay / max_lr
 
 
 def result_dtypes(updates, params):

@@ -348,7 +348,8 @@ def test_sharded_state_follows_the_parameters(member):
     params = jax.device_put(host, sharding)
     eight, state = train(tx, params, [params] * 3)
     assert optax.tree.get(state, "mu").sharding.is_equivalent_to(sharding, 2)
-    np.testing.assert_array_equal(one, eight)
+    # Blocks of other shapes are vectorised otherwise, so one multiply-add may be contracted and another not.
+    np.testing.assert_allclose(one, eight, rtol=2**-22)
 
 
 def test_weight_decay_mask_and_schedule():

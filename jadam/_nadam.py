@@ -1,0 +1,124 @@
+"""NAdam: Adam with Nesterov momentum (Dozat, "Incorporating Nesterov Momentum into Adam", ICLR workshop 2016)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from jadam import _checks
+from jadam._adam import direction, look_ahead, scale_by_adam, variant
+from jadam._numerics import abs_sq, ema
+from jadam._transformation import Step, descend, scale_by_rule
+
+
+def nadam_of_momentum_rule(step: Step, g, m, v):
+    """PyTorch's NAdam: ``m`` is the average under ``b1``, but ``m_hat`` takes its weights from ``momentum``."""
+    m = ema(step.b1, m, g)
+    v = ema(step.b2, v, abs_sq(g))
+    return direction(step, look_ahead(step.momentum, m, g), v / step.b2.correction), m, v
+
+
+def _scale_by_nadam(b1, b2, eps, eps_root, mu_dtype, nesterov, eps_mode, bias_correction, momentum_decay):
+    if momentum_decay is None:
+        switches = {"nesterov": nesterov, "eps_mode": eps_mode, "bias_correction": bias_correction}
+        return scale_by_adam(b1, b2, eps, eps_root, mu_dtype, **switches)
+    if callable(b1) or not (nesterov and bias_correction):
+        raise ValueError(
+            "momentum_decay must be None unless b1 is a number and nesterov and bias_correction are True, got "
+            f"{momentum_decay!r}. To schedule the momentum of Dozat's own rule, make b1 a schedule."
+        )
+    decay = _checks.hyperparameter("momentum_decay", momentum_decay, ">= 0", schedule=False)
+    momentum = lambda count: b1 * (1 - 0.5 * 0.96 ** (decay * (count + 1.0)))
+    betas, scalars = {"b1": b1, "b2": b2, "momentum": momentum}, {"eps": eps, "eps_root": eps_root}
+    return scale_by_rule(variant(nadam_of_momentum_rule, eps_mode), optax.ScaleByAdamState, betas, scalars, mu_dtype)
+
+
+def nadam(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: optax.ScalarOrSchedule = 0.9,
+    b2: optax.ScalarOrSchedule = 0.999,
+    eps: optax.ScalarOrSchedule = 1e-8,
+    eps_root: optax.ScalarOrSchedule = 0.0,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    *,
+    nesterov: bool = True,
+    eps_mode: str = "paper",
+    bias_correction: bool = True,
+    momentum_decay: float | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adam with Nesterov momentum, a drop-in for `optax.nadam`.
+
+    Dozat 2016, Algorithm 2, is `jadam.adam` with, for a constant :math:`\mu_t = b_1`,
+
+    .. math::
+
+        \hat m_t = \frac{\mu_{t+1} m_t}{1 - \prod_{i=1}^{t+1} \mu_i} + \frac{(1 - \mu_t) g_t}{1 - \prod_{i=1}^t \mu_i}.
+
+    Departure from the paper, which multiplies :math:`\hat v` by a further :math:`b_2`: as in Optax and PyTorch, no
+    factor. A schedule for ``b1`` is the paper's :math:`\mu_t`, in :math:`m_t` as well.
+
+    PyTorch keeps :math:`m_t` under the constant :math:`b_1` and takes :math:`\mu_t = b_1 (1 - 0.96^{t \psi} / 2)`
+    in :math:`\hat m_t` only: ``momentum_decay`` is its :math:`\psi`, and 4e-3 its default.
+
+    Args:
+        learning_rate: see `jadam.adam`.
+        b1, b2, eps, eps_root, mu_dtype, eps_mode, bias_correction: see `jadam.scale_by_adam`.
+        nesterov: False gives `jadam.adam`.
+        momentum_decay: None for Dozat's rule, a number >= 0 for PyTorch's.
+
+    Returns:
+        A transformation with `optax.nadam`'s state; with ``momentum_decay``, a `ScheduledBetasState` around it.
+
+    Raises:
+        ValueError, TypeError: see `jadam.adam`; also for ``momentum_decay`` with a schedule for ``b1``.
+
+    Example:
+        >>> import jax.numpy as jnp, jadam
+        >>> tx = jadam.nadam(0.1)
+        >>> g = jnp.array([4.0, -2.0])
+        >>> print(tx.update(g, tx.init(g))[0].round(3))
+        [-0.147  0.147]
+    """
+    scale = _scale_by_nadam(b1, b2, eps, eps_root, mu_dtype, nesterov, eps_mode, bias_correction, momentum_decay)
+    return descend(scale, learning_rate)
+
+
+def nadamw(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: optax.ScalarOrSchedule = 0.9,
+    b2: optax.ScalarOrSchedule = 0.999,
+    eps: optax.ScalarOrSchedule = 1e-8,
+    eps_root: optax.ScalarOrSchedule = 0.0,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    weight_decay: optax.ScalarOrSchedule = 1e-4,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+    *,
+    nesterov: bool = True,
+    eps_mode: str = "paper",
+    bias_correction: bool = True,
+    momentum_decay: float | None = None,
+    max_lr: float | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """`nadam` with decoupled weight decay, a drop-in for `optax.nadamw`.
+
+    Args:
+        learning_rate: see `jadam.adam`.
+        b1, b2, eps, eps_root, mu_dtype, nesterov, eps_mode, bias_correction, momentum_decay: see `nadam`.
+        weight_decay, mask, max_lr: see `jadam.adamw`.
+
+    Returns:
+        A transformation with `optax.nadamw`'s state; ``update`` needs ``params``.
+
+    Raises:
+        ValueError, TypeError: see `nadam` and `jadam.adamw`.
+
+    Example:
+        >>> import jax.numpy as jnp, jadam
+        >>> tx = jadam.nadamw(0.1, weight_decay=0.5)
+        >>> p = jnp.ones(2)
+        >>> print(tx.update(0 * p, tx.init(p), p)[0])
+        [-0.05 -0.05]
+    """
+    scale = _scale_by_nadam(b1, b2, eps, eps_root, mu_dtype, nesterov, eps_mode, bias_correction, momentum_decay)
+    return descend(scale, learning_rate, weight_decay, mask, max_lr)

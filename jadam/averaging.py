@@ -1,0 +1,130 @@
+"""Averages of the parameters over the steps (Kingma & Ba 2015, section 7.2; Polyak & Juditsky 1992)."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jadam import _checks
+from jadam._numerics import Beta, at_least_float32, ema, one_minus, one_minus_power
+
+
+class AverageParamsState(NamedTuple):
+    """The average so far, in float32 at least; ``dtypes`` are empty arrays of the parameters' dtypes."""
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    average: Any
+    dtypes: Any
+
+
+def average_params(decay: float | jax.Array | None = 0.999) -> optax.GradientTransformationExtraArgs:
+    r"""Keep an average of the parameters; last in a chain, because it needs the final update.
+
+    Kingma & Ba 2015, section 7.2. With ``decay`` :math:`b` the exponential average, corrected for its start,
+
+    .. math::
+
+        \bar\theta_t = \frac{1 - b}{1 - b^t} \sum_{i=1}^t b^{t-i} \theta_i,
+
+    and with ``decay=None`` the uniform (Polyak-Ruppert) one, :math:`\frac1t \sum_{i=1}^t \theta_i`. Before the
+    first step it is the parameters themselves. Updates pass unchanged.
+
+    Args:
+        decay: :math:`b` in [0, 1), a number or a scalar array of at least float32; or None.
+
+    Returns:
+        A transformation whose ``update`` needs ``params``. State: ``count`` int32; ``average``, shaped like the
+        parameters, in their dtype widened to float32: 4 bytes per parameter. Read it with `averaged_params`.
+
+    Raises:
+        ValueError: ``decay`` outside its range, or an ``update`` without ``params``.
+        TypeError: ``decay`` no number, or a leaf that is not floating.
+
+    Example:
+        >>> import jax.numpy as jnp, jadam, optax
+        >>> tx = optax.chain(optax.sgd(1.0), jadam.average_params(decay=None))
+        >>> w = jnp.array(0.0)
+        >>> state = tx.init(w)
+        >>> for _ in range(3):  # w is 1, 2, 3
+        ...     updates, state = tx.update(jnp.array(-1.0), state, w)
+        ...     w = optax.apply_updates(w, updates)
+        >>> print(jadam.averaged_params(state))
+        2.0
+    """
+    if decay is not None:
+        decay = _checks.hyperparameter("decay", decay, "in [0, 1)", schedule=False, wide=True)
+
+    def init(params) -> Any:
+        _checks.trainable(params, "params")
+        wide = lambda p: jnp.array(p, dtype=at_least_float32(p), copy=True)  # both may be donated
+        return AverageParamsState(jnp.zeros([], jnp.int32), jax.tree.map(wide, params), jax.tree.map(_empty, params))
+
+    def update(updates, state, params=None, **extra_args) -> Any:
+        del extra_args
+        if params is None:
+            raise ValueError("average_params needs params: call update(updates, state, params).")
+        _checks.gradients(updates, params)
+        _checks.same_tree(params, state.average, "params", "state.average")
+        count = jnp.asarray(optax.safe_increment(state.count))
+
+        def average(average, p, u):
+            dtype = jnp.finfo(average.dtype).dtype
+            t = count.astype(dtype)
+            if decay is None:
+                weight = 1 / t
+            else:
+                weight = one_minus(_checks.or_nan(decay, "in [0, 1)"), dtype) / one_minus_power(decay, t, dtype)
+            return ema(Beta(1 - weight, weight, t, t, t), average, _applied(p, u).astype(average.dtype))
+
+        averages = jax.tree.map(average, state.average, params, updates)
+        return updates, AverageParamsState(count, averages, state.dtypes)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def averaged_params(state):
+    """The average that `average_params` keeps, wherever in ``state`` it is.
+
+    Args:
+        state: the state of a transformation that has `average_params` in it, once.
+
+    Returns:
+        The average, a tree like the parameters, in their dtypes.
+
+    Raises:
+        ValueError: no average in ``state``, or several.
+
+    Example:
+        >>> import jax.numpy as jnp, jadam, optax
+        >>> tx = optax.chain(jadam.adam(1e-3), jadam.average_params(0.99))
+        >>> print(jadam.averaged_params(tx.init(jnp.ones(2, jnp.bfloat16))))
+        [1 1]
+    """
+    is_average = lambda x: isinstance(x, AverageParamsState)
+    found = [x for x in jax.tree.leaves(state, is_leaf=is_average) if is_average(x)]
+    if len(found) != 1:
+        raise ValueError(
+            f"state must hold the average of one average_params, found {len(found)}. "
+            "Chain it last: optax.chain(jadam.adam(...), jadam.average_params(...))."
+        )
+    return jax.tree.map(lambda average, like: average.astype(like.dtype), found[0].average, found[0].dtypes)
+
+
+def _empty(p):
+    """No elements, but the dtype and the rank of ``p`` (so that its PartitionSpec fits); a scalar stays one."""
+    return jnp.zeros((0, *p.shape[1:]) if jnp.ndim(p) else (), jnp.result_type(p))
+
+
+def _applied(p, u):
+    """What `optax.apply_updates` makes of ``p`` and ``u``, really rounded to ``p``'s dtype.
+
+    Under jit XLA drops the rounding of ``x.astype(bfloat16).astype(float32)``.
+    """
+    dtype = at_least_float32(p, u)
+    x = p.astype(dtype) + u.astype(dtype)
+    info = jnp.finfo(p.dtype)
+    if info.bits >= 32:
+        return x
+    rounded = jax.lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant)
+    return jnp.where(jnp.abs(x) < info.smallest_normal, x, rounded)
