@@ -89,14 +89,14 @@ def storage_dtype(name: str, dtype):
     return dtype
 
 
-def holds_complex(name: str, dtype, params) -> None:
-    """Raise if ``dtype`` would drop the imaginary part of a leaf."""
-    if dtype is None or jnp.issubdtype(dtype, jnp.complexfloating):
-        return
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if jnp.iscomplexobj(leaf):
-            where = f"params{jax.tree_util.keystr(path)}"
-            raise TypeError(f"{name} must be complex for complex parameters, got {dtype} for {where}. Leave it out.")
+def holds_complex(mu, updates) -> None:
+    """Raise if a complex gradient's first moment is stored in a real dtype, which would drop its imaginary part."""
+    for (path, g), m in zip(jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(mu), strict=True):
+        if jnp.iscomplexobj(g) and not jnp.iscomplexobj(m):
+            raise TypeError(
+                f"mu_dtype must be complex for complex gradients, got {m.dtype} for updates"
+                f"{jax.tree_util.keystr(path)}. Leave it out."
+            )
 
 
 def trainable(tree, what: str) -> None:

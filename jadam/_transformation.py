@@ -69,7 +69,6 @@ def scale_by_rule(
 
     def init(params) -> Any:
         _checks.trainable(params, "params")
-        _checks.holds_complex("mu_dtype", mu_dtype, params)
 
         def zeros(p, name):
             dtype = at_least_float32(p)
@@ -87,6 +86,7 @@ def scale_by_rule(
             _checks.same_tree(updates, moments, "updates", f"state.{name}")
             if name != "mu" or mu_dtype is None:
                 _checks.moments_wide_enough(moments, name)
+        _checks.holds_complex(state.mu, updates)
         step, corrections = _at_step(betas, scalars, state.count, corrections)
 
         def leaf(g, result_dtype, *stored):

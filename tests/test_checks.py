@@ -105,9 +105,9 @@ TREES = [
         "state.nu['b']['c'] must be float32 or wider, got float16",
     ),
     (
-        lambda: jadam.adam(1e-3, mu_dtype=jnp.bfloat16).init(jnp.ones(2, jnp.complex64)),
+        lambda: updated(jadam.adam(1e-3, mu_dtype=jnp.bfloat16), g=jnp.ones(2, jnp.complex64), params=jnp.ones(2)),
         TypeError,
-        "mu_dtype must be complex for complex parameters, got bfloat16 for params",
+        "mu_dtype must be complex for complex gradients, got bfloat16 for updates. Leave it out.",
     ),
 ]
 
