@@ -26,4 +26,4 @@ def test_optax_s_own_tests_pass_with_jadam_in_optax_s_place(tmp_path):
     failed = re.findall(r"^(?:FAILED|SUBFAILED|ERROR).*::([a-z_]+)", summary, re.MULTILINE)
     assert {name: failed.count(name) for name in failed} == EXPECTED, summary
     assert result.stdout.count("dtype(bfloat16) != dtype('float32')") >= 2
-    assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 250
+    assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 200
