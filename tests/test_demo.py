@@ -17,6 +17,8 @@ import pytest
 from jadam import _demo
 from jadam.__main__ import main
 
+pytestmark = pytest.mark.xdist_group("demo")  # one process: they share a run of the demo
+
 COMMAND = [sys.executable, "-m", "jadam", "demo"]
 
 
@@ -65,11 +67,18 @@ def test_same_start_same_batches():
     assert first == second  # the loss before the first step, whatever was trained before
 
 
+# A shell script's background jobs start with SIGINT ignored, and so would their children.
+INTERRUPTIBLE = (
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+)
+
+
 def terminal(*arguments, cwd, interrupt_at=None):
     """Run the demo in a pseudo-terminal; return its exit code and all it wrote there."""
     main, side = pty.openpty()
     env = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
-    process = subprocess.Popen([*COMMAND, *arguments], cwd=cwd, stdin=side, stdout=side, stderr=side, env=env)
+    command = [sys.executable, "-c", INTERRUPTIBLE, *COMMAND, *arguments]
+    process = subprocess.Popen(command, cwd=cwd, stdin=side, stdout=side, stderr=side, env=env)
     os.close(side)
     output, deadline = b"", time.monotonic() + 100
     while time.monotonic() < deadline:
