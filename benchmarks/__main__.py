@@ -14,7 +14,7 @@ import optax
 
 import jadam
 
-NAMES = ["accuracy"]
+NAMES = ["accuracy", "lean"]
 RESULTS = Path(__file__).parent / "results"
 
 

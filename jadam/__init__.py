@@ -1,8 +1,10 @@
 """Adam (Kingma & Ba 2015) and its relatives for JAX, as pure ``init``/``update`` pairs that chain with Optax.
 
 Reading order: `jadam._adam` is Algorithm 1 on one screen; `jadam._numerics` has the formulas it is written
-in; `jadam._adamax`, `_nadam`, `_amsgrad` and `_radam` say what differs; `jadam.averaging` keeps averages of the
-parameters; `jadam._transformation` maps a rule over a tree of parameters; `jadam._checks` stops bad input.
+in; `jadam._adamax`, `_nadam`, `_amsgrad` and `_radam` say what differs; `jadam._formats` and `_int8` store moments in
+4 and 2 bytes; `jadam._exact_bf16` makes bf16 weights train as float32; `jadam._describe` tells what is stored how;
+`jadam.averaging` keeps averages of the parameters; `jadam._transformation` maps a rule over a tree of parameters;
+`jadam._checks` stops bad input.
 """
 
 from jadam._adam import adam as adam
@@ -13,10 +15,15 @@ from jadam._adamax import adamaxw as adamaxw
 from jadam._adamax import scale_by_adamax as scale_by_adamax
 from jadam._amsgrad import amsgrad as amsgrad
 from jadam._amsgrad import scale_by_amsgrad as scale_by_amsgrad
+from jadam._describe import describe as describe
+from jadam._exact_bf16 import exact_bf16 as exact_bf16
+from jadam._exact_bf16 import float32_params as float32_params
+from jadam._exact_bf16 import from_float32 as from_float32
 from jadam._nadam import nadam as nadam
 from jadam._nadam import nadamw as nadamw
 from jadam._radam import radam as radam
 from jadam._radam import scale_by_radam as scale_by_radam
+from jadam._transformation import QuantizedAdamState as QuantizedAdamState
 from jadam.averaging import average_params as average_params
 from jadam.averaging import averaged_params as averaged_params
 

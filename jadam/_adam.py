@@ -11,8 +11,9 @@ import jax
 import optax
 
 from jadam import _checks
+from jadam._formats import Moments
 from jadam._numerics import Beta, abs_sq, divide, ema, sqrt
-from jadam._transformation import Rule, Step, descend, scale_by_rule
+from jadam._transformation import QuantizedAdamState, Rule, Step, descend, scale_by_rule
 
 
 def adam_rule(step: Step, g, m, v):
@@ -74,6 +75,7 @@ def scale_by_adam(
     nesterov: bool = False,
     eps_mode: str = "paper",
     bias_correction: bool = True,
+    moments: Moments = "float32",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescale gradients by Adam's rule, without the learning rate.
 
@@ -101,6 +103,11 @@ def scale_by_adam(
         eps_mode: ``"paper"`` adds ``eps`` as Algorithm 1 does; ``"hat"`` adds it to :math:`\sqrt{v_t}` before the
             correction, the cheaper order at the end of the paper's section 2 and TensorFlow's Adam.
         bias_correction: False leaves out both corrections, as the paper's section 6.4 does to show their use.
+        moments: how the two moments are stored: ``"float32"``, 8 bytes per parameter; ``"bfloat16"``, 4;
+            ``"int8"``, 2.06, see `jadam.QuantizedAdamState`; or a function ``f(path, leaf)`` to one of these, ``path``
+            being a string such as ``"['embed']['kernel']"``. The step itself is computed in float32, from moments
+            decoded and before they are rounded. A leaf that would not gain stays float32: one that is complex or
+            float64; for int8 also one of fewer than 2 dimensions or 4,096 elements, or with a last axis under 4.
 
         The four numbers may be Python numbers, best because :math:`1-b` is then exact; or schedules of the number of
         steps taken, as theorem 4.1 has of :math:`b_1`: then :math:`b^t` becomes the product of the betas so far; or
@@ -114,7 +121,8 @@ def scale_by_adam(
         the gradient promoted with the parameter's.
 
     Raises:
-        ValueError: a hyperparameter outside its range, or gradients that do not match the state.
+        ValueError: a hyperparameter outside its range, ``moments="int8"`` with ``b1*b1 >= b2`` or with ``mu_dtype``, or
+            gradients that do not match the state.
         TypeError: a hyperparameter that is no number or narrower than float32, a leaf that is not floating, or
             a state with 16-bit second moments.
 
@@ -128,9 +136,8 @@ def scale_by_adam(
         [ 1. -1.] float32
     """
     rule = variant(nadam_rule if nesterov else adam_rule, eps_mode, bias_correction)
-    return scale_by_rule(
-        rule, optax.ScaleByAdamState, {"b1": b1, "b2": b2}, {"eps": eps, "eps_root": eps_root}, mu_dtype
-    )
+    betas, scalars = {"b1": b1, "b2": b2}, {"eps": eps, "eps_root": eps_root}
+    return scale_by_rule(rule, optax.ScaleByAdamState, betas, scalars, mu_dtype, moments, QuantizedAdamState)
 
 
 def adam(
@@ -144,6 +151,7 @@ def adam(
     nesterov: bool = False,
     eps_mode: str = "paper",
     bias_correction: bool = True,
+    moments: Moments = "float32",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adam: :math:`\theta_t = \theta_{t-1} - \alpha_t u_t` with :math:`u_t` of `scale_by_adam`.
 
@@ -152,7 +160,7 @@ def adam(
     Args:
         learning_rate: step size :math:`\alpha`, >= 0, in the parameters' unit, or a schedule that maps the number
             of steps taken (int32) to it.
-        b1, b2, eps, eps_root, mu_dtype, nesterov, eps_mode, bias_correction: see `scale_by_adam`.
+        b1, b2, eps, eps_root, mu_dtype, nesterov, eps_mode, bias_correction, moments: see `scale_by_adam`.
 
     Returns:
         A transformation with `optax.adam`'s state: a tuple of `optax.ScaleByAdamState` and the learning rate's.
@@ -172,7 +180,7 @@ def adam(
         >>> bool(loss(w) < 1e-3)
         True
     """
-    switches = {"nesterov": nesterov, "eps_mode": eps_mode, "bias_correction": bias_correction}
+    switches = {"nesterov": nesterov, "eps_mode": eps_mode, "bias_correction": bias_correction, "moments": moments}
     return descend(scale_by_adam(b1, b2, eps, eps_root, mu_dtype, **switches), learning_rate)
 
 
@@ -189,6 +197,7 @@ def adamw(
     nesterov: bool = False,
     eps_mode: str = "paper",
     bias_correction: bool = True,
+    moments: Moments = "float32",
     max_lr: float | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adam with decoupled weight decay: :math:`\theta_t = \theta_{t-1} - \alpha_t (u_t + \lambda \theta_{t-1})`.
@@ -199,7 +208,7 @@ def adamw(
 
     Args:
         learning_rate: see `adam`.
-        b1, b2, eps, eps_root, mu_dtype, nesterov, eps_mode, bias_correction: see `scale_by_adam`.
+        b1, b2, eps, eps_root, mu_dtype, nesterov, eps_mode, bias_correction, moments: see `scale_by_adam`.
         weight_decay: :math:`\lambda` >= 0, or a schedule of it.
         mask: a tree of booleans with the parameters' structure (or a prefix of it), or a function from the
             parameters to one: True where the decay applies. Default: everywhere.
@@ -222,6 +231,6 @@ def adamw(
         >>> print(updates["w"], updates["b"])
         [-0.05] [-0.]
     """
-    switches = {"nesterov": nesterov, "eps_mode": eps_mode, "bias_correction": bias_correction}
+    switches = {"nesterov": nesterov, "eps_mode": eps_mode, "bias_correction": bias_correction, "moments": moments}
     direction = scale_by_adam(b1, b2, eps, eps_root, mu_dtype, **switches)
     return descend(direction, learning_rate, weight_decay, mask, max_lr)

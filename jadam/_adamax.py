@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
+from jadam._formats import Moments
 from jadam._numerics import divide, ema
 from jadam._transformation import Step, descend, scale_by_rule
 
@@ -22,6 +23,8 @@ def scale_by_adamax(
     b1: optax.ScalarOrSchedule = 0.9,
     b2: optax.ScalarOrSchedule = 0.999,
     eps: optax.ScalarOrSchedule = 1e-8,
+    *,
+    moments: Moments = "float32",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescale gradients by AdaMax's rule, without the learning rate.
 
@@ -40,6 +43,7 @@ def scale_by_adamax(
         b1: decay rate of the first moment, in [0, 1).
         b2: decay rate of the largest gradient, in [0, 1).
         eps: added to :math:`|g|`, >= 0, in the gradient's unit.
+        moments: see `jadam.scale_by_adam`; no ``"int8"``.
 
     Returns:
         A transformation with state `optax.ScaleByAdamState`, :math:`\nu` in ``nu``; otherwise as
@@ -56,7 +60,7 @@ def scale_by_adamax(
         >>> print(updates.round(3))
         [ 1. -1.  0.]
     """
-    return scale_by_rule(adamax_rule, optax.ScaleByAdamState, {"b1": b1, "b2": b2}, {"eps": eps})
+    return scale_by_rule(adamax_rule, optax.ScaleByAdamState, {"b1": b1, "b2": b2}, {"eps": eps}, moments=moments)
 
 
 def adamax(
@@ -64,12 +68,14 @@ def adamax(
     b1: optax.ScalarOrSchedule = 0.9,
     b2: optax.ScalarOrSchedule = 0.999,
     eps: optax.ScalarOrSchedule = 1e-8,
+    *,
+    moments: Moments = "float32",
 ) -> optax.GradientTransformationExtraArgs:
     """AdaMax, a drop-in for `optax.adamax` and equal to `torch.optim.Adamax`; see `scale_by_adamax`.
 
     Args:
         learning_rate: see `jadam.adam`.
-        b1, b2, eps: see `scale_by_adamax`.
+        b1, b2, eps, moments: see `scale_by_adamax`.
 
     Returns:
         A transformation with `optax.adamax`'s state.
@@ -84,7 +90,7 @@ def adamax(
         >>> print(tx.update(g, tx.init(g))[0].round(3))
         [-0.1  0.1]
     """
-    return descend(scale_by_adamax(b1, b2, eps), learning_rate)
+    return descend(scale_by_adamax(b1, b2, eps, moments=moments), learning_rate)
 
 
 def adamaxw(
@@ -95,13 +101,14 @@ def adamaxw(
     weight_decay: optax.ScalarOrSchedule = 1e-4,
     mask: Any | Callable[[optax.Params], Any] | None = None,
     *,
+    moments: Moments = "float32",
     max_lr: float | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """AdaMax with decoupled weight decay, a drop-in for `optax.adamaxw`.
 
     Args:
         learning_rate: see `jadam.adam`.
-        b1, b2, eps: see `scale_by_adamax`.
+        b1, b2, eps, moments: see `scale_by_adamax`.
         weight_decay, mask, max_lr: see `jadam.adamw`.
 
     Returns:
@@ -117,4 +124,4 @@ def adamaxw(
         >>> print(tx.update(0 * p, tx.init(p), p)[0])
         [-0.05 -0.05]
     """
-    return descend(scale_by_adamax(b1, b2, eps), learning_rate, weight_decay, mask, max_lr)
+    return descend(scale_by_adamax(b1, b2, eps, moments=moments), learning_rate, weight_decay, mask, max_lr)

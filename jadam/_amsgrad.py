@@ -6,6 +6,7 @@ import optax
 
 from jadam import _checks
 from jadam._adam import direction, variant, without_correction
+from jadam._formats import Moments
 from jadam._numerics import abs_sq, ema
 from jadam._transformation import Step, descend, scale_by_rule
 
@@ -37,6 +38,7 @@ def scale_by_amsgrad(
     *,
     max_of: str = "v_hat",
     eps_mode: str = "paper",
+    moments: Moments = "float32",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescale gradients by AMSGrad's rule, without the learning rate.
 
@@ -49,6 +51,7 @@ def scale_by_amsgrad(
 
     Args:
         b1, b2, eps, eps_root, mu_dtype, eps_mode: see `jadam.scale_by_adam`.
+        moments: the same; no ``"int8"``.
         bias_correction_mu: False leaves out the first moment's correction.
         bias_correction_nu: False leaves out the second moment's.
         max_of: of which second moment the maximum is taken, ``"v_hat"`` or ``"v"``.
@@ -76,7 +79,7 @@ def scale_by_amsgrad(
         _checks.one_of(name, switch, (True, False))
     rule = without_correction(rule, *(beta for beta, (_, switch) in corrected.items() if not switch))
     betas, scalars = {"b1": b1, "b2": b2}, {"eps": eps, "eps_root": eps_root}
-    return scale_by_rule(rule, optax.ScaleByAmsgradState, betas, scalars, mu_dtype)
+    return scale_by_rule(rule, optax.ScaleByAmsgradState, betas, scalars, mu_dtype, moments)
 
 
 def amsgrad(
@@ -91,13 +94,14 @@ def amsgrad(
     *,
     max_of: str = "v_hat",
     eps_mode: str = "paper",
+    moments: Moments = "float32",
 ) -> optax.GradientTransformationExtraArgs:
     """AMSGrad, a drop-in for `optax.amsgrad`; ``max_of="v"`` is ``torch.optim.Adam(amsgrad=True)``.
 
     Args:
         learning_rate: see `jadam.adam`.
-        b1, b2, eps, eps_root, mu_dtype, bias_correction_mu, bias_correction_nu, max_of, eps_mode: see
-            `scale_by_amsgrad`.
+        b1, b2, eps, eps_root, mu_dtype, bias_correction_mu, bias_correction_nu, max_of, eps_mode,
+            moments: see `scale_by_amsgrad`.
 
     Returns:
         A transformation with `optax.amsgrad`'s state.
@@ -112,6 +116,6 @@ def amsgrad(
         >>> print(tx.update(g, tx.init(g))[0].round(3))
         [-0.1  0.1]
     """
-    switches = {"max_of": max_of, "eps_mode": eps_mode}
+    switches = {"max_of": max_of, "eps_mode": eps_mode, "moments": moments}
     corrections = (bias_correction_mu, bias_correction_nu)
     return descend(scale_by_amsgrad(b1, b2, eps, eps_root, mu_dtype, *corrections, **switches), learning_rate)

@@ -117,6 +117,15 @@ def gradients(updates, params) -> None:
         same_tree(params, updates, "params", "updates")
 
 
+def state_of(state, state_type) -> None:
+    """Raise unless ``state`` has the fields of ``state_type``."""
+    if getattr(state, "_fields", None) != state_type._fields:
+        raise TypeError(
+            f"state must be the {state_type.__name__} that init returns, got {type(state).__name__}. Was it made by "
+            "another transformation, or with other moments?"
+        )
+
+
 def moments_wide_enough(tree, name: str) -> None:
     """Raise if a second moment is narrower than float32: there it stalls, and silently."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -130,6 +139,18 @@ def moments_wide_enough(tree, name: str) -> None:
 
 def same_tree(tree, reference, what: str, than: str) -> None:
     """Raise unless ``tree`` has the structure and shapes of ``reference``, naming the first path that differs."""
+    same_structure(tree, reference, what, than)
+    leaves, other = (jax.tree_util.tree_leaves_with_path(x) for x in (tree, reference))
+    for (path, leaf), (_, expected) in zip(leaves, other, strict=True):
+        if jnp.shape(leaf) != jnp.shape(expected):
+            raise ValueError(
+                f"{what}{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}, {than} has {jnp.shape(expected)}. "
+                f"{_SAME_TREE}"
+            )
+
+
+def same_structure(tree, reference, what: str, than: str) -> None:
+    """Raise unless ``tree`` has the structure of ``reference``, naming the first path that differs."""
     leaves, other = (jax.tree_util.tree_leaves_with_path(x) for x in (tree, reference))
     if jax.tree.structure(tree) != jax.tree.structure(reference):
         here, there = ([jax.tree_util.keystr(path) for path, _ in x] for x in (leaves, other))
@@ -142,12 +163,6 @@ def same_tree(tree, reference, what: str, than: str) -> None:
         else:
             difference = f"{what} is {jax.tree.structure(tree)}, {than} is {jax.tree.structure(reference)}"
         raise ValueError(f"{difference}. {_SAME_TREE}")
-    for (path, leaf), (_, expected) in zip(leaves, other, strict=True):
-        if jnp.shape(leaf) != jnp.shape(expected):
-            raise ValueError(
-                f"{what}{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}, {than} has {jnp.shape(expected)}. "
-                f"{_SAME_TREE}"
-            )
 
 
 _SAME_TREE = "Gradients, parameters and the tree given to init must match."

@@ -8,8 +8,9 @@ import optax
 
 from jadam import _checks
 from jadam._adam import direction, look_ahead, scale_by_adam, variant
+from jadam._formats import Moments
 from jadam._numerics import abs_sq, ema
-from jadam._transformation import Step, descend, scale_by_rule
+from jadam._transformation import QuantizedAdamState, Step, descend, scale_by_rule
 
 
 def nadam_of_momentum_rule(step: Step, g, m, v):
@@ -19,11 +20,10 @@ def nadam_of_momentum_rule(step: Step, g, m, v):
     return direction(step, look_ahead(step.momentum, m, g), v / step.b2.correction), m, v
 
 
-def _scale_by_nadam(b1, b2, eps, eps_root, mu_dtype, nesterov, eps_mode, bias_correction, momentum_decay):
+def _scale_by_nadam(momentum_decay, b1, b2, eps, eps_root, mu_dtype, **switches):
     if momentum_decay is None:
-        switches = {"nesterov": nesterov, "eps_mode": eps_mode, "bias_correction": bias_correction}
         return scale_by_adam(b1, b2, eps, eps_root, mu_dtype, **switches)
-    if callable(b1) or not (nesterov and bias_correction):
+    if callable(b1) or not (switches["nesterov"] and switches["bias_correction"]):
         raise ValueError(
             "momentum_decay must be None unless b1 is a number and nesterov and bias_correction are True, got "
             f"{momentum_decay!r}. To schedule the momentum of Dozat's own rule, make b1 a schedule."
@@ -31,7 +31,8 @@ def _scale_by_nadam(b1, b2, eps, eps_root, mu_dtype, nesterov, eps_mode, bias_co
     decay = _checks.hyperparameter("momentum_decay", momentum_decay, ">= 0", schedule=False)
     momentum = lambda count: b1 * (1 - 0.5 * 0.96 ** (decay * (count + 1.0)))
     betas, scalars = {"b1": b1, "b2": b2, "momentum": momentum}, {"eps": eps, "eps_root": eps_root}
-    return scale_by_rule(variant(nadam_of_momentum_rule, eps_mode), optax.ScaleByAdamState, betas, scalars, mu_dtype)
+    rule, stored = variant(nadam_of_momentum_rule, switches["eps_mode"]), (mu_dtype, switches["moments"])
+    return scale_by_rule(rule, optax.ScaleByAdamState, betas, scalars, *stored, QuantizedAdamState)
 
 
 def nadam(
@@ -45,6 +46,7 @@ def nadam(
     nesterov: bool = True,
     eps_mode: str = "paper",
     bias_correction: bool = True,
+    moments: Moments = "float32",
     momentum_decay: float | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adam with Nesterov momentum, a drop-in for `optax.nadam`.
@@ -63,7 +65,7 @@ def nadam(
 
     Args:
         learning_rate: see `jadam.adam`.
-        b1, b2, eps, eps_root, mu_dtype, eps_mode, bias_correction: see `jadam.scale_by_adam`.
+        b1, b2, eps, eps_root, mu_dtype, eps_mode, bias_correction, moments: see `jadam.scale_by_adam`.
         nesterov: False gives `jadam.adam`.
         momentum_decay: None for Dozat's rule, a number >= 0 for PyTorch's.
 
@@ -80,7 +82,8 @@ def nadam(
         >>> print(tx.update(g, tx.init(g))[0].round(3))
         [-0.147  0.147]
     """
-    scale = _scale_by_nadam(b1, b2, eps, eps_root, mu_dtype, nesterov, eps_mode, bias_correction, momentum_decay)
+    switches = {"nesterov": nesterov, "eps_mode": eps_mode, "bias_correction": bias_correction, "moments": moments}
+    scale = _scale_by_nadam(momentum_decay, b1, b2, eps, eps_root, mu_dtype, **switches)
     return descend(scale, learning_rate)
 
 
@@ -97,6 +100,7 @@ def nadamw(
     nesterov: bool = True,
     eps_mode: str = "paper",
     bias_correction: bool = True,
+    moments: Moments = "float32",
     momentum_decay: float | None = None,
     max_lr: float | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -104,7 +108,8 @@ def nadamw(
 
     Args:
         learning_rate: see `jadam.adam`.
-        b1, b2, eps, eps_root, mu_dtype, nesterov, eps_mode, bias_correction, momentum_decay: see `nadam`.
+        b1, b2, eps, eps_root, mu_dtype, nesterov, eps_mode, bias_correction, moments, momentum_decay: see
+            `nadam`.
         weight_decay, mask, max_lr: see `jadam.adamw`.
 
     Returns:
@@ -120,5 +125,6 @@ def nadamw(
         >>> print(tx.update(0 * p, tx.init(p), p)[0])
         [-0.05 -0.05]
     """
-    scale = _scale_by_nadam(b1, b2, eps, eps_root, mu_dtype, nesterov, eps_mode, bias_correction, momentum_decay)
+    switches = {"nesterov": nesterov, "eps_mode": eps_mode, "bias_correction": bias_correction, "moments": moments}
+    scale = _scale_by_nadam(momentum_decay, b1, b2, eps, eps_root, mu_dtype, **switches)
     return descend(scale, learning_rate, weight_decay, mask, max_lr)

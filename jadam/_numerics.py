@@ -123,3 +123,68 @@ def at_least_float32(*values) -> np.dtype:
 def real(dtype) -> np.dtype:
     """The dtype of ``abs(x)`` for ``x`` of ``dtype``."""
     return jnp.finfo(dtype).dtype
+
+
+def lowbias32(x: jax.Array) -> jax.Array:
+    """A hash of 32 bits to 32 bits: Wellons' lowbias32, whose output bits each flip with probability near 1/2."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)
+
+
+def dither(index: jax.Array, salt: int, t: jax.Array, k: int) -> jax.Array:
+    """32 random bits for every element of an array, without a key: a function of where and when they are used.
+
+    A hash of the place starts a walk round the circle of uint32 by the golden ratio, ``t`` steps long: over any run
+    of steps an element's bits are spread more evenly than independent ones would be, so rounding errors cancel
+    sooner.
+
+    Args:
+        index: uint32, the elements' linear indices in the whole (global) array.
+        salt: of the array.
+        t: uint32 scalar, the step.
+        k: which of the array's independent streams, from 0.
+    """
+    start = lowbias32(index ^ lowbias32(jnp.uint32((salt + k * 0x632BE5AB) & 0xFFFFFFFF)))
+    return start + t * jnp.uint32(0x9E3779B9)
+
+
+def linear_index(shape) -> jax.Array:
+    """Each element's index in row-major order, uint32, modulo 2**32; made by iota, so sharding keeps it global."""
+    index = jnp.zeros(shape, jnp.uint32)
+    stride = 1
+    for axis in reversed(range(len(shape))):
+        index += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride & 0xFFFFFFFF)
+        stride *= shape[axis]
+    return index
+
+
+def uniform(bits: jax.Array) -> jax.Array:
+    """Random bits as float32 in [0, 1): their upper 24, which float32 holds exactly."""
+    return (bits >> 8).astype(jnp.float32) * jnp.float32(2**-24)
+
+
+def round_to_bfloat16(x: jax.Array, bits: jax.Array) -> jax.Array:
+    """``x``, float32, as bfloat16: up or down with the probabilities that make its mean ``x``.
+
+    ``bits``, uint32, are random. On the bit pattern, because XLA may elide the conversion there and back.
+    """
+    pattern = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    rounded = ((pattern + (bits >> 16)) >> 16).astype(jnp.uint16)
+    rounded = jax.lax.bitcast_convert_type(rounded, jnp.bfloat16)
+    return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
+
+
+def applied(p, u, dtype):
+    """What `optax.apply_updates` makes of ``p`` and ``u`` where parameters are of ``dtype``, in float32 at least.
+
+    Really rounded: under jit XLA drops the rounding of ``x.astype(bfloat16).astype(float32)``. Subnormal numbers of
+    16 bits are left unrounded.
+    """
+    wide = at_least_float32(p, u)
+    x = p.astype(wide) + u.astype(wide)
+    info = jnp.finfo(dtype)
+    if info.bits >= 32:
+        return x
+    rounded = jax.lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant)
+    return jnp.where(jnp.abs(x) < info.smallest_normal, x, rounded)

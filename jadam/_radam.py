@@ -8,6 +8,7 @@ import optax
 
 from jadam import _checks
 from jadam._adam import adam_rule, look_ahead, nadam_rule, variant
+from jadam._formats import Moments
 from jadam._numerics import Beta
 from jadam._transformation import Rule, Step, descend, scale_by_rule
 
@@ -50,6 +51,7 @@ def scale_by_radam(
     *,
     nesterov: bool = False,
     eps_mode: str = "paper",
+    moments: Moments = "float32",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescale gradients by RAdam's rule, without the learning rate.
 
@@ -67,6 +69,7 @@ def scale_by_radam(
     Args:
         b1, b2, eps, eps_root, nesterov, eps_mode: see `jadam.scale_by_adam`. If ``b2`` is a schedule,
             :math:`\rho_t` is that of today's value.
+        moments: see `jadam.scale_by_adam`; no ``"int8"``.
         threshold: the :math:`\rho_t` from which on Adam's direction is taken, >= 4, in steps.
 
     Returns:
@@ -86,7 +89,7 @@ def scale_by_radam(
     _checks.one_of("nesterov", nesterov, (True, False))
     rule = variant(functools.partial(radam_rule, adam=nadam_rule if nesterov else adam_rule), eps_mode)
     betas, scalars = {"b1": b1, "b2": b2}, {"eps": eps, "eps_root": eps_root, "threshold": threshold}
-    return scale_by_rule(rule, optax.ScaleByAdamState, betas, scalars)
+    return scale_by_rule(rule, optax.ScaleByAdamState, betas, scalars, moments=moments)
 
 
 def radam(
@@ -99,12 +102,13 @@ def radam(
     *,
     nesterov: bool = False,
     eps_mode: str = "paper",
+    moments: Moments = "float32",
 ) -> optax.GradientTransformationExtraArgs:
     """Rectified Adam, a drop-in for `optax.radam`; with ``eps_mode="hat"`` equal to `torch.optim.RAdam`.
 
     Args:
         learning_rate: see `jadam.adam`.
-        b1, b2, eps, eps_root, threshold, nesterov, eps_mode: see `scale_by_radam`.
+        b1, b2, eps, eps_root, threshold, nesterov, eps_mode, moments: see `scale_by_radam`.
 
     Returns:
         A transformation with `optax.radam`'s state.
@@ -119,6 +123,5 @@ def radam(
         >>> print(tx.update(g, tx.init(g))[0].round(3))
         [-0.4  0.2]
     """
-    return descend(
-        scale_by_radam(b1, b2, eps, eps_root, threshold, nesterov=nesterov, eps_mode=eps_mode), learning_rate
-    )
+    switches = {"nesterov": nesterov, "eps_mode": eps_mode, "moments": moments}
+    return descend(scale_by_radam(b1, b2, eps, eps_root, threshold, **switches), learning_rate)

@@ -1,7 +1,7 @@
 """From a rule for one array to an Optax transformation over a tree.
 
 A *rule* is a pure function ``rule(step, g, *moments) -> (u, *moments)`` on arrays of one dtype, with this
-step's scalars in ``step``. It knows nothing of trees, stored dtypes or schedules; this file knows nothing
+step's scalars in ``step``. It knows nothing of trees, stored formats or schedules; this file knows nothing
 of Adam. `scale_by_rule` maps a rule over the tree once, `descend` puts weight decay and the learning rate
 behind it.
 """
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jadam import _checks
+from jadam import _checks, _formats
 from jadam._numerics import Beta, Scalar, at_least_float32, constant_beta, promote, real, scheduled_beta
 
 Rule = Callable[..., tuple[jax.Array, ...]]
@@ -34,6 +34,21 @@ class Step(SimpleNamespace):
         return Step(**{**vars(self), **changed})
 
 
+class QuantizedAdamState(NamedTuple):
+    """The state where ``moments`` may be int8 for some leaves: Optax's `ScaleByAdamState` and, beside it, scales.
+
+    For a leaf that is int8, ``mu`` holds codes of ``m / sqrt(v)`` and ``nu`` of ``sqrt(v)``; the scales are float32 and
+    shaped like the leaf but for the last axis, which has one element a block. For any other leaf ``mu`` and ``nu`` are
+    the moments themselves and the scales have no elements.
+    """
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    mu: Any
+    nu: Any
+    mu_scale: Any
+    nu_scale: Any
+
+
 class ScheduledBetasState(NamedTuple):
     """The state when a decay rate is a schedule: the plain one, and what corrects each scheduled rate.
 
@@ -50,6 +65,8 @@ def scale_by_rule(
     betas: dict[str, Any],
     scalars: dict[str, Any],
     mu_dtype: Any = None,
+    moments: _formats.Moments = "float32",
+    quantized_state_type: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation that applies ``rule`` to every leaf.
 
@@ -60,49 +77,64 @@ def scale_by_rule(
         betas: decay rates by name, in [0, 1): numbers, scalar arrays or schedules.
         scalars: other hyperparameters by name, >= 0: the same.
         mu_dtype: dtype in which ``mu`` is stored; default the parameter's, at least float32.
+        moments: how the moments are stored, see `jadam.scale_by_adam`.
+        quantized_state_type: ``state_type`` with a scale for every moment, where a rule's moments can be int8.
     """
     betas = {name: _beta(name, value) for name, value in betas.items()}
     scalars = {name: _scalar(name, value) for name, value in scalars.items()}
     scheduled = [name for name, value in betas.items() if callable(value)]
     mu_dtype = _checks.storage_dtype("mu_dtype", mu_dtype)
+    choose = _formats.chooser(moments, mu_dtype, betas if quantized_state_type else None)
     names = state_type._fields[1:]
+    if moments == "int8" or callable(moments):
+        state_type = quantized_state_type or state_type
+    stored_names = state_type._fields[1:]
 
     def init(params) -> Any:
         _checks.trainable(params, "params")
 
-        def zeros(p, name):
-            dtype = at_least_float32(p)
-            return jnp.zeros_like(p, dtype=(mu_dtype or dtype) if name == "mu" else real(dtype))
+        def leaf(path, p):
+            stored = choose(path, p).init(p, len(names))
+            return *stored, *[_formats.empty(p)] * (len(stored_names) - len(stored))
 
-        moments = [jax.tree.map(functools.partial(zeros, name=name), params) for name in names]
-        state = state_type(jnp.zeros([], jnp.int32), *moments)
+        state = state_type(jnp.zeros([], jnp.int32), *_columns(leaf, len(stored_names), params))
         return ScheduledBetasState({name: jnp.zeros([]) for name in scheduled}, state) if scheduled else state
 
     def update(updates, state, params=None, **extra_args) -> Any:
         del extra_args
         corrections, state = state if scheduled else ({}, state)
+        _checks.state_of(state, state_type)
         _checks.gradients(updates, params)
-        for name, moments in zip(names, state[1:], strict=True):
-            _checks.same_tree(updates, moments, "updates", f"state.{name}")
-            if name != "mu" or mu_dtype is None:
-                _checks.moments_wide_enough(moments, name)
+        for name, tree in zip(names, state[1:], strict=False):
+            _checks.same_tree(updates, tree, "updates", f"state.{name}")
+            if moments == "float32" and (name != "mu" or mu_dtype is None):
+                _checks.moments_wide_enough(tree, name)
         _checks.holds_complex(state.mu, updates)
         step, corrections = _at_step(betas, scalars, state.count, corrections)
 
-        def leaf(g, result_dtype, *stored):
-            dtype = at_least_float32(g, *stored)
-            wide = [x.astype(dtype if name == "mu" else real(dtype)) for name, x in zip(names, stored, strict=True)]
-            u, *moments = rule(step(real(dtype)), g.astype(dtype), *wide)
-            return u.astype(result_dtype), *(x.astype(s.dtype) for x, s in zip(moments, stored, strict=True))
+        def leaf(path, g, result_dtype, *stored):
+            format = _formats.of(stored)
+            own, unused = stored[: (n := format.arrays(len(names)))], stored[n:]
+            dtype = at_least_float32(g, *own)
+            u, *new = rule(format.limit(step(real(dtype))), g.astype(dtype), *format.decode(own, dtype))
+            random = _formats.random_for(g.shape, path, state.count)
+            return u.astype(result_dtype), *format.encode(new, own, random), *unused
 
         trees = [updates, result_dtypes(updates, params), *state[1:]]
-        results = [leaf(*x) for x in zip(*map(jax.tree.leaves, trees), strict=True)]
-        columns = zip(*results, strict=True) if results else [()] * (1 + len(names))
-        updates, *moments = (jax.tree.unflatten(jax.tree.structure(updates), column) for column in columns)
-        state = state_type(optax.safe_increment(state.count), *moments)
+        updates, *stored = _columns(leaf, 1 + len(stored_names), *trees)
+        state = state_type(optax.safe_increment(state.count), *stored)
         return updates, ScheduledBetasState(corrections, state) if scheduled else state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _columns(function, n: int, tree, *others):
+    """The ``n`` trees of the ``n`` things that ``function(path, *leaves)`` returns for each leaf."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    others = [structure.flatten_up_to(x) for x in others]
+    results = [function(path, leaf, *x) for (path, leaf), *x in zip(leaves, *others, strict=True)]
+    columns = zip(*results, strict=True) if results else [()] * n
+    return [structure.unflatten(column) for column in columns]
 
 
 def _beta(name, value, schedule=True):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from jadam import _checks
-from jadam._numerics import Beta, at_least_float32, ema, one_minus, one_minus_power
+from jadam._numerics import Beta, applied, at_least_float32, ema, one_minus, one_minus_power
 
 
 class AverageParamsState(NamedTuple):
@@ -75,7 +75,7 @@ def average_params(decay: float | jax.Array | None = 0.999) -> optax.GradientTra
                 weight = 1 / t
             else:
                 weight = one_minus(_checks.or_nan(decay, "in [0, 1)"), dtype) / one_minus_power(decay, t, dtype)
-            return ema(Beta(1 - weight, weight, t, t, t), average, _applied(p, u).astype(average.dtype))
+            return ema(Beta(1 - weight, weight, t, t, t), average, applied(p, u, p.dtype).astype(average.dtype))
 
         averages = jax.tree.map(average, state.average, params, updates)
         return updates, AverageParamsState(count, averages, state.dtypes)
@@ -114,17 +114,3 @@ def averaged_params(state):
 def _empty(p):
     """No elements, but the dtype and the rank of ``p`` (so that its PartitionSpec fits); a scalar stays one."""
     return jnp.zeros((0, *p.shape[1:]) if jnp.ndim(p) else (), jnp.result_type(p))
-
-
-def _applied(p, u):
-    """What `optax.apply_updates` makes of ``p`` and ``u``, really rounded to ``p``'s dtype.
-
-    Under jit XLA drops the rounding of ``x.astype(bfloat16).astype(float32)``.
-    """
-    dtype = at_least_float32(p, u)
-    x = p.astype(dtype) + u.astype(dtype)
-    info = jnp.finfo(p.dtype)
-    if info.bits >= 32:
-        return x
-    rounded = jax.lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant)
-    return jnp.where(jnp.abs(x) < info.smallest_normal, x, rounded)

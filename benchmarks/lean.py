@@ -1,0 +1,220 @@
+"""Does training with 2 bytes of state, or with bf16 weights, end where float32 ends?
+
+Two trainings on real data, every side from the same start on the same batches: the demo's classifier of handwritten
+digits, and a character-level transformer on Python's own documentation (`pydoc_data.topics`). The figure is the final
+training loss, in float32, of the weights as they are (bf16 where the side has bf16 weights), over that of float32.
+"""
+
+import functools
+import importlib.metadata
+import math
+import pydoc_data.topics
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+from flax import nnx
+from rich.progress import Progress
+
+import jadam
+from jadam import _demo
+
+SEEDS = (0, 1, 2)
+DIGITS_STEPS, RATES = 4000, (1e-3, 1e-4, 1e-5)
+TEXT_STEPS, PEAK_RATE = 2000, 2e-3
+WIDTH, HEADS, LAYERS, CONTEXT, BATCH = 64, 4, 2, 64, 16
+
+# name: (transformation of a learning rate, dtype of the weights)
+SIDES = {
+    "float32": (jadam.adam, jnp.float32),
+    "bfloat16 moments": (functools.partial(jadam.adam, moments="bfloat16"), jnp.float32),
+    "int8 moments": (functools.partial(jadam.adam, moments="int8"), jnp.float32),
+    "exact_bf16 weights": (lambda rate: jadam.exact_bf16(jadam.adam(rate)), jnp.bfloat16),
+    "int8 moments, exact_bf16 weights": (
+        lambda rate: jadam.exact_bf16(jadam.adam(rate, moments="int8")),
+        jnp.bfloat16,
+    ),
+    "optax on bf16 weights": (optax.adam, jnp.bfloat16),
+}
+
+
+def flashoptim():
+    """The 8-bit Adam of `flashoptim-jax` as a transformation, or why there is none."""
+    try:
+        from flashoptim_jax import flash_adam
+    except ImportError:
+        return None, "not installed"
+
+    def make(rate):
+        tx = flash_adam(rate, master_weight_bits=None, fused=False)  # its fused kernels do not run on a CPU
+
+        def update(grads, state, params):
+            new, state = tx.step(params, state, grads)
+            return jax.tree.map(jnp.subtract, new, params), state
+
+        return optax.GradientTransformation(tx.init, update)
+
+    return make, f"flashoptim-jax {importlib.metadata.version('flashoptim-jax')}, unfused"
+
+
+def train(tx, dtype, params, loss, batches, tick):
+    """The weights after all of ``batches``, an array of indices, and the loss along the way."""
+    params = jax.tree.map(lambda p: p.astype(dtype), params)
+
+    @jax.jit
+    def some_steps(params, state, batches):
+        def step(carry, batch):
+            params, state = carry
+            value, grads = jax.value_and_grad(loss)(params, batch)
+            updates, state = tx.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), value
+
+        (params, state), values = jax.lax.scan(step, (params, state), batches)
+        return params, state, values.mean()
+
+    state, curve = tx.init(params), []
+    for part in np.array_split(batches, max(1, len(batches) // 100)):
+        params, state, value = some_steps(params, state, part)
+        curve.append(float(value))
+        tick(len(part))
+    return params, curve
+
+
+def wide(params):
+    """The weights in float32, in which every side's loss is computed."""
+    return jax.tree.map(lambda p: p.astype(jnp.float32), params)
+
+
+def digits(steps=DIGITS_STEPS, seed=0):
+    """Start, batches, loss of a batch and loss of the whole training set."""
+    data, _ = _demo.load(seed)
+    graph, params = nnx.split(_demo.Classifier(nnx.Rngs(seed)), nnx.Param)
+    images, labels = jnp.asarray(data.images), jnp.asarray(data.labels)
+
+    def loss(params, index):
+        logits = nnx.merge(graph, wide(params))(images[index])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels[index]).mean()
+
+    batches = np.random.default_rng(seed).integers(len(labels), size=(steps, 64))
+    return params, batches, loss, jax.jit(lambda params: loss(params, jnp.arange(len(labels))))
+
+
+class Block(nnx.Module):
+    """Causal attention and a two-layer network, each behind a normalisation."""
+
+    def __init__(self, rngs):
+        self.norms = nnx.List([nnx.LayerNorm(WIDTH, rngs=rngs) for _ in range(2)])
+        self.attention = nnx.MultiHeadAttention(HEADS, WIDTH, decode=False, rngs=rngs)
+        self.up, self.down = nnx.Linear(WIDTH, 4 * WIDTH, rngs=rngs), nnx.Linear(4 * WIDTH, WIDTH, rngs=rngs)
+
+    def __call__(self, x, mask):
+        """(batch, context, width) to the same."""
+        x = x + self.attention(self.norms[0](x), mask=mask)
+        return x + self.down(nnx.gelu(self.up(self.norms[1](x))))
+
+
+class Transformer(nnx.Module):
+    """The next character from those before."""
+
+    def __init__(self, characters, rngs):
+        self.embed, self.place = nnx.Embed(characters, WIDTH, rngs=rngs), nnx.Embed(CONTEXT, WIDTH, rngs=rngs)
+        self.blocks = nnx.List([Block(rngs) for _ in range(LAYERS)])
+        self.norm, self.head = nnx.LayerNorm(WIDTH, rngs=rngs), nnx.Linear(WIDTH, characters, rngs=rngs)
+
+    def __call__(self, text):
+        """(batch, context) character numbers to logits of the next."""
+        x = self.embed(text) + self.place(jnp.arange(CONTEXT))
+        for block in self.blocks:
+            x = block(x, nnx.make_causal_mask(text))
+        return self.head(self.norm(x))
+
+
+def text(steps=TEXT_STEPS, seed=0):
+    """The same for the transformer; its whole training set is 2,048 places in the text."""
+    characters, codes = np.unique(list("\n".join(pydoc_data.topics.topics.values())), return_inverse=True)
+    codes = jnp.asarray(codes, jnp.int32)
+    graph, params = nnx.split(Transformer(len(characters), nnx.Rngs(seed)), nnx.Param)
+
+    def loss(params, start):
+        window = codes[start[:, None] + jnp.arange(CONTEXT + 1)]
+        logits = nnx.merge(graph, wide(params))(window[:, :-1])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, window[:, 1:]).mean()
+
+    rng = np.random.default_rng(seed)
+    batches = rng.integers(len(codes) - CONTEXT, size=(steps, BATCH))
+    places = jnp.asarray(rng.integers(len(codes) - CONTEXT, size=(32, 64)))
+    return params, batches, loss, jax.jit(lambda params: jax.lax.map(lambda x: loss(params, x), places).mean())
+
+
+def compare(problem, rate, sides, tick=lambda steps: None):
+    """Final loss and curve of every side."""
+    params, batches, loss, final = problem
+    result = {}
+    for name, (make, dtype) in sides.items():
+        trained, curve = train(make(rate), dtype, params, loss, batches, tick)
+        result[name] = {"loss": float(final(trained)), "curve": [float(f"{x:.4g}") for x in curve]}
+    return result
+
+
+def run(options):
+    """Both trainings; the results and a picture."""
+    make, flash = flashoptim()
+    sides = SIDES | ({"flashoptim-jax": (make, jnp.float32)} if make else {})
+    few = {name: sides[name] for name in sides if name != "exact_bf16 weights"}
+    total = len(SEEDS) * (DIGITS_STEPS * len(RATES) * len(sides) + TEXT_STEPS * len(few))
+    table = []
+    with Progress() as progress:
+        task = progress.add_task("lean", total=total)
+        tick = lambda steps: progress.advance(task, steps)
+        for rate in RATES:
+            runs = [compare(digits(seed=seed), rate, sides, tick) for seed in SEEDS]
+            table += rows("digits", rate, runs)
+        schedule = optax.warmup_cosine_decay_schedule(0.0, PEAK_RATE, 100, TEXT_STEPS)
+        runs = [compare(text(seed=seed), schedule, few, tick) for seed in SEEDS]
+        table += rows("text", PEAK_RATE, runs)
+    plot(table, Path(__file__).parent / "results" / "lean.png")
+    parameters = sum(x.size for x in jax.tree.leaves(text(1)[0]))
+    return {"transformer_parameters": parameters, "flashoptim-jax": flash, "rows": table}
+
+
+def rows(problem, rate, runs):
+    """One row a side: losses by seed, their mean ratio to float32's, and that of the paired differences."""
+    out = []
+    for name in runs[0]:
+        losses = [run[name]["loss"] for run in runs]
+        ratios = [loss / run["float32"]["loss"] for loss, run in zip(losses, runs, strict=True)]
+        curve = np.mean([run[name]["curve"] for run in runs], axis=0)
+        out.append(
+            {
+                "problem": problem,
+                "rate": rate,
+                "side": name,
+                "losses": losses,
+                "over_float32": ratios,
+                "mean_over_float32": float(np.mean(ratios)) if all(map(math.isfinite, ratios)) else None,
+                "curve": [float(f"{x:.4g}") for x in curve],
+            }
+        )
+        print(f"{problem} {rate:g} {name}: {losses} {ratios}", flush=True)
+    return out
+
+
+def plot(table, out):
+    """Learning curves, mean over the seeds, a panel a training."""
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    panels = sorted({(row["problem"], -row["rate"]) for row in table})
+    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.6), layout="constrained")
+    for axis, (problem, rate) in zip(axes, panels, strict=True):
+        for row in table:
+            if (row["problem"], -row["rate"]) == (problem, rate):
+                axis.plot(100 * np.arange(1, 1 + len(row["curve"])), row["curve"], label=row["side"], lw=1)
+        axis.set(title=f"{problem}, learning rate {-rate:g}", xlabel="step", ylabel="training loss", yscale="log")
+    axes[0].legend(fontsize=7)
+    out.parent.mkdir(exist_ok=True)
+    figure.savefig(out, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,148 @@
+"""What of an optimizer's state belongs to which parameter, in how many bytes, and why so many."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jadam import _checks
+from jadam._formats import FORMATS, leaf_name
+from jadam._transformation import QuantizedAdamState
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One parameter: its name, shape and dtype, the format of its moments, all its state in bytes, and the reason.
+
+    ``format`` is "none" where there are no moments, as behind `optax.masked`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    format: str
+    bytes: int
+    reason: str
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return int(np.prod(self.shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What `describe` returns: a `Leaf` for each parameter, and the bytes that belong to none, such as counts."""
+
+    leaves: tuple[Leaf, ...]
+    other_bytes: int
+
+    @property
+    def bytes(self) -> int:
+        """The whole state in bytes."""
+        return self.other_bytes + sum(leaf.bytes for leaf in self.leaves)
+
+    @property
+    def bytes_per_parameter(self) -> float:
+        """The whole state over the number of parameters."""
+        return self.bytes / max(1, sum(leaf.size for leaf in self.leaves))
+
+    def __str__(self):
+        rows = [("parameter", "shape", "dtype", "moments", "bytes", "each", "why")]
+        for leaf in self.leaves:
+            each = f"{leaf.bytes / leaf.size:.2f}" if leaf.size else "-"
+            shape = "x".join(map(str, leaf.shape)) or "scalar"
+            rows.append((leaf.name, shape, str(leaf.dtype), leaf.format, f"{leaf.bytes:,}", each, leaf.reason))
+        rows.append(("total", "", "", "", f"{self.bytes:,}", f"{self.bytes_per_parameter:.2f}", ""))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        align = [str.rjust if title in ("bytes", "each") else str.ljust for title in rows[0]]
+        lines = ["  ".join(put(x, n) for put, x, n in zip(align, row, widths, strict=True)) for row in rows]
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def describe(state_or_tx, params) -> Description:
+    """Tell for every parameter how its moments are stored, in how many bytes, and why.
+
+    Args:
+        state_or_tx: an optimizer's state, or a transformation, whose ``init`` is then traced but not run.
+        params: the parameters, or their shapes and dtypes (`jax.ShapeDtypeStruct`).
+
+    Returns:
+        A `Description`; print it for a table. Its ``leaves`` have ``name, shape, dtype, format, bytes, reason``, and
+        it has ``bytes`` and ``bytes_per_parameter`` in total. Whatever lies in the state under a parameter's path
+        counts as that parameter's: moments, scales, remainders, sums of gradients.
+
+    Raises:
+        TypeError: a parameter that is not floating.
+
+    Example:
+        >>> import jax.numpy as jnp, jadam
+        >>> params = {"kernel": jnp.zeros((512, 512)), "bias": jnp.zeros(512)}
+        >>> print(jadam.describe(jadam.adam(1e-3, moments="int8"), params))
+        parameter   shape    dtype    moments    bytes  each  why
+        ['bias']    512      float32  float32    4,096  8.00  1 dimensions, int8 needs 2
+        ['kernel']  512x512  float32  int8     540,672  2.06
+        total                                  544,772  2.07
+    """
+    _checks.trainable(params, "params")
+    state = jax.eval_shape(state_or_tx.init, params) if hasattr(state_or_tx, "init") else state_or_tx
+    named = {_keys(path): (leaf_name(path), p) for path, p in jax.tree_util.tree_leaves_with_path(params)}
+    moments: dict[str, list] = {name: [] for name, _ in named.values()}
+    sizes = dict.fromkeys(moments, 0)
+    other = 0
+    for path, x in jax.tree_util.tree_leaves_with_path(state):
+        name = _owner(path, x, named)
+        if name is None:
+            other += _bytes(x)
+        else:
+            sizes[name] += _bytes(x)
+            moments[name] += [x] if _field(path) in ("mu", "nu", "mu_scale", "nu_scale") else []
+    quantized = _has(state, QuantizedAdamState)
+    return Description(
+        tuple(_leaf(name, p, moments[name], sizes[name], quantized) for name, p in named.values()), other
+    )
+
+
+def _leaf(name, p, moments, size, quantized):
+    format, reason = "none", "no moments in this state"
+    if len(moments) > 1:
+        format, reason = next(x for x in FORMATS.values() if x.stores(moments)).name, ""
+        if format == "float32" and moments[0].dtype == jnp.bfloat16:
+            reason = "mu_dtype"
+        elif format != "int8" and quantized:
+            reason = FORMATS["int8"].refuses(p) or "so chosen by moments"
+        elif format == "float32" and jnp.finfo(moments[0].dtype).bits > 32:
+            reason = f"of the parameter's own {moments[0].dtype}"
+    return Leaf(name, tuple(jnp.shape(p)), np.dtype(jnp.result_type(p)), format, size, reason)
+
+
+def _owner(path, x, params):
+    """The name of the parameter at whose path, within some tree of the state, ``x`` lies; the longest if several."""
+    keys = _keys(path)
+    for i in range(len(keys) + 1):
+        name, p = params.get(keys[i:], (None, None))
+        if name is not None and jnp.ndim(p) == jnp.ndim(x) and (jnp.ndim(p) or _field(path) != "count"):
+            return name
+    return None
+
+
+def _keys(path) -> tuple[str, ...]:
+    """Of a path, without the ``.value`` of Flax NNX."""
+    keys = tuple(map(str, path))
+    return keys[:-1] if keys[-1:] == (".value",) else keys
+
+
+def _field(path):
+    """The last field of a state's NamedTuple on the way to a leaf."""
+    names = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey) and key.name != "value"]
+    return names[-1] if names else None
+
+
+def _bytes(x) -> int:
+    return x.size * np.dtype(x.dtype).itemsize
+
+
+def _has(state, kind) -> bool:
+    is_kind = lambda x: isinstance(x, kind)
+    return any(is_kind(x) for x in jax.tree.leaves(state, is_leaf=is_kind))

@@ -1,0 +1,229 @@
+"""bfloat16 weights that train as float32: a 16-bit remainder beside each holds the rest of its float32 master.
+
+A float32 number is its bfloat16 neighbour and the distance to it, counted in float32's own steps; ties go away from
+zero, so that the count fits int16. 2 bytes per parameter instead of a master's 4, and the same bits.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jadam import _checks
+from jadam._formats import leaf_name
+from jadam._numerics import applied, at_least_float32
+
+
+class ExactBF16State(NamedTuple):
+    """int16 remainders shaped like the parameters (without elements where one is not bfloat16), and the inner state."""
+
+    remainder: Any
+    inner_state: Any
+
+
+class ExactBF16(optax.GradientTransformationExtraArgs):
+    """What `exact_bf16` returns: ``init``, ``update``, and ``inner``, what it is around."""
+
+    inner: optax.GradientTransformationExtraArgs
+
+
+def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
+    r"""Let ``tx`` train float32 masters of which the bfloat16 parameters are the rounded form.
+
+    A step joins parameters and remainders to masters, runs ``tx`` on them with gradients in float32, and splits the
+    result. `optax.apply_updates` then lands on the masters rounded to bfloat16. The masters are those of float32
+    training on the same gradients, bit for bit. Where no update can lead `optax.apply_updates` there (from
+    -3e38 to 3e38, or within bfloat16's subnormal numbers, below 1.2e-38) the master becomes what it does lead to.
+
+    It is the outermost wrapper: a stage behind it would change the parameters without the masters' knowing. So
+    ``exact_bf16(optax.chain(...))``, ``exact_bf16(optax.MultiSteps(tx, k))``, whose sums are then float32 too, and
+    ``exact_bf16(optax.apply_if_finite(tx, n))``. Not ``optax.MultiSteps(exact_bf16(tx), k)``, which sums in bfloat16.
+
+    Apply the updates with `optax.apply_updates`. ``eqx.apply_updates`` and a bare ``p + u`` leave float32 parameters,
+    exactly the rounded masters: cast them back, ``jax.tree.map(lambda p, q: q.astype(p.dtype), params, new)``, or the
+    next ``update`` raises.
+
+    Args:
+        tx: any Optax transformation, chains and wrappers included.
+
+    Returns:
+        A transformation whose ``update`` needs ``params``. State: `ExactBF16State`, 2 bytes per bfloat16 parameter
+        beside the state that ``tx`` has for float32 ones. Other parameters pass through to ``tx``.
+
+    Raises:
+        ValueError: an ``update`` without ``params``, or with trees that do not match.
+        TypeError: parameters of other dtypes than at ``init``, or ``tx`` no transformation.
+
+    Example:
+        >>> import jax.numpy as jnp, jadam, optax
+        >>> tx = jadam.exact_bf16(jadam.adam(1e-4))
+        >>> params = jnp.ones(1, jnp.bfloat16)
+        >>> state = tx.init(params)
+        >>> for _ in range(10):  # each step is a fortieth of bfloat16's spacing at 1
+        ...     updates, state = tx.update(jnp.ones(1, jnp.bfloat16), state, params)
+        ...     params = optax.apply_updates(params, updates)
+        >>> print(params[0], f"{jadam.float32_params(params, state)[0]:.4f}")
+        1 0.9990
+    """
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        raise TypeError(f"exact_bf16 needs an Optax transformation, got {tx!r}. Pass jadam.adam(...), for one.")
+    inner = optax.with_extra_args_support(optax.GradientTransformation(tx.init, tx.update))
+
+    def init(params) -> Any:
+        _checks.trainable(params, "params")
+        return ExactBF16State(jax.tree.map(_no_remainder, params), inner.init(jax.tree.map(_widen, params)))
+
+    def update(updates, state, params=None, **extra_args) -> Any:
+        if params is None:
+            raise ValueError("exact_bf16 needs params: call update(updates, state, params).")
+        _checks.state_of(state, ExactBF16State)
+        _checks.gradients(updates, params)
+        masters = _masters(params, state.remainder)
+        wide = jax.tree.map(lambda g, p: g.astype(at_least_float32(g)) if _is_bf16(p) else g, updates, params)
+        updates, inner_state = inner.update(wide, state.inner_state, masters, **extra_args)
+        moved = optax.apply_updates(masters, updates)
+        updates = jax.tree.map(lambda p, x, u: _distance(p, x) if _is_bf16(p) else u, params, moved, updates)
+        remainder = jax.tree.map(
+            lambda p, x, u, r: _remainder(p, x, u) if _is_bf16(p) else r, params, moved, updates, state.remainder
+        )
+        return updates, ExactBF16State(remainder, inner_state)
+
+    wrapper = ExactBF16(init, update)
+    wrapper.inner = inner
+    return wrapper
+
+
+def float32_params(params, state):
+    """The float32 masters, for evaluation or a checkpoint.
+
+    Args:
+        params: the parameters after `optax.apply_updates`.
+        state: the state of `exact_bf16`, or one that has it inside, once.
+
+    Returns:
+        A tree like ``params``, float32 where they are bfloat16, itself elsewhere.
+
+    Raises:
+        ValueError: no `ExactBF16State` in ``state``, or several, or of another tree.
+        TypeError: parameters of other dtypes than at ``init``.
+
+    Example:
+        >>> import jax.numpy as jnp, jadam
+        >>> params, state = jadam.from_float32(jnp.array([0.1]), jadam.exact_bf16(jadam.adam(1e-3)))
+        >>> print(params.dtype, jadam.float32_params(params, state))
+        bfloat16 [0.1]
+    """
+    found = [x for x in jax.tree.leaves(state, is_leaf=_is_state) if _is_state(x)]
+    if len(found) != 1:
+        raise ValueError(f"state must hold one ExactBF16State, found {len(found)}. Train with jadam.exact_bf16(...).")
+    return _masters(params, found[0].remainder)
+
+
+def from_float32(params32, tx: ExactBF16, keep: Callable[[str, Any], bool] | None = None):
+    """bfloat16 parameters and a state that hold float32 ones without loss.
+
+    Args:
+        params32: parameters; those that are float32 become bfloat16.
+        tx: what `exact_bf16` returned.
+        keep: ``keep(path, leaf)`` is True for those that stay float32, ``path`` being a string such as
+            ``"['norm']['scale']"``. Default: none.
+
+    Returns:
+        ``(params, state)``, with ``float32_params(params, state)`` equal to ``params32``. Should one of them be NaN, it
+        becomes the canonical one.
+
+    Raises:
+        TypeError: ``tx`` is not from `exact_bf16`, or a leaf is not floating.
+
+    Example:
+        >>> import jax.numpy as jnp, jadam
+        >>> tx = jadam.exact_bf16(jadam.adam(1e-3))
+        >>> params, state = jadam.from_float32({"w": jnp.ones(2), "b": jnp.ones(1)}, tx, lambda path, _: "b" in path)
+        >>> print(params["w"].dtype, params["b"].dtype)
+        bfloat16 float32
+    """
+    if not isinstance(tx, ExactBF16):
+        raise TypeError(f"from_float32 needs what jadam.exact_bf16 returned, got {tx!r}. Wrap it: exact_bf16(tx).")
+    _checks.trainable(params32, "params32")
+
+    def narrow(path, x):
+        if jnp.result_type(x) != jnp.float32 or (keep is not None and keep(leaf_name(path), x)):
+            return x
+        return _split(x)[0]
+
+    params = jax.tree_util.tree_map_with_path(narrow, params32)
+    remainder = jax.tree.map(lambda p, x: _split(x)[1] if _is_bf16(p) else _no_remainder(p), params, params32)
+    return params, ExactBF16State(remainder, tx.inner.init(_masters(params, remainder)))
+
+
+def _split(x):
+    """float32 as bfloat16 and the remainder, int16."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    bits = jnp.where(jnp.isnan(x), jnp.uint32(0x7FC00000), bits)  # rounding up another could make it -0.0
+    high = (bits + 0x8000) >> 16
+    rest = (bits - (high << 16)).astype(jnp.uint16)
+    return _bitcast(high.astype(jnp.uint16), jnp.bfloat16), _bitcast(rest, jnp.int16)
+
+
+def _join(p, remainder):
+    """`_split` undone; a weight that was set to 0 or infinity from outside loses a remainder that makes it NaN."""
+    high = _bitcast(p, jnp.uint16)
+    rest = remainder.astype(jnp.int32)
+    magnitude = high & 0x7FFF
+    stray = ((magnitude == 0) & (rest < 0)) | ((magnitude == 0x7F80) & (rest > 0))
+    bits = (high.astype(jnp.uint32) << 16) + _bitcast(jnp.where(stray, 0, rest), jnp.uint32)
+    return _bitcast(bits, jnp.float32)
+
+
+def _distance(p, x):
+    """The update that takes ``p`` to ``x`` rounded to bfloat16."""
+    return _exactly(_split(x)[0]) - _exactly(p)
+
+
+def _remainder(p, x, update):
+    """The remainder of ``x`` if ``p + update`` lands on ``x`` rounded, otherwise 0."""
+    rounded, rest = _split(x)
+    landed = _bitcast(applied(_exactly(p), update, jnp.bfloat16), jnp.uint32)
+    return jnp.where(landed == _bitcast(_exactly(rounded), jnp.uint32), rest, 0)
+
+
+def _exactly(p):
+    """bfloat16 as float32, by bits: under jit XLA may take ``p`` from before it was rounded."""
+    return _bitcast(_bitcast(p, jnp.uint16).astype(jnp.uint32) << 16, jnp.float32)
+
+
+_bitcast = jax.lax.bitcast_convert_type
+
+
+def _masters(params, remainder):
+    _checks.same_structure(params, remainder, "params", "state.remainder")
+
+    def master(path, p, remainder):
+        if _is_bf16(p) == (jnp.shape(p) == remainder.shape) or not jnp.size(p):
+            return _join(p, remainder) if _is_bf16(p) else p
+        raise TypeError(
+            f"params{jax.tree_util.keystr(path)} was {'of another dtype' if _is_bf16(p) else 'bfloat16'} or shape at "
+            f"init, got {jnp.result_type(p)} of shape {jnp.shape(p)}. Apply updates with optax.apply_updates; "
+            "eqx.apply_updates leaves float32 parameters to be cast back."
+        )
+
+    return jax.tree_util.tree_map_with_path(master, params, remainder)
+
+
+def _no_remainder(p):
+    """Zeros for bfloat16; for others no elements, and the rank of ``p`` for its PartitionSpec."""
+    return jnp.zeros_like(p, dtype=jnp.int16) if _is_bf16(p) else jnp.zeros((*jnp.shape(p)[:-1], 0), jnp.int16)
+
+
+def _widen(p):
+    return p.astype(jnp.float32) if _is_bf16(p) else p
+
+
+def _is_bf16(p) -> bool:
+    return jnp.result_type(p) == jnp.bfloat16
+
+
+def _is_state(x) -> bool:
+    return isinstance(x, ExactBF16State)

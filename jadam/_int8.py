@@ -1,0 +1,179 @@
+r"""Adam's two moments in two bytes and a bit per parameter.
+
+Stored are not :math:`m` and :math:`v` but the ratio :math:`r = m / \sqrt v` and the root :math:`s = \sqrt v`, because
+the ratio is bounded whatever error sits in either: with :math:`m' = b_1 m + (1 - b_1) g` and
+:math:`v' = b_2 v + (1 - b_2) g^2` the Cauchy-Schwarz inequality gives
+
+.. math::
+
+    |r'|^2 \le \frac{b_1^2}{b_2} |r|^2 + \frac{(1 - b_1)^2}{1 - b_2}, \qquad\text{so}\qquad
+    |r| \le R = \frac{1 - b_1}{\sqrt{1 - b_2}} \Big/ \sqrt{1 - b_1^2 / b_2} \qquad (b_1^2 < b_2)
+
+for every sequence of gradients: 7.27 at 0.9 and 0.999. So no error of a code can blow a step up, as it does where
+:math:`m` and :math:`v` are quantised each for itself and a small :math:`v` is rounded to zero below an :math:`m` that
+was not.
+
+Both are scaled to [0, 1] by the largest of their block, a run along the last axis, and rounded stochastically to
+levels that are dense near 0: :math:`(a/127)^2` for :math:`|r|`, :math:`(c/255)^4` for :math:`s`. The rounding is
+unbiased in :math:`r` and in :math:`v`. To nearest, an :math:`r` whose gradient died would never get from level 1 to 0.
+"""
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+
+from jadam._numerics import at_least_float32, uniform
+
+BLOCK = 128  # elements along the last axis that share a scale, at most; TPU's lanes
+SMALLEST = 4096  # elements below which a leaf is not worth it
+
+
+def dequantize(rq, sq, r_scale, s_scale):
+    """The moments ``m, v`` of codes ``rq`` (int8) and ``sq`` (uint8) and scales that broadcast against them."""
+    s = s_scale * _s_level(sq.astype(jnp.float32), 4)
+    rq = rq.astype(jnp.float32)
+    r = r_scale * jnp.sign(rq) * _r_level(jnp.abs(rq))
+    return r * s, s * s
+
+
+def quantize(m, v, rho_r, rho_s):
+    """``m, v`` in codes and scales, a block being the whole last axis, and ``rho_r, rho_s`` uniform in [0, 1).
+
+    A block with a value that is not finite gets scales that are NaN: integers could not hold it.
+    """
+    s = jnp.sqrt(v)
+    r = jnp.where(s > 0, m / jnp.where(s > 0, s, 1), 0)
+    finite = jnp.all(jnp.isfinite(r) & jnp.isfinite(s) & jnp.isfinite(m), axis=-1, keepdims=True)
+    r_scale, s_scale = (
+        jnp.where(finite, jnp.max(jnp.abs(x), axis=-1, keepdims=True, initial=0), jnp.nan) for x in (r, s)
+    )
+    y = jnp.abs(r) / jnp.where(r_scale > 0, r_scale, 1)
+    a = jnp.minimum(jnp.floor(127 * jnp.sqrt(y)), 126)
+    a += rho_r < (y - _r_level(a)) / (_r_level(a + 1) - _r_level(a))
+    w = s / jnp.where(s_scale > 0, s_scale, 1)
+    c = jnp.minimum(jnp.floor(255 * jnp.sqrt(jnp.sqrt(w))), 254)
+    c += rho_s < (w * w - _s_level(c, 8)) / (_s_level(c + 1, 8) - _s_level(c, 8))
+    c = jnp.where(s > 0, jnp.maximum(c, 1), 0)  # code 0 is v = 0 exactly
+    return (jnp.sign(r) * a).astype(jnp.int8), c.astype(jnp.uint8), r_scale, s_scale
+
+
+def _r_level(a):
+    return jnp.square(a * np.float32(1 / 127))
+
+
+def _s_level(c, power: int):
+    """``(c/255)**power`` for a power of two."""
+    x = c * np.float32(1 / 255)
+    for _ in range(power.bit_length() - 1):
+        x = jnp.square(x)
+    return x
+
+
+class Int8:
+    """Two moments of Adam in 2 bytes per parameter and two float32 scales per block of up to 128."""
+
+    name = "int8"
+
+    @staticmethod
+    def check(betas: dict | None) -> None:
+        """Raise unless ``betas``, where they are known, bound ``m / sqrt(v)``."""
+        if betas is None:
+            raise ValueError(
+                "moments must be 'bfloat16' or 'float32' here, got 'int8', whose codes rest on the bound that Adam's "
+                "and NAdam's rules give m / sqrt(v). Take 'bfloat16', or adam, adamw, nadam or nadamw."
+            )
+        b1, b2 = betas["b1"], betas["b2"]
+        if isinstance(b1, float) and isinstance(b2, float) and b1 * b1 >= b2:
+            raise ValueError(
+                f"moments='int8' needs b1*b1 < b2, got b1 = {b1:g} and b2 = {b2:g}: m / sqrt(v) would have no bound. "
+                "Take moments='bfloat16', or a larger b2."
+            )
+
+    def refuses(self, p):
+        """What is wider than float32, or complex, or where scales would eat up the gain."""
+        dtype = at_least_float32(p)
+        if dtype != np.float32:
+            return f"{dtype} is never stored narrower than itself"
+        if p.ndim < 2:
+            return f"{p.ndim} dimensions, int8 needs 2"
+        if p.size < SMALLEST:
+            return f"{p.size} elements, int8 needs {SMALLEST}"
+        block = _block_for(p)
+        if block is None:
+            return "its last axis is sharded into runs that no block of 32 to 128 divides"
+        if 2 + 8 / block > 4:
+            return f"blocks of {block}: int8 would not halve the state"
+        return None
+
+    def stores(self, stored):
+        """Codes are uint8."""
+        return stored[1].dtype == jnp.uint8
+
+    def arrays(self, moments):
+        """Codes and scales."""
+        return 2 * moments
+
+    def init(self, p, moments):
+        """Zeros."""
+        del moments
+        blocks = -(-p.shape[-1] // _block_for(p))
+        sharding = getattr(p, "sharding", None)
+        device = sharding if isinstance(sharding, jax.sharding.NamedSharding) else None
+        scale = lambda: jnp.zeros((*p.shape[:-1], blocks), jnp.float32, device=device)
+        return jnp.zeros_like(p, dtype=jnp.int8), jnp.zeros_like(p, dtype=jnp.uint8), scale(), scale()
+
+    def limit(self, step):
+        """NaN for ``b1`` where it gives no bound and nobody could know before."""
+        b1, b2 = step.b1.b, step.b2.b
+        if isinstance(b1, np.floating) and isinstance(b2, np.floating):
+            return step
+        return step.replace(b1=step.b1._replace(b=jnp.where(b1 * b1 < b2, b1, jnp.nan)))
+
+    def decode(self, stored, dtype):
+        """``m, v``."""
+        rq, sq, r_scale, s_scale = stored
+        n, block = rq.shape[-1], block_length(rq.shape[-1], r_scale.shape[-1])
+        return tuple(
+            _joined(x, n).astype(dtype)
+            for x in dequantize(_blocked(rq, block), _blocked(sq, block), r_scale[..., None], s_scale[..., None])
+        )
+
+    def encode(self, moments, stored, random):
+        """Codes and scales."""
+        n = moments[0].shape[-1]
+        block = block_length(n, stored[2].shape[-1])
+        arrays = *(x.astype(jnp.float32) for x in moments), uniform(random(0)), uniform(random(1))
+        rq, sq, r_scale, s_scale = quantize(*(_blocked(x, block) for x in arrays))
+        return _joined(rq, n), _joined(sq, n), r_scale[..., 0], s_scale[..., 0]
+
+
+def block_length(n: int, blocks: int) -> int:
+    """The length of the blocks, the last one perhaps shorter, of which an axis of ``n`` has ``blocks``."""
+    standard = min(BLOCK, n)
+    return standard if -(-n // standard) == blocks else -(-n // blocks)
+
+
+def _block_for(p) -> int | None:
+    """The block length for a new state: `BLOCK`, or less where each shard would not hold whole blocks."""
+    n = p.shape[-1]
+    sharding = getattr(p, "sharding", None)  # an array under jit has none to show
+    here = n if sharding is None or isinstance(p, jax.core.Tracer) else sharding.shard_shape(p.shape)[-1]
+    if here == n:
+        return min(BLOCK, n)
+    fitting = (b for b in range(min(BLOCK, here), 31, -1) if here % b == 0 and block_length(n, n // b) == b)
+    return next(fitting, None)
+
+
+def _blocked(x, block: int):
+    """``x`` with its last axis cut into blocks, the last one filled up with zeros."""
+    n = x.shape[-1]
+    blocks = -(-n // block)
+    if blocks * block != n:
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, blocks * block - n)])
+    return x.reshape(*x.shape[:-1], blocks, block)
+
+
+def _joined(x, n: int):
+    """`_blocked` undone."""
+    return x.reshape(*x.shape[:-2], -1)[..., :n]

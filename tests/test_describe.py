@@ -1,0 +1,82 @@
+"""`describe` counts every byte of a state and says why."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import jadam
+
+PARAMS = {
+    "embed": jnp.zeros((64, 128)),
+    "layers": [{"kernel": jnp.zeros((128, 64), jnp.bfloat16), "bias": jnp.zeros(64)}, jnp.zeros((3, 0))],
+    "scale": jnp.zeros(()),
+    "none": None,
+}
+TRANSFORMATIONS = {
+    "float32": jadam.adam(1e-3),
+    "bfloat16": jadam.adamw(1e-3, moments="bfloat16"),
+    "int8": jadam.adam(1e-3, moments="int8"),
+    "schedules": jadam.adam(lambda count: 1e-3, lambda count: 0.9, moments="int8"),
+    "optax": optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3)),
+    "exact_bf16": jadam.exact_bf16(optax.MultiSteps(jadam.adam(1e-3, moments="int8"), 4)),
+    "averages": optax.chain(jadam.amsgrad(1e-3), jadam.average_params()),
+    "groups": optax.partition(
+        {"a": jadam.adam(1e-3, moments="int8"), "b": optax.set_to_zero()},
+        {"embed": "a", "layers": "b", "scale": "a", "none": "a"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_every_byte_is_counted(name):
+    tx = TRANSFORMATIONS[name]
+    state = tx.init(PARAMS)
+    of_state, of_tx = jadam.describe(state, PARAMS), jadam.describe(tx, PARAMS)
+    assert of_state == of_tx
+    assert of_state.bytes == sum(x.nbytes for x in jax.tree.leaves(state))
+    assert of_state.other_bytes <= 64  # counts and the like
+    assert [leaf.name for leaf in of_state.leaves] == [
+        "['embed']",
+        "['layers'][0]['bias']",
+        "['layers'][0]['kernel']",
+        "['layers'][1]",
+        "['scale']",
+    ]
+
+
+def test_formats_and_reasons():
+    rows = {leaf.name: leaf for leaf in jadam.describe(TRANSFORMATIONS["int8"], PARAMS).leaves}
+    assert (rows["['embed']"].format, rows["['embed']"].reason) == ("int8", "")
+    assert (rows["['scale']"].format, rows["['scale']"].reason) == ("float32", "0 dimensions, int8 needs 2")
+    by_name = jadam.adam(1e-3, moments=lambda path, leaf: "float32" if "embed" in path else "int8")
+    rows = {leaf.name: leaf for leaf in jadam.describe(by_name, PARAMS).leaves}
+    assert (rows["['embed']"].format, rows["['embed']"].reason) == ("float32", "so chosen by moments")
+    rows = {leaf.name: leaf for leaf in jadam.describe(TRANSFORMATIONS["groups"], PARAMS).leaves}
+    assert (rows["['layers'][0]['kernel']"].format, rows["['layers'][0]['kernel']"].bytes) == ("none", 0)
+    rows = jadam.describe(jadam.adam(1e-3, mu_dtype=jnp.bfloat16), jnp.ones(3)).leaves
+    assert (rows[0].format, rows[0].reason, rows[0].bytes) == ("float32", "mu_dtype", 18)
+
+
+def test_flax_and_a_bare_array():
+    params = nnx.state(nnx.Linear(64, 128, rngs=nnx.Rngs(0)), nnx.Param)
+    described = jadam.describe(jadam.adam(1e-3, moments="int8"), params)
+    assert [(x.name, x.format, x.bytes) for x in described.leaves] == [
+        ("['bias']", "float32", 1024),
+        ("['kernel']", "int8", 64 * 128 * 2 + 64 * 8),
+    ]
+    assert jadam.describe(jadam.adam(1e-3), jnp.ones(5)).leaves[0].bytes == 40
+    assert jadam.describe(jadam.adam(1e-3), jnp.ones(())).leaves[0].bytes == 8
+    assert jadam.describe(jadam.adam(1e-3), {}).bytes_per_parameter == 4
+
+
+def test_the_table():
+    lines = str(jadam.describe(TRANSFORMATIONS["int8"], PARAMS)).splitlines()
+    assert lines[0].split() == ["parameter", "shape", "dtype", "moments", "bytes", "each", "why"]
+    assert "['embed']" in lines[1]
+    assert "64x128" in lines[1]
+    assert lines[-1].startswith("total")
+    with pytest.raises(TypeError, match="params must be floating"):
+        jadam.describe(jadam.adam(1e-3), np.arange(3))
