@@ -207,12 +207,19 @@ def plot(table, out):
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
+    colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(row["side"] for row in table))}
     panels = sorted({(row["problem"], -row["rate"]) for row in table})
     figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.6), layout="constrained")
     for axis, (problem, rate) in zip(axes, panels, strict=True):
         for row in table:
             if (row["problem"], -row["rate"]) == (problem, rate):
-                axis.plot(100 * np.arange(1, 1 + len(row["curve"])), row["curve"], label=row["side"], lw=1)
+                axis.plot(
+                    100 * np.arange(1, 1 + len(row["curve"])),
+                    row["curve"],
+                    label=row["side"],
+                    color=colors[row["side"]],
+                    lw=1,
+                )
         axis.set(title=f"{problem}, learning rate {-rate:g}", xlabel="step", ylabel="training loss", yscale="log")
     axes[0].legend(fontsize=7)
     out.parent.mkdir(exist_ok=True)

@@ -118,9 +118,7 @@ class Int8:
         """Zeros."""
         del moments
         blocks = -(-p.shape[-1] // _block_for(p))
-        sharding = getattr(p, "sharding", None)
-        device = sharding if isinstance(sharding, jax.sharding.NamedSharding) else None
-        scale = lambda: jnp.zeros((*p.shape[:-1], blocks), jnp.float32, device=device)
+        scale = lambda: jnp.zeros((*p.shape[:-1], blocks), jnp.float32, device=_sharding(p))
         return jnp.zeros_like(p, dtype=jnp.int8), jnp.zeros_like(p, dtype=jnp.uint8), scale(), scale()
 
     def limit(self, step):
@@ -156,13 +154,19 @@ def block_length(n: int, blocks: int) -> int:
 
 def _block_for(p) -> int | None:
     """The block length for a new state: `BLOCK`, or less where each shard would not hold whole blocks."""
-    n = p.shape[-1]
-    sharding = getattr(p, "sharding", None)  # an array under jit has none to show
-    here = n if sharding is None or isinstance(p, jax.core.Tracer) else sharding.shard_shape(p.shape)[-1]
+    n, sharding = p.shape[-1], _sharding(p)
+    here = n if sharding is None else sharding.shard_shape(p.shape)[-1]
     if here == n:
         return min(BLOCK, n)
     fitting = (b for b in range(min(BLOCK, here), 31, -1) if here % b == 0 and block_length(n, n // b) == b)
     return next(fitting, None)
+
+
+def _sharding(p) -> jax.sharding.NamedSharding | None:
+    """How ``p`` is spread over a mesh, where that can be known: under jit only on a mesh with explicit axes."""
+    sharding = jax.typeof(p).sharding if isinstance(p, jax.core.Tracer) else getattr(p, "sharding", None)
+    known = isinstance(sharding, jax.sharding.NamedSharding) and any(axes is not None for axes in sharding.spec)
+    return sharding if known else None
 
 
 def _blocked(x, block: int):

@@ -34,7 +34,9 @@ def steps(tx, params, state, gradients):
 
 @pytest.mark.parametrize("name", CHAINS)
 def test_masters_are_those_of_float32(name):
-    # Under jit XLA could contract the two programs differently; it has not, so nothing is to be counted: 0 of 4,096.
+    # Under jit XLA may contract a product and a sum in one program and not in the other. With jax 0.10.2 all masters
+    # are equal to the bit; with jax 0.7.0 and Optax's own Adam half of them end an ulp or two off, 4.8e-7 at most,
+    # which for the weights that end near 0 is more than 2e-6 of themselves. So 2e-6 is of the weights' scale.
     w = jax.random.normal(jax.random.key(0), (32, 128))
     gradients = jax.random.normal(jax.random.key(1), (1000, *w.shape)).astype(jnp.bfloat16)
     tx = jadam.exact_bf16(CHAINS[name]())
@@ -42,9 +44,10 @@ def test_masters_are_those_of_float32(name):
     plain = CHAINS[name]()
     expected, _ = steps(plain, w, plain.init(w), gradients.astype(jnp.float32))
     assert params.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(jadam.float32_params(params, state), expected)
+    masters = jadam.float32_params(params, state)
+    assert (jnp.abs(masters - expected) <= 2e-6 * jnp.maximum(1, jnp.abs(expected))).all()
     assert np.abs(expected - w).max() > 0.01
-    np.testing.assert_array_equal(params, expected.astype(jnp.bfloat16))  # no ties in random numbers
+    np.testing.assert_array_equal(params, masters.astype(jnp.bfloat16))  # no ties in random numbers
 
 
 def split(x):

@@ -1,5 +1,6 @@
 """Moments in bfloat16 and int8: their size, their error, their bound, and what they must never hide."""
 
+import contextlib
 import functools
 import math
 
@@ -229,20 +230,26 @@ def test_same_bits_again_and_on_eight_devices(moments):
         jax.tree.map(np.testing.assert_array_equal, state, states[-1])
 
 
-def test_blocks_fit_shards():
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    sharded = lambda *shape: jax.device_put(
-        jnp.zeros(shape), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "x"))
-    )
+@pytest.mark.parametrize("under_jit", [False, True])
+def test_blocks_fit_shards(under_jit):
+    """Under jit shardings are known on a mesh with explicit axes."""
+    kind = jax.sharding.AxisType.Explicit if under_jit else jax.sharding.AxisType.Auto
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "x"))
+    sharded = lambda *shape: jax.device_put(jnp.zeros(shape), sharding)
     tx = jadam.scale_by_adam(moments="int8")
+    init = jax.jit(tx.init) if under_jit else tx.init
     p = sharded(50, 768)  # 96 in a shard: six blocks of 128 would straddle
-    state = tx.init(p)
+    set_mesh = getattr(jax, "set_mesh", None) or jax.sharding.use_mesh
+    with set_mesh(mesh) if under_jit else contextlib.nullcontext():
+        state, other = init(p), init(sharded(600, 8 * 13))
+    assert other.nu.dtype == jnp.float32  # no block divides 13: a documented fallback
     assert state.mu_scale.shape == (50, 8)
-    g = jax.device_put(np.random.default_rng(0).standard_normal(p.shape).astype(np.float32), p.sharding)
+    assert all(x.sharding.spec == sharding.spec for x in jax.tree.leaves(state) if x.ndim)
+    g = jax.device_put(np.random.default_rng(0).standard_normal(p.shape).astype(np.float32), sharding)
     update = jax.jit(tx.update).lower(g, state).compile()
     assert "all-gather" not in update.as_text()
     np.testing.assert_allclose(update(jnp.sign(g), state)[0], np.sign(g), rtol=1e-6)
-    assert tx.init(sharded(600, 8 * 13)).nu.dtype == jnp.float32  # no block divides 13: a documented fallback
 
 
 @pytest.mark.parametrize("make", ADAMS)

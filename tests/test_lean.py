@@ -1,0 +1,33 @@
+"""The benchmark `lean` in short: two bytes of state and bf16 weights end where float32 ends."""
+
+import importlib.util
+from pathlib import Path
+
+SPEC = importlib.util.spec_from_file_location("lean", Path(__file__).parent.parent / "benchmarks" / "lean.py")
+lean = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(lean)
+
+
+def over_float32(problem, rate):
+    losses = {name: result["loss"] for name, result in lean.compare(problem, rate, lean.SIDES).items()}
+    return {name: loss / losses["float32"] for name, loss in losses.items()}
+
+
+def test_digits():
+    ratios = over_float32(lean.digits(1000), 1e-4)
+    assert ratios.pop("optax on bf16 weights") > 1.2  # what the others are spared
+    # the issue's bars are 1.05 for bf16 weights and 1.10 for int8 after 4,000 steps; here there was less time to differ
+    assert all(0.98 < ratio < 1.02 for ratio in ratios.values()), ratios
+
+
+def test_transformer():
+    ratios = over_float32(lean.text(40), 1e-3)
+    assert ratios.pop("optax on bf16 weights") > 1.003
+    assert all(0.997 < ratio < 1.003 for ratio in ratios.values()), ratios
+
+
+def test_a_side_that_diverges_is_seen():
+    rows = lean.rows(
+        "digits", 1.0, [{"float32": {"loss": 1.0, "curve": [1.0]}, "x": {"loss": float("nan"), "curve": [1]}}]
+    )
+    assert [row["mean_over_float32"] for row in rows] == [1.0, None]
