@@ -114,6 +114,17 @@ def test_state_tells_what_apply_updates_does(start, end):
         assert master == start + (aim - np.float32(start))
 
 
+def test_a_weight_that_collapses_across_zero():
+    """-2**-18 - 64 is no float32: the weight lands on 0, and so does its master."""
+    tx = jadam.exact_bf16(optax.identity())
+    params, state = jadam.from_float32(jnp.float32(63.875), tx)
+    assert params == 64
+    updates, state = tx.update(jnp.float32(-63.875 - 2.0**-18), state, params)
+    params = optax.apply_updates(params, updates)
+    assert params == 0
+    assert jadam.float32_params(params, state) == 0
+
+
 def test_mixed_trees_and_keep():
     tree = {
         "w": jnp.full((2, 3), np.float32(0.1)),
