@@ -102,11 +102,14 @@ def digits(steps=DIGITS_STEPS, seed=0):
     return params, batches, loss, jax.jit(lambda params: loss(params, jnp.arange(len(labels))))
 
 
+Modules = getattr(nnx, "List", list)  # before Flax 0.12 a plain list would do
+
+
 class Block(nnx.Module):
     """Causal attention and a two-layer network, each behind a normalisation."""
 
     def __init__(self, rngs):
-        self.norms = nnx.List([nnx.LayerNorm(WIDTH, rngs=rngs) for _ in range(2)])
+        self.norms = Modules([nnx.LayerNorm(WIDTH, rngs=rngs) for _ in range(2)])
         self.attention = nnx.MultiHeadAttention(HEADS, WIDTH, decode=False, rngs=rngs)
         self.up, self.down = nnx.Linear(WIDTH, 4 * WIDTH, rngs=rngs), nnx.Linear(4 * WIDTH, WIDTH, rngs=rngs)
 
@@ -121,7 +124,7 @@ class Transformer(nnx.Module):
 
     def __init__(self, characters, rngs):
         self.embed, self.place = nnx.Embed(characters, WIDTH, rngs=rngs), nnx.Embed(CONTEXT, WIDTH, rngs=rngs)
-        self.blocks = nnx.List([Block(rngs) for _ in range(LAYERS)])
+        self.blocks = Modules([Block(rngs) for _ in range(LAYERS)])
         self.norm, self.head = nnx.LayerNorm(WIDTH, rngs=rngs), nnx.Linear(WIDTH, characters, rngs=rngs)
 
     def __call__(self, text):
