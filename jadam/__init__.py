@@ -4,6 +4,7 @@ Reading order: `jadam._adam` is Algorithm 1 on one screen; `jadam._numerics` has
 in; `jadam._adamax`, `_nadam`, `_amsgrad` and `_radam` say what differs; `jadam._formats` and `_int8` store moments in
 4 and 2 bytes; `jadam._exact_bf16` makes bf16 weights train as float32; `jadam._describe` tells what is stored how;
 `jadam.averaging` keeps averages of the parameters; `jadam._transformation` maps a rule over a tree of parameters;
+`jadam._step` does a step in one pass, `_chain` makes clipping visible to it and `_kernels` holds what is compiled;
 `jadam._checks` stops bad input.
 """
 
@@ -15,14 +16,19 @@ from jadam._adamax import adamaxw as adamaxw
 from jadam._adamax import scale_by_adamax as scale_by_adamax
 from jadam._amsgrad import amsgrad as amsgrad
 from jadam._amsgrad import scale_by_amsgrad as scale_by_amsgrad
+from jadam._chain import chain as chain
+from jadam._chain import clip as clip
+from jadam._chain import clip_by_global_norm as clip_by_global_norm
 from jadam._describe import describe as describe
 from jadam._exact_bf16 import exact_bf16 as exact_bf16
 from jadam._exact_bf16 import float32_params as float32_params
 from jadam._exact_bf16 import from_float32 as from_float32
+from jadam._kernels import backends as backends
 from jadam._nadam import nadam as nadam
 from jadam._nadam import nadamw as nadamw
 from jadam._radam import radam as radam
 from jadam._radam import scale_by_radam as scale_by_radam
+from jadam._step import step as step
 from jadam._transformation import QuantizedAdamState as QuantizedAdamState
 from jadam.averaging import average_params as average_params
 from jadam.averaging import averaged_params as averaged_params

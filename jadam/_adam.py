@@ -13,7 +13,7 @@ import optax
 from jadam import _checks
 from jadam._formats import Moments
 from jadam._numerics import Beta, abs_sq, divide, ema, sqrt
-from jadam._transformation import QuantizedAdamState, Rule, Step, descend, scale_by_rule
+from jadam._transformation import QuantizedAdamState, Step, Transformation, descend, scale_by_rule
 
 
 def adam_rule(step: Step, g, m, v):
@@ -42,27 +42,27 @@ def look_ahead(b1: Beta, m, g):
     return b1.next_b * m / b1.next_correction + b1.one_minus_b * g / b1.correction
 
 
-def with_eps_hat(rule: Rule) -> Rule:
+def with_eps_hat(step: Step) -> Step:
     """Kingma & Ba 2015, end of section 2: ``eps`` is added to ``sqrt(v)`` where Algorithm 1 has ``sqrt(v_hat)``."""
-    return lambda step, *arrays: rule(step.replace(eps=step.eps / sqrt(step.b2.correction)), *arrays)
+    return step.replace(eps=step.eps / sqrt(step.b2.correction))
 
 
-def without_correction(rule: Rule, *names: str) -> Rule:
-    """``rule`` with the bias corrections of these betas left out."""
-
-    def uncorrected(step, *arrays):
-        ones = {name: getattr(step, name)._replace(correction=1.0, next_correction=1.0) for name in names}
-        return rule(step.replace(**ones), *arrays)
-
-    return uncorrected
+def without_correction(step: Step, *names: str) -> Step:
+    """The bias corrections of these betas left out."""
+    one = step.t / step.t
+    return step.replace(**{name: getattr(step, name)._replace(correction=one, next_correction=one) for name in names})
 
 
-def variant(rule: Rule, eps_mode: str, bias_correction: bool = True) -> Rule:
-    """``rule`` as the two switches of the public functions ask."""
+def adjustment(eps_mode: str, bias_correction: bool = True) -> Callable[[Step], Step]:
+    """What the two switches of the public functions make of a rule's scalars."""
     _checks.one_of("eps_mode", eps_mode, ("paper", "hat"))
     _checks.one_of("bias_correction", bias_correction, (True, False))
-    rule = with_eps_hat(rule) if eps_mode == "hat" else rule
-    return rule if bias_correction else without_correction(rule, "b1", "b2")
+
+    def adjust(step):
+        step = step if bias_correction else without_correction(step, "b1", "b2")
+        return with_eps_hat(step) if eps_mode == "hat" else step
+
+    return adjust
 
 
 def scale_by_adam(
@@ -76,7 +76,7 @@ def scale_by_adam(
     eps_mode: str = "paper",
     bias_correction: bool = True,
     moments: Moments = "float32",
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     r"""Rescale gradients by Adam's rule, without the learning rate.
 
     Kingma & Ba 2015, Algorithm 1. At step :math:`t = 1, 2, \dots`, for every coordinate,
@@ -135,9 +135,9 @@ def scale_by_adam(
         >>> print(updates["w"].round(3), state.nu["w"].dtype)
         [ 1. -1.] float32
     """
-    rule = variant(nadam_rule if nesterov else adam_rule, eps_mode, bias_correction)
+    rule, adjust = nadam_rule if nesterov else adam_rule, adjustment(eps_mode, bias_correction)
     betas, scalars = {"b1": b1, "b2": b2}, {"eps": eps, "eps_root": eps_root}
-    return scale_by_rule(rule, optax.ScaleByAdamState, betas, scalars, mu_dtype, moments, QuantizedAdamState)
+    return scale_by_rule(rule, optax.ScaleByAdamState, betas, scalars, mu_dtype, moments, QuantizedAdamState, adjust)
 
 
 def adam(
@@ -152,7 +152,7 @@ def adam(
     eps_mode: str = "paper",
     bias_correction: bool = True,
     moments: Moments = "float32",
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     r"""Adam: :math:`\theta_t = \theta_{t-1} - \alpha_t u_t` with :math:`u_t` of `scale_by_adam`.
 
     Kingma & Ba 2015, Algorithm 1. A drop-in for `optax.adam`: the same arguments, state and checkpoints.
@@ -199,7 +199,7 @@ def adamw(
     bias_correction: bool = True,
     moments: Moments = "float32",
     max_lr: float | None = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     r"""Adam with decoupled weight decay: :math:`\theta_t = \theta_{t-1} - \alpha_t (u_t + \lambda \theta_{t-1})`.
 
     Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, arXiv:1711.05101, Algorithm 2, with

@@ -8,7 +8,7 @@ import optax
 
 from jadam._formats import Moments
 from jadam._numerics import divide, ema
-from jadam._transformation import Step, descend, scale_by_rule
+from jadam._transformation import Step, Transformation, descend, scale_by_rule
 
 
 def adamax_rule(step: Step, g, m, u):
@@ -25,7 +25,7 @@ def scale_by_adamax(
     eps: optax.ScalarOrSchedule = 1e-8,
     *,
     moments: Moments = "float32",
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     r"""Rescale gradients by AdaMax's rule, without the learning rate.
 
     Kingma & Ba 2015, section 7.1, Algorithm 2:
@@ -70,7 +70,7 @@ def adamax(
     eps: optax.ScalarOrSchedule = 1e-8,
     *,
     moments: Moments = "float32",
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """AdaMax, a drop-in for `optax.adamax` and equal to `torch.optim.Adamax`; see `scale_by_adamax`.
 
     Args:
@@ -103,7 +103,7 @@ def adamaxw(
     *,
     moments: Moments = "float32",
     max_lr: float | None = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """AdaMax with decoupled weight decay, a drop-in for `optax.adamaxw`.
 
     Args:

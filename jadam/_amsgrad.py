@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import optax
 
 from jadam import _checks
-from jadam._adam import direction, variant, without_correction
+from jadam._adam import adjustment, direction, without_correction
 from jadam._formats import Moments
 from jadam._numerics import abs_sq, ema
-from jadam._transformation import Step, descend, scale_by_rule
+from jadam._transformation import Step, Transformation, descend, scale_by_rule
 
 
 def amsgrad_rule(step: Step, g, m, v, v_max):
@@ -39,7 +39,7 @@ def scale_by_amsgrad(
     max_of: str = "v_hat",
     eps_mode: str = "paper",
     moments: Moments = "float32",
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     r"""Rescale gradients by AMSGrad's rule, without the learning rate.
 
     Reddi, Kale & Kumar 2018, Algorithm 2, is `jadam.scale_by_adam` with :math:`\hat v_t` replaced by
@@ -73,13 +73,15 @@ def scale_by_amsgrad(
         [0.1]
     """
     _checks.one_of("max_of", max_of, ("v_hat", "v"))
-    rule = variant(amsgrad_rule if max_of == "v_hat" else amsgrad_of_v_rule, eps_mode)
-    corrected = {"b1": ("bias_correction_mu", bias_correction_mu), "b2": ("bias_correction_nu", bias_correction_nu)}
-    for name, switch in corrected.values():
+    rule = amsgrad_rule if max_of == "v_hat" else amsgrad_of_v_rule
+    switches = {"b1": ("bias_correction_mu", bias_correction_mu), "b2": ("bias_correction_nu", bias_correction_nu)}
+    for name, switch in switches.values():
         _checks.one_of(name, switch, (True, False))
-    rule = without_correction(rule, *(beta for beta, (_, switch) in corrected.items() if not switch))
+    uncorrected = [beta for beta, (_, switch) in switches.items() if not switch]
+    hat = adjustment(eps_mode)
+    adjust = lambda step: hat(without_correction(step, *uncorrected))
     betas, scalars = {"b1": b1, "b2": b2}, {"eps": eps, "eps_root": eps_root}
-    return scale_by_rule(rule, optax.ScaleByAmsgradState, betas, scalars, mu_dtype, moments)
+    return scale_by_rule(rule, optax.ScaleByAmsgradState, betas, scalars, mu_dtype, moments, adjust=adjust)
 
 
 def amsgrad(
@@ -95,7 +97,7 @@ def amsgrad(
     max_of: str = "v_hat",
     eps_mode: str = "paper",
     moments: Moments = "float32",
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """AMSGrad, a drop-in for `optax.amsgrad`; ``max_of="v"`` is ``torch.optim.Adam(amsgrad=True)``.
 
     Args:

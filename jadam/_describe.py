@@ -8,6 +8,8 @@ import numpy as np
 
 from jadam import _checks
 from jadam._formats import FORMATS, leaf_name
+from jadam._kernels import Backend, backends
+from jadam._step import obstacle, refusals
 from jadam._transformation import QuantizedAdamState
 
 
@@ -33,10 +35,16 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """What `describe` returns: a `Leaf` for each parameter, and the bytes that belong to none, such as counts."""
+    """What `describe` returns: a `Leaf` for each parameter, and the bytes that belong to none, such as counts.
+
+    ``one_pass`` says whether `jadam.step` takes one pass over memory on the default backend, None if only a state is
+    known; ``step`` says it in words, with the reason if not.
+    """
 
     leaves: tuple[Leaf, ...]
     other_bytes: int
+    one_pass: bool | None
+    step: str
 
     @property
     def bytes(self) -> int:
@@ -58,7 +66,7 @@ class Description:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         align = [str.rjust if title in ("bytes", "each") else str.ljust for title in rows[0]]
         lines = ["  ".join(put(x, n) for put, x, n in zip(align, row, widths, strict=True)) for row in rows]
-        return "\n".join(line.rstrip() for line in lines)
+        return "\n".join([*(line.rstrip() for line in lines), f"step: {self.step}"])
 
 
 def describe(state_or_tx, params) -> Description:
@@ -70,8 +78,8 @@ def describe(state_or_tx, params) -> Description:
 
     Returns:
         A `Description`; print it for a table. Its ``leaves`` have ``name, shape, dtype, format, bytes, reason``, and
-        it has ``bytes`` and ``bytes_per_parameter`` in total. Whatever lies in the state under a parameter's path
-        counts as that parameter's: moments, scales, remainders, sums of gradients.
+        it has ``bytes`` and ``bytes_per_parameter`` in total, ``one_pass`` and ``step``. Whatever lies in the state
+        under a parameter's path counts as that parameter's: moments, scales, remainders, sums of gradients.
 
     Raises:
         TypeError: a parameter that is not floating.
@@ -79,14 +87,16 @@ def describe(state_or_tx, params) -> Description:
     Example:
         >>> import jax.numpy as jnp, jadam
         >>> params = {"kernel": jnp.zeros((512, 512)), "bias": jnp.zeros(512)}
-        >>> print(jadam.describe(jadam.adam(1e-3, moments="int8"), params))
+        >>> print(jadam.describe(jadam.adam(1e-3, moments="int8").init(params), params))
         parameter   shape    dtype    moments    bytes  each  why
         ['bias']    512      float32  float32    4,096  8.00  1 dimensions, int8 needs 2
         ['kernel']  512x512  float32  int8     540,672  2.06
         total                                  544,772  2.07
+        step: unknown, a state does not tell; describe the transformation
     """
     _checks.trainable(params, "params")
-    state = jax.eval_shape(state_or_tx.init, params) if hasattr(state_or_tx, "init") else state_or_tx
+    tx = state_or_tx if hasattr(state_or_tx, "init") else None
+    state = state_or_tx if tx is None else jax.eval_shape(tx.init, params)
     named = {_keys(path): (leaf_name(path), p) for path, p in jax.tree_util.tree_leaves_with_path(params)}
     moments: dict[str, list] = {name: [] for name, _ in named.values()}
     sizes = dict.fromkeys(moments, 0)
@@ -99,9 +109,28 @@ def describe(state_or_tx, params) -> Description:
             sizes[name] += _bytes(x)
             moments[name] += [x] if _field(path) in ("mu", "nu", "mu_scale", "nu_scale") else []
     quantized = _has(state, QuantizedAdamState)
-    return Description(
-        tuple(_leaf(name, p, moments[name], sizes[name], quantized) for name, p in named.values()), other
-    )
+    leaves = tuple(_leaf(name, p, moments[name], sizes[name], quantized) for name, p in named.values())
+    return Description(leaves, other, *_passes(tx, state, params, leaves))
+
+
+def _passes(tx, state, params, leaves) -> tuple[bool | None, str]:
+    """Whether `jadam.step` is one pass on the default backend, and the same in words."""
+    if tx is None:
+        return None, "unknown, a state does not tell; describe the transformation"
+    reason = obstacle(tx, params, state, params)
+    if reason is not None:
+        return False, f"two calls: {reason}"
+    platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+    backend = backends().get(platform, Backend(None, "no kernel"))
+    if platform == "cpu" and backend.kernel is not None:
+        why = zip(leaves, refusals(tx, params, state, params), strict=True)
+        refused = [f"{leaf.name} ({reason})" for leaf, reason in why if reason is not None]
+        but = f", but for {refused[0]}" if refused else ""
+        more = f" and {len(refused) - 1} more" if len(refused) > 1 else ""
+        return not refused, f"one pass on cpu ({backend.kernel}){but}{more}"
+    if platform != "cpu" and all(leaf.format == "float32" for leaf in leaves):
+        return True, f"one pass on {platform} (XLA fuses it)"
+    return False, f"two calls on {platform}: {backend.reason}"
 
 
 def _leaf(name, p, moments, size, quantized):

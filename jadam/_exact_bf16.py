@@ -14,6 +14,7 @@ import optax
 from jadam import _checks
 from jadam._formats import leaf_name
 from jadam._numerics import applied, at_least_float32
+from jadam._transformation import NotOnePass, Plan, Transformation
 
 
 class ExactBF16State(NamedTuple):
@@ -23,8 +24,8 @@ class ExactBF16State(NamedTuple):
     inner_state: Any
 
 
-class ExactBF16(optax.GradientTransformationExtraArgs):
-    """What `exact_bf16` returns: ``init``, ``update``, and ``inner``, what it is around."""
+class ExactBF16(Transformation):
+    """What `exact_bf16` returns: ``init``, ``update``, ``plan``, and ``inner``, what it is around."""
 
     inner: optax.GradientTransformationExtraArgs
 
@@ -81,7 +82,7 @@ def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
         _checks.state_of(state, ExactBF16State)
         _checks.gradients(updates, params)
         masters = _masters(params, state.remainder)
-        wide = jax.tree.map(lambda g, p: g.astype(at_least_float32(g)) if _is_bf16(p) else g, updates, params)
+        wide = jax.tree.map(_wide_gradient, updates, params)
         updates, inner_state = inner.update(wide, state.inner_state, masters, **extra_args)
         moved = optax.apply_updates(masters, updates)
         updates = jax.tree.map(lambda p, x, u: _distance(p, x) if _is_bf16(p) else u, params, moved, updates)
@@ -90,7 +91,25 @@ def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
         )
         return updates, ExactBF16State(remainder, inner_state)
 
-    wrapper = ExactBF16(init, update)
+    def plan(updates, state, params):
+        if not isinstance(tx, Transformation):
+            raise NotOnePass("jadam.exact_bf16 is around none of jadam's optimizers nor jadam.chain")
+        _checks.state_of(state, ExactBF16State)
+        _checks.gradients(updates, params)
+        masters = jax.eval_shape(_masters, params, state.remainder)
+        jobs, finish = tx.plan(jax.tree.map(_wide_gradient, updates, params), state.inner_state, masters)
+        old, structure = jax.tree.flatten(state.remainder)
+        has = [_is_bf16(p) for p in jax.tree.leaves(params)]
+        jobs = [x._replace(remainder=r) if y else x for x, r, y in zip(jobs, old, has, strict=True)]
+
+        def whole(stored):
+            remainders = [x[0] if y else r for x, r, y in zip(stored, old, has, strict=True)]
+            moments = [x[1:] if y else x for x, y in zip(stored, has, strict=True)]
+            return ExactBF16State(structure.unflatten(remainders), finish(moments))
+
+        return Plan(jobs, whole)
+
+    wrapper = ExactBF16(init, update, plan)
     wrapper.inner = inner
     return wrapper
 
@@ -151,14 +170,14 @@ def from_float32(params32, tx: ExactBF16, keep: Callable[[str, Any], bool] | Non
     def narrow(path, x):
         if jnp.result_type(x) != jnp.float32 or (keep is not None and keep(leaf_name(path), x)):
             return x
-        return _split(x)[0]
+        return split(x)[0]
 
     params = jax.tree_util.tree_map_with_path(narrow, params32)
-    remainder = jax.tree.map(lambda p, x: _split(x)[1] if _is_bf16(p) else _no_remainder(p), params, params32)
+    remainder = jax.tree.map(lambda p, x: split(x)[1] if _is_bf16(p) else _no_remainder(p), params, params32)
     return params, ExactBF16State(remainder, tx.inner.init(_masters(params, remainder)))
 
 
-def _split(x):
+def split(x):
     """float32 as bfloat16 and the remainder, int16."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     bits = jnp.where(jnp.isnan(x), jnp.uint32(0x7FC00000), bits)  # rounding up another could make it -0.0
@@ -167,8 +186,8 @@ def _split(x):
     return _bitcast(high.astype(jnp.uint16), jnp.bfloat16), _bitcast(rest, jnp.int16)
 
 
-def _join(p, remainder):
-    """`_split` undone; a weight that was set to 0 or infinity from outside loses a remainder that makes it NaN."""
+def join(p, remainder):
+    """`split` undone; a weight that was set to 0 or infinity from outside loses a remainder that makes it NaN."""
     high = _bitcast(p, jnp.uint16)
     rest = remainder.astype(jnp.int32)
     magnitude = high & 0x7FFF
@@ -179,12 +198,12 @@ def _join(p, remainder):
 
 def _distance(p, x):
     """The update that takes ``p`` to ``x`` rounded to bfloat16."""
-    return _exactly(_split(x)[0]) - _exactly(p)
+    return _exactly(split(x)[0]) - _exactly(p)
 
 
 def _remainder(p, x, update):
     """The remainder of ``x`` if ``p + update`` lands on ``x`` rounded, otherwise 0."""
-    rounded, rest = _split(x)
+    rounded, rest = split(x)
     landed = _bitcast(applied(_exactly(p), update, jnp.bfloat16), jnp.uint32)
     return jnp.where(landed == _bitcast(_exactly(rounded), jnp.uint32), rest, 0)
 
@@ -202,7 +221,7 @@ def _masters(params, remainder):
 
     def master(path, p, remainder):
         if _is_bf16(p) == (jnp.shape(p) == remainder.shape) or not jnp.size(p):
-            return _join(p, remainder) if _is_bf16(p) else p
+            return join(p, remainder) if _is_bf16(p) else p
         raise TypeError(
             f"params{jax.tree_util.keystr(path)} was {'of another dtype' if _is_bf16(p) else 'bfloat16'} or shape at "
             f"init, got {jnp.result_type(p)} of shape {jnp.shape(p)}. Apply updates with optax.apply_updates; "
@@ -215,6 +234,10 @@ def _masters(params, remainder):
 def _no_remainder(p):
     """Zeros for bfloat16; for others no elements, and the rank of ``p`` for its PartitionSpec."""
     return jnp.zeros_like(p, dtype=jnp.int16) if _is_bf16(p) else jnp.zeros((*jnp.shape(p)[:-1], 0), jnp.int16)
+
+
+def _wide_gradient(g, p):
+    return g.astype(at_least_float32(g)) if _is_bf16(p) else g
 
 
 def _widen(p):

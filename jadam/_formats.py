@@ -167,10 +167,14 @@ def chooser(moments: Moments, mu_dtype, betas: dict | None) -> Callable[[Any, An
     return choose
 
 
-def random_for(shape, path, count) -> Random:
+def random_for(shape, salt: int, count) -> Random:
     """The random bits of one leaf at the step that follows ``count`` others."""
-    salt = zlib.crc32(leaf_name(path).encode())
     return functools.partial(dither, linear_index(shape), salt, count.astype(jnp.uint32))
+
+
+def salt(path) -> int:
+    """What makes a leaf's random bits its own: 32 bits of its name."""
+    return zlib.crc32(leaf_name(path).encode())
 
 
 def empty(p) -> jax.Array:

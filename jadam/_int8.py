@@ -128,10 +128,14 @@ class Int8:
             return step
         return step.replace(b1=step.b1._replace(b=jnp.where(b1 * b1 < b2, b1, jnp.nan)))
 
+    def block(self, stored):
+        """The length of the blocks of stored arrays."""
+        return block_length(stored[0].shape[-1], stored[2].shape[-1])
+
     def decode(self, stored, dtype):
         """``m, v``."""
         rq, sq, r_scale, s_scale = stored
-        n, block = rq.shape[-1], block_length(rq.shape[-1], r_scale.shape[-1])
+        n, block = rq.shape[-1], self.block(stored)
         return tuple(
             _joined(x, n).astype(dtype)
             for x in dequantize(_blocked(rq, block), _blocked(sq, block), r_scale[..., None], s_scale[..., None])
@@ -140,7 +144,7 @@ class Int8:
     def encode(self, moments, stored, random):
         """Codes and scales."""
         n = moments[0].shape[-1]
-        block = block_length(n, stored[2].shape[-1])
+        block = self.block(stored)
         arrays = *(x.astype(jnp.float32) for x in moments), uniform(random(0)), uniform(random(1))
         rq, sq, r_scale, s_scale = quantize(*(_blocked(x, block) for x in arrays))
         return _joined(rq, n), _joined(sq, n), r_scale[..., 0], s_scale[..., 0]

@@ -7,10 +7,10 @@ import jax
 import optax
 
 from jadam import _checks
-from jadam._adam import direction, look_ahead, scale_by_adam, variant
+from jadam._adam import adjustment, direction, look_ahead, scale_by_adam
 from jadam._formats import Moments
 from jadam._numerics import abs_sq, ema
-from jadam._transformation import QuantizedAdamState, Step, descend, scale_by_rule
+from jadam._transformation import QuantizedAdamState, Step, Transformation, descend, scale_by_rule
 
 
 def nadam_of_momentum_rule(step: Step, g, m, v):
@@ -31,8 +31,9 @@ def _scale_by_nadam(momentum_decay, b1, b2, eps, eps_root, mu_dtype, **switches)
     decay = _checks.hyperparameter("momentum_decay", momentum_decay, ">= 0", schedule=False)
     momentum = lambda count: b1 * (1 - 0.5 * 0.96 ** (decay * (count + 1.0)))
     betas, scalars = {"b1": b1, "b2": b2, "momentum": momentum}, {"eps": eps, "eps_root": eps_root}
-    rule, stored = variant(nadam_of_momentum_rule, switches["eps_mode"]), (mu_dtype, switches["moments"])
-    return scale_by_rule(rule, optax.ScaleByAdamState, betas, scalars, *stored, QuantizedAdamState)
+    stored = mu_dtype, switches["moments"], QuantizedAdamState
+    adjust = adjustment(switches["eps_mode"])
+    return scale_by_rule(nadam_of_momentum_rule, optax.ScaleByAdamState, betas, scalars, *stored, adjust)
 
 
 def nadam(
@@ -48,7 +49,7 @@ def nadam(
     bias_correction: bool = True,
     moments: Moments = "float32",
     momentum_decay: float | None = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     r"""Adam with Nesterov momentum, a drop-in for `optax.nadam`.
 
     Dozat 2016, Algorithm 2, is `jadam.adam` with, for a constant :math:`\mu_t = b_1`,
@@ -103,7 +104,7 @@ def nadamw(
     moments: Moments = "float32",
     momentum_decay: float | None = None,
     max_lr: float | None = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """`nadam` with decoupled weight decay, a drop-in for `optax.nadamw`.
 
     Args:

@@ -1,26 +1,34 @@
 """RAdam: Adam that waits until its second moment can be trusted (Liu et al., ICLR 2020, arXiv:1908.03265)."""
 
-import functools
-
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from jadam import _checks
-from jadam._adam import adam_rule, look_ahead, nadam_rule, variant
+from jadam._adam import adam_rule, adjustment, look_ahead, nadam_rule
 from jadam._formats import Moments
 from jadam._numerics import Beta
-from jadam._transformation import Rule, Step, descend, scale_by_rule
+from jadam._transformation import Step, Transformation, descend, scale_by_rule
 
 
-def radam_rule(step: Step, g, m, v, *, adam: Rule = adam_rule):
+def radam_rule(step: Step, g, m, v):
     """Adam's direction, rectified, once the average behind ``v`` is long enough; the bare ``m_hat`` before."""
-    u, m, v = adam(step, g, m, v)
-    m_hat = look_ahead(step.b1, m, g) if adam is not adam_rule else m / step.b1.correction
+    u, m, v = adam_rule(step, g, m, v)
+    return jnp.where(step.trusted, step.rectification * u, m / step.b1.correction), m, v
+
+
+def radam_of_nadam_rule(step: Step, g, m, v):
+    """The same of NAdam's direction."""
+    u, m, v = nadam_rule(step, g, m, v)
+    return jnp.where(step.trusted, step.rectification * u, look_ahead(step.b1, m, g)), m, v
+
+
+def rectified(step: Step) -> Step:
+    """``step`` with whether ``v`` is to be trusted and by what the direction is multiplied then."""
     rho, rho_inf = average_length(step.b2, step.t)
     trusted = rho >= step.threshold
     r = (rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)
-    return jnp.where(trusted, jnp.sqrt(jnp.where(trusted, r, 1)) * u, m_hat), m, v
+    return step.replace(trusted=trusted, rectification=jnp.sqrt(jnp.where(trusted, r, 1)))
 
 
 def average_length(b2: Beta, t):
@@ -52,7 +60,7 @@ def scale_by_radam(
     nesterov: bool = False,
     eps_mode: str = "paper",
     moments: Moments = "float32",
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     r"""Rescale gradients by RAdam's rule, without the learning rate.
 
     Liu et al. 2020, Algorithm 2. With :math:`\rho_\infty = 2 / (1 - b_2) - 1` and
@@ -87,9 +95,10 @@ def scale_by_radam(
     """
     threshold = _checks.hyperparameter("threshold", threshold, ">= 4")
     _checks.one_of("nesterov", nesterov, (True, False))
-    rule = variant(functools.partial(radam_rule, adam=nadam_rule if nesterov else adam_rule), eps_mode)
+    rule, hat = radam_of_nadam_rule if nesterov else radam_rule, adjustment(eps_mode)
+    adjust = lambda step: rectified(hat(step))
     betas, scalars = {"b1": b1, "b2": b2}, {"eps": eps, "eps_root": eps_root, "threshold": threshold}
-    return scale_by_rule(rule, optax.ScaleByAdamState, betas, scalars, moments=moments)
+    return scale_by_rule(rule, optax.ScaleByAdamState, betas, scalars, moments=moments, adjust=adjust)
 
 
 def radam(
@@ -103,7 +112,7 @@ def radam(
     nesterov: bool = False,
     eps_mode: str = "paper",
     moments: Moments = "float32",
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """Rectified Adam, a drop-in for `optax.radam`; with ``eps_mode="hat"`` equal to `torch.optim.RAdam`.
 
     Args:

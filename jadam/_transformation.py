@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jadam import _checks, _formats
@@ -59,6 +60,76 @@ class ScheduledBetasState(NamedTuple):
     inner_state: Any
 
 
+class NotOnePass(Exception):
+    """Raised by a plan for what `jadam.step` cannot do in one pass; its text is the reason."""
+
+
+class Job(NamedTuple):
+    """What a step does to one leaf; called with the gradient, the update's direction and the moments stored again.
+
+    The direction is then added ``minus_lr`` times to the parameter; the other fields are `None` where there is nothing
+    to do.
+    """
+
+    rule: Rule
+    step: Step
+    dtype: np.dtype  # of the arithmetic
+    format: _formats.Format
+    stored: tuple[jax.Array, ...]
+    salt: int  # of the leaf's dither
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    minus_lr: Any = 1.0
+    weight_decay: Any = None  # of the parameter, added to the direction
+    bound: Any = None  # of the gradient's absolute value
+    norm: Any = None  # the gradient is divided by it
+    max_norm: Any = None  # and multiplied by this
+    remainder: jax.Array | None = None  # of a bfloat16 parameter, see `jadam.exact_bf16`
+
+    def __call__(self, g):
+        """``(u, stored)``: the rule on the decoded moments."""
+        decoded = self.format.decode(self.stored, self.dtype)
+        u, *new = self.rule(self.step, g.astype(self.dtype), *decoded)
+        random = _formats.random_for(g.shape, self.salt, self.count)
+        return u, self.format.encode(new, self.stored, random)
+
+    def update(self, g, p):
+        """``(u, stored)`` of the whole step: what comes before the rule and behind it."""
+        as_u = lambda x: jnp.asarray(x).astype(self.dtype)
+        if self.bound is not None:
+            g = jnp.clip(g, -jnp.asarray(self.bound, g.dtype), jnp.asarray(self.bound, g.dtype))
+        if self.norm is not None:
+            g = g / self.norm.astype(g.dtype) * self.max_norm.astype(g.dtype)
+        u, stored = self(g)
+        if self.weight_decay is not None:
+            u = u + as_u(self.weight_decay) * p.astype(self.dtype)
+        return as_u(self.minus_lr) * u, stored
+
+
+class Plan(NamedTuple):
+    """A step taken apart: a `Job` for each leaf of the gradients, and ``finish``, which makes the new state.
+
+    ``finish`` takes for each leaf the tuple of what it stores: the remainder if it has one, and the moments.
+    """
+
+    jobs: list[Job]
+    finish: Callable[..., Any]
+
+
+class Transformation(optax.GradientTransformationExtraArgs):
+    """An Optax transformation that can also be taken apart, so that `jadam.step` does it in one pass.
+
+    ``plan(grads, state, params)`` returns a `Plan`, with the same checks as ``update``, or raises `NotOnePass`.
+    """
+
+    plan: Callable[..., Plan]
+
+    def __new__(cls, init, update, plan):
+        """An Optax transformation that carries ``plan``."""
+        self = super().__new__(cls, init, update)
+        self.plan = plan
+        return self
+
+
 def scale_by_rule(
     rule: Rule,
     state_type: Any,
@@ -67,7 +138,8 @@ def scale_by_rule(
     mu_dtype: Any = None,
     moments: _formats.Moments = "float32",
     quantized_state_type: Any = None,
-) -> optax.GradientTransformationExtraArgs:
+    adjust: Callable[[Step], Step] = lambda step: step,
+) -> Transformation:
     """The transformation that applies ``rule`` to every leaf.
 
     Args:
@@ -79,6 +151,7 @@ def scale_by_rule(
         mu_dtype: dtype in which ``mu`` is stored; default the parameter's, at least float32.
         moments: how the moments are stored, see `jadam.scale_by_adam`.
         quantized_state_type: ``state_type`` with a scale for every moment, where a rule's moments can be int8.
+        adjust: what of the rule is a matter of its scalars only, once a step.
     """
     betas = {name: _beta(name, value) for name, value in betas.items()}
     scalars = {name: _scalar(name, value) for name, value in scalars.items()}
@@ -97,11 +170,12 @@ def scale_by_rule(
             stored = choose(path, p).init(p, len(names))
             return *stored, *[_formats.empty(p)] * (len(stored_names) - len(stored))
 
-        state = state_type(jnp.zeros([], jnp.int32), *_columns(leaf, len(stored_names), params))
+        leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+        columns = _columns([leaf(path, p) for path, p in leaves], len(stored_names))
+        state = state_type(jnp.zeros([], jnp.int32), *map(structure.unflatten, columns))
         return ScheduledBetasState({name: jnp.zeros([]) for name in scheduled}, state) if scheduled else state
 
-    def update(updates, state, params=None, **extra_args) -> Any:
-        del extra_args
+    def plan(updates, state, params=None) -> Plan:
         corrections, state = state if scheduled else ({}, state)
         _checks.state_of(state, state_type)
         _checks.gradients(updates, params)
@@ -110,31 +184,40 @@ def scale_by_rule(
             if moments == "float32" and (name != "mu" or mu_dtype is None):
                 _checks.moments_wide_enough(tree, name)
         _checks.holds_complex(state.mu, updates)
-        step, corrections = _at_step(betas, scalars, state.count, corrections)
+        step, corrections = _at_step(betas, scalars, state.count, corrections, adjust)
 
-        def leaf(path, g, result_dtype, *stored):
+        def job(path, g, *stored):
             format = _formats.of(stored)
-            own, unused = stored[: (n := format.arrays(len(names)))], stored[n:]
+            own = stored[: format.arrays(len(names))]
             dtype = at_least_float32(g, *own)
-            u, *new = rule(format.limit(step(real(dtype))), g.astype(dtype), *format.decode(own, dtype))
-            random = _formats.random_for(g.shape, path, state.count)
-            return u.astype(result_dtype), *format.encode(new, own, random), *unused
+            return Job(rule, format.limit(step(real(dtype))), dtype, format, own, _formats.salt(path), state.count)
 
-        trees = [updates, result_dtypes(updates, params), *state[1:]]
-        updates, *stored = _columns(leaf, 1 + len(stored_names), *trees)
-        state = state_type(optax.safe_increment(state.count), *stored)
-        return updates, ScheduledBetasState(corrections, state) if scheduled else state
+        def finish(stored):
+            trees = map(structure.flatten_up_to, state[1:])
+            full = [(*new, *old[len(new) :]) for new, old in zip(stored, zip(*trees, strict=True), strict=True)]
+            columns = _columns(full, len(stored_names))
+            new = state_type(optax.safe_increment(state.count), *map(structure.unflatten, columns))
+            return ScheduledBetasState(corrections, new) if scheduled else new
 
-    return optax.GradientTransformationExtraArgs(init, update)
+        leaves, structure = jax.tree_util.tree_flatten_with_path(updates)
+        trees = map(structure.flatten_up_to, state[1:])
+        return Plan([job(path, g, *x) for (path, g), *x in zip(leaves, *trees, strict=True)], finish)
+
+    def update(updates, state, params=None, **extra_args) -> Any:
+        del extra_args
+        jobs, finish = plan(updates, state, params)
+        leaves, structure = jax.tree.flatten(updates)
+        dtypes = jax.tree.leaves(result_dtypes(updates, params))
+        directions, stored = _columns([job(g) for job, g in zip(jobs, leaves, strict=True)], 2)
+        directions = [u.astype(dtype) for u, dtype in zip(directions, dtypes, strict=True)]
+        return structure.unflatten(directions), finish(stored)
+
+    return Transformation(init, update, plan)
 
 
-def _columns(function, n: int, tree, *others):
-    """The ``n`` trees of the ``n`` things that ``function(path, *leaves)`` returns for each leaf."""
-    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
-    others = [structure.flatten_up_to(x) for x in others]
-    results = [function(path, leaf, *x) for (path, leaf), *x in zip(leaves, *others, strict=True)]
-    columns = zip(*results, strict=True) if results else [()] * n
-    return [structure.unflatten(column) for column in columns]
+def _columns(rows, n: int):
+    """The ``n`` columns of ``rows``, also of none."""
+    return list(zip(*rows, strict=True)) if rows else [()] * n
 
 
 def _beta(name, value, schedule=True):
@@ -146,7 +229,7 @@ def _scalar(name, value, schedule=True):
     return _checks.hyperparameter(name, value, ">= 0", schedule=schedule, wide=True)
 
 
-def _at_step(betas, scalars, count, corrections):
+def _at_step(betas, scalars, count, corrections, adjust):
     """The `Step` after ``count`` others, as a function of the dtype; and the corrections of scheduled betas."""
 
     def beta(name, count):
@@ -167,19 +250,18 @@ def _at_step(betas, scalars, count, corrections):
     @functools.cache  # per dtype, not per leaf
     def step(dtype):
         t = next_count.astype(dtype)
-        return Step(
+        step = Step(
             t=t,
             **{name: Beta(*(x.astype(dtype) for x in value)) for name, value in varying.items()},
             **{name: constant_beta(value, t, dtype) for name, value in constant.items()},
             **{name: jnp.asarray(value, dtype) for name, value in others.items()},
         )
+        return adjust(step)
 
     return step, {name: value.correction for name, value in varying.items()}
 
 
-def descend(
-    direction, learning_rate, weight_decay=None, mask=None, max_lr=None
-) -> optax.GradientTransformationExtraArgs:
+def descend(direction: Transformation, learning_rate, weight_decay=None, mask=None, max_lr=None) -> Transformation:
     """``direction``, then weight decay unless ``None``, then ``-learning_rate``: Optax's own stages, in float32.
 
     With ``max_lr`` the decay is ``weight_decay * learning_rate / max_lr``, free of the learning rate's scale.
@@ -187,7 +269,7 @@ def descend(
     Optax multiplies in the updates' dtype, which rounds a learning rate to bf16 for bf16 gradients. Here the
     stages see gradients and parameters widened to float32, and only the final update is narrowed.
     """
-    stages = [direction]
+    stages: list[Any] = [direction]
     if weight_decay is not None:
         weight_decay = _checks.hyperparameter("weight_decay", weight_decay, ">= 0")
         if max_lr is not None:
@@ -208,7 +290,28 @@ def descend(
         updates, state = chain.update(jax.tree.map(widen, updates), state, wide_params, **extra_args)
         return jax.tree.map(lambda u, dtype: u.astype(dtype), updates, narrow), state
 
-    return optax.GradientTransformationExtraArgs(chain.init, update)
+    def plan(updates, state, params):
+        jobs, finish = direction.plan(updates, state[0], params)
+        widest = jax.dtypes.canonicalize_dtype(np.float64)
+        zero, one = jnp.zeros([], widest), jnp.ones([], widest)  # each stage tells its factor when it is given 1
+        minus_lr, lr_state = stages[-1].update(one, state[-1])
+        if weight_decay is None:
+            decays, decay_states = [None] * len(jobs), ()
+        else:
+            inner = state[1] if mask is None else state[1].inner_state
+            decay, inner = optax.add_decayed_weights(weight_decay).update(zero, inner, one)
+            decays = [decay if on else None for on in _leaf_mask(mask, params)]
+            decay_states = (inner if mask is None else state[1]._replace(inner_state=inner),)
+        jobs = [x._replace(minus_lr=minus_lr, weight_decay=wd) for x, wd in zip(jobs, decays, strict=True)]
+        return Plan(jobs, lambda stored: (finish(stored), *decay_states, lr_state))
+
+    return Transformation(chain.init, update, plan)
+
+
+def _leaf_mask(mask, params) -> list[bool]:
+    """A mask of `optax.masked` for each leaf."""
+    mask = True if mask is None else mask(params) if callable(mask) else mask
+    return jax.tree.leaves(jax.tree.map(lambda on, x: jax.tree.map(lambda _: on, x), mask, params))
 
 
 def _over(weight_decay, max_lr):

@@ -35,7 +35,8 @@ def test_every_byte_is_counted(name):
     tx = TRANSFORMATIONS[name]
     state = tx.init(PARAMS)
     of_state, of_tx = jadam.describe(state, PARAMS), jadam.describe(tx, PARAMS)
-    assert of_state == of_tx
+    assert (of_state.leaves, of_state.other_bytes) == (of_tx.leaves, of_tx.other_bytes)
+    assert of_state.one_pass is None
     assert of_state.bytes == sum(x.nbytes for x in jax.tree.leaves(state))
     assert of_state.other_bytes <= 64  # counts and the like
     assert [leaf.name for leaf in of_state.leaves] == [
@@ -77,6 +78,27 @@ def test_the_table():
     assert lines[0].split() == ["parameter", "shape", "dtype", "moments", "bytes", "each", "why"]
     assert "['embed']" in lines[1]
     assert "64x128" in lines[1]
-    assert lines[-1].startswith("total")
+    assert lines[-2].startswith("total")
+    assert lines[-1].startswith("step: ")
     with pytest.raises(TypeError, match="params must be floating"):
         jadam.describe(jadam.adam(1e-3), np.arange(3))
+
+
+def test_whether_a_step_is_one_pass(monkeypatch):
+    """As `jadam.step` decides: the transformation first, then the leaves, then what is active."""
+    plain = {"a": np.zeros((64, 128), np.float32), "b": np.zeros(3, np.float32)}
+    on = jadam.backends()["cpu"].kernel
+    said = lambda tx, params=plain: (jadam.describe(tx, params).one_pass, jadam.describe(tx, params).step)
+    if on is not None:
+        assert said(jadam.adam(1e-3, moments="int8")) == (True, f"one pass on cpu ({on})")
+        assert said(jadam.chain(jadam.clip(1.0), jadam.nadamw(1e-3)))[0]
+        half = {**plain, "c": np.zeros(3, jnp.bfloat16)}
+        one_but = f"one pass on cpu ({on}), but for ['c'] (bfloat16 without jadam.exact_bf16 is XLA's)"
+        assert said(jadam.adam(1e-3), half) == (False, one_but)
+        assert said(jadam.exact_bf16(jadam.adam(1e-3)), half)[0]
+    two = "two calls: none of jadam's optimizers; a chain must be jadam.chain"
+    assert said(optax.chain(jadam.adam(1e-3))) == (False, two)
+    assert "neither jadam.clip nor" in said(jadam.chain(optax.clip(1.0), jadam.adam(1e-3)))[1]
+    assert "jadam.exact_bf16 is around none" in said(jadam.exact_bf16(optax.adam(1e-3)))[1]
+    monkeypatch.setenv("JADAM_KERNELS", "xla")
+    assert said(jadam.adam(1e-3)) == (False, "two calls on cpu: JADAM_KERNELS=xla")

@@ -9,7 +9,7 @@ import pytest
 
 import jadam
 
-MODULES = [f"jadam.{m.name}" for m in pkgutil.iter_modules(jadam.__path__)]
+MODULES = [m.name for m in pkgutil.walk_packages(jadam.__path__, "jadam.") if "._cpu" not in m.name]
 FUNCTIONS = [name for name, value in vars(jadam).items() if inspect.isfunction(value)]
 
 
@@ -21,6 +21,7 @@ def test_examples_run(name):
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_every_public_function_is_documented(name):
-    text = inspect.getdoc(getattr(jadam, name))
-    for part in ("Args:", "Returns:", "Raises:", "Example:", ">>> "):
+    function = getattr(jadam, name)
+    text = inspect.getdoc(function)
+    for part in ("Args:",) * bool(inspect.signature(function).parameters) + ("Returns:", "Raises:", "Example:", ">>> "):
         assert part in text, f"jadam.{name} has no {part}"

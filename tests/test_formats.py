@@ -147,7 +147,7 @@ def test_rounding_is_unbiased():
     stored = int8.init(jnp.zeros((1, 128)), 2)
 
     def decoded(count):
-        return int8.decode(int8.encode((m, v), stored, _formats.random_for(m.shape, (), count)), jnp.float32)
+        return int8.decode(int8.encode((m, v), stored, _formats.random_for(m.shape, 0, count)), jnp.float32)
 
     many = jax.jit(jax.vmap(decoded))(jnp.arange(n))
     # The dither walks evenly round the circle, so the mean's error shrinks like 1/n, not like its root; the largest
@@ -155,7 +155,7 @@ def test_rounding_is_unbiased():
     np.testing.assert_allclose(np.asarray(many[1], np.float64).mean(0), v, rtol=1e-3)
     ratio = np.asarray(many[0] / jnp.sqrt(many[1]), np.float64).mean(0)
     np.testing.assert_allclose(ratio, m / jnp.sqrt(v), atol=1e-3)
-    bf16 = jax.vmap(lambda t: _formats.FORMATS["bfloat16"].encode((m, v), (m, v), _formats.random_for(m.shape, (), t)))
+    bf16 = jax.vmap(lambda t: _formats.FORMATS["bfloat16"].encode((m, v), (m, v), _formats.random_for(m.shape, 0, t)))
     for x, exact in zip(bf16(jnp.arange(n)), (m, v), strict=True):
         np.testing.assert_allclose(
             np.asarray(x, np.float64).mean(0), exact, rtol=2**-7 / 500

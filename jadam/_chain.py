@@ -1,0 +1,140 @@
+"""Optax's `chain` and clipping, made recognisable, so that `jadam.step` sees through them.
+
+Each has the state and the results of its namesake in Optax, whose code it runs.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jadam import _checks
+from jadam._exact_bf16 import ExactBF16
+from jadam._transformation import NotOnePass, Plan, Transformation
+
+
+class Clip(optax.GradientTransformation):
+    """What `clip` and `clip_by_global_norm` return: Optax's transformation, and ``limit(job, updates)`` for a plan."""
+
+    limit: Any
+
+    def __new__(cls, tx, limit):
+        """``tx`` that carries ``limit``."""
+        self = super().__new__(cls, tx.init, tx.update)
+        self.limit = limit
+        return self
+
+
+def clip(max_delta: jax.typing.ArrayLike) -> Clip:
+    """Clip every gradient to ``[-max_delta, max_delta]``: `optax.clip`, for `jadam.chain`.
+
+    Args:
+        max_delta: > 0, in the gradient's unit; a number or a scalar array.
+
+    Returns:
+        A transformation without state.
+
+    Raises:
+        ValueError, TypeError: ``max_delta`` out of range or no number.
+
+    Example:
+        >>> import jax.numpy as jnp, jadam
+        >>> tx = jadam.clip(1.0)
+        >>> g = jnp.array([3.0, -0.5])
+        >>> print(tx.update(g, tx.init(g))[0])
+        [ 1.  -0.5]
+    """
+    bound = _checks.hyperparameter("max_delta", max_delta, "> 0", schedule=False)
+
+    def limit(jobs, updates):
+        if any(job.norm is not None or job.bound is not None for job in jobs):
+            raise NotOnePass("jadam.clip comes after another clipping")
+        return [job._replace(bound=bound) for job in jobs], optax.clip(bound).update(updates, optax.EmptyState())[0]
+
+    return Clip(optax.clip(bound), limit)
+
+
+def clip_by_global_norm(max_norm: jax.typing.ArrayLike) -> Clip:
+    """Scale all gradients so that their norm together is at most ``max_norm``: Optax's own, for `jadam.chain`.
+
+    Pascanu, Mikolov & Bengio 2013, "On the difficulty of training recurrent neural networks", Algorithm 1.
+
+    Args:
+        max_norm: > 0, in the gradient's unit; a number or a scalar array.
+
+    Returns:
+        A transformation without state.
+
+    Raises:
+        ValueError, TypeError: ``max_norm`` out of range or no number.
+
+    Example:
+        >>> import jax.numpy as jnp, jadam
+        >>> tx = jadam.clip_by_global_norm(1.0)
+        >>> g = jnp.array([3.0, -4.0])
+        >>> print(tx.update(g, tx.init(g))[0])
+        [ 0.6 -0.8]
+    """
+    max_norm = _checks.hyperparameter("max_norm", max_norm, "> 0", schedule=False)
+
+    def limit(jobs, updates):
+        if any(job.norm is not None for job in jobs):
+            raise NotOnePass("two jadam.clip_by_global_norm in one chain")
+        norm = optax.tree.norm(updates)
+        small = jnp.squeeze(norm < max_norm)
+        by, to = jnp.where(small, 1.0, norm), jnp.where(small, 1.0, max_norm)
+        return [job._replace(norm=by, max_norm=to) for job in jobs], updates
+
+    return Clip(optax.clip_by_global_norm(max_norm), limit)
+
+
+def chain(*stages: optax.GradientTransformation) -> Transformation:
+    """`optax.chain`, remembering its stages: the same state and results, and `jadam.step` can see what it is.
+
+    One pass over memory is kept where the stages are any of `jadam.clip` and then `jadam.clip_by_global_norm`, and then
+    one of jadam's optimizers. With other stages `jadam.step` does what it does for any transformation.
+
+    Args:
+        stages: transformations, each fed with the updates of the one before.
+
+    Returns:
+        A transformation whose state is the tuple of the stages' states.
+
+    Raises:
+        TypeError: a stage that is no transformation.
+        ValueError: `jadam.exact_bf16` within: it must be outermost.
+
+    Example:
+        >>> import jax.numpy as jnp, jadam
+        >>> tx = jadam.chain(jadam.clip_by_global_norm(1.0), jadam.adamw(1e-3))
+        >>> params = jnp.ones(3)
+        >>> params, state = jadam.step(tx, jnp.ones(3), tx.init(params), params)
+        >>> print(params)
+        [0.9989999 0.9989999 0.9989999]
+    """
+    for i, stage in enumerate(stages):
+        if not (hasattr(stage, "init") and hasattr(stage, "update")):
+            raise TypeError(f"chain's stage {i} must be an Optax transformation, got {stage!r}.")
+        if isinstance(stage, ExactBF16):
+            raise ValueError(f"chain's stage {i} is exact_bf16, which must be outermost: exact_bf16(chain(...)).")
+    inner = optax.with_extra_args_support(optax.chain(*stages))
+    clips, rest = list(stages[:-1]), stages[-1:]
+
+    def plan(updates, state, params=None) -> Plan:
+        _checks.gradients(updates, params)
+        *states, last_state = state
+        if not rest or not isinstance(rest[0], Transformation):
+            raise NotOnePass("jadam.chain's last stage is none of jadam's optimizers")
+        if clips and any(jnp.finfo(g.dtype).bits < 32 for g in jax.tree.leaves(updates)):
+            raise NotOnePass("16-bit gradients are clipped in 16 bits; wrap the chain in jadam.exact_bf16")
+        if clips and any(jnp.iscomplexobj(g) for g in jax.tree.leaves(updates)):
+            raise NotOnePass("complex gradients are clipped")
+        jobs, finish = rest[0].plan(updates, last_state, params)
+        for i, stage in enumerate(clips):
+            if not isinstance(stage, Clip):
+                raise NotOnePass(f"jadam.chain's stage {i} is neither jadam.clip nor jadam.clip_by_global_norm")
+            jobs, updates = stage.limit(jobs, updates)
+        return Plan(jobs, lambda *stored: (*states, finish(*stored)))
+
+    return Transformation(inner.init, inner.update, plan)

@@ -1,0 +1,49 @@
+"""Which kernels there are, which of them are active, and why."""
+
+import dataclasses
+import os
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """What serves `jadam.step` on a platform: ``kernel`` is None where it is XLA alone; ``reason`` says why."""
+
+    kernel: str | None
+    reason: str
+
+    def __str__(self):
+        return f"{self.kernel or 'XLA'}: {self.reason}"
+
+
+def backends() -> dict[str, Backend]:
+    """Tell what serves `jadam.step` on every platform, and why.
+
+    ``JADAM_KERNELS=xla`` in the environment turns all kernels off; it is read whenever a step is compiled.
+
+    Returns:
+        A dict of the platforms ``"cpu"``, ``"cuda"`` and ``"tpu"``, whose values have ``kernel``, a name or None, and
+        ``reason``; print one for a line.
+
+    Raises:
+        ValueError: another value of ``JADAM_KERNELS``.
+
+    Example:
+        >>> import jadam
+        >>> sorted(jadam.backends())
+        ['cpu', 'cuda', 'tpu']
+    """
+    from jadam._kernels import cpu
+
+    if off():
+        return dict.fromkeys(("cpu", "cuda", "tpu"), Backend(None, "JADAM_KERNELS=xla"))
+    instructions, where = cpu.load()
+    built = Backend(None, where) if instructions is None else Backend(f"FFI, {instructions}", where)
+    return {"cpu": built, "cuda": Backend(None, "to come"), "tpu": Backend(None, "to come")}
+
+
+def off() -> bool:
+    """Whether the environment turns the kernels off."""
+    value = os.environ.get("JADAM_KERNELS", "")
+    if value not in ("", "xla"):
+        raise ValueError(f"JADAM_KERNELS must be unset or 'xla', got {value!r}. Unset it.")
+    return value == "xla"

@@ -1,0 +1,137 @@
+"""The CPU's kernel: finds the extension built from ``cpu.cc``, and calls it on groups of leaves.
+
+Taken are leaves whose gradient is float32 or bfloat16, whose parameter is float32 or bfloat16 with a remainder, and
+whose moments are in one of the three formats (``mu_dtype`` is none), under a rule of `RULES`. XLA does the others.
+"""
+
+import ctypes
+import functools
+import sys
+import zlib
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jadam._adam import adam_rule, nadam_rule
+from jadam._adamax import adamax_rule
+from jadam._amsgrad import amsgrad_of_v_rule, amsgrad_rule
+from jadam._nadam import nadam_of_momentum_rule
+from jadam._radam import radam_of_nadam_rule, radam_rule
+from jadam._transformation import Job
+
+LEAVES = 50  # a call; XLA's compile time grows with the square of a call's aliases
+RULES = {
+    adam_rule: 0,
+    nadam_rule: 1,
+    nadam_of_momentum_rule: 1,
+    adamax_rule: 2,
+    amsgrad_rule: 3,
+    amsgrad_of_v_rule: 4,
+    radam_rule: 5,
+    radam_of_nadam_rule: 6,
+}
+SCALARS = 20  # in a row of `_row`
+FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2}
+
+
+def kernel(jobs: list[Job], grads, params) -> list[tuple | None]:
+    """The new parameter and what is stored, for each leaf that `refuses` does not."""
+    done: list = [None] * len(jobs)
+    taken = [i for i, x in enumerate(zip(jobs, grads, params, strict=True)) if refuses(*x) is None]
+    for start in range(0, len(taken), LEAVES):
+        group = taken[start : start + LEAVES]
+        columns = ([column[i] for i in group] for column in (jobs, grads, params))
+        for i, result in zip(group, _call(*columns), strict=True):
+            done[i] = result
+    return done
+
+
+def refuses(job: Job, g, p) -> str | None:
+    """Why the kernel cannot take a leaf, or None."""
+    if job.rule not in RULES:
+        return f"no kernel for {job.rule.__name__}"
+    if job.dtype != np.float32:
+        return f"{job.dtype} is XLA's"
+    if g.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"gradients in {g.dtype} are XLA's"
+    if p.dtype != jnp.float32 and job.remainder is None:
+        return f"{p.dtype} without jadam.exact_bf16 is XLA's"
+    if job.format.name == "float32" and any(x.dtype != jnp.float32 for x in job.stored):
+        return "mu_dtype is XLA's"
+    if not p.size:
+        return "no elements"
+    return None
+
+
+def _call(jobs, grads, params):
+    """One call for a group of leaves."""
+    rows: dict = {}
+    settings, inputs, outputs, aliases = [], [], [], {}
+    for job, g, p in zip(jobs, grads, params, strict=True):
+        key = tuple(map(id, (job.step, job.minus_lr, job.weight_decay, job.bound, job.norm)))
+        row = rows.setdefault(key, (len(rows), job))[0]
+        limit = (job.bound is not None) + 2 * (job.norm is not None)
+        block = job.format.block(job.stored) if job.format.name == "int8" else 0
+        settings += [RULES[job.rule], FORMATS[job.format.name], limit, row, job.salt, block]
+        own = [p, *([] if job.remainder is None else [job.remainder]), *job.stored]
+        inputs.append(g)
+        for x in own:
+            aliases[len(inputs) + 2] = len(outputs)
+            inputs.append(x)
+            outputs.append(jax.ShapeDtypeStruct(x.shape, x.dtype))
+    scalars = jnp.stack([_row(job) for _, job in rows.values()])
+    count = jobs[0].count.astype(jnp.uint32)
+    call = jax.ffi.ffi_call("jadam_step", outputs, input_output_aliases=aliases)
+    results = iter(call(scalars, count, *inputs, leaves=np.array(settings, np.int64)))
+    for job in jobs:
+        p, *stored = (next(results) for _ in range(1 + (job.remainder is not None) + len(job.stored)))
+        yield p, tuple(stored)
+
+
+def _row(job: Job) -> jax.Array:
+    """``struct Scalars`` of ``cpu.cc``."""
+    step = job.step
+    look = getattr(step, "momentum", step.b1)
+    over = lambda x: 1 / jnp.asarray(x)
+    values = [
+        *(step.b1.b, step.b1.one_minus_b, over(step.b1.correction)),
+        *(step.b2.b, step.b2.one_minus_b, over(step.b2.correction), jnp.sqrt(over(step.b2.correction))),
+        *(look.next_b, over(look.next_correction), look.one_minus_b, over(look.correction)),
+        *(step.eps, getattr(step, "eps_root", 0)),
+        *(getattr(step, "trusted", True), getattr(step, "rectification", 1)),
+        *(job.minus_lr, 0 if job.weight_decay is None else job.weight_decay),
+        *(0 if job.bound is None else job.bound, 1 if job.norm is None else job.norm),
+        1 if job.max_norm is None else job.max_norm,
+    ]
+    return jnp.stack([jnp.asarray(x).astype(jnp.float32) for x in values])
+
+
+@functools.cache
+def load() -> tuple[str | None, str]:
+    """Registers the extension: the instructions it uses, or None, and where it is or why there is none.
+
+    Looked for beside this file and in every ``jadam`` on the path: a clone's source folder hides the installed one.
+    """
+    source = Path(__file__).with_suffix(".cc")
+    here = Path(__file__).parent
+    folders = [here, *(Path(entry) / "jadam" / "_kernels" for entry in sys.path)]
+    stale = None
+    for path in (folder / f"_cpu{suffix}" for folder in folders for suffix in EXTENSION_SUFFIXES):
+        if not path.is_file():
+            continue
+        try:
+            library = ctypes.CDLL(str(path))
+        except OSError as error:
+            return None, f"{path} does not load: {error}"
+        if library.jadam_source() % 2**32 != zlib.crc32(source.read_bytes()):
+            stale = path
+            continue
+        library.jadam_instructions.restype = ctypes.c_char_p
+        jax.ffi.register_ffi_target("jadam_step", jax.ffi.pycapsule(library.jadam_step), platform="cpu")
+        return library.jadam_instructions().decode(), str(path)
+    if stale is not None:
+        return None, f"{stale} was built from another version of cpu.cc; reinstall jadam"
+    return None, "no extension was built; install a C++17 compiler and reinstall jadam"

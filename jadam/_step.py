@@ -1,0 +1,189 @@
+"""Parameters and moments in one pass over memory, where a kernel serves; elsewhere Optax's two calls.
+
+`step` binds one primitive for the whole tree. What becomes of it is decided when it is lowered for a platform, so
+compilation ahead of time and `jax.export` choose by their target: a kernel where one is active, otherwise
+``tx.update`` and `optax.apply_updates`, which is also what `jax.vmap` and differentiation see.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from jadam import _kernels
+from jadam._exact_bf16 import join, split
+from jadam._kernels import cpu
+from jadam._numerics import at_least_float32, promote
+from jadam._transformation import Job, NotOnePass, Transformation
+
+
+def step(tx: optax.GradientTransformation, grads, state, params):
+    """``tx.update`` and `optax.apply_updates` in one pass over memory.
+
+    Memory traffic is what Adam costs: at best 28 bytes per float32 parameter, read and written once. The two calls are
+    two passes at least on a CPU.
+
+    One pass, for jadam's optimizers, `jadam.chain` and `jadam.exact_bf16` around them: on a CPU by a compiled kernel,
+    see `jadam.backends`; on GPU and TPU by XLA in float32, and by a Pallas kernel where moments are int8. Anything
+    else, and any leaf that no kernel takes, is done by the two calls or what they amount to; `jadam.describe` tells
+    which and why. On several devices the kernels serve inside `jax.shard_map`; otherwise XLA shards the two calls.
+
+    Args:
+        tx: any Optax transformation. One that needs more than gradients, state and parameters has no place here.
+        grads: gradients, a tree like ``params``.
+        state: of ``tx``.
+        params: parameters.
+
+    Returns:
+        ``(params, state)``. Donate both and take them in that order, as below: then the kernels work in place. JAX
+        gives the first donated array of a shape to the first result of that shape; in another order XLA must copy.
+
+    Raises:
+        ValueError, TypeError: what ``tx.update`` raises.
+
+    Example:
+        >>> import functools, jax, jax.numpy as jnp, jadam
+        >>> tx = jadam.adamw(0.1)
+        >>> @functools.partial(jax.jit, donate_argnums=(0, 1))
+        ... def train_step(params, state, x):
+        ...     grads = jax.grad(lambda w: jnp.sum((w - x) ** 2))(params)
+        ...     return jadam.step(tx, grads, state, params)
+        >>> params = jnp.ones(2)
+        >>> params, state = train_step(params, tx.init(params), jnp.array([0.0, 3.0]))
+        >>> print(*(f"{x:.2f}" for x in params))
+        0.90 1.10
+    """
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        raise TypeError(f"step needs an Optax transformation, got {tx!r}. Pass jadam.adam(...), for one.")
+    if obstacle(tx, grads, state, params) is not None:
+        return two_calls(tx, grads, state, params)
+    flat, tree = jax.tree.flatten((grads, state, params))
+    grads, state, params = tree.unflatten(map(jnp.asarray, flat))
+    out = step_p.bind(*jax.tree.leaves((grads, state, params)), tx=tx, tree=tree)
+    return jax.tree.unflatten(jax.tree.structure((params, state)), out)
+
+
+def two_calls(tx, grads, state, params):
+    """What `step` amounts to."""
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+
+def obstacle(tx, grads, state, params) -> str | None:
+    """Why `step` must be two calls whatever the platform, or None. Raises what the plan's checks raise."""
+    if not isinstance(tx, Transformation):
+        return "none of jadam's optimizers; a chain must be jadam.chain"
+
+    def plan(grads, state, params):
+        tx.plan(grads, state, params)
+
+    if params is None:
+        raise ValueError("step needs params: call step(tx, grads, state, params).")
+    try:
+        jax.eval_shape(plan, grads, state, params)
+    except NotOnePass as reason:
+        return str(reason)
+    return None
+
+
+def refusals(tx, grads, state, params) -> list[str | None]:
+    """For every leaf why the CPU's kernel leaves it to XLA, or None."""
+    found = []
+
+    def plan(grads, state, params):
+        jobs = tx.plan(grads, state, params).jobs
+        found.extend(map(cpu.refuses, jobs, jax.tree.leaves(grads), jax.tree.leaves(params)))
+
+    jax.eval_shape(plan, grads, state, params)
+    return found
+
+
+def by_jobs(kernel, tx, grads, state, params):
+    """``kernel(jobs, grads, params)`` gives ``(p, stored)`` for the leaves it takes and None for those left to XLA."""
+    jobs, finish = tx.plan(grads, state, params)
+    leaves, structure = jax.tree.flatten(params)
+    grads = jax.tree.leaves(grads)
+    done = kernel(jobs, grads, leaves)
+    rows = [by_xla(*x) if y is None else y for y, *x in zip(done, jobs, grads, leaves, strict=True)]
+    return structure.unflatten([p for p, _ in rows]), finish([stored for _, stored in rows])
+
+
+def by_xla(job: Job, g, p):
+    """One leaf: the new parameter, and the tuple of what is stored."""
+    if job.remainder is None:
+        u, stored = job.update(g, p)
+        return optax.apply_updates(p, u.astype(promote(g, p))), stored
+    x, g = join(p, job.remainder), g.astype(at_least_float32(g))
+    u, stored = job.update(g, x)
+    p, remainder = split(optax.apply_updates(x, u.astype(promote(g, x))))
+    return p, (remainder, *stored)
+
+
+step_p = Primitive("jadam_step")
+step_p.multiple_results = True
+
+
+def _flat(function, *args, tx, tree):
+    return jax.tree.leaves(function(tx, *tree.unflatten(args)))
+
+
+@step_p.def_abstract_eval
+def _(*avals, tx, tree):
+    _, state, params = tree.unflatten(avals)
+    return [x.strip_weak_type() for x in jax.tree.leaves((params, state))]
+
+
+@functools.lru_cache(maxsize=256)
+def _eager(tx, tree):
+    return jax.jit(functools.partial(step_p.bind, tx=tx, tree=tree))
+
+
+step_p.def_impl(lambda *args, tx, tree: _eager(tx, tree)(*args))
+
+
+def _lowering(platform="", kernel=None):
+    """The rule for a platform: ``kernel`` where it is active and the array whole, otherwise the two calls."""
+
+    def rule(ctx, *args, tx, tree):
+        serves = kernel is not None and _kernels.backends()[platform].kernel is not None and _whole(ctx)
+        function = functools.partial(by_jobs, kernel) if serves else two_calls
+        return mlir.lower_fun(functools.partial(_flat, function), multiple_results=True)(ctx, *args, tx=tx, tree=tree)
+
+    return rule
+
+
+def _whole(ctx) -> bool:
+    """Whether a call sees all of its arrays: one device, or every axis of the mesh is manual as within `jax.shard_map`.
+
+    Otherwise XLA's partitioner would gather what an opaque call gets.
+    """
+    context = ctx.module_context.axis_context
+    if hasattr(context, "manual_axes"):
+        return set(context.manual_axes) == set(context.mesh.axis_names)
+    return getattr(context, "num_devices", 1) == 1
+
+
+mlir.register_lowering(step_p, _lowering())
+mlir.register_lowering(step_p, _lowering("cpu", cpu.kernel), platform="cpu")
+
+
+def _batch(args, dims, *, tx, tree):
+    out = jax.vmap(functools.partial(_flat, two_calls, tx=tx, tree=tree), in_axes=dims)(*args)
+    return out, [0] * len(out)
+
+
+def _jvp(primals, tangents, *, tx, tree):
+    tangents = map(ad.instantiate_zeros, tangents)
+    function = functools.partial(_flat, two_calls, tx=tx, tree=tree)
+    out, tangents = jax.jvp(function, tuple(primals), tuple(tangents))
+    is_zero = lambda t: t.dtype == jax.dtypes.float0
+    return out, [
+        ad.Zero(jax.typeof(x).to_tangent_aval()) if is_zero(t) else t for x, t in zip(out, tangents, strict=True)
+    ]
+
+
+batching.primitive_batchers[step_p] = _batch
+ad.primitive_jvps[step_p] = _jvp

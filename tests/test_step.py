@@ -1,0 +1,493 @@
+"""`jadam.step`: one pass that does what the two calls do, on every path that may serve it."""
+
+import functools
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jadam
+from jadam import _step
+from jadam._kernels import cpu
+
+CPU = jadam.backends()["cpu"]
+needs_kernel = pytest.mark.skipif(CPU.kernel is None, reason=f"no CPU kernel: {CPU.reason}")
+
+# Every rule and option that the kernel writes a second time.
+RULES = {
+    "adam": lambda **k: jadam.adam(1.0, **k),
+    "adam, small betas": lambda **k: jadam.adam(1.0, b1=0.2, b2=0.3, **k),
+    "adam, eps_root": lambda **k: jadam.adam(1.0, eps_root=1e-3, **k),
+    "adam, hat": lambda **k: jadam.adam(1.0, eps_mode="hat", **k),
+    "adam, uncorrected": lambda **k: jadam.adam(1.0, bias_correction=False, **k),
+    "adam, scheduled b1": lambda **k: jadam.adam(1.0, b1=optax.linear_schedule(0.5, 0.9, 8), **k),
+    "scale_by_adam": lambda **k: jadam.scale_by_adam(**k),
+    "adamw, masked": lambda **k: jadam.adamw(1.0, weight_decay=0.1, mask={"a": True, "b": False, "c": True}, **k),
+    "adamw, scheduled": lambda **k: jadam.adamw(
+        optax.linear_schedule(1.0, 0.5, 8), weight_decay=optax.linear_schedule(0.1, 0.2, 8), **k
+    ),
+    "adamw, max_lr": lambda **k: jadam.adamw(optax.linear_schedule(1.0, 0.5, 8), max_lr=1.0, weight_decay=0.1, **k),
+    "nadam": lambda **k: jadam.nadam(1.0, **k),
+    "nadamw, momentum": lambda **k: jadam.nadamw(1.0, weight_decay=0.1, momentum_decay=4e-3, **k),
+    "adamax": lambda **k: jadam.adamax(1.0, **k),
+    "amsgrad": lambda **k: jadam.amsgrad(1.0, **k),
+    "amsgrad of v": lambda **k: jadam.amsgrad(1.0, max_of="v", **k),
+    "radam": lambda **k: jadam.radam(1.0, **k),
+    "radam of nadam": lambda **k: jadam.radam(1.0, nesterov=True, **k),
+    "clip": lambda **k: jadam.chain(jadam.clip(1.0), jadam.adam(1.0, **k)),
+    "clip by norm": lambda **k: jadam.chain(jadam.clip_by_global_norm(1.0), jadam.adam(1.0, **k)),
+    "both": lambda **k: jadam.chain(jadam.clip(1.0), jadam.clip_by_global_norm(1.0), jadam.adam(1.0, **k)),
+}
+INT8 = [name for name in RULES if not name.startswith(("adamax", "amsgrad", "radam"))]
+CASES = [(name, "float32") for name in RULES] + [(name, "bfloat16") for name in RULES if name != "adamax"]
+CASES += [(name, "int8") for name in INT8]
+
+
+@functools.cache
+def compiled(tx):
+    """The step and the two calls."""
+    return [jax.jit(functools.partial(f, tx)) for f in (jadam.step, _step.two_calls)]
+
+
+def trees(seed, dtype=np.float32):
+    """A matrix of awkward width, a vector and a scalar."""
+    rng = np.random.default_rng(seed)
+    shapes = {"a": (33, 300), "b": (77,), "c": ()}
+    return {k: jnp.asarray(rng.standard_normal(x) * 10.0 ** rng.uniform(-3, 3, x), dtype) for k, x in shapes.items()}
+
+
+def custom_calls(f, *args):
+    return jax.jit(f).lower(*args).as_text().count("@jadam_step")
+
+
+def assert_steps_agree(new, expected, old, ulps=2):
+    """The contract of the kernel, for ``(params, state)`` from the same start.
+
+    What is stored within 2 ulp of max(|old|, |increment|); an update within 5e-7 of the larger of itself and 1;
+    bfloat16 moments, remainders and int8 codes equal but where the sides straddle a rounding edge.
+    """
+    assert jax.tree.structure(new) == jax.tree.structure(expected)
+    for is_param, parts in enumerate(zip(new[::-1], expected[::-1], old[::-1], strict=True)):
+        for a, b, c in zip(*map(jax.tree.leaves, parts), strict=True):
+            assert (a.shape, a.dtype) == (b.shape, b.dtype)
+            if a.dtype != jnp.float32 and not (is_param and a.dtype == jnp.bfloat16):
+                # 2 ulp of float32 are 2**-15 of bfloat16's spacing
+                assert np.mean(np.asarray(a != b)) <= (1e-4 if a.size > 10**5 else 1e-3), a.dtype
+                continue
+            a, b, c = (np.asarray(x, np.float64) for x in (a, b, c))
+            close = ulps * 2.0**-23 * np.maximum(np.abs(c), np.abs(b - c)) + 1e-44
+            close += 5e-7 * np.maximum(1, np.abs(b - c)) * is_param
+            assert np.all((np.abs(a - b) <= close) | (a == b) | (np.isnan(a) & np.isnan(b))), (
+                is_param,
+                np.max(np.abs(a - b) / close * (a != b)),
+                a.shape,
+            )
+
+
+@needs_kernel
+@pytest.mark.parametrize(("rule", "moments"), CASES)
+def test_kernel_against_the_two_calls(rule, moments):
+    tx = RULES[rule](moments=moments)
+    step, calls = compiled(tx)
+    params = trees(0)
+    state = tx.init(params)
+    for t in range(12):
+        grads = trees(t + 1)
+        expected = calls(grads, state, params)
+        # int8 stores scales of m / sqrt(v), two roundings more
+        assert_steps_agree(step(grads, state, params), expected, (params, state), 4 if moments == "int8" else 2)
+        params, state = expected
+    assert custom_calls(functools.partial(jadam.step, tx), grads, state, params) == 1
+
+
+@needs_kernel
+@pytest.mark.parametrize("moments", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("grad_dtype", [jnp.float32, jnp.bfloat16])
+def test_bf16_weights_with_remainder(moments, grad_dtype):
+    """Masters agree as float32 weights would; nothing but remainders and weights is in 16 bits."""
+    tx = jadam.exact_bf16(jadam.adamw(1.0, moments=moments))
+    step, calls = compiled(tx)
+    masters = trees(0)
+    params, state = jadam.from_float32(masters, tx, keep=lambda path, _: "c" in path)
+    masters_of = lambda x: (jadam.float32_params(*x), x[1].inner_state)
+    for t in range(12):
+        grads = trees(t + 1, grad_dtype)
+        expected = calls(grads, state, params)
+        assert_steps_agree(masters_of(step(grads, state, params)), masters_of(expected), masters_of((params, state)))
+        params, state = expected
+    assert custom_calls(functools.partial(jadam.step, tx), grads, state, params) == 1
+
+
+@needs_kernel
+def test_the_comparison_bites():
+    """Another beta, another step count or another dither are seen."""
+    params = trees(0)
+    tx, other = jadam.adam(1.0), jadam.adam(1.0, b2=0.99901)
+    state = tx.init(params)
+    with pytest.raises(AssertionError):
+        assert_steps_agree(
+            jadam.step(other, trees(1), state, params), jadam.step(tx, trees(1), state, params), (params, state)
+        )
+    tx = jadam.adam(1.0, moments="int8")
+    state = tx.init(params)
+    shifted = state[0]._replace(count=state[0].count + 1), state[1]
+    with pytest.raises(AssertionError):
+        assert_steps_agree(
+            jadam.step(tx, trees(1), shifted, params), jadam.step(tx, trees(1), state, params), (params, state)
+        )
+
+
+@needs_kernel
+@pytest.mark.parametrize("moments", ["float32", "bfloat16", "int8"])
+def test_not_finite(moments):
+    """NaN and infinities come out where they come out of the two calls."""
+    tx = jadam.adam(1.0, moments=moments)
+    step, calls = compiled(tx)
+    params = trees(0)
+    grads = trees(1)
+    for i, bad in enumerate((np.nan, np.inf, -np.inf, 1e30, 1e-30, -0.0)):
+        grads["a"] = grads["a"].at[i, 7 * i].set(bad)
+    state = tx.init(params)
+    for _ in range(3):
+        new, expected = step(grads, state, params), calls(grads, state, params)
+        for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_array_equal(np.isfinite(np.float32(a)), np.isfinite(np.float32(b)))
+        params, state = expected
+
+
+@needs_kernel
+@pytest.mark.parametrize("moments", ["float32", "bfloat16", "int8"])
+def test_in_place(moments):
+    """Donated, a step needs no memory beyond a few scalars: 0.01 byte a parameter here, nothing grows with them."""
+    tx = jadam.exact_bf16(jadam.adam(1e-3, moments=moments))
+    params = jnp.zeros((512, 512), jnp.bfloat16)
+    state = tx.init(params)
+    f = jax.jit(lambda params, state, grads: jadam.step(tx, grads, state, params), donate_argnums=(0, 1))
+    memory = f.lower(params, state, params).compile().memory_analysis()
+    assert memory.temp_size_in_bytes <= 0.01 * params.size
+    kept = jax.tree.map(jnp.copy, (params, state))
+    grads = jnp.ones((512, 512), jnp.bfloat16)
+    expected = jax.jit(functools.partial(jadam.step, tx))(grads, *kept[::-1])
+    for a, b in zip(jax.tree.leaves(f(params, state, grads)), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@needs_kernel
+def test_one_call_for_fifty_leaves():
+    params = [jnp.ones((3, i + 1)) for i in range(2 * cpu.LEAVES + 1)]
+    tx = jadam.adam(1e-3)
+    grads = jax.tree.map(jnp.ones_like, params)
+    assert custom_calls(functools.partial(jadam.step, tx), grads, tx.init(params), params) == 3
+
+
+def test_one_trace_and_fixed_avals():
+    tx = jadam.exact_bf16(jadam.chain(jadam.clip_by_global_norm(1.0), jadam.adamw(1e-3, moments="int8")))
+    params = {"a": jnp.ones((64, 128), jnp.bfloat16), "b": jnp.ones(3)}
+    state = tx.init(params)
+    traces = []
+
+    @jax.jit
+    def train(params, state, grads):
+        traces.append(0)
+        return jadam.step(tx, grads, state, params)
+
+    for _ in range(3):
+        params, state = train(params, state, params)
+    _, scanned = jax.lax.scan(lambda c, _: (train(*c, c[0]), 0), (params, state), None, length=2)
+    assert len(traces) == 1
+    assert scanned.shape == (2,)
+
+
+# -- where no kernel serves --------------------------------------------------------------------------------------------
+
+ODD = {
+    "empty": jnp.zeros((0, 3)),
+    "none": None,
+    "complex": jnp.ones(3, jnp.complex64),
+    "half": jnp.ones(5, jnp.float16),
+    "bf16": jnp.ones(5, jnp.bfloat16),
+    "plain": jnp.ones((2, 3)),
+}
+
+
+@pytest.mark.parametrize("name", ["adamw, scheduled", "nadamw, momentum", "adam, hat"])
+def test_mixed_leaves(name):
+    """Leaves that a kernel cannot take go the way of the two calls, to the bit, beside one that it can."""
+    tx = RULES[name]()
+    grads = jax.tree.map(lambda x: 0.3 * x, ODD)
+    state = tx.init(ODD)
+    new, expected = (jax.jit(functools.partial(f, tx))(grads, state, ODD) for f in (jadam.step, _step.two_calls))
+    for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(np.asarray(a, complex), np.asarray(b, complex), rtol=3e-7, atol=3e-7)  # 2 ulp of 1
+
+
+def test_float64_leaves(x64):
+    tx = jadam.adamw(1e-3, weight_decay=0.1)
+    params = {"wide": jnp.ones(7, jnp.float64), "plain": jnp.ones(7, jnp.float32)}
+    grads = jax.tree.map(lambda x: x / 3, params)
+    new, expected = (f(tx, grads, tx.init(params), params)[0] for f in (jadam.step, _step.two_calls))
+    assert new["wide"].dtype == jnp.float64
+    np.testing.assert_allclose(new["wide"], expected["wide"], rtol=4e-16)  # 2 ulp
+
+
+def test_vmap_and_grad():
+    tx = jadam.adam(0.1)
+    params = jnp.ones(3)
+    state = tx.init(params)
+    many = jnp.arange(6.0).reshape(2, 3)
+    batched = jax.vmap(lambda g: jadam.step(tx, g, state, params)[0])(many)
+    np.testing.assert_allclose(batched, jnp.stack([jadam.step(tx, g, state, params)[0] for g in many]), rtol=3e-7)
+    loss = lambda f, g: f(tx, g, state, params)[0].sum()
+    np.testing.assert_array_equal(
+        *(jax.grad(functools.partial(loss, f))(many[1]) for f in (jadam.step, _step.two_calls))
+    )
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [optax.adam(1e-3), optax.chain(jadam.adam(1e-3)), jadam.chain(optax.trace(0.9), jadam.adam(1e-3))],
+    ids=["optax", "optax.chain", "another stage"],
+)
+def test_anything_else_is_the_two_calls(tx):
+    params = trees(0)
+    state = tx.init(params)
+    new, expected = (jax.jit(functools.partial(f, tx))(trees(1), state, params) for f in (jadam.step, _step.two_calls))
+    for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert custom_calls(functools.partial(jadam.step, tx), trees(1), state, params) == 0
+
+
+def test_chain_is_optax_s():
+    stages = optax.clip_by_global_norm(1.0), optax.clip(0.5), optax.scale_by_schedule(lambda count: 1.0 + count)
+    mine = jadam.chain(jadam.clip_by_global_norm(1.0), jadam.clip(0.5), stages[2])
+    params = trees(0)
+    states = [tx.init(params) for tx in (mine, optax.chain(*stages))]
+    assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
+    for t in range(3):
+        results = [tx.update(trees(t), s, params) for tx, s in zip((mine, optax.chain(*stages)), states, strict=True)]
+        states = [state for _, state in results]
+        for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+# -- several devices, other platforms ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("moments", ["float32", "int8"])
+def test_sharded(moments):
+    """No gather of an array, the shardings stay, and the two calls' result; a kernel inside shard_map."""
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    on = lambda spec: NamedSharding(mesh, spec)
+    tx = jadam.adam(1.0, moments=moments)
+    params = jax.device_put(trees(0)["a"][:32, :256], on(P("x")))
+    grads = jax.device_put(trees(1)["a"][:32, :256], on(P("x")))
+    state = tx.init(params)
+    step = jax.jit(functools.partial(jadam.step, tx))
+    text = step.lower(grads, state, params).compile().as_text()
+    assert "all-gather" not in text
+    assert "jadam_step" not in text
+    new, new_state = step(grads, state, params)
+    assert new.sharding.is_equivalent_to(params.sharding, 2)
+    whole = jax.tree.map(np.asarray, (grads, state, params))
+    expected = jax.jit(functools.partial(_step.two_calls, tx))(*whole)
+    assert_steps_agree(jax.device_get((new, new_state)), jax.device_get(expected), (whole[2], whole[1]))
+
+
+@needs_kernel
+def test_inside_shard_map():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    tx = jadam.adam(1.0)
+    params, grads = trees(0)["a"][:32, :256], trees(1)["a"][:32, :256]
+    state = tx.init(params)
+    spec = jax.tree.map(lambda x: P("x") if x.ndim else P(), state)
+    step = jax.shard_map(
+        functools.partial(jadam.step, tx),
+        mesh=mesh,
+        in_specs=(P("x"), spec, P("x")),
+        out_specs=(P("x"), spec),
+        check_vma=False,
+    )
+    assert custom_calls(step, grads, state, params) == 1
+    assert "all-gather" not in jax.jit(step).lower(grads, state, params).compile().as_text()
+    expected = jax.jit(functools.partial(_step.two_calls, tx))(grads, state, params)
+    assert_steps_agree(jax.jit(step)(grads, state, params), expected, (params, state))
+
+
+@needs_kernel
+def test_export_decides_by_target():
+    """One export for two platforms: the CPU's branch calls the kernel, the other has none of it."""
+    tx = jadam.adam(1.0)
+    params = jnp.ones((4, 5))
+    step = jax.jit(functools.partial(jadam.step, tx))
+    args = params, tx.init(params), params
+    allow = [jax.export.DisabledSafetyCheck.custom_call("jadam_step")]
+    both = jax.export.export(step, platforms=["cpu", "tpu"], disabled_checks=allow)(*args)
+    assert "@jadam_step" in both.mlir_module()
+    assert "@jadam_step" not in jax.export.export(step, platforms=["tpu"])(*args).mlir_module()
+    for a, b in zip(jax.tree.leaves(both.call(*args)), jax.tree.leaves(step(*args)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+# -- the extension -----------------------------------------------------------------------------------------------------
+
+
+def test_kernels_can_be_turned_off(monkeypatch):
+    monkeypatch.setenv("JADAM_KERNELS", "xla")
+    tx = jadam.adam(1.0, b1=0.5)
+    assert {x.kernel for x in jadam.backends().values()} == {None}
+    assert "JADAM_KERNELS=xla" in str(jadam.backends()["cpu"])
+    assert custom_calls(functools.partial(jadam.step, tx), jnp.ones(3), tx.init(jnp.ones(3)), jnp.ones(3)) == 0
+    monkeypatch.setenv("JADAM_KERNELS", "none")
+    with pytest.raises(ValueError, match=r"^JADAM_KERNELS must be unset or 'xla', got 'none'\. Unset it\.$"):
+        jadam.backends()
+
+
+def python(program, cwd, **env):
+    """What ``program`` prints in a fresh Python."""
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", **env}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=cwd, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@needs_kernel
+def test_a_source_folder_finds_the_installed_extension(tmp_path):
+    """A clone's ``jadam/`` hides the installed one from a Python started beside it; other sources' is refused."""
+    shutil.copytree(Path(jadam.__file__).parent, tmp_path / "clone" / "jadam", ignore=shutil.ignore_patterns("*.so"))
+    installed = tmp_path / "site" / "jadam" / "_kernels"
+    installed.mkdir(parents=True)
+    shutil.copy(CPU.reason, installed)
+    program = "import jadam; print(jadam.__file__, jadam.backends()['cpu'], sep='\\n')"
+    file, backend = python(program, tmp_path / "clone", PYTHONPATH=str(tmp_path / "site")).splitlines()
+    assert Path(file).is_relative_to(tmp_path / "clone")
+    assert backend == f"{CPU.kernel}: {installed / Path(CPU.reason).name}"
+    source = tmp_path / "clone" / "jadam" / "_kernels" / "cpu.cc"
+    source.write_text(source.read_text() + "// changed\n")
+    _, backend = python(program, tmp_path / "clone", PYTHONPATH=str(tmp_path / "site")).splitlines()
+    assert backend.startswith("XLA: ")
+    assert backend.endswith("was built from another version of cpu.cc; reinstall jadam")
+
+
+@needs_kernel
+@pytest.mark.parametrize("instructions", ["portable", "avx2"])
+def test_other_instructions(instructions, tmp_path):
+    """Processors without this one's instructions get the same step.
+
+    XLA contracts here; the portable loops do not, so each product rounds once more: 4 ulp instead of 2.
+    """
+    program = """if True:
+        import functools, sys, jax, jax.numpy as jnp, numpy as np, jadam
+        sys.path.insert(0, sys.argv[1])
+        import test_step as t
+        for moments in ("float32", "bfloat16", "int8"):
+            for rule in ("adam", "nadam", "both"):
+                tx = t.RULES[rule](moments=moments)
+                params = t.trees(0)
+                state = tx.init(params)
+                for i in range(3):
+                    new, expected = (f(t.trees(i + 1), state, params) for f in t.compiled(tx))
+                    t.assert_steps_agree(new, expected, (params, state), ULPS)
+                    params, state = expected
+        print(jadam.backends()["cpu"].kernel)
+    """
+    program = program.replace("sys.argv[1]", repr(str(Path(__file__).parent))).replace(
+        "ULPS", str(4 - 2 * (instructions == "avx2"))
+    )
+    printed = python(program, tmp_path, JADAM_INSTRUCTIONS=instructions)
+    assert printed in (f"FFI, {instructions}", "FFI, portable")
+
+
+GOOD = {
+    "scalars": jnp.ones((1, cpu.SCALARS), jnp.float32),
+    "count": jnp.uint32(0),
+    "leaves": [0, 0, 0, 0, 0, 0],
+    "inputs": [jnp.ones((2, 6))] * 4,
+    "outputs": [jax.ShapeDtypeStruct((2, 6), jnp.float32)] * 3,
+}
+INT8_INPUTS = (
+    [jnp.ones((2, 6))] * 2 + [jnp.ones((2, 6), jnp.int8), jnp.ones((2, 6), jnp.uint8)] + [jnp.ones((2, 2))] * 2
+)
+INT8_OUTPUTS = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in INT8_INPUTS[1:]]
+WRONG = [
+    ({"leaves": [0, 0]}, "leaves must come in rows of 6"),
+    ({"leaves": [7, 0, 0, 0, 0, 0]}, "leaf 0: rule is out of range"),
+    ({"leaves": [0, -1, 0, 0, 0, 0]}, "leaf 0: format is out of range"),
+    ({"leaves": [0, 0, 4, 0, 0, 0]}, "leaf 0: limit is out of range"),
+    ({"leaves": [0, 0, 0, 1, 0, 0]}, "leaf 0: scalars are out of range"),
+    ({"leaves": [0, 2, 0, 0, 0, 0], "inputs": INT8_INPUTS, "outputs": INT8_OUTPUTS}, "leaf 0: block is out of range"),
+    ({"leaves": [0, 2, 0, 0, 0, 2], "inputs": INT8_INPUTS, "outputs": INT8_OUTPUTS}, "leaf 0: scale has another size"),
+    ({"leaves": [3, 2, 0, 0, 0, 3], "inputs": INT8_INPUTS, "outputs": INT8_OUTPUTS}, "leaf 0: "),
+    ({"scalars": jnp.ones((1, 5))}, "scalars must be float32 in rows of"),
+    ({"scalars": GOOD["scalars"].astype(jnp.bfloat16)}, "scalars must be float32 in rows of"),
+    ({"count": jnp.int32(0)}, "count must be one uint32"),
+    ({"inputs": [jnp.ones((2, 6))] * 3}, "leaf 0: moment is missing"),
+    ({"inputs": [jnp.ones((2, 6))] * 5}, "more buffers than leaves use"),
+    ({"inputs": [jnp.ones((2, 6), jnp.int32)] + [jnp.ones((2, 6))] * 3}, "leaf 0: gradient has another dtype"),
+    ({"inputs": [jnp.ones((2, 6)), jnp.ones((2, 7))] + [jnp.ones((2, 6))] * 2}, "leaf 0: parameter has another size"),
+    ({"outputs": GOOD["outputs"][:2]}, "leaf 0: new moment is missing"),
+    ({"outputs": [jax.ShapeDtypeStruct((2, 6), jnp.int32)] * 3}, "leaf 0: new parameter has another dtype"),
+    ({"outputs": [jax.ShapeDtypeStruct((1, 6), jnp.float32)] * 3}, "leaf 0: new parameter has another size"),
+]
+
+
+@needs_kernel
+@pytest.mark.parametrize(("changed", "message"), WRONG)
+def test_the_handler_checks_what_it_is_handed(changed, message):
+    given = {**GOOD, **changed}
+    call = jax.ffi.ffi_call("jadam_step", given["outputs"])
+    with pytest.raises(Exception, match=f"jadam: {message}"):
+        jax.block_until_ready(
+            call(given["scalars"], given["count"], *given["inputs"], leaves=np.array(given["leaves"], np.int64))
+        )
+
+
+@needs_kernel
+def test_the_handler_refuses_a_wrong_alias():
+    """The new parameter in the place of a moment."""
+    call = jax.ffi.ffi_call("jadam_step", GOOD["outputs"], input_output_aliases={4: 0})
+    with pytest.raises(Exception, match="jadam: an output overlaps another buffer"):
+        jax.block_until_ready(
+            call(GOOD["scalars"], GOOD["count"], *GOOD["inputs"], leaves=np.array(GOOD["leaves"], np.int64))
+        )
+
+
+WRONG_CALLS = [
+    (lambda: jadam.step(None, 1, 2, 3), TypeError, "step needs an Optax transformation, got None"),
+    (
+        lambda: jadam.step(jadam.adam(1e-3), jnp.ones(2), jadam.adam(1e-3).init(jnp.ones(2)), None),
+        ValueError,
+        "step needs params",
+    ),
+    (
+        lambda: jadam.step(jadam.adam(1e-3), jnp.ones(3), jadam.adam(1e-3).init(jnp.ones(2)), jnp.ones(2)),
+        ValueError,
+        "has shape",
+    ),
+    (
+        lambda: jadam.step(jadam.adam(1e-3), jnp.ones(2), optax.sgd(0.1).init(jnp.ones(2)), jnp.ones(2)),
+        TypeError,
+        "state must be",
+    ),
+    (lambda: jadam.chain(jadam.adam(1e-3), 3), TypeError, "chain's stage 1 must be an Optax transformation, got 3"),
+    (lambda: jadam.chain(jadam.exact_bf16(jadam.adam(1e-3))), ValueError, "exact_bf16, which must be outermost"),
+    (lambda: jadam.clip(0), ValueError, "max_delta must be > 0, got 0"),
+    (lambda: jadam.clip_by_global_norm("1"), TypeError, "max_norm must be a number > 0, got '1'"),
+]
+
+
+@pytest.mark.parametrize(("call", "kind", "message"), WRONG_CALLS)
+def test_wrong_calls(call, kind, message):
+    with pytest.raises(kind, match=message):
+        call()
