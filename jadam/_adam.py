@@ -90,8 +90,8 @@ def scale_by_adam(
     Departures from the paper: ``eps_root`` (0 in the paper) and ``nesterov``. All arithmetic is in float32,
     or float64 where gradient or state are; see the README for the error bound. Two consequences of float32's
     range: a coordinate with :math:`|g|` below about 1e-19 is squared to less than float32 can hold and moves by
-    at most :math:`\hat m` / ``eps`` (by :math:`\hat m` if ``eps`` is 0); one above 1e18 makes ``nu`` infinite
-    and never moves again.
+    at most :math:`\hat m` / ``eps`` (by :math:`\hat m` if ``eps`` is 0); one above 1e19 makes ``nu`` infinite,
+    the update 0, and from the next step on NaN.
 
     Args:
         b1: decay rate of the first moment, in [0, 1).
@@ -106,13 +106,15 @@ def scale_by_adam(
         moments: how the two moments are stored: ``"float32"``, 8 bytes per parameter; ``"bfloat16"``, 4;
             ``"int8"``, 2.06, see `jadam.QuantizedAdamState`; or a function ``f(path, leaf)`` to one of these, ``path``
             being a string such as ``"['embed']['kernel']"``. The step itself is computed in float32, from moments
-            decoded and before they are rounded. A leaf that would not gain stays float32: one that is complex or
-            float64; for int8 also one of fewer than 2 dimensions or 4,096 elements, or with a last axis under 4.
+            decoded and before they are rounded; no derivative passes through int8 codes to later steps. A leaf that
+            would not gain stays float32: one that is complex or float64; for int8 also one of fewer than 2 dimensions
+            or 4,096 elements, or with a last axis under 4.
 
         The four numbers may be Python numbers, best because :math:`1-b` is then exact; or schedules of the number of
         steps taken, as theorem 4.1 has of :math:`b_1`: then :math:`b^t` becomes the product of the betas so far; or
         scalar arrays of at least float32, traced or not, as `optax.inject_hyperparams` passes them: then
-        :math:`b^t` is today's beta to the power t. A traced value out of range cannot raise; it makes the update NaN.
+        :math:`b^t` is today's beta to the power t. A traced value out of range cannot raise; it makes the update NaN,
+        and so does, for int8, a scheduled or traced pair with ``b1*b1 >= b2``.
 
     Returns:
         A transformation with state `optax.ScaleByAdamState`: ``count`` int32, the number of steps taken, which

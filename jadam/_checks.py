@@ -126,14 +126,36 @@ def state_of(state, state_type) -> None:
         )
 
 
+def counts(count) -> None:
+    """Raise unless ``count`` is an integer."""
+    if not jnp.issubdtype(count.dtype, jnp.integer):
+        raise TypeError(f"state.count must be int32, got {count.dtype}. {_CAST}")
+
+
+def unused(scales, path) -> None:
+    """Raise if a leaf that is not int8 has scales: it was, and its codes were cast to another dtype."""
+    if any(x.size for x in scales):
+        raise TypeError(f"state.mu{jax.tree_util.keystr(path)} must be int8, for it has scales. {_CAST}")
+
+
+def moments_narrow_enough(tree, name: str) -> None:
+    """Raise if a moment is float32 that should be bfloat16: it would go on taking its 4 bytes."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if leaf.dtype == jnp.float32:
+            raise TypeError(
+                f"state.{name}{jax.tree_util.keystr(path)} must be bfloat16 with moments='bfloat16', got float32. Was "
+                "the state made with other moments?"
+            )
+
+
 def moments_wide_enough(tree, name: str) -> None:
     """Raise if a second moment is narrower than float32: there it stalls, and silently."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if jnp.finfo(leaf.dtype).bits < 32:
             raise TypeError(
                 f"state.{name}{jax.tree_util.keystr(path)} must be float32 or wider, got {leaf.dtype}: at b2 = 0.999 "
-                "a step is smaller than its spacing. Optax keeps bf16 parameters' moments in bf16; cast the restored "
-                "state with optax.tree.cast(state, jnp.float32) once."
+                "a step is smaller than its spacing. Optax keeps bf16 parameters' moments in bf16; widen the restored "
+                f"state once. {_CAST}"
             )
 
 
@@ -165,4 +187,8 @@ def same_structure(tree, reference, what: str, than: str) -> None:
         raise ValueError(f"{difference}. {_SAME_TREE}")
 
 
+_CAST = (
+    "Cast none but bfloat16 moments: jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, "
+    "state)."
+)
 _SAME_TREE = "Gradients, parameters and the tree given to init must match."

@@ -139,6 +139,8 @@ def _leaf(name, p, moments, size, quantized):
         format, reason = next(x for x in FORMATS.values() if x.stores(moments)).name, ""
         if format == "float32" and moments[0].dtype == jnp.bfloat16:
             reason = "mu_dtype"
+        elif format == "bfloat16" and quantized:
+            reason = "so chosen by moments"
         elif format != "int8" and quantized:
             reason = FORMATS["int8"].refuses(p) or "so chosen by moments"
         elif format == "float32" and jnp.finfo(moments[0].dtype).bits > 32:

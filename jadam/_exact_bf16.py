@@ -40,7 +40,9 @@ def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
 
     It is the outermost wrapper: a stage behind it would change the parameters without the masters' knowing. So
     ``exact_bf16(optax.chain(...))``, ``exact_bf16(optax.MultiSteps(tx, k))``, whose sums are then float32 too, and
-    ``exact_bf16(optax.apply_if_finite(tx, n))``. Not ``optax.MultiSteps(exact_bf16(tx), k)``, which sums in bfloat16.
+    ``exact_bf16(optax.apply_if_finite(tx, n))``. Not ``optax.MultiSteps(exact_bf16(tx), k)``, which sums in bfloat16,
+    and not ``optax.chain(exact_bf16(jadam.scale_by_adam()), optax.scale(-1e-3))``: the masters would take the step
+    without the scale. In `jadam.chain` that is an error; `optax.chain` cannot be looked into.
 
     Apply the updates with `optax.apply_updates`. ``eqx.apply_updates`` and a bare ``p + u`` leave float32 parameters,
     exactly the rounded masters: cast them back, ``jax.tree.map(lambda p, q: q.astype(p.dtype), params, new)``, or the
@@ -74,7 +76,10 @@ def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
 
     def init(params) -> Any:
         _checks.trainable(params, "params")
-        return ExactBF16State(jax.tree.map(_no_remainder, params), inner.init(jax.tree.map(_widen, params)))
+        inner_state = inner.init(jax.tree.map(_widen, params))
+        if _states(inner_state):
+            raise ValueError("exact_bf16 must be outermost, got it around another exact_bf16. Drop the inner one.")
+        return ExactBF16State(jax.tree.map(_no_remainder, params), inner_state)
 
     def update(updates, state, params=None, **extra_args) -> Any:
         if params is None:
@@ -134,17 +139,26 @@ def float32_params(params, state):
         >>> print(params.dtype, jadam.float32_params(params, state))
         bfloat16 [0.1]
     """
-    found = [x for x in jax.tree.leaves(state, is_leaf=_is_state) if _is_state(x)]
+    found = _states(state)
     if len(found) != 1:
-        raise ValueError(f"state must hold one ExactBF16State, found {len(found)}. Train with jadam.exact_bf16(...).")
-    return _masters(params, found[0].remainder)
+        raise ValueError(
+            f"state must hold one ExactBF16State, found {len(found)}. Train with jadam.exact_bf16(...), and call "
+            "float32_params(params, state); with Flax NNX, state is optimizer.opt_state."
+        )
+    remainder = found[0].remainder
+    named, other = (
+        {leaf_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)} for tree in (params, remainder)
+    )
+    if named.keys() == other.keys():  # the same tree, be it of other Flax variables
+        remainder = jax.tree.unflatten(jax.tree.structure(params), [other[name] for name in named])
+    return _masters(params, remainder)
 
 
 def from_float32(params32, tx: ExactBF16, keep: Callable[[str, Any], bool] | None = None):
     """bfloat16 parameters and a state that hold float32 ones without loss.
 
     Args:
-        params32: parameters; those that are float32 become bfloat16.
+        params32: parameters; those that are float32 become bfloat16, others stay what they are.
         tx: what `exact_bf16` returned.
         keep: ``keep(path, leaf)`` is True for those that stay float32, ``path`` being a string such as
             ``"['norm']['scale']"``. Default: none.
@@ -173,7 +187,7 @@ def from_float32(params32, tx: ExactBF16, keep: Callable[[str, Any], bool] | Non
         return split(x)[0]
 
     params = jax.tree_util.tree_map_with_path(narrow, params32)
-    remainder = jax.tree.map(lambda p, x: split(x)[1] if _is_bf16(p) else _no_remainder(p), params, params32)
+    remainder = jax.tree.map(lambda p, x: _no_remainder(p) if p is x else split(x)[1], params, params32)
     return params, ExactBF16State(remainder, tx.inner.init(_masters(params, remainder)))
 
 
@@ -197,8 +211,10 @@ def join(p, remainder):
 
 
 def _distance(p, x):
-    """The update that takes ``p`` to ``x`` rounded to bfloat16."""
-    return _exactly(split(x)[0]) - _exactly(p)
+    """The update that takes ``p`` to ``x`` rounded to bfloat16: -0.0, which changes nothing, where it is there."""
+    rounded = split(x)[0]
+    there = _bitcast(rounded, jnp.uint16) == _bitcast(p, jnp.uint16)
+    return jnp.where(there, -0.0, _exactly(rounded) - _exactly(p))
 
 
 def _remainder(p, x, update):
@@ -222,10 +238,11 @@ def _masters(params, remainder):
     def master(path, p, remainder):
         if _is_bf16(p) == (jnp.shape(p) == remainder.shape) or not jnp.size(p):
             return join(p, remainder) if _is_bf16(p) else p
+        was = f"bfloat16 of shape {remainder.shape}" if remainder.size else "of another dtype than bfloat16"
         raise TypeError(
-            f"params{jax.tree_util.keystr(path)} was {'of another dtype' if _is_bf16(p) else 'bfloat16'} or shape at "
-            f"init, got {jnp.result_type(p)} of shape {jnp.shape(p)}. Apply updates with optax.apply_updates; "
-            "eqx.apply_updates leaves float32 parameters to be cast back."
+            f"params{jax.tree_util.keystr(path)} was {was} at init, got {jnp.result_type(p)} of shape {jnp.shape(p)}. "
+            "Apply updates with optax.apply_updates; eqx.apply_updates and p + u leave float32 parameters to be cast "
+            "back."
         )
 
     return jax.tree_util.tree_map_with_path(master, params, remainder)
@@ -248,5 +265,6 @@ def _is_bf16(p) -> bool:
     return jnp.result_type(p) == jnp.bfloat16
 
 
-def _is_state(x) -> bool:
-    return isinstance(x, ExactBF16State)
+def _states(tree) -> list:
+    is_state = lambda x: isinstance(x, ExactBF16State)
+    return [x for x in jax.tree.leaves(tree, is_leaf=is_state) if is_state(x)]

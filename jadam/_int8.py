@@ -124,7 +124,7 @@ class Int8:
     def limit(self, step):
         """NaN for ``b1`` where it gives no bound and nobody could know before."""
         b1, b2 = step.b1.b, step.b2.b
-        if isinstance(b1, np.floating) and isinstance(b2, np.floating):
+        if isinstance(b1, np.floating) and isinstance(b2, np.floating) and b1 * b1 < b2:
             return step
         return step.replace(b1=step.b1._replace(b=jnp.where(b1 * b1 < b2, b1, jnp.nan)))
 
@@ -145,6 +145,7 @@ class Int8:
         """Codes and scales."""
         n = moments[0].shape[-1]
         block = self.block(stored)
+        moments = jax.lax.stop_gradient(tuple(moments))  # codes have no derivative, and scales alone a misleading one
         arrays = *(x.astype(jnp.float32) for x in moments), uniform(random(0)), uniform(random(1))
         rq, sq, r_scale, s_scale = quantize(*(_blocked(x, block) for x in arrays))
         return _joined(rq, n), _joined(sq, n), r_scale[..., 0], s_scale[..., 0]

@@ -168,7 +168,7 @@ def scale_by_rule(
 
         def leaf(path, p):
             stored = choose(path, p).init(p, len(names))
-            return *stored, *[_formats.empty(p)] * (len(stored_names) - len(stored))
+            return *stored, *(_formats.empty(p) for _ in stored_names[len(stored) :])
 
         leaves, structure = jax.tree_util.tree_flatten_with_path(params)
         columns = _columns([leaf(path, p) for path, p in leaves], len(stored_names))
@@ -178,17 +178,21 @@ def scale_by_rule(
     def plan(updates, state, params=None) -> Plan:
         corrections, state = state if scheduled else ({}, state)
         _checks.state_of(state, state_type)
+        _checks.counts(state.count)
         _checks.gradients(updates, params)
         for name, tree in zip(names, state[1:], strict=False):
             _checks.same_tree(updates, tree, "updates", f"state.{name}")
             if moments == "float32" and (name != "mu" or mu_dtype is None):
                 _checks.moments_wide_enough(tree, name)
+            if moments == "bfloat16":
+                _checks.moments_narrow_enough(tree, name)
         _checks.holds_complex(state.mu, updates)
         step, corrections = _at_step(betas, scalars, state.count, corrections, adjust)
 
         def job(path, g, *stored):
             format = _formats.of(stored)
-            own = stored[: format.arrays(len(names))]
+            own, unused = stored[: (n := format.arrays(len(names)))], stored[n:]
+            _checks.unused(unused, path)
             dtype = at_least_float32(g, *own)
             return Job(rule, format.limit(step(real(dtype))), dtype, format, own, _formats.salt(path), state.count)
 

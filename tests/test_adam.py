@@ -227,7 +227,7 @@ def test_count_saturates():
 
 
 def test_outside_the_range_of_squares():
-    # As the docstring of scale_by_adam says: below 1e-19 at most m_hat / eps; above 1e18 an infinite nu.
+    # As the docstring of scale_by_adam says: below 1e-19 at most m_hat / eps; above 1e19 an infinite nu, then NaN.
     tiny, huge = np.float32(1e-25), np.float32(1e30)
     for eps, bound in ((0.0, 1e-25), (1e-8, 1e-17)):
         (u,) = directions(jadam.scale_by_adam(eps=eps), [np.array([tiny])])
@@ -235,3 +235,4 @@ def test_outside_the_range_of_squares():
     tx = jadam.scale_by_adam()
     u, state = tx.update(jnp.array([huge]), tx.init(jnp.zeros(1)))
     assert (u[0], state.nu[0]) == (0, np.inf)
+    assert np.isnan(tx.update(jnp.ones(1), state)[0])

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -190,7 +191,9 @@ def test_with_equinox():
     loose = eqx.apply_updates(params, updates)
     assert loose.dtype == jnp.float32
     np.testing.assert_array_equal(loose, optax.apply_updates(params, updates))
-    with pytest.raises(TypeError, match=r"(?s)params was bfloat16.*eqx.apply_updates leaves float32 parameters"):
+    with pytest.raises(
+        TypeError, match=r"(?s)params was bfloat16.*eqx.apply_updates and p .* leave float32 parameters"
+    ):
         tx.update(g, state, loose)
     params = loose.astype(params.dtype)
     updates, state = tx.update(g, state, params)
@@ -224,5 +227,41 @@ def test_bad_calls():
         jadam.float32_params(p, jadam.adam(0.1).init(p))
     with pytest.raises(TypeError, match="state must be the ExactBF16State that init returns, got tuple"):
         tx.update(p, jadam.adam(0.1).init(p), p)
-    with pytest.raises(TypeError, match="params was of another dtype or shape at init"):
+    with pytest.raises(TypeError, match="params was of another dtype than bfloat16 at init"):
         tx.update(p, tx.init(p.astype(jnp.float32)), p)
+
+
+@pytest.mark.parametrize("make", [optax.sgd, jadam.adam])
+def test_extreme_masters_stay_what_they_are(make):
+    """No step, no change: at -0.0, at infinity, and between bfloat16's largest number and float32's."""
+    masters = jnp.array([-0.0, 0.0, jnp.inf, -jnp.inf, 3.4e38, -3.4e38, 1.0])
+    tx = jadam.exact_bf16(make(1.0))
+    params, state = jadam.from_float32(masters, tx)
+    for _ in range(2):
+        updates, state = tx.update(jnp.zeros(7, jnp.bfloat16), state, params)
+        params = optax.apply_updates(params, updates)
+        np.testing.assert_array_equal(
+            np.asarray(jadam.float32_params(params, state)).view(np.uint32), np.asarray(masters).view(np.uint32)
+        )
+
+
+def test_float32_params_of_flax_variables():
+    """The state that `nnx.Optimizer` keeps is a tree of other variables than the parameters."""
+    model = nnx.Linear(3, 2, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, jadam.exact_bf16(jadam.adam(1e-3)), wrt=nnx.Param)
+    optimizer.update(model, nnx.state(model, nnx.Param))
+    masters = jadam.float32_params(nnx.state(model, nnx.Param), optimizer.opt_state)
+    assert {x.dtype for x in jax.tree.leaves(masters)} == {np.dtype(np.float32)}
+
+
+def test_from_float32_leaves_others_alone():
+    params = {"a": jnp.ones(3), "b": jnp.ones(3, jnp.bfloat16), "c": jnp.ones(3, jnp.float16)}
+    tx = jadam.exact_bf16(jadam.adam(1e-3))
+    narrow, state = jadam.from_float32(params, tx)
+    assert [x.dtype for x in narrow.values()] == [jnp.bfloat16, jnp.bfloat16, jnp.float16]
+    assert jax.tree.structure(state) == jax.tree.structure(tx.init(narrow))
+
+
+def test_twice_is_refused():
+    with pytest.raises(ValueError, match=r"exact_bf16 must be outermost, got it around another"):
+        jadam.exact_bf16(optax.chain(jadam.exact_bf16(jadam.adam(1e-3)))).init(jnp.ones(3))

@@ -349,3 +349,45 @@ def test_scheduled_and_traced_betas():
         tx = make(b2=b2)
         u, _ = jax.jit(tx.update)(g, tx.init(p))
         assert jnp.isfinite(u).all() == finite
+
+
+def test_what_a_cast_did_to_a_state_is_seen():
+    """`optax.tree.cast` on an int8 state would make numbers of codes, on any state a float of the count."""
+    p = jnp.ones((64, 128))
+    tx = jadam.adam(1e-3, moments="int8")
+    adam, rate = tx.init(p)
+    codes = adam._replace(**{k: getattr(adam, k).astype(jnp.float32) for k in ("mu", "nu")})
+    with pytest.raises(TypeError, match=r"state\.mu must be int8, for it has scales"):
+        tx.update(p, (codes, rate), p)
+    with pytest.raises(TypeError, match=r"state\.count must be int32, got float32"):
+        tx.update(p, (adam._replace(count=jnp.float32(3)), rate), p)
+    with pytest.raises(TypeError, match=r"state\.mu must be bfloat16 with moments='bfloat16', got float32"):
+        jadam.adam(1e-3, moments="bfloat16").update(p, jadam.adam(1e-3).init(p), p)
+
+
+@pytest.mark.parametrize("wrap", [lambda tx: tx, jadam.exact_bf16])
+def test_a_first_state_can_be_donated(wrap):
+    """No two leaves of it are one buffer: XLA would refuse to take it twice."""
+    params = {"kernel": jnp.ones((64, 128)), "bias": jnp.ones(128), "scale": jnp.ones(())}
+    tx = wrap(jadam.adam(1e-3, b1=lambda count: 0.9, moments="int8"))
+    state = tx.init(params)
+    step = jax.jit(lambda state, params: tx.update(params, state, params)[1], donate_argnums=0)
+    assert step(state, params) is not None
+
+
+def test_scheduled_betas_without_a_bound_are_nan():
+    tx = jadam.adam(1e-2, b1=lambda count: 0.99, b2=0.9, moments="int8")
+    p = jnp.ones((64, 128))
+    assert np.isnan(tx.update(p, tx.init(p), p)[0]).all()
+
+
+def test_derivative_through_two_steps_is_finite():
+    """Where v is 0 too."""
+    tx = jadam.adam(1.0, moments="int8")
+    p = jnp.ones((64, 128)).at[0, 0].set(0)
+
+    def twice(g):
+        _, state = tx.update(g, tx.init(p), p)
+        return tx.update(g, state, p)[0].sum()
+
+    assert np.isfinite(jax.grad(twice)(p)).all()
