@@ -14,7 +14,7 @@ import optax
 
 import jadam
 
-NAMES = ["accuracy", "lean"]
+NAMES = ["accuracy", "lean", "speed"]
 RESULTS = Path(__file__).parent / "results"
 
 
