@@ -3,8 +3,6 @@
 Each has the state and the results of its namesake in Optax, whose code it runs.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -17,13 +15,15 @@ from jadam._transformation import NotOnePass, Plan, Transformation
 class Clip(optax.GradientTransformation):
     """What `clip` and `clip_by_global_norm` return: Optax's transformation, and ``limit(job, updates)`` for a plan."""
 
-    limit: Any
+    @property
+    def limit(self):
+        """What ``update`` carries."""
+        return self.update.limit  # pyright: ignore[reportAttributeAccessIssue]
 
-    def __new__(cls, tx, limit):
-        """``tx`` that carries ``limit``."""
-        self = super().__new__(cls, tx.init, tx.update)
-        self.limit = limit
-        return self
+
+def _carrying(tx, limit) -> Clip:
+    tx.update.limit = limit
+    return Clip(*tx)
 
 
 def clip(max_delta: jax.typing.ArrayLike) -> Clip:
@@ -52,7 +52,7 @@ def clip(max_delta: jax.typing.ArrayLike) -> Clip:
             raise NotOnePass("jadam.clip comes after another clipping")
         return [job._replace(bound=bound) for job in jobs], optax.clip(bound).update(updates, optax.EmptyState())[0]
 
-    return Clip(optax.clip(bound), limit)
+    return _carrying(optax.clip(bound), limit)
 
 
 def clip_by_global_norm(max_norm: jax.typing.ArrayLike) -> Clip:
@@ -86,7 +86,7 @@ def clip_by_global_norm(max_norm: jax.typing.ArrayLike) -> Clip:
         by, to = jnp.where(small, 1.0, norm), jnp.where(small, 1.0, max_norm)
         return [job._replace(norm=by, max_norm=to) for job in jobs], updates
 
-    return Clip(optax.clip_by_global_norm(max_norm), limit)
+    return _carrying(optax.clip_by_global_norm(max_norm), limit)
 
 
 def chain(*stages: optax.GradientTransformation) -> Transformation:

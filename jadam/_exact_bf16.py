@@ -25,9 +25,12 @@ class ExactBF16State(NamedTuple):
 
 
 class ExactBF16(Transformation):
-    """What `exact_bf16` returns: ``init``, ``update``, ``plan``, and ``inner``, what it is around."""
+    """What `exact_bf16` returns."""
 
-    inner: optax.GradientTransformationExtraArgs
+    @property
+    def inner(self) -> optax.GradientTransformationExtraArgs:
+        """What it is around; ``update`` carries it."""
+        return self.update.inner  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
@@ -114,9 +117,8 @@ def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
 
         return Plan(jobs, whole)
 
-    wrapper = ExactBF16(init, update, plan)
-    wrapper.inner = inner
-    return wrapper
+    update.inner = inner  # pyright: ignore[reportFunctionMemberAccess]
+    return ExactBF16(init, update, plan)
 
 
 def float32_params(params, state):

@@ -118,16 +118,21 @@ class Plan(NamedTuple):
 class Transformation(optax.GradientTransformationExtraArgs):
     """An Optax transformation that can also be taken apart, so that `jadam.step` does it in one pass.
 
-    ``plan(grads, state, params)`` returns a `Plan`, with the same checks as ``update``, or raises `NotOnePass`.
+    ``plan(grads, state, params)`` returns a `Plan`, with the same checks as ``update``, or raises `NotOnePass`. The
+    function ``update`` carries it: a transformation is a tree of two functions, and Flax takes such trees apart and
+    puts them together again.
     """
 
-    plan: Callable[..., Plan]
+    def __new__(cls, init, update, plan=None):
+        """An Optax transformation whose ``update`` carries ``plan``, from now on or already."""
+        if plan is not None:
+            update.plan = plan
+        return super().__new__(cls, init, update)
 
-    def __new__(cls, init, update, plan):
-        """An Optax transformation that carries ``plan``."""
-        self = super().__new__(cls, init, update)
-        self.plan = plan
-        return self
+    @property
+    def plan(self) -> Callable[..., Plan]:
+        """What ``update`` carries."""
+        return self.update.plan  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def scale_by_rule(

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -325,6 +326,29 @@ def test_inside_shard_map():
     assert "all-gather" not in jax.jit(step).lower(grads, state, params).compile().as_text()
     expected = jax.jit(functools.partial(_step.two_calls, tx))(grads, state, params)
     assert_steps_agree(jax.jit(step)(grads, state, params), expected, (params, state))
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        jadam.adamw(0.1),
+        jadam.exact_bf16(jadam.adam(0.1)),
+        jadam.chain(jadam.clip(1.0), jadam.clip_by_global_norm(1.0), jadam.scale_by_radam()),
+    ],
+)
+def test_a_transformation_taken_apart_and_put_together_is_the_same(tx):
+    """Flax takes it for a tree; older versions do so in nnx.jit."""
+    again = jax.tree.map(lambda function: function, tx)
+    assert type(again) is type(tx)
+    params = jnp.ones(3)
+    assert _step.obstacle(again, params, tx.init(params), params) is None
+
+
+def test_clipping_taken_apart_and_put_together_is_the_same():
+    clip = jax.tree.map(lambda function: function, jadam.clip(1.0))
+    tx = jadam.chain(clip, jadam.adam(1.0))
+    params = jnp.ones(3)
+    assert _step.obstacle(tx, params, tx.init(params), params) is None
 
 
 @needs_kernel
