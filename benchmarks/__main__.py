@@ -14,7 +14,7 @@ import optax
 
 import jadam
 
-NAMES = ["accuracy", "lean", "speed"]
+NAMES = ["accuracy", "aot", "lean", "speed"]
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -40,6 +40,8 @@ def main() -> int:
     options = parser.parse_args()
     if unknown := set(options.names) - set(NAMES):
         parser.error(f"no benchmark named {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
+    for name, backend in jadam.backends().items():
+        print(f"{name}: {backend}")
     for name in options.names or NAMES:
         result = importlib.import_module(f"benchmarks.{name}").run(options)
         RESULTS.mkdir(exist_ok=True)

@@ -249,8 +249,6 @@ def show(case, rows):
 
 def run(options) -> dict:
     """Every case."""
-    for platform, backend in jadam.backends().items():
-        print(f"speed: {platform}: {backend}")
     if not options.torch_python:
         print("speed: torch left out, --torch-python not given", file=sys.stderr)
     result: dict = {"backend": str(jadam.backends()["cpu"].kernel), "cases": {}}

@@ -8,7 +8,7 @@ import numpy as np
 
 from jadam import _checks
 from jadam._formats import FORMATS, leaf_name
-from jadam._kernels import Backend, backends
+from jadam._kernels import Backend, backends, pallas
 from jadam._step import obstacle, refusals
 from jadam._transformation import QuantizedAdamState
 
@@ -122,15 +122,13 @@ def _passes(tx, state, params, leaves) -> tuple[bool | None, str]:
         return False, f"two calls: {reason}"
     platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
     backend = backends().get(platform, Backend(None, "no kernel"))
-    if platform == "cpu" and backend.kernel is not None:
-        why = zip(leaves, refusals(tx, params, state, params), strict=True)
-        refused = [f"{leaf.name} ({reason})" for leaf, reason in why if reason is not None]
-        but = f", but for {refused[0]}" if refused else ""
-        more = f" and {len(refused) - 1} more" if len(refused) > 1 else ""
-        return not refused, f"one pass on cpu ({backend.kernel}){but}{more}"
-    if platform != "cpu" and all(leaf.format == "float32" for leaf in leaves):
-        return True, f"one pass on {platform} (XLA fuses it)"
-    return False, f"two calls on {platform}: {backend.reason}"
+    if backend.kernel is None and platform not in pallas.PLATFORMS:
+        return False, f"two calls on {platform}: {backend.reason}"
+    why = zip(leaves, refusals(platform, tx, params, state, params), strict=True)
+    refused = [f"{leaf.name} ({reason})" for leaf, reason in why if reason is not None]
+    but = f", but for {refused[0]}" if refused else ""
+    more = f" and {len(refused) - 1} more" if len(refused) > 1 else ""
+    return not refused, f"one pass on {platform} ({backend.kernel or 'XLA'}){but}{more}"
 
 
 def _leaf(name, p, moments, size, quantized):

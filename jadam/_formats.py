@@ -167,9 +167,10 @@ def chooser(moments: Moments, mu_dtype, betas: dict | None) -> Callable[[Any, An
     return choose
 
 
-def random_for(shape, salt: int, count) -> Random:
-    """The random bits of one leaf at the step that follows ``count`` others."""
-    return functools.partial(dither, linear_index(shape), salt, count.astype(jnp.uint32))
+def random_for(shape, salt: int, count, index=None) -> Random:
+    """The random bits of a leaf at the step after ``count`` others; ``index`` is `linear_index`, or part of it."""
+    index = linear_index(shape) if index is None else index
+    return functools.partial(dither, index, salt, count.astype(jnp.uint32))
 
 
 def salt(path) -> int:

@@ -31,22 +31,23 @@ SMALLEST = 4096  # elements below which a leaf is not worth it
 
 def dequantize(rq, sq, r_scale, s_scale):
     """The moments ``m, v`` of codes ``rq`` (int8) and ``sq`` (uint8) and scales that broadcast against them."""
-    s = s_scale * _s_level(sq.astype(jnp.float32), 4)
-    rq = rq.astype(jnp.float32)
-    r = r_scale * jnp.sign(rq) * _r_level(jnp.abs(rq))
+    rq, sq = (x.astype(jnp.int32).astype(jnp.float32) for x in (rq, sq))  # Mosaic converts no 8 bits to floats
+    s = s_scale * _s_level(sq, 4)
+    r = r_scale * jnp.where(rq < 0, -_r_level(rq), _r_level(rq))
     return r * s, s * s
 
 
-def quantize(m, v, rho_r, rho_s):
-    """``m, v`` in codes and scales, a block being the whole last axis, and ``rho_r, rho_s`` uniform in [0, 1).
+def quantize(m, v, rho_r, rho_s, axis=-1):
+    """``m, v`` in codes and scales, a block being the whole ``axis``, and ``rho_r, rho_s`` uniform in [0, 1).
 
     A block with a value that is not finite gets scales that are NaN: integers could not hold it.
     """
     s = jnp.sqrt(v)
     r = jnp.where(s > 0, m / jnp.where(s > 0, s, 1), 0)
-    finite = jnp.all(jnp.isfinite(r) & jnp.isfinite(s) & jnp.isfinite(m), axis=-1, keepdims=True)
+    finite = jnp.isfinite(r) & jnp.isfinite(s) & jnp.isfinite(m)
+    finite = jnp.min(jnp.where(finite, np.float32(1), 0), axis=axis, keepdims=True, initial=1) > 0  # Triton has no all
     r_scale, s_scale = (
-        jnp.where(finite, jnp.max(jnp.abs(x), axis=-1, keepdims=True, initial=0), jnp.nan) for x in (r, s)
+        jnp.where(finite, jnp.max(jnp.abs(x), axis=axis, keepdims=True, initial=0), jnp.nan) for x in (r, s)
     )
     y = jnp.abs(r) / jnp.where(r_scale > 0, r_scale, 1)
     a = jnp.minimum(jnp.floor(127 * jnp.sqrt(y)), 126)
@@ -55,7 +56,8 @@ def quantize(m, v, rho_r, rho_s):
     c = jnp.minimum(jnp.floor(255 * jnp.sqrt(jnp.sqrt(w))), 254)
     c += rho_s < (w * w - _s_level(c, 8)) / (_s_level(c + 1, 8) - _s_level(c, 8))
     c = jnp.where(s > 0, jnp.maximum(c, 1), 0)  # code 0 is v = 0 exactly
-    return (jnp.sign(r) * a).astype(jnp.int8), c.astype(jnp.uint8), r_scale, s_scale
+    rq, sq = (x.astype(jnp.int32) for x in (jnp.where(r < 0, -a, a), c))
+    return rq.astype(jnp.int8), sq.astype(jnp.uint8), r_scale, s_scale
 
 
 def _r_level(a):
@@ -128,14 +130,10 @@ class Int8:
             return step
         return step.replace(b1=step.b1._replace(b=jnp.where(b1 * b1 < b2, b1, jnp.nan)))
 
-    def block(self, stored):
-        """The length of the blocks of stored arrays."""
-        return block_length(stored[0].shape[-1], stored[2].shape[-1])
-
     def decode(self, stored, dtype):
         """``m, v``."""
         rq, sq, r_scale, s_scale = stored
-        n, block = rq.shape[-1], self.block(stored)
+        n, block = rq.shape[-1], block_of(stored)
         return tuple(
             _joined(x, n).astype(dtype)
             for x in dequantize(_blocked(rq, block), _blocked(sq, block), r_scale[..., None], s_scale[..., None])
@@ -144,11 +142,17 @@ class Int8:
     def encode(self, moments, stored, random):
         """Codes and scales."""
         n = moments[0].shape[-1]
-        block = self.block(stored)
+        block = block_of(stored)
         moments = jax.lax.stop_gradient(tuple(moments))  # codes have no derivative, and scales alone a misleading one
         arrays = *(x.astype(jnp.float32) for x in moments), uniform(random(0)), uniform(random(1))
-        rq, sq, r_scale, s_scale = quantize(*(_blocked(x, block) for x in arrays))
+        m, v, rho_r, rho_s = (_blocked(x, block) for x in arrays)
+        rq, sq, r_scale, s_scale = quantize(m, v, rho_r, rho_s)
         return _joined(rq, n), _joined(sq, n), r_scale[..., 0], s_scale[..., 0]
+
+
+def block_of(stored) -> int:
+    """The length of the blocks of stored arrays."""
+    return block_length(stored[0].shape[-1], stored[2].shape[-1])
 
 
 def block_length(n: int, blocks: int) -> int:

@@ -161,7 +161,7 @@ def linear_index(shape) -> jax.Array:
 
 def uniform(bits: jax.Array) -> jax.Array:
     """Random bits as float32 in [0, 1): their upper 24, which float32 holds exactly."""
-    return (bits >> 8).astype(jnp.float32) * jnp.float32(2**-24)
+    return (bits >> 8).astype(jnp.int32).astype(jnp.float32) * jnp.float32(2**-24)  # TPUs convert signed integers
 
 
 def round_to_bfloat16(x: jax.Array, bits: jax.Array) -> jax.Array:

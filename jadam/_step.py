@@ -14,10 +14,9 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jadam import _kernels
-from jadam._exact_bf16 import join, split
-from jadam._kernels import cpu
-from jadam._numerics import at_least_float32, promote
-from jadam._transformation import Job, NotOnePass, Transformation
+from jadam._kernels import cpu, pallas
+from jadam._leaf import update_leaf
+from jadam._transformation import NotOnePass, Transformation
 
 
 def step(tx: optax.GradientTransformation, grads, state, params):
@@ -89,13 +88,14 @@ def obstacle(tx, grads, state, params) -> str | None:
     return None
 
 
-def refusals(tx, grads, state, params) -> list[str | None]:
-    """For every leaf why the CPU's kernel leaves it to XLA, or None."""
+def refusals(platform, tx, grads, state, params) -> list[str | None]:
+    """For every leaf why it takes a platform more than one pass, or None; kernels being active."""
     found = []
+    refuses = cpu.refuses if platform == "cpu" else functools.partial(pallas.refuses, platform)
 
     def plan(grads, state, params):
         jobs = tx.plan(grads, state, params).jobs
-        found.extend(map(cpu.refuses, jobs, jax.tree.leaves(grads), jax.tree.leaves(params)))
+        found.extend(map(refuses, jobs, jax.tree.leaves(grads), jax.tree.leaves(params)))
 
     jax.eval_shape(plan, grads, state, params)
     return found
@@ -107,19 +107,8 @@ def by_jobs(kernel, tx, grads, state, params):
     leaves, structure = jax.tree.flatten(params)
     grads = jax.tree.leaves(grads)
     done = kernel(jobs, grads, leaves)
-    rows = [by_xla(*x) if y is None else y for y, *x in zip(done, jobs, grads, leaves, strict=True)]
+    rows = [update_leaf(*x) if y is None else y for y, *x in zip(done, jobs, grads, leaves, strict=True)]
     return structure.unflatten([p for p, _ in rows]), finish([stored for _, stored in rows])
-
-
-def by_xla(job: Job, g, p):
-    """One leaf: the new parameter, and the tuple of what is stored."""
-    if job.remainder is None:
-        u, stored = job.update(g, p)
-        return optax.apply_updates(p, u.astype(promote(g, p))), stored
-    x, g = join(p, job.remainder), g.astype(at_least_float32(g))
-    u, stored = job.update(g, x)
-    p, remainder = split(optax.apply_updates(x, u.astype(promote(g, x))))
-    return p, (remainder, *stored)
 
 
 step_p = Primitive("jadam_step")
@@ -168,6 +157,8 @@ def _whole(ctx) -> bool:
 
 mlir.register_lowering(step_p, _lowering())
 mlir.register_lowering(step_p, _lowering("cpu", cpu.kernel), platform="cpu")
+for name in pallas.PLATFORMS:
+    mlir.register_lowering(step_p, _lowering(name, functools.partial(pallas.kernel, name)), platform=name)
 
 
 def _batch(args, dims, *, tx, tree):

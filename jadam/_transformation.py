@@ -84,12 +84,13 @@ class Job(NamedTuple):
     norm: Any = None  # the gradient is divided by it
     max_norm: Any = None  # and multiplied by this
     remainder: jax.Array | None = None  # of a bfloat16 parameter, see `jadam.exact_bf16`
+    index: Any = None  # of each element in the whole array, where this is a part of it
 
     def __call__(self, g):
         """``(u, stored)``: the rule on the decoded moments."""
         decoded = self.format.decode(self.stored, self.dtype)
         u, *new = self.rule(self.step, g.astype(self.dtype), *decoded)
-        random = _formats.random_for(g.shape, self.salt, self.count)
+        random = _formats.random_for(g.shape, self.salt, self.count, self.index)
         return u, self.format.encode(new, self.stored, random)
 
     def update(self, g, p):

@@ -36,7 +36,7 @@ def steps(tx, params, state, gradients):
 @pytest.mark.parametrize("name", CHAINS)
 def test_masters_are_those_of_float32(name):
     # Under jit XLA may contract a product and a sum in one program and not in the other. With jax 0.10.2 all masters
-    # are equal to the bit; with jax 0.7.0 and Optax's own Adam half of them end an ulp or two off, 4.8e-7 at most,
+    # are equal to the bit; with jax 0.7.1 and Optax's own Adam half of them end an ulp or two off, 4.8e-7 at most,
     # which for the weights that end near 0 is more than 2e-6 of themselves. So 2e-6 is of the weights' scale.
     w = jax.random.normal(jax.random.key(0), (32, 128))
     gradients = jax.random.normal(jax.random.key(1), (1000, *w.shape)).astype(jnp.bfloat16)

@@ -38,7 +38,12 @@ def backends() -> dict[str, Backend]:
         return dict.fromkeys(("cpu", "cuda", "tpu"), Backend(None, "JADAM_KERNELS=xla"))
     instructions, where = cpu.load()
     built = Backend(None, where) if instructions is None else Backend(f"FFI, {instructions}", where)
-    return {"cpu": built, "cuda": Backend(None, "to come"), "tpu": Backend(None, "to come")}
+    alone = "XLA alone is one pass over the others"
+    return {
+        "cpu": built,
+        "cuda": Backend("Pallas, Triton", f"for int8 moments; {alone}"),
+        "tpu": Backend("Pallas, Mosaic", f"for int8 and bfloat16 moments and bfloat16 weights; {alone}"),
+    }
 
 
 def off() -> bool:

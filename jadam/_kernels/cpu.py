@@ -18,6 +18,7 @@ import numpy as np
 from jadam._adam import adam_rule, nadam_rule
 from jadam._adamax import adamax_rule
 from jadam._amsgrad import amsgrad_of_v_rule, amsgrad_rule
+from jadam._int8 import block_of
 from jadam._nadam import nadam_of_momentum_rule
 from jadam._radam import radam_of_nadam_rule, radam_rule
 from jadam._transformation import Job
@@ -74,7 +75,7 @@ def _call(jobs, grads, params):
         key = tuple(map(id, (job.step, job.minus_lr, job.weight_decay, job.bound, job.norm)))
         row = rows.setdefault(key, (len(rows), job))[0]
         limit = (job.bound is not None) + 2 * (job.norm is not None)
-        block = job.format.block(job.stored) if job.format.name == "int8" else 0
+        block = block_of(job.stored) if job.format.name == "int8" else 0
         settings += [RULES[job.rule], FORMATS[job.format.name], limit, row, job.salt, block]
         own = [p, *([] if job.remainder is None else [job.remainder]), *job.stored]
         inputs.append(g)

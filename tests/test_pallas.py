@@ -1,0 +1,140 @@
+"""The TPU's and the GPU's kernel, interpreted here; `python -m benchmarks aot` compiles them for the real thing."""
+
+import functools
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_step import RULES, assert_steps_agree
+
+import jadam
+from jadam import _step
+from jadam._kernels import pallas
+
+SOME = ["adam", "adam, scheduled b1", "nadamw, momentum", "adamw, masked", "both"]
+CASES = [(platform, name, "int8") for platform in pallas.PLATFORMS for name in SOME]
+CASES += [("tpu", name, "bfloat16") for name in ("adam", "amsgrad", "radam of nadam")]
+
+# A last block that is shorter, rows as narrow as a TPU turns them, a third axis, which only the GPU's kernel takes.
+SHAPES = {"a": (40, 300), "b": (4100, 16), "c": (8, 20, 130)}
+
+
+def trees(seed, dtype=np.float32, shapes=SHAPES):
+    rng = np.random.default_rng(seed)
+    return {k: jnp.asarray(rng.standard_normal(x) * 10.0 ** rng.uniform(-3, 3, x), dtype) for k, x in shapes.items()}
+
+
+@functools.cache
+def interpreted(platform, tx):
+    """The step by the kernel, and the two calls."""
+    kernel = functools.partial(pallas.kernel, platform, interpret=True)
+    return [jax.jit(functools.partial(f, tx)) for f in (functools.partial(_step.by_jobs, kernel), _step.two_calls)]
+
+
+def calls(platform, tx, grads, state, params):
+    return str(jax.make_jaxpr(interpreted(platform, tx)[0])(grads, state, params)).count("pallas_call[")
+
+
+@pytest.mark.parametrize(("platform", "rule", "moments"), CASES)
+def test_kernel_against_the_two_calls(platform, rule, moments):
+    tx = RULES[rule](moments=moments)
+    step, two_calls = interpreted(platform, tx)
+    params = trees(0)
+    state = tx.init(params)
+    for t in range(3):
+        grads = trees(t + 1)
+        expected = two_calls(grads, state, params)
+        # The two are the same code in loops of other shapes, where XLA contracts otherwise: test_step's bounds.
+        assert_steps_agree(step(grads, state, params), expected, (params, state), 4)
+        params, state = expected
+    assert calls(platform, tx, grads, state, params) == (3 if platform == "cuda" else 2)
+
+
+@pytest.mark.parametrize("platform", pallas.PLATFORMS)
+@pytest.mark.parametrize("moments", ["float32", "bfloat16", "int8"])
+def test_bf16_weights_with_remainder(platform, moments):
+    tx = jadam.exact_bf16(jadam.adamw(1.0, moments=moments))
+    step, two_calls = interpreted(platform, tx)
+    params, state = jadam.from_float32(trees(0), tx)
+    masters_of = lambda x: (jadam.float32_params(*x), x[1].inner_state)
+    for t in range(3):
+        grads = trees(t + 1, jnp.bfloat16)
+        expected = two_calls(grads, state, params)
+        assert_steps_agree(*map(masters_of, (step(grads, state, params), expected, (params, state))), 4)
+        params, state = expected
+    taken = {"cuda": 3 * (moments == "int8"), "tpu": 2}  # bfloat16 and float32 are the GPU's XLA's
+    assert calls(platform, tx, grads, state, params) == taken[platform]
+
+
+def test_the_comparison_bites():
+    """A kernel that took every place for its neighbour would round otherwise."""
+    tx = jadam.adam(1.0, moments="int8")
+    params = trees(0)
+    state = tx.init(params)
+    plan = tx.plan
+
+    def moved(*args):
+        jobs, finish = plan(*args)
+        return type(plan(*args))([job._replace(salt=job.salt + 1) for job in jobs], finish)
+
+    other = type(tx)(tx.init, lambda *args: tx.update(*args), moved)
+    new = interpreted("cuda", other)[0](trees(1), state, params)
+    with pytest.raises(AssertionError):
+        assert_steps_agree(new, interpreted("cuda", tx)[1](trees(1), state, params), (params, state))
+
+
+@pytest.mark.parametrize("platform", pallas.PLATFORMS)
+def test_not_finite(platform):
+    """A block whose values an integer cannot hold is not finite afterwards, as by the two calls."""
+    tx = jadam.adam(1.0, moments="int8")
+    step, two_calls = interpreted(platform, tx)
+    params, grads = trees(0), trees(1)
+    for i, bad in enumerate((np.nan, np.inf, -np.inf, 1e30, 1e-30, -0.0)):
+        grads["a"] = grads["a"].at[i, 50 * i].set(bad)
+    state = tx.init(params)
+    for _ in range(2):
+        new, expected = step(grads, state, params), two_calls(grads, state, params)
+        for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_array_equal(np.isfinite(np.float32(a)), np.isfinite(np.float32(b)))
+        params, state = expected
+
+
+def test_what_is_left_to_xla_and_why():
+    params = {"a": jnp.ones((64, 128)), "b": jnp.ones((4, 64, 128)), "c": jnp.ones(7)}
+
+    def why(platform, tx):
+        return _step.refusals(platform, tx, params, jax.eval_shape(tx.init, params), params)
+
+    three = "3 dimensions, the TPU's kernel needs 2"
+    assert why("tpu", jadam.adam(1.0)) == why("cuda", jadam.adam(1.0)) == [None] * 3
+    assert why("cuda", jadam.adam(1.0, moments="int8")) == [None] * 3  # the vector is float32
+    assert why("tpu", jadam.adam(1.0, moments="int8")) == [None, three, None]
+    assert why("tpu", jadam.adam(1.0, moments="bfloat16")) == [None, three, "1 dimensions, the TPU's kernel needs 2"]
+
+
+def test_turned_off(monkeypatch):
+    """XLA's own step is one pass in float32 all the same."""
+    params = jnp.ones((64, 128))
+    for moments, reason in (("float32", None), ("int8", "JADAM_KERNELS=xla")):
+        tx = jadam.adam(1.0, moments=moments)
+        monkeypatch.setenv("JADAM_KERNELS", "xla")
+        assert _step.refusals("cuda", tx, params, tx.init(params), params) == [reason]
+
+
+@pytest.mark.parametrize(("platform", "call"), [("tpu", "tpu_custom_call"), ("cuda", "triton")])
+def test_lowers_for_a_platform_that_is_not_here(platform, call, monkeypatch):
+    tx = jadam.adam(1.0, moments="int8")
+    params = jnp.ones((64, 128))
+    args = params, tx.init(params), params
+
+    def lowered():
+        step = jax.jit(functools.partial(jadam.step, tx))
+        return jax.export.export(step, platforms=[platform], disabled_checks=allow)(*args).mlir_module()
+
+    names = ("tpu_custom_call", "__gpu$xla.gpu.triton", "triton_kernel_call")
+    allow = [jax.export.DisabledSafetyCheck.custom_call(name) for name in names]
+    assert call in lowered()
+    monkeypatch.setenv("JADAM_KERNELS", "xla")
+    assert call not in lowered()
