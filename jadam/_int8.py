@@ -27,49 +27,44 @@ from jadam._numerics import at_least_float32, uniform
 
 BLOCK = 128  # elements along the last axis that share a scale, at most; TPU's lanes
 SMALLEST = 4096  # elements below which a leaf is not worth it
+R_LEVELS, S_LEVELS = np.float32(127**2), np.float32(255**4)  # of the largest codes: 127 is r_scale, 255 is s_scale
+SMALLEST_RATIO = np.float32(1e-30)
 
 
 def dequantize(rq, sq, r_scale, s_scale):
     """The moments ``m, v`` of codes ``rq`` (int8) and ``sq`` (uint8) and scales that broadcast against them."""
     rq, sq = (x.astype(jnp.int32).astype(jnp.float32) for x in (rq, sq))  # Mosaic converts no 8 bits to floats
-    s = s_scale * _s_level(sq, 4)
-    r = r_scale * jnp.where(rq < 0, -_r_level(rq), _r_level(rq))
+    r = r_scale * (1 / R_LEVELS) * (rq * jnp.abs(rq))
+    s = s_scale * (1 / S_LEVELS) * jnp.square(jnp.square(sq))
     return r * s, s * s
 
 
 def quantize(m, v, rho_r, rho_s, axis=-1):
     """``m, v`` in codes and scales, a block being the whole ``axis``, and ``rho_r, rho_s`` uniform in [0, 1).
 
-    A block with a value that is not finite gets scales that are NaN: integers could not hold it.
+    A block with a value that is not finite gets scales that are NaN: integers could not hold it. One whose ratios are
+    all below `SMALLEST_RATIO` gets ratios of 0.
     """
     s = jnp.sqrt(v)
-    r = jnp.where(s > 0, m / jnp.where(s > 0, s, 1), 0)
-    finite = (jnp.abs(r) < jnp.inf) & (s < jnp.inf) & (jnp.abs(m) < jnp.inf)
-    finite = jnp.min(jnp.where(finite, np.float32(1), 0), axis=axis, keepdims=True, initial=1) > 0  # Triton has no all
-    r_scale, s_scale = (
-        jnp.where(finite, jnp.max(jnp.abs(x), axis=axis, keepdims=True, initial=0), jnp.nan) for x in (r, s)
-    )
-    y = jnp.abs(r) / jnp.where(r_scale > 0, r_scale, 1)
-    a = jnp.minimum(jnp.floor(127 * jnp.sqrt(y)), 126)
-    a += rho_r < (y - _r_level(a)) / (_r_level(a + 1) - _r_level(a))
-    w = s / jnp.where(s_scale > 0, s_scale, 1)
-    c = jnp.minimum(jnp.floor(255 * jnp.sqrt(jnp.sqrt(w))), 254)
-    c += rho_s < (w * w - _s_level(c, 8)) / (_s_level(c + 1, 8) - _s_level(c, 8))
+    r = jnp.where(s > 0, m / jnp.where(s > 0, s, 1), m * 0)
+    finite = jnp.where((jnp.abs(r) < jnp.inf) & (s < jnp.inf), np.float32(1), 0)
+    finite = jnp.min(finite, axis=axis, keepdims=True, initial=1) > 0  # Triton has no all
+    r_scale, s_scale = (jnp.max(jnp.abs(x), axis=axis, keepdims=True, initial=0) for x in (r, s))
+    r_scale = jnp.where(finite, jnp.where(r_scale < SMALLEST_RATIO, 0, r_scale), jnp.nan)
+    s_scale = jnp.where(finite, s_scale, jnp.nan)
+    y = jnp.abs(r) * jnp.where(r_scale > 0, R_LEVELS / jnp.where(r_scale > 0, r_scale, 1), 0)
+    a = jnp.minimum(jnp.floor(jnp.sqrt(y)), 126)
+    a += rho_r * (2 * a + 1) < y - a * a
+    w = s * jnp.where(s_scale > 0, S_LEVELS / jnp.where(s_scale > 0, s_scale, 1), 0)
+    c = jnp.minimum(jnp.floor(jnp.sqrt(jnp.sqrt(w))), 254)
+    c += rho_s * (_eighth_power(c + 1) - _eighth_power(c)) < w * w - _eighth_power(c)
     c = jnp.where(s > 0, jnp.maximum(c, 1), 0)  # code 0 is v = 0 exactly
     rq, sq = (x.astype(jnp.int32) for x in (jnp.where(r < 0, -a, a), c))
     return rq.astype(jnp.int8), sq.astype(jnp.uint8), r_scale, s_scale
 
 
-def _r_level(a):
-    return jnp.square(a * np.float32(1 / 127))
-
-
-def _s_level(c, power: int):
-    """``(c/255)**power`` for a power of two."""
-    x = c * np.float32(1 / 255)
-    for _ in range(power.bit_length() - 1):
-        x = jnp.square(x)
-    return x
+def _eighth_power(x):
+    return jnp.square(jnp.square(jnp.square(x)))
 
 
 class Int8:

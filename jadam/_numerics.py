@@ -145,7 +145,9 @@ def dither(index: jax.Array, salt: int, t: jax.Array, k: int) -> jax.Array:
         t: uint32 scalar, the step.
         k: which of the array's independent streams, from 0.
     """
-    start = lowbias32(index ^ lowbias32(jnp.uint32((salt + k * 0x632BE5AB) & 0xFFFFFFFF)))
+    start = lowbias32(index ^ lowbias32(jnp.uint32((salt + k // 2 * 0x632BE5AB) & 0xFFFFFFFF)))
+    if k % 2:  # a hash's halves are independent: two streams for one hash
+        start = start << 16 | start >> 16
     return start + t * jnp.uint32(0x9E3779B9)
 
 

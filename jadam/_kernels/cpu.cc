@@ -86,14 +86,14 @@ INLINE uint32_t lowbias32(uint32_t x) {
   return x ^ (x >> 16);
 }
 
-// The dither of stream k: `start(index)` is a hash of the place, `t` walks on from there.
+// A hash of the place, from which a walk starts in each of two streams; further streams have another salt.
 struct Dither {
   uint32_t salt, walk;
-  Dither(uint32_t leaf, uint32_t k, uint32_t t) : salt(lowbias32(leaf + k * 0x632BE5ABu)), walk(t * 0x9E3779B9u) {}
-  INLINE uint32_t operator()(uint32_t index) const { return lowbias32(index ^ salt) + walk; }
-  INLINE float uniform(uint32_t index) const {
-    return static_cast<float>(static_cast<int32_t>((*this)(index) >> 8)) * 0x1p-24f;
-  }
+  Dither(uint32_t leaf, uint32_t k, uint32_t t)
+      : salt(lowbias32(leaf + k / 2 * 0x632BE5ABu)), walk(t * 0x9E3779B9u) {}
+  INLINE uint32_t start(uint32_t index) const { return lowbias32(index ^ salt); }
+  INLINE uint32_t even(uint32_t start) const { return start + walk; }
+  INLINE uint32_t odd(uint32_t start) const { return (start << 16 | start >> 16) + walk; }
 };
 
 struct Leaf {
@@ -181,7 +181,7 @@ INLINE float direction(const Scalars& s, float g, float& m, float& v, float& lar
   return u;
 }
 
-// From gradient and moments to the parameter. kRoots: sqrt(v) is kept in the tile.
+// From gradient and moments to the parameter. kRoots: sqrt(v) is kept in the tile, and v is not.
 template <int64_t kRule, bool kUsual, bool kDecay, bool kRoots>
 INLINE void loop(const Scalars s, Tile& tile, int64_t n) {
   constexpr bool kThird = kRule == kAMSGrad || kRule == kAMSGradOfV;
@@ -194,7 +194,7 @@ INLINE void loop(const Scalars s, Tile& tile, int64_t n) {
     if (kDecay) u = u + s.weight_decay * p[i];
     p_out[i] = p[i] + s.minus_lr * u;
     m_out[i] = m_i;
-    v_out[i] = v_i;
+    if (!kRoots) v_out[i] = v_i;
     if (kThird) largest_out[i] = largest_i;
     if (kRoots) roots[i] = root;
   }
@@ -244,84 +244,68 @@ INLINE void split(void* to, int16_t* rest, const float* from, int64_t start, int
   }
 }
 
+template <bool kOdd>
 INLINE void round_to_bfloat16(void* to, const float* from, const Dither& dither, int64_t start, int64_t n) {
   uint16_t* x = static_cast<uint16_t*>(to) + start;
   const uint32_t first = static_cast<uint32_t>(start);
   INDEPENDENT for (int64_t i = 0; i < n; ++i) {
     const uint32_t b = bits(from[i]);
-    const uint32_t rounded = (b + (dither(first + static_cast<uint32_t>(i)) >> 16)) >> 16;
+    const uint32_t place = dither.start(first + static_cast<uint32_t>(i));
+    const uint32_t rounded = (b + ((kOdd ? dither.odd(place) : dither.even(place)) >> 16)) >> 16;
     const uint32_t kept = (b >> 16) | ((b & kNoSign) > kInfinity ? 0x40u : 0u);
     x[i] = static_cast<uint16_t>((b & kNoSign) >= kInfinity ? kept : rounded);
   }
 }
 
-INLINE float r_level(float a) {
-  const float x = a * (1.0f / 127.0f);
-  return x * x;
-}
-INLINE float s_level4(float c) {
-  const float x = c * (1.0f / 255.0f), y = x * x;
-  return y * y;
-}
-INLINE float s_level8(float c) {
-  const float x = s_level4(c);
-  return x * x;
-}
+constexpr float kRLevels = 127.0f * 127.0f, kSLevels = 255.0f * 255.0f * 255.0f * 255.0f;  // of the largest codes
+constexpr float kSmallestRatio = 1e-30f;  // of m and sqrt(v) that a block has; below it they are 0
 
-// sqrt(x) to 0.2 %, for 0 <= x <= 1: a first guess by halving the exponent, and one of Newton's steps for 1 / sqrt(x).
-INLINE float near_sqrt(float x) {
-  const float guess = bitcast<float>(0x5F3759DFu - (bits(x) >> 1));
-  return x * (guess * (1.5f - 0.5f * x * guess * guess));
-}
+INLINE float uniform(uint32_t bits) { return static_cast<float>(static_cast<int32_t>(bits >> 8)) * 0x1p-24f; }
+INLINE float floor_below(float x, float most) { return static_cast<float>(static_cast<int32_t>(x < most ? x : most)); }
+INLINE float square(float x) { return x * x; }
+INLINE float eighth_power(float x) { return square(square(square(x))); }
 
 INLINE void dequantize(Tile& tile, int64_t at, const int8_t* rq, const uint8_t* sq, float rs, float ss, int64_t n) {
   float *m = tile.own_m[0] + at, *v = tile.own_m[1] + at;
+  const float by_r = rs * (1.0f / kRLevels), by_s = ss * (1.0f / kSLevels);
   INDEPENDENT for (int64_t i = 0; i < n; ++i) {
     const float code = static_cast<float>(static_cast<int32_t>(rq[i]));
-    const float s = ss * s_level4(static_cast<float>(static_cast<int32_t>(sq[i])));
-    const float magnitude = rs * r_level(code);
-    m[i] = (code < 0.0f ? -magnitude : code > 0.0f ? magnitude : rs * 0.0f) * s;
+    const float s = by_s * square(square(static_cast<float>(static_cast<int32_t>(sq[i]))));
+    m[i] = by_r * (code * std::fabs(code)) * s;
     v[i] = s * s;
   }
 }
 
 INLINE void quantize(Tile& tile, int64_t at, int8_t* rq, uint8_t* sq, float* r_scale, float* s_scale,
-                     const Dither& dither_r, const Dither& dither_s, uint32_t first, int64_t n) {
+                     const Dither& dither, uint32_t first, int64_t n) {
   float *r = tile.own_m[0] + at, *s = tile.roots + at;
-  int32_t r_max = 0, s_max = 0, m_max = 0;  // the order of positive floats is that of their bits, and NaN is largest
+  int32_t r_max = 0, s_max = 0;  // the order of positive floats is that of their bits, and NaN is largest
   INDEPENDENT for (int64_t i = 0; i < n; ++i) {
-    const float m = r[i], root = s[i], ratio = root > 0.0f ? m / root : 0.0f;
+    const float m = r[i], root = s[i], ratio = root > 0.0f ? m / root : m * 0.0f;
     r[i] = ratio;
     r_max = std::max(r_max, static_cast<int32_t>(bits(ratio) & kNoSign));
     s_max = std::max(s_max, static_cast<int32_t>(bits(root) & kNoSign));
-    m_max = std::max(m_max, static_cast<int32_t>(bits(m) & kNoSign));
   }
-  const bool finite = std::max(std::max(r_max, s_max), m_max) < static_cast<int32_t>(kInfinity);
+  const bool finite = std::max(r_max, s_max) < static_cast<int32_t>(kInfinity);
   const float nan = std::numeric_limits<float>::quiet_NaN();
-  const float rs = finite ? bitcast<float>(r_max) : nan, ss = finite ? bitcast<float>(s_max) : nan;
+  const float rs = !finite ? nan : bitcast<float>(r_max) < kSmallestRatio ? 0.0f : bitcast<float>(r_max);
+  const float ss = finite ? bitcast<float>(s_max) : nan;
   *r_scale = rs;
   *s_scale = ss;
-  const float by_r = rs > 0.0f ? rs : 1.0f, by_s = ss > 0.0f ? ss : 1.0f;
+  const float by_r = rs > 0.0f ? kRLevels / rs : 0.0f, by_s = ss > 0.0f ? kSLevels / ss : 0.0f;
+  alignas(64) int32_t new_r[kTile], new_s[kTile];  // codes; narrowed in the same loop they would slow it down
   INDEPENDENT for (int64_t i = 0; i < n; ++i) {
-    const uint32_t index = first + static_cast<uint32_t>(i);
-    const float y = std::fabs(r[i]) / by_r;
-    const float guess = 127.0f * near_sqrt(y);
-    const int32_t a0 = static_cast<int32_t>(guess < 126.0f ? guess : 126.0f);
-    const int32_t a = std::min(a0 + (r_level(a0 + 1) <= y) - (y < r_level(a0)), 126);
-    const float low = r_level(a), high = r_level(a + 1);
-    const int32_t code = a + (dither_r.uniform(index) * (high - low) < y - low);
-    rq[i] = static_cast<int8_t>(r[i] < 0.0f ? -code : code);
+    const uint32_t start = dither.start(first + static_cast<uint32_t>(i));
+    const float y = std::fabs(r[i]) * by_r, a = floor_below(std::sqrt(y), 126.0f);
+    const float up = uniform(dither.even(start)) * (2.0f * a + 1.0f) < y - a * a ? a + 1.0f : a;
+    new_r[i] = static_cast<int32_t>(r[i] < 0.0f ? -up : up);
+    const float w = s[i] * by_s, c = floor_below(std::sqrt(std::sqrt(w)), 254.0f), low = eighth_power(c);
+    const float high = eighth_power(c + 1.0f);
+    const float code = uniform(dither.odd(start)) * (high - low) < w * w - low ? c + 1.0f : c;
+    new_s[i] = static_cast<int32_t>(s[i] > 0.0f ? (code > 1.0f ? code : 1.0f) : 0.0f);
   }
-  INDEPENDENT for (int64_t i = 0; i < n; ++i) {
-    const uint32_t index = first + static_cast<uint32_t>(i);
-    const float w = s[i] / by_s;
-    const float guess = 255.0f * near_sqrt(near_sqrt(w));
-    const int32_t c0 = static_cast<int32_t>(guess < 254.0f ? guess : 254.0f);
-    const int32_t c = std::min(c0 + (s_level4(c0 + 1) <= w) - (w < s_level4(c0)), 254);
-    const float low = s_level8(c), high = s_level8(c + 1);
-    const int32_t code = c + (dither_s.uniform(index) * (high - low) < w * w - low);
-    sq[i] = static_cast<uint8_t>(s[i] > 0.0f ? std::max(code, 1) : 0);
-  }
+  INDEPENDENT for (int64_t i = 0; i < n; ++i) rq[i] = static_cast<int8_t>(new_r[i]);
+  INDEPENDENT for (int64_t i = 0; i < n; ++i) sq[i] = static_cast<uint8_t>(new_s[i]);
 }
 
 // Elements [start, start + n) from gradient to parameter, with the moments where the tile says.
@@ -347,7 +331,7 @@ INLINE int64_t block_start(const Leaf& leaf, int64_t block) {
 
 INLINE void run_int8(const Leaf& leaf, Tile& tile, uint32_t t, int64_t begin, int64_t end) {
   const uint32_t salt = static_cast<uint32_t>(leaf.set.salt);
-  const Dither dither_r(salt, 0, t), dither_s(salt, 1, t);
+  const Dither dither(salt, 0, t);
   for (int k = 0; k < 2; ++k) tile.m[k] = tile.m_out[k] = tile.own_m[k];
   const int8_t* rq = static_cast<const int8_t*>(leaf.m[0]);
   const uint8_t* sq = static_cast<const uint8_t*>(leaf.m[1]);
@@ -363,8 +347,8 @@ INLINE void run_int8(const Leaf& leaf, Tile& tile, uint32_t t, int64_t begin, in
     update(leaf, tile, start, block_start(leaf, block) - start);
     for (int64_t k = from; k < block; ++k) {
       const int64_t at = block_start(leaf, k) - start, n = block_start(leaf, k + 1) - start - at;
-      quantize(tile, at, rq_out + start + at, sq_out + start + at, leaf.scale_out[0] + k, leaf.scale_out[1] + k,
-               dither_r, dither_s, static_cast<uint32_t>(start + at), n);
+      quantize(tile, at, rq_out + start + at, sq_out + start + at, leaf.scale_out[0] + k, leaf.scale_out[1] + k, dither,
+               static_cast<uint32_t>(start + at), n);
     }
   }
 }
@@ -381,7 +365,11 @@ INLINE void run_plain(const Leaf& leaf, Tile& tile, uint32_t t, int64_t begin, i
     update(leaf, tile, start, n);
     for (int64_t k = 0; narrow && k < leaf.moments; ++k) {
       const Dither dither(static_cast<uint32_t>(leaf.set.salt), static_cast<uint32_t>(k), t);
-      round_to_bfloat16(leaf.m_out[k], tile.own_m[k], dither, start, n);
+      if (k % 2) {
+        round_to_bfloat16<true>(leaf.m_out[k], tile.own_m[k], dither, start, n);
+      } else {
+        round_to_bfloat16<false>(leaf.m_out[k], tile.own_m[k], dither, start, n);
+      }
     }
   }
 }
