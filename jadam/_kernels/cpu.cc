@@ -261,7 +261,6 @@ constexpr float kRLevels = 127.0f * 127.0f, kSLevels = 255.0f * 255.0f * 255.0f 
 constexpr float kSmallestRatio = 1e-30f;  // of m and sqrt(v) that a block has; below it they are 0
 
 INLINE float uniform(uint32_t bits) { return static_cast<float>(static_cast<int32_t>(bits >> 8)) * 0x1p-24f; }
-INLINE float floor_below(float x, float most) { return static_cast<float>(static_cast<int32_t>(x < most ? x : most)); }
 INLINE float square(float x) { return x * x; }
 INLINE float eighth_power(float x) { return square(square(square(x))); }
 
@@ -296,13 +295,16 @@ INLINE void quantize(Tile& tile, int64_t at, int8_t* rq, uint8_t* sq, float* r_s
   alignas(64) int32_t new_r[kTile], new_s[kTile];  // codes; narrowed in the same loop they would slow it down
   INDEPENDENT for (int64_t i = 0; i < n; ++i) {
     const uint32_t start = dither.start(first + static_cast<uint32_t>(i));
-    const float y = std::fabs(r[i]) * by_r, a = floor_below(std::sqrt(y), 126.0f);
-    const float up = uniform(dither.even(start)) * (2.0f * a + 1.0f) < y - a * a ? a + 1.0f : a;
-    new_r[i] = static_cast<int32_t>(r[i] < 0.0f ? -up : up);
-    const float w = s[i] * by_s, c = floor_below(std::sqrt(std::sqrt(w)), 254.0f), low = eighth_power(c);
-    const float high = eighth_power(c + 1.0f);
-    const float code = uniform(dither.odd(start)) * (high - low) < w * w - low ? c + 1.0f : c;
-    new_s[i] = static_cast<int32_t>(s[i] > 0.0f ? (code > 1.0f ? code : 1.0f) : 0.0f);
+    const float y = std::fabs(r[i]) * by_r, root = std::sqrt(y);
+    const int32_t a = static_cast<int32_t>(root < 126.0f ? root : 126.0f);
+    const float below = static_cast<float>(a);
+    const int32_t up = a + (uniform(dither.even(start)) * (2.0f * below + 1.0f) < y - below * below);
+    new_r[i] = r[i] < 0.0f ? -up : up;
+    const float w = s[i] * by_s, fourth = std::sqrt(std::sqrt(w));
+    const int32_t c = static_cast<int32_t>(fourth < 254.0f ? fourth : 254.0f);
+    const float low = eighth_power(static_cast<float>(c)), high = eighth_power(static_cast<float>(c) + 1.0f);
+    const int32_t code = c + (uniform(dither.odd(start)) * (high - low) < w * w - low);
+    new_s[i] = s[i] > 0.0f ? std::max(code, 1) : 0;
   }
   INDEPENDENT for (int64_t i = 0; i < n; ++i) rq[i] = static_cast<int8_t>(new_r[i]);
   INDEPENDENT for (int64_t i = 0; i < n; ++i) sq[i] = static_cast<uint8_t>(new_s[i]);
