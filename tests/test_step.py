@@ -187,7 +187,7 @@ def test_in_place(moments):
 
 
 @needs_kernel
-def test_one_call_for_fifty_leaves():
+def test_one_call_for_many_leaves():
     params = [jnp.ones((3, i + 1)) for i in range(2 * cpu.LEAVES + 1)]
     tx = jadam.adam(1e-3)
     grads = jax.tree.map(jnp.ones_like, params)

@@ -23,7 +23,7 @@ from jadam._nadam import nadam_of_momentum_rule
 from jadam._radam import radam_of_nadam_rule, radam_rule
 from jadam._transformation import Job
 
-LEAVES = 50  # a call; XLA's compile time grows with the square of a call's aliases
+LEAVES = 24  # a call; XLA's compile time grows with the square of a call's aliases
 RULES = {
     adam_rule: 0,
     nadam_rule: 1,
@@ -42,10 +42,15 @@ def kernel(jobs: list[Job], grads, params) -> list[tuple | None]:
     """The new parameter and what is stored, for each leaf that `refuses` does not."""
     done: list = [None] * len(jobs)
     taken = [i for i, x in enumerate(zip(jobs, grads, params, strict=True)) if refuses(*x) is None]
+    if not taken:
+        return done
+    distinct: dict = {}  # rows of scalars, which most leaves share
+    rows = {i: distinct.setdefault(_scalars_of(jobs[i]), (len(distinct), jobs[i]))[0] for i in taken}
+    scalars = jnp.stack([_row(job) for _, job in distinct.values()])
     for start in range(0, len(taken), LEAVES):
         group = taken[start : start + LEAVES]
-        columns = ([column[i] for i in group] for column in (jobs, grads, params))
-        for i, result in zip(group, _call(*columns), strict=True):
+        columns = ([column[i] for i in group] for column in (jobs, grads, params, rows))
+        for i, result in zip(group, _call(scalars, *columns), strict=True):
             done[i] = result
     return done
 
@@ -67,13 +72,10 @@ def refuses(job: Job, g, p) -> str | None:
     return None
 
 
-def _call(jobs, grads, params):
-    """One call for a group of leaves."""
-    rows: dict = {}
+def _call(scalars, jobs, grads, params, rows):
+    """One call for a group of leaves, each with its row of ``scalars``."""
     settings, inputs, outputs, aliases = [], [], [], {}
-    for job, g, p in zip(jobs, grads, params, strict=True):
-        key = tuple(map(id, (job.step, job.minus_lr, job.weight_decay, job.bound, job.norm)))
-        row = rows.setdefault(key, (len(rows), job))[0]
+    for job, g, p, row in zip(jobs, grads, params, rows, strict=True):
         limit = (job.bound is not None) + 2 * (job.norm is not None)
         block = block_of(job.stored) if job.format.name == "int8" else 0
         settings += [RULES[job.rule], FORMATS[job.format.name], limit, row, job.salt, block]
@@ -83,13 +85,17 @@ def _call(jobs, grads, params):
             aliases[len(inputs) + 2] = len(outputs)
             inputs.append(x)
             outputs.append(jax.ShapeDtypeStruct(x.shape, x.dtype))
-    scalars = jnp.stack([_row(job) for _, job in rows.values()])
     count = jobs[0].count.astype(jnp.uint32)
     call = jax.ffi.ffi_call("jadam_step", outputs, input_output_aliases=aliases)
     results = iter(call(scalars, count, *inputs, leaves=np.array(settings, np.int64)))
     for job in jobs:
         p, *stored = (next(results) for _ in range(1 + (job.remainder is not None) + len(job.stored)))
         yield p, tuple(stored)
+
+
+def _scalars_of(job: Job) -> tuple[int, ...]:
+    """Equal for jobs with the same scalars."""
+    return tuple(map(id, (job.step, job.minus_lr, job.weight_decay, job.bound, job.norm)))
 
 
 def _row(job: Job) -> jax.Array:
