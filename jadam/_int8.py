@@ -27,8 +27,8 @@ from jadam._numerics import at_least_float32, uniform
 
 BLOCK = 128  # elements along the last axis that share a scale, at most; TPU's lanes
 SMALLEST = 4096  # elements below which a leaf is not worth it
-R_LEVELS, S_LEVELS = np.float32(127**2), np.float32(255**4)  # of the largest codes: 127 is r_scale, 255 is s_scale
-SMALLEST_RATIO = np.float32(1e-30)
+R_LEVELS, S_LEVELS = np.float32(127**2), np.float32(255**4)  # |r| is a**2 / R_LEVELS of r_scale, s likewise
+SMALLEST_RATIO = np.float32(1e-30)  # below it r_scale is 0, lest R_LEVELS / r_scale overflow
 
 
 def dequantize(rq, sq, r_scale, s_scale):
