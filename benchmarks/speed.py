@@ -30,6 +30,7 @@ import jadam
 PROCESSES = 5
 ROUNDS = {"2^27": 7, "2^26": 9}  # of others 15
 GROWTH = range(10, 28)
+GROWING = ["optax", "jadam, two calls", "step, float32", "step, int8", "step, bfloat16, bf16 weights"]
 
 GPT2 = [(50257, 768), (1024, 768), (768,), (768,)] + 12 * [
     *((768,), (768,), (768, 2304), (2304,), (768, 768), (768,)),
@@ -261,14 +262,14 @@ def run(options) -> dict:
     for name in ("optax", "jadam, two calls", "step, float32", "step, int8"):
         runs = [
             fresh(one_process, "1000 leaves", [name], None)
-            for _ in track(range(3), description=f"speed: 1000 leaves, {name}")
+            for _ in track(range(7), description=f"speed: 1000 leaves, {name}")
         ]
         alone[name] = {"ms": statistics.median(1e3 * statistics.median(x[name]) for x in runs)}
     result["1000 leaves, each side alone"] = alone
     print("1000 leaves of 32x32, ms:", {name: round(row["ms"], 2) for name, row in alone.items()})
     growth = {}
     for n in track(GROWTH, description="speed: growth"):
-        growth[n] = summary([fresh(one_process, f"2^{n}", ["optax", "jadam, two calls", "step, float32"], None)])
+        growth[n] = summary([fresh(one_process, f"2^{n}", GROWING, None)])
     result["growth"] = growth
     first = {}
     for leaves in (10, 100, 1000, 3000):

@@ -10,6 +10,8 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from jadam._formats import is_placeholder
+
 _RANGES: dict[str, Callable[[Any], Any]] = {
     "in [0, 1)": lambda x: (x >= 0) & (x < 1),
     ">= 0": lambda x: (x >= 0) & (x < math.inf),
@@ -122,7 +124,17 @@ def state_of(state, state_type) -> None:
     if getattr(state, "_fields", None) != state_type._fields:
         raise TypeError(
             f"state must be the {state_type.__name__} that init returns, got {type(state).__name__}. Was it made by "
-            "another transformation, or with other moments?"
+            "another transformation? If with other moments: jadam.convert_moments."
+        )
+
+
+def version(state, known: int) -> None:
+    """Raise unless a state's arrays are laid out as this version knows them."""
+    if state.version.shape != (known,):
+        found = state.version.shape[0] if state.version.ndim else state.version
+        raise ValueError(
+            f"state.version must be {known}, got {found}: a {type(state).__name__} saved by another version of jadam. "
+            "Restore it with that version, and save jadam.convert_moments(state, 'float32')."
         )
 
 
@@ -134,7 +146,7 @@ def counts(count) -> None:
 
 def unused(scales, path) -> None:
     """Raise if a leaf that is not int8 has scales: it was, and its codes were cast to another dtype."""
-    if any(x.size for x in scales):
+    if not all(map(is_placeholder, scales)):
         raise TypeError(f"state.mu{jax.tree_util.keystr(path)} must be int8, for it has scales. {_CAST}")
 
 
@@ -143,8 +155,8 @@ def moments_narrow_enough(tree, name: str) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if leaf.dtype == jnp.float32:
             raise TypeError(
-                f"state.{name}{jax.tree_util.keystr(path)} must be bfloat16 with moments='bfloat16', got float32. Was "
-                "the state made with other moments?"
+                f"state.{name}{jax.tree_util.keystr(path)} must be bfloat16 with moments='bfloat16', got float32. If "
+                "the state was made with other moments: jadam.convert_moments(state, 'bfloat16')."
             )
 
 
@@ -155,7 +167,7 @@ def moments_wide_enough(tree, name: str) -> None:
             raise TypeError(
                 f"state.{name}{jax.tree_util.keystr(path)} must be float32 or wider, got {leaf.dtype}: at b2 = 0.999 "
                 "a step is smaller than its spacing. Optax keeps bf16 parameters' moments in bf16; widen the restored "
-                f"state once. {_CAST}"
+                "state once: jadam.convert_moments(state, 'float32')."
             )
 
 
@@ -187,8 +199,5 @@ def same_structure(tree, reference, what: str, than: str) -> None:
         raise ValueError(f"{difference}. {_SAME_TREE}")
 
 
-_CAST = (
-    "Cast none but bfloat16 moments: jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, "
-    "state)."
-)
+_CAST = "Cast no state as a whole; jadam.convert_moments(state, 'float32') widens moments."
 _SAME_TREE = "Gradients, parameters and the tree given to init must match."

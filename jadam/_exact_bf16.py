@@ -12,16 +12,20 @@ import jax.numpy as jnp
 import optax
 
 from jadam import _checks
-from jadam._formats import leaf_name
+from jadam._formats import VERSION, leaf_name, placeholder, version
 from jadam._numerics import applied, at_least_float32
 from jadam._transformation import NotOnePass, Plan, Transformation
 
 
 class ExactBF16State(NamedTuple):
-    """int16 remainders shaped like the parameters (without elements where one is not bfloat16), and the inner state."""
+    """int16 remainders shaped like the parameters (one byte where one is not bfloat16), and the inner state.
+
+    The length of ``version`` tells how remainders are laid out.
+    """
 
     remainder: Any
     inner_state: Any
+    version: jax.Array
 
 
 class ExactBF16(Transformation):
@@ -82,12 +86,13 @@ def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
         inner_state = inner.init(jax.tree.map(_widen, params))
         if _states(inner_state):
             raise ValueError("exact_bf16 must be outermost, got it around another exact_bf16. Drop the inner one.")
-        return ExactBF16State(jax.tree.map(_no_remainder, params), inner_state)
+        return ExactBF16State(jax.tree.map(_no_remainder, params), inner_state, version())
 
     def update(updates, state, params=None, **extra_args) -> Any:
         if params is None:
             raise ValueError("exact_bf16 needs params: call update(updates, state, params).")
         _checks.state_of(state, ExactBF16State)
+        _checks.version(state, VERSION)
         _checks.gradients(updates, params)
         masters = _masters(params, state.remainder)
         wide = jax.tree.map(_wide_gradient, updates, params)
@@ -97,12 +102,13 @@ def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
         remainder = jax.tree.map(
             lambda p, x, u, r: _remainder(p, x, u) if _is_bf16(p) else r, params, moved, updates, state.remainder
         )
-        return updates, ExactBF16State(remainder, inner_state)
+        return updates, state._replace(remainder=remainder, inner_state=inner_state)
 
     def plan(updates, state, params):
         if not isinstance(tx, Transformation):
             raise NotOnePass("jadam.exact_bf16 is around none of jadam's optimizers nor jadam.chain")
         _checks.state_of(state, ExactBF16State)
+        _checks.version(state, VERSION)
         _checks.gradients(updates, params)
         masters = jax.eval_shape(_masters, params, state.remainder)
         jobs, finish = tx.plan(jax.tree.map(_wide_gradient, updates, params), state.inner_state, masters)
@@ -113,7 +119,7 @@ def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
         def whole(stored):
             remainders = [x[0] if y else r for x, r, y in zip(stored, old, has, strict=True)]
             moments = [x[1:] if y else x for x, y in zip(stored, has, strict=True)]
-            return ExactBF16State(structure.unflatten(remainders), finish(moments))
+            return state._replace(remainder=structure.unflatten(remainders), inner_state=finish(moments))
 
         return Plan(jobs, whole)
 
@@ -147,6 +153,7 @@ def float32_params(params, state):
             f"state must hold one ExactBF16State, found {len(found)}. Train with jadam.exact_bf16(...), and call "
             "float32_params(params, state); with Flax NNX, state is optimizer.opt_state."
         )
+    _checks.version(found[0], VERSION)
     remainder = found[0].remainder
     named, other = (
         {leaf_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)} for tree in (params, remainder)
@@ -190,7 +197,7 @@ def from_float32(params32, tx: ExactBF16, keep: Callable[[str, Any], bool] | Non
 
     params = jax.tree_util.tree_map_with_path(narrow, params32)
     remainder = jax.tree.map(lambda p, x: _no_remainder(p) if p is x else split(x)[1], params, params32)
-    return params, ExactBF16State(remainder, tx.inner.init(_masters(params, remainder)))
+    return params, ExactBF16State(remainder, tx.inner.init(_masters(params, remainder)), version())
 
 
 def split(x):
@@ -238,9 +245,10 @@ def _masters(params, remainder):
     _checks.same_structure(params, remainder, "params", "state.remainder")
 
     def master(path, p, remainder):
-        if _is_bf16(p) == (jnp.shape(p) == remainder.shape) or not jnp.size(p):
-            return join(p, remainder) if _is_bf16(p) else p
-        was = f"bfloat16 of shape {remainder.shape}" if remainder.size else "of another dtype than bfloat16"
+        was_bf16 = remainder.dtype == jnp.int16
+        if _is_bf16(p) == was_bf16 and (not was_bf16 or jnp.shape(p) == remainder.shape):
+            return join(p, remainder) if was_bf16 else p
+        was = f"bfloat16 of shape {remainder.shape}" if was_bf16 else "of another dtype than bfloat16"
         raise TypeError(
             f"params{jax.tree_util.keystr(path)} was {was} at init, got {jnp.result_type(p)} of shape {jnp.shape(p)}. "
             "Apply updates with optax.apply_updates; eqx.apply_updates and p + u leave float32 parameters to be cast "
@@ -251,8 +259,8 @@ def _masters(params, remainder):
 
 
 def _no_remainder(p):
-    """Zeros for bfloat16; for others no elements, and the rank of ``p`` for its PartitionSpec."""
-    return jnp.zeros_like(p, dtype=jnp.int16) if _is_bf16(p) else jnp.zeros((*jnp.shape(p)[:-1], 0), jnp.int16)
+    """Zeros for bfloat16."""
+    return jnp.zeros_like(p, dtype=jnp.int16) if _is_bf16(p) else placeholder(p)
 
 
 def _wide_gradient(g, p):

@@ -178,9 +178,22 @@ def salt(path) -> int:
     return zlib.crc32(leaf_name(path).encode())
 
 
-def empty(p) -> jax.Array:
-    """Stands in a state for what a leaf does not need: no elements, and the rank of ``p`` for its PartitionSpec."""
-    return jnp.zeros((*jnp.shape(p)[:-1], 0), jnp.float32)
+VERSION = 1  # of how a saved state holds codes, scales and remainders
+
+
+def version() -> jax.Array:
+    """`VERSION` as the length of an array: known under jit, and kept by whatever saves a state."""
+    return jnp.zeros(VERSION, jnp.int8)
+
+
+def placeholder(p, dtype=jnp.int8) -> jax.Array:
+    """Stands in a state for what a leaf does not need: one element, for Orbax saves no empty array; of the rank of p."""
+    return jnp.zeros((1,) * jnp.ndim(p), dtype)
+
+
+def is_placeholder(x) -> bool:
+    """Whether ``x`` stands in scales for none: those of an int8 leaf, which has 4,096 elements, are more than one."""
+    return x.size <= 1
 
 
 def leaf_name(path: Any) -> str:

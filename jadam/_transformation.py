@@ -40,7 +40,7 @@ class QuantizedAdamState(NamedTuple):
 
     For a leaf that is int8, ``mu`` holds codes of ``m / sqrt(v)`` and ``nu`` of ``sqrt(v)``; the scales are float32 and
     shaped like the leaf but for the last axis, which has one element a block. For any other leaf ``mu`` and ``nu`` are
-    the moments themselves and the scales have no elements.
+    the moments themselves and each scale is one byte. The length of ``version`` tells how codes and scales are laid out.
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -48,6 +48,7 @@ class QuantizedAdamState(NamedTuple):
     nu: Any
     mu_scale: Any
     nu_scale: Any
+    version: jax.Array
 
 
 class ScheduledBetasState(NamedTuple):
@@ -167,23 +168,27 @@ def scale_by_rule(
     names = state_type._fields[1:]
     if moments == "int8" or callable(moments):
         state_type = quantized_state_type or state_type
-    stored_names = state_type._fields[1:]
+    stored_names = [name for name in state_type._fields if name not in ("count", "version")]
+    versions = [_formats.version] if "version" in state_type._fields else []
 
     def init(params) -> Any:
         _checks.trainable(params, "params")
 
         def leaf(path, p):
             stored = choose(path, p).init(p, len(names))
-            return *stored, *(_formats.empty(p) for _ in stored_names[len(stored) :])
+            return *stored, *(_formats.placeholder(p) for _ in stored_names[len(stored) :])
 
         leaves, structure = jax.tree_util.tree_flatten_with_path(params)
         columns = _columns([leaf(path, p) for path, p in leaves], len(stored_names))
-        state = state_type(jnp.zeros([], jnp.int32), *map(structure.unflatten, columns))
+        trees = map(structure.unflatten, columns)
+        state = state_type(jnp.zeros([], jnp.int32), *trees, *(make() for make in versions))
         return ScheduledBetasState({name: jnp.zeros([]) for name in scheduled}, state) if scheduled else state
 
     def plan(updates, state, params=None) -> Plan:
         corrections, state = state if scheduled else ({}, state)
         _checks.state_of(state, state_type)
+        if versions:
+            _checks.version(state, _formats.VERSION)
         _checks.counts(state.count)
         _checks.gradients(updates, params)
         for name, tree in zip(names, state[1:], strict=False):
@@ -203,14 +208,15 @@ def scale_by_rule(
             return Job(rule, format.limit(step(real(dtype))), dtype, format, own, _formats.salt(path), state.count)
 
         def finish(stored):
-            trees = map(structure.flatten_up_to, state[1:])
+            trees = [structure.flatten_up_to(getattr(state, name)) for name in stored_names]
             full = [(*new, *old[len(new) :]) for new, old in zip(stored, zip(*trees, strict=True), strict=True)]
-            columns = _columns(full, len(stored_names))
-            new = state_type(optax.safe_increment(state.count), *map(structure.unflatten, columns))
+            columns = map(structure.unflatten, _columns(full, len(stored_names)))
+            count = optax.safe_increment(state.count)
+            new = state._replace(count=count, **dict(zip(stored_names, columns, strict=True)))
             return ScheduledBetasState(corrections, new) if scheduled else new
 
         leaves, structure = jax.tree_util.tree_flatten_with_path(updates)
-        trees = map(structure.flatten_up_to, state[1:])
+        trees = [structure.flatten_up_to(getattr(state, name)) for name in stored_names]
         return Plan([job(path, g, *x) for (path, g), *x in zip(leaves, *trees, strict=True)], finish)
 
     def update(updates, state, params=None, **extra_args) -> Any:

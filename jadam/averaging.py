@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import optax
 
 from jadam import _checks
+from jadam._formats import placeholder
 from jadam._numerics import Beta, applied, at_least_float32, ema, one_minus, one_minus_power
 
 
 class AverageParamsState(NamedTuple):
-    """The average so far, in float32 at least; ``dtypes`` are empty arrays of the parameters' dtypes."""
+    """The average so far, in float32 at least; ``dtypes`` are arrays of one element, of the parameters' dtypes."""
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     average: Any
@@ -58,7 +59,7 @@ def average_params(decay: float | jax.Array | None = 0.999) -> optax.GradientTra
     def init(params) -> Any:
         _checks.trainable(params, "params")
         wide = lambda p: jnp.array(p, dtype=at_least_float32(p), copy=True)  # both may be donated
-        return AverageParamsState(jnp.zeros([], jnp.int32), jax.tree.map(wide, params), jax.tree.map(_empty, params))
+        return AverageParamsState(jnp.zeros([], jnp.int32), jax.tree.map(wide, params), jax.tree.map(lambda p: placeholder(p, jnp.result_type(p)), params))
 
     def update(updates, state, params=None, **extra_args) -> Any:
         del extra_args
@@ -109,8 +110,3 @@ def averaged_params(state):
             "Chain it last: optax.chain(jadam.adam(...), jadam.average_params(...))."
         )
     return jax.tree.map(lambda average, like: average.astype(like.dtype), found[0].average, found[0].dtypes)
-
-
-def _empty(p):
-    """No elements, but the dtype and the rank of ``p`` (so that its PartitionSpec fits); a scalar stays one."""
-    return jnp.zeros((0, *p.shape[1:]) if jnp.ndim(p) else (), jnp.result_type(p))
