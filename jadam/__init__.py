@@ -3,10 +3,9 @@
 Reading order: `jadam._adam` is Algorithm 1 on one screen; `jadam._numerics` has the formulas it is written
 in; `jadam._adamax`, `_nadam`, `_amsgrad` and `_radam` say what differs; `jadam._formats` and `_int8` store moments in
 4 and 2 bytes; `jadam._exact_bf16` makes bf16 weights train as float32; `jadam._describe` tells what is stored how;
-`jadam.averaging` keeps averages of the parameters; `jadam.convert` changes
-the format of a state; `jadam._transformation` maps a rule over a tree of parameters;
-`jadam._step` does a step in one pass, `_chain` makes clipping visible to it and `_kernels` holds what is compiled;
-`jadam._checks` stops bad input.
+`jadam.averaging` keeps averages of the parameters; `jadam.convert` changes the format of a state; `jadam.groups` makes
+exceptions by name; `jadam._transformation` maps a rule over a tree of parameters; `jadam._step` does a step in one
+pass, `_chain` makes clipping visible to it and `_kernels` holds what is compiled; `jadam._checks` stops bad input.
 """
 
 from jadam._adam import adam as adam
@@ -34,5 +33,7 @@ from jadam._transformation import QuantizedAdamState as QuantizedAdamState
 from jadam.averaging import average_params as average_params
 from jadam.averaging import averaged_params as averaged_params
 from jadam.convert import convert_moments as convert_moments
+from jadam.groups import FROZEN as FROZEN
+from jadam.groups import by_path as by_path
 
 __version__ = "0.1.0"

@@ -9,7 +9,7 @@ import numpy as np
 from jadam import _checks
 from jadam._formats import FORMATS, leaf_name
 from jadam._kernels import Backend, backends, pallas
-from jadam._step import obstacle, refusals
+from jadam._step import obstacle, outlook
 from jadam._transformation import QuantizedAdamState
 
 
@@ -89,9 +89,9 @@ def describe(state_or_tx, params) -> Description:
         >>> params = {"kernel": jnp.zeros((512, 512)), "bias": jnp.zeros(512)}
         >>> print(jadam.describe(jadam.adam(1e-3, moments="int8").init(params), params))
         parameter   shape    dtype    moments    bytes  each  why
-        ['bias']    512      float32  float32    4,096  8.00  1 dimensions, int8 needs 2
+        ['bias']    512      float32  float32    4,098  8.00  1 dimensions, int8 needs 2
         ['kernel']  512x512  float32  int8     540,672  2.06
-        total                                  544,772  2.07
+        total                                  544,775  2.07
         step: unknown, a state does not tell; describe the transformation
     """
     _checks.trainable(params, "params")
@@ -102,36 +102,39 @@ def describe(state_or_tx, params) -> Description:
     sizes = dict.fromkeys(moments, 0)
     other = 0
     for path, x in jax.tree_util.tree_leaves_with_path(state):
-        name = _owner(path, x, named)
+        name, field = _owner(path, x, named)
         if name is None:
             other += _bytes(x)
         else:
             sizes[name] += _bytes(x)
-            moments[name] += [x] if _field(path) in ("mu", "nu", "mu_scale", "nu_scale") else []
+            moments[name] += [x] if field in ("mu", "nu", "mu_scale", "nu_scale") else []
     quantized = _has(state, QuantizedAdamState)
-    leaves = tuple(_leaf(name, p, moments[name], sizes[name], quantized) for name, p in named.values())
-    return Description(leaves, other, *_passes(tx, state, params, leaves))
+    groups, one_pass, step = _outlook(tx, state, params, [name for name, _ in named.values()])
+    rows = zip(named.values(), groups, strict=True)
+    leaves = tuple(_leaf(name, p, moments[name], sizes[name], quantized, group) for (name, p), group in rows)
+    return Description(leaves, other, one_pass, step)
 
 
-def _passes(tx, state, params, leaves) -> tuple[bool | None, str]:
-    """Whether `jadam.step` is one pass on the default backend, and the same in words."""
+def _outlook(tx, state, params, names) -> tuple[list[str], bool | None, str]:
+    """Each leaf's rule of `jadam.by_path`, if any; whether `jadam.step` is one pass here, and that in words."""
+    unknown = [""] * len(names)
     if tx is None:
-        return None, "unknown, a state does not tell; describe the transformation"
+        return unknown, None, "unknown, a state does not tell; describe the transformation"
     reason = obstacle(tx, params, state, params)
     if reason is not None:
-        return False, f"two calls: {reason}"
+        return unknown, False, f"two calls: {reason}"
     platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
     backend = backends().get(platform, Backend(None, "no kernel"))
+    groups, refusals = zip(*outlook(platform, tx, params, state, params), strict=True) if names else ((), ())
     if backend.kernel is None and platform not in pallas.PLATFORMS:
-        return False, f"two calls on {platform}: {backend.reason}"
-    why = zip(leaves, refusals(platform, tx, params, state, params), strict=True)
-    refused = [f"{leaf.name} ({reason})" for leaf, reason in why if reason is not None]
+        return list(groups), False, f"two calls on {platform}: {backend.reason}"
+    refused = [f"{name} ({reason})" for name, reason in zip(names, refusals, strict=True) if reason is not None]
     but = f", but for {refused[0]}" if refused else ""
     more = f" and {len(refused) - 1} more" if len(refused) > 1 else ""
-    return not refused, f"one pass on {platform} ({backend.kernel or 'XLA'}){but}{more}"
+    return list(groups), not refused, f"one pass on {platform} ({backend.kernel or 'XLA'}){but}{more}"
 
 
-def _leaf(name, p, moments, size, quantized):
+def _leaf(name, p, moments, size, quantized, group):
     format, reason = "none", "no moments in this state"
     if len(moments) > 1:
         format, reason = next(x for x in FORMATS.values() if x.stores(moments)).name, ""
@@ -143,17 +146,20 @@ def _leaf(name, p, moments, size, quantized):
             reason = FORMATS["int8"].refuses(p) or "so chosen by moments"
         elif format == "float32" and jnp.finfo(moments[0].dtype).bits > 32:
             reason = f"of the parameter's own {moments[0].dtype}"
+    if group:
+        reason = f"{group}: {reason}" if "int8" in group and format == "float32" else group
     return Leaf(name, tuple(jnp.shape(p)), np.dtype(jnp.result_type(p)), format, size, reason)
 
 
-def _owner(path, x, params):
-    """The name of the parameter at whose path, within some tree of the state, ``x`` lies; the longest if several."""
+def _owner(path, x, params) -> tuple[str | None, str | None]:
+    """The parameter at whose path, within some tree of the state, ``x`` lies, the longest if several; and that tree."""
     keys = _keys(path)
     for i in range(len(keys) + 1):
         name, p = params.get(keys[i:], (None, None))
-        if name is not None and jnp.ndim(p) == jnp.ndim(x) and (jnp.ndim(p) or _field(path) != "count"):
-            return name
-    return None
+        field = _field(path[:i])
+        if name is not None and jnp.ndim(p) == jnp.ndim(x) and (jnp.ndim(p) or field != "count"):
+            return name, field
+    return None, None
 
 
 def _keys(path) -> tuple[str, ...]:
@@ -163,7 +169,7 @@ def _keys(path) -> tuple[str, ...]:
 
 
 def _field(path):
-    """The last field of a state's NamedTuple on the way to a leaf."""
+    """The last field of a state's NamedTuple on the way to a tree."""
     names = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey) and key.name != "value"]
     return names[-1] if names else None
 

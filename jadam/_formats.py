@@ -187,7 +187,7 @@ def version() -> jax.Array:
 
 
 def placeholder(p, dtype=jnp.int8) -> jax.Array:
-    """Stands in a state for what a leaf does not need: one element, for Orbax saves no empty array; of the rank of p."""
+    """What stands in a state for what a leaf like ``p`` does not need: one element, as Orbax saves no empty array."""
     return jnp.zeros((1,) * jnp.ndim(p), dtype)
 
 

@@ -9,6 +9,8 @@ from jadam._transformation import Job
 
 def update_leaf(job: Job, g, p):
     """One leaf: the new parameter, and the tuple of what is stored."""
+    if job.frozen:
+        return p, () if job.remainder is None else (job.remainder,)
     if job.remainder is None:
         u, stored = job.update(g, p)
         return optax.apply_updates(p, u.astype(promote(g, p))), stored

@@ -89,14 +89,18 @@ def obstacle(tx, grads, state, params) -> str | None:
     return None
 
 
-def refusals(platform, tx, grads, state, params) -> list[str | None]:
-    """For every leaf why it takes a platform more than one pass, or None; kernels being active."""
+def outlook(platform, tx, grads, state, params) -> list[tuple[str, str | None]]:
+    """For every leaf its rule of `jadam.by_path`, and why it takes a platform more than one pass, or None.
+
+    Kernels are taken to be active.
+    """
     found = []
     refuses = cpu.refuses if platform == "cpu" else functools.partial(pallas.refuses, platform)
 
     def plan(grads, state, params):
         jobs = tx.plan(grads, state, params).jobs
-        found.extend(map(refuses, jobs, jax.tree.leaves(grads), jax.tree.leaves(params)))
+        for job, g, p in zip(jobs, jax.tree.leaves(grads), jax.tree.leaves(params), strict=True):
+            found.append((job.group, None if job.frozen else refuses(job, g, p)))
 
     jax.eval_shape(plan, grads, state, params)
     return found

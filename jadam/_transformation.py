@@ -40,7 +40,7 @@ class QuantizedAdamState(NamedTuple):
 
     For a leaf that is int8, ``mu`` holds codes of ``m / sqrt(v)`` and ``nu`` of ``sqrt(v)``; the scales are float32 and
     shaped like the leaf but for the last axis, which has one element a block. For any other leaf ``mu`` and ``nu`` are
-    the moments themselves and each scale is one byte. The length of ``version`` tells how codes and scales are laid out.
+    the moments themselves and each scale is one byte. The length of ``version`` tells how codes and scales are meant.
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -65,6 +65,11 @@ class NotOnePass(Exception):
     """Raised by a plan for what `jadam.step` cannot do in one pass; its text is the reason."""
 
 
+def keep(step, g):
+    """The rule of a parameter that stays what it is: a `Job` that has it is not called."""
+    raise NotImplementedError
+
+
 class Job(NamedTuple):
     """What a step does to one leaf; called with the gradient, the update's direction and the moments stored again.
 
@@ -73,7 +78,7 @@ class Job(NamedTuple):
     """
 
     rule: Rule
-    step: Step
+    step: Any  # a `Step`
     dtype: np.dtype  # of the arithmetic
     format: _formats.Format
     stored: tuple[jax.Array, ...]
@@ -86,6 +91,12 @@ class Job(NamedTuple):
     max_norm: Any = None  # and multiplied by this
     remainder: jax.Array | None = None  # of a bfloat16 parameter, see `jadam.exact_bf16`
     index: Any = None  # of each element in the whole array, where this is a part of it
+    group: str = ""  # the rule of `jadam.by_path` that it follows
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the parameter stays what it is."""
+        return self.rule is keep
 
     def __call__(self, g):
         """``(u, stored)``: the rule on the decoded moments."""
@@ -97,6 +108,8 @@ class Job(NamedTuple):
     def update(self, g, p):
         """``(u, stored)`` of the whole step: what comes before the rule and behind it."""
         as_u = lambda x: jnp.asarray(x).astype(self.dtype)
+        if self.frozen:
+            return jnp.zeros_like(p, dtype=self.dtype), ()
         if self.bound is not None:
             g = jnp.clip(g, -jnp.asarray(self.bound, g.dtype), jnp.asarray(self.bound, g.dtype))
         if self.norm is not None:
@@ -277,6 +290,21 @@ def _at_step(betas, scalars, count, corrections, adjust):
     return step, {name: value.correction for name, value in varying.items()}
 
 
+def planned(init, plan) -> Transformation:
+    """The transformation whose ``update`` does what ``plan`` says, which needs ``params``."""
+
+    def update(updates, state, params=None, **extra_args) -> Any:
+        del extra_args
+        jobs, finish = plan(updates, state, params)
+        leaves, structure = jax.tree.flatten(updates)
+        rows = [job.update(g, p) for job, g, p in zip(jobs, leaves, jax.tree.leaves(params), strict=True)]
+        dtypes = jax.tree.leaves(result_dtypes(updates, params))
+        directions = [u.astype(dtype) for (u, _), dtype in zip(rows, dtypes, strict=True)]
+        return structure.unflatten(directions), finish([stored for _, stored in rows])
+
+    return Transformation(init, update, plan)
+
+
 def descend(direction: Transformation, learning_rate, weight_decay=None, mask=None, max_lr=None) -> Transformation:
     """``direction``, then weight decay unless ``None``, then ``-learning_rate``: Optax's own stages, in float32.
 
@@ -290,7 +318,7 @@ def descend(direction: Transformation, learning_rate, weight_decay=None, mask=No
         weight_decay = _checks.hyperparameter("weight_decay", weight_decay, ">= 0")
         if max_lr is not None:
             max_lr = _checks.hyperparameter("max_lr", max_lr, "> 0", schedule=False)
-            weight_decay = _over(weight_decay, max_lr)
+            weight_decay = over(weight_decay, max_lr)
         stages.append(optax.add_decayed_weights(weight_decay, mask))
     learning_rate = _checks.hyperparameter("learning_rate", learning_rate, ">= 0", hint="To maximise, negate the loss.")
     stages.append(optax.scale_by_learning_rate(learning_rate))
@@ -330,7 +358,8 @@ def _leaf_mask(mask, params) -> list[bool]:
     return jax.tree.leaves(jax.tree.map(lambda on, x: jax.tree.map(lambda _: on, x), mask, params))
 
 
-def _over(weight_decay, max_lr):
+def over(weight_decay, max_lr):
+    """A weight decay, a number or a schedule, free of the learning rate's scale."""
     return (lambda count: weight_decay(count) / max_lr) if callable(weight_decay) else weight_decay / max_lr
 
 

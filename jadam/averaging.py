@@ -59,7 +59,8 @@ def average_params(decay: float | jax.Array | None = 0.999) -> optax.GradientTra
     def init(params) -> Any:
         _checks.trainable(params, "params")
         wide = lambda p: jnp.array(p, dtype=at_least_float32(p), copy=True)  # both may be donated
-        return AverageParamsState(jnp.zeros([], jnp.int32), jax.tree.map(wide, params), jax.tree.map(lambda p: placeholder(p, jnp.result_type(p)), params))
+        dtype_of = lambda p: placeholder(p, jnp.result_type(p))
+        return AverageParamsState(jnp.zeros([], jnp.int32), jax.tree.map(wide, params), jax.tree.map(dtype_of, params))
 
     def update(updates, state, params=None, **extra_args) -> Any:
         del extra_args

@@ -67,6 +67,7 @@ def _converted(state, to: Moments):
     unknown = {"b1": None, "b2": None}
     choose = _formats.chooser(to, None, unknown if names == ["mu", "nu"] else None)
     mixed = (to == "int8" or callable(to)) and names == ["mu", "nu"]
+    arrays = 2 * len(names) if mixed else len(names)
     leaves, structure = jax.tree_util.tree_flatten_with_path(state.mu)
 
     def leaf(path, *stored):
@@ -77,12 +78,13 @@ def _converted(state, to: Moments):
         random = _formats.random_for(own[0].shape, _formats.salt(path), state.count)
         empty = new.init(own[0] if old.name != "float32" else moments[0], len(names))
         converted = new.encode(moments, empty, random)
-        return *converted, *(_formats.placeholder(own[0]) for _ in range(2 * len(names) - len(converted) if mixed else 0))
+        return *converted, *(_formats.placeholder(own[0]) for _ in range(arrays - len(converted)))
 
     trees = [structure.flatten_up_to(getattr(state, name)) for name in names + scales]
     rows = [leaf(path, *x) for (path, _), *x in zip(leaves, *trees, strict=True)]
     columns = [structure.unflatten(column) for column in zip(*rows, strict=True)] if rows else [state.mu] * 4
     if mixed:
-        return QuantizedAdamState(state.count, *columns, _formats.version())
+        mu, nu, mu_scale, nu_scale = columns
+        return QuantizedAdamState(state.count, mu, nu, mu_scale, nu_scale, _formats.version())
     kind = optax.ScaleByAdamState if isinstance(state, QuantizedAdamState) else type(state)
     return kind(state.count, *columns[: len(names)])

@@ -136,7 +136,7 @@ def test_mixed_trees_and_keep():
     tx = jadam.exact_bf16(jadam.adam(1e-3))
     params, state = jadam.from_float32(tree, tx, keep=lambda path, leaf: "norm" in path)
     assert [params[k].dtype for k in ("w", "norm", "half")] == [jnp.bfloat16, jnp.float32, jnp.float16]
-    assert [x.size for x in jax.tree.leaves(state.remainder)] == [0, 0, 6]
+    assert [x.size for x in jax.tree.leaves(state.remainder)] == [1, 1, 6]
     jax.tree.map(np.testing.assert_array_equal, jadam.float32_params(params, state), tree)
     update = jax.jit(tx.update)
     for _ in range(3):
@@ -151,7 +151,10 @@ def test_bytes():
     size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
     p = jax.ShapeDtypeStruct((1024, 1024), jnp.bfloat16)
     tx = jadam.adam(1e-3, moments="int8")
-    assert size(jax.eval_shape(jadam.exact_bf16(tx).init, p)) - size(jax.eval_shape(tx.init, p)) == 2 * 1024**2
+    version = 1
+    assert (
+        size(jax.eval_shape(jadam.exact_bf16(tx).init, p)) - size(jax.eval_shape(tx.init, p)) == 2 * 1024**2 + version
+    )
 
 
 def test_multi_steps_inside_sums_in_float32():

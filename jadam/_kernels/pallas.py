@@ -61,7 +61,9 @@ def kernel(platform: str, jobs: list[Job], grads, params, interpret=False) -> li
 
 
 def xla_suffices(platform: str, job: Job) -> bool:
-    """Whether XLA's own step is one pass over the leaf."""
+    """Whether XLA's own step is one pass over the leaf, or none."""
+    if job.frozen:
+        return True
     narrow = job.format.name == "bfloat16" or job.remainder is not None
     return job.format.name != "int8" and not (platform == "tpu" and narrow)
 

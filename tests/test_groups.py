@@ -1,0 +1,220 @@
+"""`jadam.by_path` is `jadam.adamw` with each leaf's own settings."""
+
+import functools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen, nnx
+
+import jadam
+
+RULES = [
+    ("embed", jadam.FROZEN),
+    ("bias|scale", {"weight_decay": 0.0, "lr_mult": 2.0}),
+    ("head", {"b1": 0.8, "b2": 0.99, "moments": "int8"}),
+    ("", {}),
+]
+
+
+def params(seed=0, dtype=jnp.float32):
+    normal = lambda *shape: jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+    return {
+        "embed": normal(64, 128),
+        "layers": [{"kernel": normal(30, 20), "bias": normal(20)}, None],
+        "norm": {"scale": normal(20)},
+        "head": normal(64, 128),
+    }
+
+
+def trained(tx, p, take, steps=5):
+    state = tx.init(p)
+    for i in range(steps):
+        p, state = take(tx, params(i + 1), state, p)
+    return p, state
+
+
+@jax.jit
+def apply(p, u):
+    return optax.apply_updates(p, u)
+
+
+def two_calls(tx, g, state, p):
+    updates, state = jax.jit(tx.update)(g, state, p)
+    return apply(p, updates), state
+
+
+def one_pass(tx, g, state, p):
+    return jax.jit(functools.partial(jadam.step, tx))(g, state, p)
+
+
+@pytest.mark.parametrize("take", [two_calls, one_pass])
+@pytest.mark.parametrize("rate", [1e-2, optax.cosine_decay_schedule(1e-2, 10)])
+def test_each_leaf_is_trained_by_its_own_adamw(take, rate):
+    """Bit for bit: the same rule with the same scalars; only Optax's stages round -lr * u in another order."""
+    p = params()
+    tx = jadam.by_path(RULES, rate, weight_decay=0.1)
+    got, state = trained(tx, p, take)
+    doubled = (lambda count: 2 * rate(count)) if callable(rate) else 2 * rate
+    alone = {
+        ("layers", 0, "kernel"): jadam.adamw(rate, weight_decay=0.1),
+        ("layers", 0, "bias"): jadam.adamw(doubled, weight_decay=0.0),
+        ("norm", "scale"): jadam.adamw(doubled, weight_decay=0.0),
+        ("head",): jadam.adamw(rate, 0.8, 0.99, weight_decay=0.1, moments="int8"),
+    }
+    at = lambda tree, path: functools.reduce(lambda x, key: x[key], path, tree)
+    for path, tx in alone.items():
+        keep = lambda tree, path=path: jax.tree_util.tree_map_with_path(
+            lambda q, x: x if jax.tree_util.keystr(q) == "".join(f"[{k!r}]" for k in path) else None, tree
+        )
+        own, s = keep(p), tx.init(keep(p))
+        for i in range(5):
+            own, s = take(tx, keep(params(i + 1)), s, own)
+        # a product of learning rate and direction, at most 2 ulp apart, on parameters of about 1
+        np.testing.assert_allclose(at(got, path), at(own, path), rtol=0, atol=5 * 2 * 2**-24 * 4)
+        mu = at(state.moments.mu, path)
+        if mu.dtype == jnp.float32:
+            np.testing.assert_array_equal(mu, at(s[0].mu, path))
+    np.testing.assert_array_equal(got["embed"], p["embed"])
+
+
+def test_frozen_leaves_cost_nothing_and_stay():
+    p = {**params(), "embed": jnp.full((64, 128), -0.0)}  # to which adding 0 makes 0.0
+    tx = jadam.by_path(RULES, 1e-2)
+    state = tx.init(p)
+    assert state.moments.mu["embed"] is None
+    described = jadam.describe(tx, p)
+    embed = next(x for x in described.leaves if x.name == "['embed']")
+    assert (embed.bytes, embed.format, embed.reason) == (0, "none", "'embed' jadam.FROZEN")
+    assert described.bytes == sum(x.nbytes for x in jax.tree.leaves(state))
+    updates, _ = tx.update(params(1), state, p)
+    assert not updates["embed"].any()
+    for take in (two_calls, one_pass):
+        assert jnp.signbit(take(tx, params(1), state, p)[0]["embed"]).all() == (take is one_pass)
+
+
+@pytest.mark.parametrize("moments", ["float32", "bfloat16", "int8"])
+def test_one_pass_under_exact_bf16_and_clipping(moments):
+    """The kernel is held to the two calls elsewhere; here each leaf must get its own scalars."""
+    tx = jadam.chain(jadam.clip_by_global_norm(1.0), jadam.by_path(RULES, 1e-2, moments=moments))
+    tx = jadam.exact_bf16(tx)
+    p32 = params()
+    results = []
+    for take in (two_calls, one_pass):
+        p, state = jadam.from_float32(p32, tx)
+        for i in range(3):
+            p, state = take(tx, params(i + 1, jnp.bfloat16), state, p)
+        results.append(jadam.float32_params(p, state))
+    # A stochastic rounding that the two decide differently, 1e-4 of the codes, moves an element's next two steps, each
+    # lr * R = 0.07 at most and lr on average, by a few per cent of itself.
+    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+        assert np.mean(np.abs(a - b) > 1e-6) < 1e-2
+        np.testing.assert_allclose(a, b, rtol=0, atol=3e-3)
+    np.testing.assert_array_equal(results[1]["embed"], p32["embed"])
+    described = jadam.describe(tx, p)
+    assert described.one_pass == (jadam.backends()["cpu"].kernel is not None)
+
+
+def test_one_compile_with_schedules_of_everything():
+    schedule = lambda count: 0.9 + 0.01 / (1 + count)
+    rules = [("head", {"b1": schedule, "weight_decay": lambda count: 0.1 / (1 + count)}), ("", {"b2": schedule})]
+    tx = jadam.by_path(rules, optax.cosine_decay_schedule(1e-2, 10))
+    step = jax.jit(functools.partial(jadam.step, tx))
+    p = params()
+    state = tx.init(p)
+    for i in range(4):
+        p, state = step(params(i), state, p)
+    assert step._cache_size() == 1
+    assert int(state.moments.count) == 4
+    assert [sorted(x) for x in state.corrections] == [["b1"], ["b2"]]
+    assert optax.tree.get(state, "mu")["head"].shape == (64, 128)
+
+
+def test_hyperparameters_injected():
+    tx = optax.inject_hyperparams(jadam.by_path, hyperparam_dtype=jnp.float32)(RULES, learning_rate=1e-2)
+    p = params()
+    state = tx.init(p)
+    state.hyperparams["learning_rate"] = jnp.float32(0.0)
+    updates, _ = jax.jit(tx.update)(params(1), state, p)
+    assert not any(u.any() for u in jax.tree.leaves(updates))
+
+
+def test_a_map_over_parameters_in_the_state():
+    tx = jadam.by_path([("", {})], 1e-2)
+    p = params()
+    doubled = optax.tree.map_params(tx, lambda x: x + 1, tx.init(p))
+    assert all(x.all() for x in jax.tree.leaves(doubled.moments.mu))
+
+
+class Net(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return linen.Dense(1)(linen.Dense(4)(x))
+
+
+def test_paths_of_linen_nnx_and_equinox():
+    """The rule for biases holds at init and at update alike, and one for NNX's ``.value`` is not needed."""
+    biases = [("bias$|bias'\\]$", jadam.FROZEN), ("", {})]
+    x = jnp.ones((2, 3))
+    linen_params = Net().init(jax.random.key(0), x)["params"]
+    names = [leaf.name for leaf in jadam.describe(jadam.by_path(biases, 1e-3), linen_params).leaves]
+    assert names[:2] == ["['Dense_0']['bias']", "['Dense_0']['kernel']"]
+
+    model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.Linear(4, 1, rngs=nnx.Rngs(1)))
+    optimizer = nnx.Optimizer(model, jadam.by_path(biases, 0.1), wrt=nnx.Param)
+    before = jax.tree.map(jnp.copy, nnx.as_pure(nnx.state(model)) if hasattr(nnx, "as_pure") else nnx.state(model))
+    loss = lambda model: jnp.mean((model(x) - 3.0) ** 2)
+    for _ in range(2):
+        value, grads = nnx.value_and_grad(loss)(model)
+        optimizer.update(model, grads)
+    assert loss(model) < value
+    first = before["layers"][0]
+    np.testing.assert_array_equal(model.layers[0].bias[...], jnp.asarray(first["bias"]))
+    assert (model.layers[0].kernel[...] != jnp.asarray(first["kernel"])).any()
+
+    equinox = eqx.filter(eqx.nn.MLP(3, 1, 4, 1, key=jax.random.key(0)), eqx.is_inexact_array)
+    described = jadam.describe(jadam.by_path(biases, 1e-3), equinox)
+    assert [(x.name, x.format) for x in described.leaves][:2] == [
+        (".layers[0].weight", "float32"),
+        (".layers[0].bias", "none"),
+    ]
+
+
+WRONG = [
+    ("", {}, TypeError, "rules must be a list of (pattern, settings)"),
+    ([], {}, TypeError, "rules must be a list of (pattern, settings)"),
+    (["bias"], {}, TypeError, "rules[0] must be a pair (pattern, settings), got 'bias'."),
+    ([(3, {})], {}, TypeError, "by_path's pattern must be a string, got 3 of type int."),
+    ([("['a", {})], {}, ValueError, "by_path's pattern \"['a\" is no regular expression: unterminated character set"),
+    ([("", 1.0)], {}, TypeError, "by_path's settings of '' must be a dict or jadam.FROZEN, got 1.0."),
+    ([("", {"weight_dcay": 1})], {}, ValueError, "got 'weight_dcay'. Did you mean weight_decay?"),
+    ([("", {"lr_mult": -1.0})], {}, ValueError, "lr_mult must be >= 0, got -1."),
+    ([("", {"b2": 1.0})], {}, ValueError, "b2 must be in [0, 1), got 1."),
+    ([("", {"moments": "int4"})], {}, ValueError, "moments must be 'bfloat16' or 'float32' or 'int8'"),
+    ([("", {"moments": "int8", "b1": 0.99, "b2": 0.9})], {}, ValueError, "moments='int8' needs b1*b1 < b2"),
+    ([("", {})], {"learning_rate": -1.0}, ValueError, "learning_rate must be >= 0, got -1."),
+    ([("", {})], {"max_lr": 0.0}, ValueError, "max_lr must be > 0, got 0."),
+]
+
+
+@pytest.mark.parametrize(("rules", "more", "kind", "text"), WRONG, ids=range(len(WRONG)))
+def test_wrong_calls(rules, more, kind, text):
+    with pytest.raises(kind) as error:
+        jadam.by_path(rules, **{"learning_rate": 1e-3, **more})
+    assert text in str(error.value)
+
+
+def test_rules_and_paths_that_miss_each_other():
+    with pytest.raises(ValueError, match=r"'kernal' is found in no path. Near: \['layers'\]\[0\]\['kernel'\]"):
+        jadam.by_path([("kernal", {}), ("", {})], 1e-3).init(params())
+    with pytest.raises(ValueError, match=r"no rule for \['norm'\]\['scale'\]; nearest pattern: 'bias'. End the rules"):
+        jadam.by_path([("bias", {}), ("kernel|embed|head", {})], 1e-3).init(params())
+    tx = jadam.by_path([("", {})], 1e-3)
+    assert jax.tree.leaves(tx.init({}))  # no path, no complaint
+    with pytest.raises(ValueError, match="by_path needs params"):
+        tx.update(params(), tx.init(params()))
+    with pytest.raises(TypeError, match="state must be the ByPathState"):
+        tx.update(params(), jadam.adam(1e-3).init(params()), params())
