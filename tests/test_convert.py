@@ -112,5 +112,5 @@ def test_a_version_that_is_not_known(wrap):
         with pytest.raises(ValueError, match=r"state.version must be 1, got 7: a \w+ saved by another version"):
             use(p, state, p)
     read = jadam.float32_params if wrap is jadam.exact_bf16 else lambda p, s: jadam.convert_moments(s, "float32")
-    with pytest.raises(ValueError, match="state.version must be 1, got 7"):
+    with pytest.raises(ValueError, match=r"state.version must be 1, got 7"):
         read(p, state)

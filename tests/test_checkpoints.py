@@ -1,0 +1,126 @@
+"""Every state through Orbax, on one device and on eight, and between Optax and jadam."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+import jadam
+
+STATES = {
+    "float32": jadam.adam(optax.cosine_decay_schedule(1e-3, 10)),
+    "bfloat16": jadam.nadamw(1e-3, moments="bfloat16"),
+    "int8": jadam.adam(1e-3, moments="int8"),
+    "amsgrad": jadam.amsgrad(1e-3, moments="bfloat16"),
+    "scheduled betas": jadam.chain(jadam.clip(1.0), jadam.adam(1e-3, lambda count: 0.9, moments="int8")),
+    "exact_bf16": jadam.exact_bf16(optax.MultiSteps(jadam.adamw(1e-3, moments="int8"), 2)),
+    "by_path": jadam.by_path([("bias", jadam.FROZEN), ("", {"b1": lambda count: 0.9})], 1e-3, moments="int8"),
+    "average": optax.chain(jadam.radam(1e-3), jadam.average_params()),
+}
+
+
+def params():
+    normal = lambda *shape: jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
+    return {
+        "kernel": normal(64, 768),
+        "wide": normal(50, 768).astype(jnp.bfloat16),
+        "bias": normal(24),
+        "scale": normal(),
+    }
+
+
+def sharded(tree):
+    """Over eight devices along the last axis."""
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def put(x):
+        spec = (*[None] * (x.ndim - 1), "x") if x.ndim else ()
+        return jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec)))
+
+    return jax.tree.map(put, tree)
+
+
+def restored(tree, path):
+    """``tree`` saved and restored where it was."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, tree)
+        checkpointer.wait_until_finished()
+        return checkpointer.restore(path, jax.tree.map(ocp.utils.to_shape_dtype_struct, tree))
+
+
+@pytest.mark.parametrize("place", [lambda tree: tree, sharded], ids=["one device", "eight devices"])
+@pytest.mark.parametrize("name", STATES)
+def test_save_and_restore(name, place, tmp_path):
+    """The same bits, in the same places, and the same next step without another compilation."""
+    tx, p = STATES[name], place(params())
+    state = tx.init(p)
+    update = jax.jit(tx.update)
+    _, state = update(p, state, p)
+    again = restored(state, tmp_path / "state")
+    assert jax.tree.structure(again) == jax.tree.structure(state)
+    for x, y in zip(jax.tree.leaves(again), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(x, y)
+        assert x.dtype == y.dtype
+        assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+    compiled = update._cache_size()
+    jax.tree.map(np.testing.assert_array_equal, update(p, again, p), update(p, state, p))
+    assert update._cache_size() <= compiled + 1  # of what the first step returned, not of what was restored
+
+
+OPTAX = {
+    "adam": (optax.adam(1e-3), jadam.adam(1e-3)),
+    "adamw with a mask": (
+        optax.adamw(lambda count: 1e-3, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)),
+        jadam.adamw(lambda count: 1e-3, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)),
+    ),
+    "a chain": (
+        optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)),
+        jadam.chain(jadam.clip_by_global_norm(1.0), jadam.adamw(1e-3)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPTAX)
+@pytest.mark.parametrize("back", [False, True], ids=["Optax's into jadam", "jadam's into Optax"])
+def test_between_optax_and_jadam(name, back, tmp_path):
+    saved, wanted = reversed(OPTAX[name]) if back else OPTAX[name]
+    p = jax.tree.map(lambda x: x.astype(jnp.float32), params())
+    _, state = jax.jit(saved.update)(p, saved.init(p), p)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        again = checkpointer.restore(tmp_path / "state", jax.eval_shape(wanted.init, p))
+    jax.tree.map(np.testing.assert_array_equal, again, state)
+    updates, _ = jax.jit(wanted.update)(p, again, p)
+    expected, _ = jax.jit(saved.update)(p, state, p)
+    for x, y in zip(jax.tree.leaves(updates), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-5)  # Optax's distance from the paper is 1.3e-5, see test_adam.py
+
+
+def test_optax_s_checkpoint_into_int8(tmp_path):
+    p = params()
+    tx = jadam.adamw(1e-3, moments="int8")
+    state = restored(optax.adamw(1e-3).init(p), tmp_path / "state")
+    state = jadam.convert_moments(state, "int8")
+    assert jax.tree.structure(jax.tree.map(jnp.shape, state)) == jax.tree.structure(
+        jax.tree.map(jnp.shape, jax.eval_shape(tx.init, p))
+    )
+    tx.update(p, state, p)
+
+
+def test_a_later_version_is_refused(tmp_path):
+    """Restored as it is, or by what this version expects: never misread."""
+    tx = jadam.scale_by_adam(moments="int8")
+    p = params()["kernel"]
+    state = tx.init(p)._replace(version=jnp.zeros(2, jnp.int8))
+    path = tmp_path / "state"
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, state)
+        checkpointer.wait_until_finished()
+        as_saved = checkpointer.restore(path, jax.tree.map(ocp.utils.to_shape_dtype_struct, state))
+        with pytest.raises(ValueError, match=r"state.version must be 1, got 2"):
+            tx.update(p, as_saved, p)
+        with pytest.raises(ValueError, match="shape"):
+            checkpointer.restore(path, jax.eval_shape(tx.init, p))
