@@ -151,13 +151,16 @@ def dither(index: jax.Array, salt: int, t: jax.Array, k: int) -> jax.Array:
     return start + t * jnp.uint32(0x9E3779B9)
 
 
-def linear_index(shape) -> jax.Array:
-    """Each element's index in row-major order, uint32, modulo 2**32; made by iota, so sharding keeps it global."""
+def linear_index(shape, whole=None) -> jax.Array:
+    """Each element's index in row-major order, uint32, modulo 2**32; made by iota, so sharding keeps it global.
+
+    ``whole`` is the shape of the array of which this one is the first part; default: itself.
+    """
     index = jnp.zeros(shape, jnp.uint32)
     stride = 1
     for axis in reversed(range(len(shape))):
         index += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride & 0xFFFFFFFF)
-        stride *= shape[axis]
+        stride *= (whole or shape)[axis]
     return index
 
 

@@ -7,6 +7,7 @@ behind it.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -17,7 +18,16 @@ import numpy as np
 import optax
 
 from jadam import _checks, _formats
-from jadam._numerics import Beta, Scalar, at_least_float32, constant_beta, promote, real, scheduled_beta
+from jadam._numerics import (
+    Beta,
+    Scalar,
+    at_least_float32,
+    constant_beta,
+    linear_index,
+    promote,
+    real,
+    scheduled_beta,
+)
 
 Rule = Callable[..., tuple[jax.Array, ...]]
 
@@ -65,6 +75,25 @@ class NotOnePass(Exception):
     """Raised by a plan for what `jadam.step` cannot do in one pass; its text is the reason."""
 
 
+class Part(NamedTuple):
+    """Where in a whole array a device's part lies: the index of its first element, uint32, and the whole's shape."""
+
+    first: jax.Array
+    whole: tuple[int, ...]
+
+    def index(self, shape) -> jax.Array:
+        """The index in the whole of each element of the part, which has this shape."""
+        return self.first + linear_index(shape, self.whole)
+
+    def runs(self, shape) -> tuple[int, int] | None:
+        """``(run, stride)`` if element ``i`` has index ``first + i // run * stride + i % run``, else None."""
+        cut = [axis for axis, (n, whole) in enumerate(zip(shape, self.whole, strict=True)) if n != whole]
+        if any(math.prod(shape[:axis]) != 1 for axis in cut[:-1]):
+            return None
+        inner = cut[-1] if cut else 0
+        return math.prod(shape[inner:]), math.prod(self.whole[inner:])
+
+
 def keep(step, g):
     """The rule of a parameter that stays what it is: a `Job` that has it is not called."""
     raise NotImplementedError
@@ -90,7 +119,8 @@ class Job(NamedTuple):
     norm: Any = None  # the gradient is divided by it
     max_norm: Any = None  # and multiplied by this
     remainder: jax.Array | None = None  # of a bfloat16 parameter, see `jadam.exact_bf16`
-    index: Any = None  # of each element in the whole array, where this is a part of it
+    part: Part | None = None  # of which array this leaf is a part, where it is one
+    index: Any = None  # of each element in the whole array, where that is known already
     group: str = ""  # the rule of `jadam.by_path` that it follows
 
     @property
@@ -102,7 +132,8 @@ class Job(NamedTuple):
         """``(u, stored)``: the rule on the decoded moments."""
         decoded = self.format.decode(self.stored, self.dtype)
         u, *new = self.rule(self.step, g.astype(self.dtype), *decoded)
-        random = _formats.random_for(g.shape, self.salt, self.count, self.index)
+        index = self.part.index(g.shape) if self.index is None and self.part is not None else self.index
+        random = _formats.random_for(g.shape, self.salt, self.count, index)
         return u, self.format.encode(new, self.stored, random)
 
     def update(self, g, p):

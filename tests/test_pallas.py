@@ -105,7 +105,8 @@ def test_what_is_left_to_xla_and_why():
     params = {"a": jnp.ones((64, 128)), "b": jnp.ones((4, 64, 128)), "c": jnp.ones(7)}
 
     def why(platform, tx):
-        return _step.refusals(platform, tx, params, jax.eval_shape(tx.init, params), params)
+        rows = _step.outlook(platform, tx, params, jax.eval_shape(tx.init, params), params)
+        return [reason for _, reason in rows]
 
     three = "3 dimensions, the TPU's kernel needs 2"
     assert why("tpu", jadam.adam(1.0)) == why("cuda", jadam.adam(1.0)) == [None] * 3
@@ -120,7 +121,7 @@ def test_turned_off(monkeypatch):
     for moments, reason in (("float32", None), ("int8", "JADAM_KERNELS=xla")):
         tx = jadam.adam(1.0, moments=moments)
         monkeypatch.setenv("JADAM_KERNELS", "xla")
-        assert _step.refusals("cuda", tx, params, tx.init(params), params) == [reason]
+        assert _step.outlook("cuda", tx, params, tx.init(params), params) == [("", reason)]
 
 
 @pytest.mark.parametrize(("platform", "call"), [("tpu", "tpu_custom_call"), ("cuda", "triton")])

@@ -63,7 +63,7 @@ constexpr int64_t kScalars = sizeof(Scalars) / sizeof(float);
 
 // One row of the attribute "leaves".
 struct Settings {
-  int64_t rule, format, limit, scalars, salt, block;
+  int64_t rule, format, limit, scalars, salt, block, run, stride;
 };
 constexpr int64_t kSettings = sizeof(Settings) / sizeof(int64_t);
 
@@ -100,6 +100,7 @@ struct Leaf {
   Settings set;
   Scalars s;
   int64_t n = 0, row = 0, blocks = 0, moments = 0;  // elements, of the last axis, blocks along it
+  uint32_t first = 0;                               // index of the first element in the array of which this is a part
   bool narrow_g = false, narrow_p = false;
   const void* g = nullptr;
   const void* p = nullptr;
@@ -245,9 +246,9 @@ INLINE void split(void* to, int16_t* rest, const float* from, int64_t start, int
 }
 
 template <bool kOdd>
-INLINE void round_to_bfloat16(void* to, const float* from, const Dither& dither, int64_t start, int64_t n) {
+INLINE void round_to_bfloat16(void* to, const float* from, const Dither& dither, int64_t start, uint32_t first,
+                              int64_t n) {
   uint16_t* x = static_cast<uint16_t*>(to) + start;
-  const uint32_t first = static_cast<uint32_t>(start);
   INDEPENDENT for (int64_t i = 0; i < n; ++i) {
     const uint32_t b = bits(from[i]);
     const uint32_t place = dither.start(first + static_cast<uint32_t>(i));
@@ -322,6 +323,11 @@ INLINE void update(const Leaf& leaf, Tile& tile, int64_t start, int64_t n) {
   if (leaf.narrow_p) split(leaf.p_out, leaf.rest_out, tile.own_p, start, n);
 }
 
+// The index of an element in the whole array, which the dither is a function of.
+INLINE uint32_t index(const Leaf& leaf, int64_t i) {
+  return leaf.first + static_cast<uint32_t>(i / leaf.set.run * leaf.set.stride + i % leaf.set.run);
+}
+
 struct Piece {
   int64_t leaf, begin, end;  // units: elements, or blocks of an int8 leaf
 };
@@ -350,7 +356,7 @@ INLINE void run_int8(const Leaf& leaf, Tile& tile, uint32_t t, int64_t begin, in
     for (int64_t k = from; k < block; ++k) {
       const int64_t at = block_start(leaf, k) - start, n = block_start(leaf, k + 1) - start - at;
       quantize(tile, at, rq_out + start + at, sq_out + start + at, leaf.scale_out[0] + k, leaf.scale_out[1] + k, dither,
-               static_cast<uint32_t>(start + at), n);
+               index(leaf, start + at), n);
     }
   }
 }
@@ -367,10 +373,14 @@ INLINE void run_plain(const Leaf& leaf, Tile& tile, uint32_t t, int64_t begin, i
     update(leaf, tile, start, n);
     for (int64_t k = 0; narrow && k < leaf.moments; ++k) {
       const Dither dither(static_cast<uint32_t>(leaf.set.salt), static_cast<uint32_t>(k), t);
-      if (k % 2) {
-        round_to_bfloat16<true>(leaf.m_out[k], tile.own_m[k], dither, start, n);
-      } else {
-        round_to_bfloat16<false>(leaf.m_out[k], tile.own_m[k], dither, start, n);
+      for (int64_t at = 0, end = 0; at < n; at = end) {  // up to where the run ends
+        end = std::min(n, at + leaf.set.run - (start + at) % leaf.set.run);
+        const uint32_t first = index(leaf, start + at);
+        if (k % 2) {
+          round_to_bfloat16<true>(leaf.m_out[k], tile.own_m[k] + at, dither, start + at, first, end - at);
+        } else {
+          round_to_bfloat16<false>(leaf.m_out[k], tile.own_m[k] + at, dither, start + at, first, end - at);
+        }
       }
     }
   }
@@ -575,17 +585,18 @@ ffi::Error step(ffi::ThreadPool threads, ffi::Span<const int64_t> settings, ffi:
   if (scalars.element_type() != ffi::DataType::F32 || scalars.element_count() % kScalars) {
     return invalid("jadam: scalars must be float32 in rows of " + std::to_string(kScalars));
   }
-  if (count.element_type() != ffi::DataType::U32 || count.element_count() != 1) {
-    return invalid("jadam: count must be one uint32");
+  const size_t leaves = settings.size() / kSettings;
+  if (count.element_type() != ffi::DataType::U32 || static_cast<size_t>(count.element_count()) != 1 + leaves) {
+    return invalid("jadam: count must be uint32, one and another for each leaf");
   }
   auto work = std::make_shared<Work>();
   work->t = *count.typed_data<uint32_t>();
   work->run = instructions().run;
-  work->leaves.resize(settings.size() / kSettings);
+  work->leaves.resize(leaves);
   Reader reader{args, rets};
   const int64_t rows = scalars.element_count() / kScalars;
   int64_t elements = 0;
-  for (size_t i = 0; i < work->leaves.size(); ++i) {
+  for (size_t i = 0; i < leaves; ++i) {
     Leaf& leaf = work->leaves[i];
     reader.leaf = i;
     std::memcpy(&leaf.set, settings.begin() + i * kSettings, sizeof(Settings));
@@ -595,9 +606,13 @@ ffi::Error step(ffi::ThreadPool threads, ffi::Span<const int64_t> settings, ffi:
     if (set.limit < 0 || set.limit >= kLimits) reader.fail("limit", "is out of range");
     if (set.scalars < 0 || set.scalars >= rows) reader.fail("scalars", "are out of range");
     if (!reader.error.empty()) return invalid(reader.error);
+    leaf.first = count.typed_data<uint32_t>()[1 + i];
     std::memcpy(&leaf.s, scalars.typed_data<float>() + set.scalars * kScalars, sizeof(Scalars));
     read_leaf(reader, leaf);
     if (!reader.error.empty()) return invalid(reader.error);
+    if (leaf.n && (set.run < 1 || leaf.n % set.run || (leaf.row && set.run % leaf.row))) {
+      return invalid("jadam: leaf " + std::to_string(i) + ": run is no whole number of rows");
+    }
     const bool int8 = set.format == kInt8;
     const int64_t units = int8 ? (leaf.row ? leaf.n / leaf.row * leaf.blocks : 0) : leaf.n;
     const int64_t most = int8 ? std::max<int64_t>(1, kPiece / set.block) : kPiece;

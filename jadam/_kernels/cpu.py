@@ -69,16 +69,20 @@ def refuses(job: Job, g, p) -> str | None:
         return "mu_dtype is XLA's"
     if not p.size:
         return "no elements"
+    if job.part is not None and job.part.runs(p.shape) is None:
+        return "divided along several inner axes"
     return None
 
 
 def _call(scalars, jobs, grads, params, rows):
     """One call for a group of leaves, each with its row of ``scalars``."""
-    settings, inputs, outputs, aliases = [], [], [], {}
+    settings, firsts, inputs, outputs, aliases = [], [], [], [], {}
     for job, g, p, row in zip(jobs, grads, params, rows, strict=True):
         limit = (job.bound is not None) + 2 * (job.norm is not None)
         block = block_of(job.stored) if job.format.name == "int8" else 0
-        settings += [RULES[job.rule], FORMATS[job.format.name], limit, row, job.salt, block]
+        run, stride = (p.size, p.size) if job.part is None else job.part.runs(p.shape)
+        firsts += [] if job.part is None else [job.part.first]
+        settings += [RULES[job.rule], FORMATS[job.format.name], limit, row, job.salt, block, run, stride]
         own = [p, *([] if job.remainder is None else [job.remainder]), *job.stored]
         inputs.append(g)
         for x in own:
@@ -86,6 +90,7 @@ def _call(scalars, jobs, grads, params, rows):
             inputs.append(x)
             outputs.append(jax.ShapeDtypeStruct(x.shape, x.dtype))
     count = jobs[0].count.astype(jnp.uint32)
+    count = jnp.stack([count, *firsts]) if firsts else jnp.pad(count[None], (0, len(jobs)))
     call = jax.ffi.ffi_call("jadam_step", outputs, input_output_aliases=aliases)
     results = iter(call(scalars, count, *inputs, leaves=np.array(settings, np.int64)))
     for job in jobs:

@@ -78,6 +78,8 @@ def refuses(platform: str, job: Job, g, p) -> str | None:
         return f"{job.dtype} is XLA's"
     if not 0 < p.size <= 2**31:
         return "no elements" if not p.size else "more than 2**31 elements"
+    if job.part is not None and job.part.runs(p.shape) is None:
+        return "divided along several inner axes"
     if platform == "tpu" and p.ndim != 2:
         return f"{p.ndim} dimensions, the TPU's kernel needs 2"
     if platform == "tpu" and _block(job, p) not in (BLOCK, p.shape[-1]):
@@ -113,6 +115,20 @@ def _scalars(job: Job):
     return jnp.stack([*(x.astype(jnp.float32) for x in given.values()), jnp.zeros([], jnp.float32)]), within
 
 
+def _place(job: Job, p):
+    """The step's count and the index of the first element in the whole array; and that array's ``(run, stride)``."""
+    first = jnp.uint32(0) if job.part is None else job.part.first
+    bits = jax.lax.bitcast_convert_type(jnp.stack([job.count.astype(jnp.uint32), first]), jnp.int32)
+    return bits, (p.size, p.size) if job.part is None else job.part.runs(p.shape)
+
+
+def _index(element, run: int, stride: int):
+    """The index of an element of a part in the whole array, but for that of the first one."""
+    if run == stride:
+        return element.astype(jnp.uint32)
+    return (element // run).astype(jnp.uint32) * jnp.uint32(stride & 0xFFFFFFFF) + (element % run).astype(jnp.uint32)
+
+
 def _update(job: Job, arrays, scales, inside) -> tuple[Any, ...]:
     """A tile: all new arrays but the gradient. Where it is not ``inside`` the leaf it counts as 0."""
     g, p, *others = arrays
@@ -128,25 +144,26 @@ def _on_gpu(job: Job, g, p, interpret):
     from jax.experimental.pallas import triton
 
     scalars, within = _scalars(job)
+    place, (run, stride) = _place(job, p)
     arrays, scales = _arrays(job, g, p)
     n, block = p.shape[-1], _block(job, p)
     blocks = -(-n // block)
     total = p.size // n * blocks
     tile = (GPU_BLOCKS, 1 << (block - 1).bit_length())  # Triton wants powers of two
 
-    def body(scalars, count, *refs):
+    def body(scalars, place, *refs):
         b = pl.program_id(0) * GPU_BLOCKS + jax.lax.broadcasted_iota(jnp.int32, (GPU_BLOCKS, 1), 0)
         lane = jax.lax.broadcasted_iota(jnp.int32, tile, 1)
         column = b % blocks * block + lane
-        index = b // blocks * n + column
+        element = b // blocks * n + column
         inside = (b < total) & (lane < block) & (column < n)
-        where = [(index, inside)] * len(arrays) + [(b, b < total)] * len(scales)
+        where = [(element, inside)] * len(arrays) + [(b, b < total)] * len(scales)
         zero = lambda ref: jnp.zeros([], ref.dtype)
         old = [triton.load(ref.at[i], mask=m, other=zero(ref)) for ref, (i, m) in zip(refs, where, strict=False)]
         here = within(
             lambda k: scalars[k],
-            count=count[0].astype(jnp.uint32),
-            index=index.astype(jnp.uint32),
+            count=place[0].astype(jnp.uint32),
+            index=place[1].astype(jnp.uint32) + _index(element, run, stride),
             format=Int8Tile(1),
         )
         new = _update(here, old[: len(arrays)], old[len(arrays) :], inside)
@@ -162,7 +179,7 @@ def _on_gpu(job: Job, g, p, interpret):
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="jadam_step",
-    )(scalars, job.count.reshape(1), *flat)
+    )(scalars, place, *flat)
     return [x.reshape(old.shape) for x, old in zip(new, (*arrays[1:], *scales), strict=True)]
 
 
@@ -172,6 +189,7 @@ def _on_tpu(job: Job, g, p, interpret):
     from jax.experimental.pallas import tpu
 
     scalars, within = _scalars(job)
+    place, (run, stride) = _place(job, p)
     arrays, scales = _arrays(job, g, p)
     (rows, n), block = p.shape, _block(job, p)
     blocks = -(-n // block)
@@ -182,26 +200,26 @@ def _on_tpu(job: Job, g, p, interpret):
     turn_scale = (lambda x: x) if transposed else (lambda x: x.T)  # from how they lie to how the tile lies
     ordered = lambda row, column: (column, row) if transposed else (row, column)
 
-    def body(scalars, count, *refs):
+    def body(scalars, place, *refs):
         ins, outs = refs[: len(arrays)], refs[len(arrays) + len(scales) :]
         old_scales = [turn_scale(ref[...]) for ref in refs[len(arrays) : len(arrays) + len(scales)]]
         new_scales = [[] for _ in scales]
         first_row, first_column = pl.program_id(0) * lanes, pl.program_id(1) * (high * block)
         for k in range(high):
-            run = ordered(slice(None), slice(k * block, (k + 1) * block))
+            tile = ordered(slice(None), slice(k * block, (k + 1) * block))
             shape = ordered(lanes, block)
             column = first_column + k * block + jax.lax.broadcasted_iota(jnp.int32, shape, axis)
-            index = (first_row + jax.lax.broadcasted_iota(jnp.int32, shape, 1 - axis)) * n + column
+            element = (first_row + jax.lax.broadcasted_iota(jnp.int32, shape, 1 - axis)) * n + column
             here = within(
                 lambda i: scalars[i],
-                count=count[0].astype(jnp.uint32),
-                index=index.astype(jnp.uint32),
+                count=place[0].astype(jnp.uint32),
+                index=place[1].astype(jnp.uint32) + _index(element, run, stride),
                 format=Int8Tile(axis) if scales else job.format,
             )
             one = ordered(slice(None), slice(k, k + 1))
-            new = _update(here, [ref[run] for ref in ins], [x[one] for x in old_scales], column < n)
+            new = _update(here, [ref[tile] for ref in ins], [x[one] for x in old_scales], column < n)
             for ref, x in zip(outs, new[: len(arrays) - 1], strict=False):
-                ref[run] = x
+                ref[tile] = x
             for column_of, x in zip(new_scales, new[len(arrays) - 1 :], strict=True):
                 column_of.append(x)
         for ref, x in zip(outs[len(arrays) - 1 :], new_scales, strict=True):
@@ -220,7 +238,7 @@ def _on_tpu(job: Job, g, p, interpret):
         compiler_params=tpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
         interpret=interpret,
         name="jadam_step",
-    )(scalars, job.count.reshape(1), *laid_out)
+    )(scalars, place, *laid_out)
     return [*map(turn, new[: len(arrays) - 1]), *(x.T for x in new[len(arrays) - 1 :])]
 
 
