@@ -8,6 +8,7 @@ exceptions by name; `jadam._transformation` maps a rule over a tree of parameter
 pass, `_chain` makes clipping visible to it and `_kernels` holds what is compiled; `jadam._checks` stops bad input.
 """
 
+from jadam import sharding as sharding
 from jadam._adam import adam as adam
 from jadam._adam import adamw as adamw
 from jadam._adam import scale_by_adam as scale_by_adam

@@ -97,20 +97,19 @@ def describe(state_or_tx, params) -> Description:
     _checks.trainable(params, "params")
     tx = state_or_tx if hasattr(state_or_tx, "init") else None
     state = state_or_tx if tx is None else jax.eval_shape(tx.init, params)
-    named = {_keys(path): (leaf_name(path), p) for path, p in jax.tree_util.tree_leaves_with_path(params)}
-    moments: dict[str, list] = {name: [] for name, _ in named.values()}
+    named = [(leaf_name(path), p) for path, p in jax.tree_util.tree_leaves_with_path(params)]
+    moments: dict[str, list] = {name: [] for name, _ in named}
     sizes = dict.fromkeys(moments, 0)
     other = 0
-    for path, x in jax.tree_util.tree_leaves_with_path(state):
-        name, field = _owner(path, x, named)
+    for (name, field), x in zip(owners(state, params), jax.tree.leaves(state), strict=True):
         if name is None:
             other += _bytes(x)
         else:
             sizes[name] += _bytes(x)
             moments[name] += [x] if field in ("mu", "nu", "mu_scale", "nu_scale") else []
     quantized = _has(state, QuantizedAdamState)
-    groups, one_pass, step = _outlook(tx, state, params, [name for name, _ in named.values()])
-    rows = zip(named.values(), groups, strict=True)
+    groups, one_pass, step = _outlook(tx, state, params, [name for name, _ in named])
+    rows = zip(named, groups, strict=True)
     leaves = tuple(_leaf(name, p, moments[name], sizes[name], quantized, group) for (name, p), group in rows)
     return Description(leaves, other, one_pass, step)
 
@@ -149,6 +148,12 @@ def _leaf(name, p, moments, size, quantized, group):
     if group:
         reason = f"{group}: {reason}" if "int8" in group and format == "float32" else group
     return Leaf(name, tuple(jnp.shape(p)), np.dtype(jnp.result_type(p)), format, size, reason)
+
+
+def owners(state, params) -> list[tuple[str | None, str | None]]:
+    """For each leaf of ``state`` the parameter that it belongs to, and in which tree of the state it lies, or Nones."""
+    named = {_keys(path): (leaf_name(path), p) for path, p in jax.tree_util.tree_leaves_with_path(params)}
+    return [_owner(path, x, named) for path, x in jax.tree_util.tree_leaves_with_path(state)]
 
 
 def _owner(path, x, params) -> tuple[str | None, str | None]:

@@ -159,7 +159,11 @@ def block_length(n: int, blocks: int) -> int:
 def _block_for(p) -> int | None:
     """The block length for a new state: `BLOCK`, or less where each shard would not hold whole blocks."""
     n, sharding = p.shape[-1], _sharding(p)
-    here = n if sharding is None else sharding.shard_shape(p.shape)[-1]
+    return fitting_block(n, n if sharding is None else sharding.shard_shape(p.shape)[-1])
+
+
+def fitting_block(n: int, here: int) -> int | None:
+    """The longest blocks of an axis of ``n`` of which runs of ``here`` hold whole ones, or None; `BLOCK` in one run."""
     if here == n:
         return min(BLOCK, n)
     fitting = (b for b in range(min(BLOCK, here), 31, -1) if here % b == 0 and block_length(n, n // b) == b)

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import optax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import PartitionSpec
 
 from jadam import _kernels
 from jadam._kernels import cpu, pallas
 from jadam._leaf import update_leaf
-from jadam._transformation import NotOnePass, Transformation
+from jadam._transformation import NotOnePass, Part, Plan, Step, Transformation, planned
 
 
 def step(tx: optax.GradientTransformation, grads, state, params):
@@ -58,11 +59,17 @@ def step(tx: optax.GradientTransformation, grads, state, params):
     """
     if not (hasattr(tx, "init") and hasattr(tx, "update")):
         raise TypeError(f"step needs an Optax transformation, got {tx!r}. Pass jadam.adam(...), for one.")
+    if hasattr(tx.update, "step"):  # it brings its own
+        return tx.update.step(grads, state, params)
     if obstacle(tx, grads, state, params) is not None:
         return two_calls(tx, grads, state, params)
+    return _bind(tx, grads, state, params, two_calls)
+
+
+def _bind(tx, grads, state, params, otherwise):
     flat, tree = jax.tree.flatten((grads, state, params))
     grads, state, params = tree.unflatten(map(jnp.asarray, flat))
-    out = step_p.bind(*jax.tree.leaves((grads, state, params)), tx=tx, tree=tree)
+    out = step_p.bind(*jax.tree.leaves((grads, state, params)), tx=tx, tree=tree, otherwise=otherwise)
     return jax.tree.unflatten(jax.tree.structure((params, state)), out)
 
 
@@ -116,6 +123,72 @@ def by_jobs(kernel, tx, grads, state, params):
     return structure.unflatten([p for p, _ in rows]), finish([stored for _, stored in rows])
 
 
+def by_xla(tx, grads, state, params):
+    """A plan's jobs without a kernel."""
+    return by_jobs(lambda jobs, grads, params: [None] * len(jobs), tx, grads, state, params)
+
+
+def in_parts(tx, grads, state, params, mesh, specs, first):
+    """`step` on a mesh, in parts: ``specs`` divide the leaves, ``first(shape, spec, mesh)`` is where a part begins.
+
+    The plan is of whole arrays, so that a norm is that of all gradients; each device then does its parts of the jobs.
+    """
+    jobs, finish = tx.plan(grads, state, params)
+    grads, (leaves, structure) = jax.tree.leaves(grads), jax.tree.flatten(params)
+    scalars, rebuilt = _without_scalars(jobs)
+    owned = [(job.stored, job.remainder) for job in jobs]
+    shapes = [p.shape for p in leaves]
+
+    def local_plan(updates, state, params):
+        scalars, owned, firsts = state
+        del updates, params
+        here = [
+            job._replace(stored=stored, remainder=remainder, part=Part(first, shape))
+            for job, (stored, remainder), first, shape in zip(rebuilt(scalars), owned, firsts, shapes, strict=True)
+        ]
+
+        def done(stored):
+            pairs = zip(stored, owned, strict=True)
+            return scalars, [(x, None) if r is None else (x[1:], x[0]) for x, (_, r) in pairs], firsts
+
+        return Plan(here, done)
+
+    local = planned(tx.init, local_plan)
+
+    def body(scalars, owned, grads, params):
+        firsts = [first(shape, spec, mesh) for shape, spec in zip(shapes, specs, strict=True)]
+        params, (_, owned, _) = _bind(local, grads, (scalars, owned, firsts), params, by_xla)
+        return params, owned
+
+    of_owned = [jax.tree.map(lambda _, spec=spec: spec, x) for x, spec in zip(owned, specs, strict=True)]
+    leaves, owned = jax.shard_map(
+        body,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), of_owned, specs, specs),
+        out_specs=(specs, of_owned),
+        check_vma=False,
+    )(scalars, owned, grads, leaves)
+    stored = [x if r is None else (r, *x) for x, r in owned]
+    return structure.unflatten(leaves), finish(stored)
+
+
+def _without_scalars(jobs):
+    """The arrays among the scalars of jobs, each once, and a function that from such arrays makes the jobs."""
+    names = ("minus_lr", "weight_decay", "bound", "norm", "max_norm", "count")
+    values = [({} if job.step is None else vars(job.step), [getattr(job, name) for name in names]) for job in jobs]
+    given = {id(x): x for x in jax.tree.leaves(values) if isinstance(x, jax.Array)}
+
+    def rebuilt(arrays):
+        new = dict(zip(given, arrays, strict=True))
+        swap = lambda x: new.get(id(x), x)
+        steps = {id(job.step): job.step and Step(**jax.tree.map(swap, vars(job.step))) for job in jobs}
+        return [
+            job._replace(step=steps[id(job.step)], **{name: swap(getattr(job, name)) for name in names}) for job in jobs
+        ]
+
+    return list(given.values()), rebuilt
+
+
 step_p = Primitive("jadam_step")
 step_p.multiple_results = True
 
@@ -125,25 +198,25 @@ def _flat(function, *args, tx, tree):
 
 
 @step_p.def_abstract_eval
-def _(*avals, tx, tree):
+def _(*avals, tx, tree, otherwise):
     _, state, params = tree.unflatten(avals)
     return [x.strip_weak_type() for x in jax.tree.leaves((params, state))]
 
 
 @functools.lru_cache(maxsize=256)
-def _eager(tx, tree):
-    return jax.jit(functools.partial(step_p.bind, tx=tx, tree=tree))
+def _eager(**how):
+    return jax.jit(functools.partial(step_p.bind, **how))
 
 
-step_p.def_impl(lambda *args, tx, tree: _eager(tx, tree)(*args))
+step_p.def_impl(lambda *args, **how: _eager(**how)(*args))
 
 
 def _lowering(platform="", kernel=None):
-    """The rule for a platform: ``kernel`` where it is active and the array whole, otherwise the two calls."""
+    """The rule for a platform: ``kernel`` where it is active and the array whole, else ``otherwise``."""
 
-    def rule(ctx, *args, tx, tree):
+    def rule(ctx, *args, tx, tree, otherwise):
         serves = kernel is not None and _kernels.backends()[platform].kernel is not None and _whole(ctx)
-        function = functools.partial(by_jobs, kernel) if serves else two_calls
+        function = functools.partial(by_jobs, kernel) if serves else otherwise
         return mlir.lower_fun(functools.partial(_flat, function), multiple_results=True)(ctx, *args, tx=tx, tree=tree)
 
     return rule
@@ -166,14 +239,14 @@ for name in pallas.PLATFORMS:
     mlir.register_lowering(step_p, _lowering(name, functools.partial(pallas.kernel, name)), platform=name)
 
 
-def _batch(args, dims, *, tx, tree):
-    out = jax.vmap(functools.partial(_flat, two_calls, tx=tx, tree=tree), in_axes=dims)(*args)
+def _batch(args, dims, *, tx, tree, otherwise):
+    out = jax.vmap(functools.partial(_flat, otherwise, tx=tx, tree=tree), in_axes=dims)(*args)
     return out, [0] * len(out)
 
 
-def _jvp(primals, tangents, *, tx, tree):
+def _jvp(primals, tangents, *, tx, tree, otherwise):
     tangents = map(ad.instantiate_zeros, tangents)
-    function = functools.partial(_flat, two_calls, tx=tx, tree=tree)
+    function = functools.partial(_flat, otherwise, tx=tx, tree=tree)
     out, tangents = jax.jvp(function, tuple(primals), tuple(tangents))
     is_zero = lambda t: t.dtype == jax.dtypes.float0
     return out, [

@@ -1,0 +1,263 @@
+"""The optimizer's state divided over a mesh (ZeRO stage 1), by JAX's own partitioning.
+
+Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", SC 2020, arXiv:1910.02054,
+section 5.1: each device keeps the state of a part of the parameters. A step reduces gradients to where that part is,
+updates it, and gathers the parameters.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jadam import _checks
+from jadam._describe import owners
+from jadam._formats import is_placeholder, leaf_name
+from jadam._int8 import fitting_block
+from jadam._step import in_parts, obstacle, two_calls
+
+
+class Zero1(optax.GradientTransformationExtraArgs):
+    """What `zero1` returns: an Optax transformation, and how it divides its state."""
+
+    @property
+    def layout(self) -> "Layout":
+        """What ``update`` carries."""
+        return self.update.layout  # pyright: ignore[reportAttributeAccessIssue]
+
+    @property
+    def shardings(self) -> Any:
+        """The state's, a tree of `jax.sharding.NamedSharding`."""
+        return jax.tree.map(lambda x: x.sharding, self.layout.state)
+
+    @property
+    def undivided(self) -> dict[str, str]:
+        """The parameters whose state is whole on every device, and why."""
+        return {x.name: x.reason for x in self.layout.leaves if x.reason}
+
+    def __repr__(self):
+        leaves = [x for x in self.layout.leaves if x.bytes]
+        divided = sum(not x.reason for x in leaves)
+        whole = "".join(f"\n  undivided: {name}: {reason}" for name, reason in self.undivided.items())
+        return f"zero1: the state of {divided} of {len(leaves)} parameters divided by {self.layout.over}{whole}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """A parameter: where it is, where the part of it that a device updates is, and its state's bytes on all devices."""
+
+    name: str
+    shape: tuple[int, ...]
+    home: NamedSharding
+    part: NamedSharding
+    bytes: int
+    reason: str  # why it is not divided, or ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How `zero1` divides: a `Leaf` for each parameter, and the state as `jax.ShapeDtypeStruct` with shardings."""
+
+    leaves: tuple[Leaf, ...]
+    state: Any
+    over: str
+
+
+def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[str]) -> Zero1:
+    """Divide the state of ``tx`` over an axis of a mesh: on ``n`` devices each keeps an n-th of it.
+
+    Moments, scales and remainders are divided along a parameter's first axis that divides evenly, on top of the
+    parameter's own sharding, whatever that is. int8's blocks are chosen so that each part has whole ones. The result is
+    a transformation: ``init`` makes the state divided from the start, in `jadam.step` (or ``update``) the gradients are
+    reduced to their parts, the parts updated, by the kernels where `jadam.step` has them, and the parameters gathered.
+    Update and state are the same bits as on one device that has the same blocks; only a global norm is a sum in another
+    order.
+
+    Args:
+        tx: any Optax transformation, `jadam.exact_bf16` and chains included; make this the outermost.
+        params: parameters, or their shapes and dtypes (`jax.ShapeDtypeStruct`). Their own `NamedSharding` is kept;
+            without one they count as whole on every device.
+        mesh: `jax.sharding.Mesh`; an `AbstractMesh` will do for looking at ``shardings``.
+        axis: the axis of the mesh to divide over, or several.
+
+    Returns:
+        A transformation with the state of ``tx``. It has ``shardings``, a tree of `jax.sharding.NamedSharding` like the
+        state, and ``undivided``, a dict from a parameter's path to why its state is whole; print it for both in words.
+
+    Raises:
+        ValueError: no such axis, one of size 1, or nothing that can be divided.
+        TypeError: ``tx`` is no transformation, or a parameter is not floating.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jadam
+        >>> mesh = jax.sharding.Mesh(jax.devices(), ("data",))
+        >>> params = {"kernel": jnp.ones((64, 128)), "bias": jnp.ones(3)}
+        >>> tx = jadam.sharding.zero1(jadam.adamw(1e-3), params, mesh, "data")
+        >>> print(tx)
+        zero1: the state of 1 of 2 parameters divided by 8 ('data')
+          undivided: ['bias']: no axis of (3,) is a multiple of 8
+        >>> print(tx.init(params)[0].mu["kernel"].sharding.spec)
+        PartitionSpec('data',)
+    """
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        raise TypeError(f"zero1 needs an Optax transformation, got {tx!r}. Pass jadam.adamw(...), for one.")
+    axes = (axis,) if isinstance(axis, str) else tuple(axis)
+    missing = [name for name in axes if name not in mesh.shape]
+    if missing or not axes:
+        raise ValueError(f"axis must be of the mesh's {tuple(mesh.shape)}, got {axis!r}.")
+    if math.prod(mesh.shape[name] for name in axes) == 1:
+        raise ValueError(f"axis {axis!r} has size 1 in the mesh {dict(mesh.shape)}: there is nothing to divide over.")
+    _checks.trainable(params, "params")
+    layout = _layout(tx, params, mesh, axes)
+    inner = optax.with_extra_args_support(optax.GradientTransformation(tx.init, tx.update))
+    homes, parts = ([getattr(leaf, which) for leaf in layout.leaves] for which in ("home", "part"))
+
+    def init(params):
+        def whole(params):
+            return jax.tree.map(_reshaped, tx.init(params), layout.state)
+
+        shardings = jax.tree.map(lambda x: x.sharding, layout.state)
+        return jax.jit(whole, out_shardings=shardings)(_put(params, homes))
+
+    def update(updates, state, params=None, **extra_args):
+        updates = _put(updates, parts)
+        params = None if params is None else _put(params, parts)
+        updates, state = inner.update(updates, state, params, **extra_args)
+        return _put(updates, homes), _put(state, [x.sharding for x in jax.tree.leaves(layout.state)])
+
+    @jax.jit
+    def traced_step(grads, state, params):
+        grads, params = _put(grads, parts), _put(params, parts)
+        if obstacle(tx, grads, state, params) is None:
+            params, state = in_parts(tx, grads, state, params, mesh, [x.spec for x in parts], _first)
+        else:
+            params, state = two_calls(tx, grads, state, params)
+        return _put(params, homes), _put(state, [x.sharding for x in jax.tree.leaves(layout.state)])
+
+    def step(grads, state, params):
+        concrete = not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(params))
+        return traced_step(grads, state, _put(params, homes) if concrete else params)
+
+    update.layout, update.step = layout, step  # pyright: ignore[reportFunctionMemberAccess]
+    return Zero1(init, update)
+
+
+def _layout(tx, params, mesh, axes) -> Layout:
+    n = math.prod(mesh.shape[name] for name in axes)
+    flat = jax.tree_util.tree_leaves_with_path(params)
+    plain = [
+        jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for _, x in flat
+    ]  # shardings not to be seen by init
+    state = jax.eval_shape(tx.init, jax.tree.unflatten(jax.tree.structure(params), plain))
+    names = [leaf_name(path) for path, _ in flat]
+    states, structure = jax.tree.flatten(state)
+    owned: dict[str, list] = {name: [] for name in names}
+    for (name, _), x in zip(owners(state, params), states, strict=True):
+        if name is not None:
+            owned[name].append(x)
+    leaves = {}
+    for name, (_, x), p in zip(names, flat, plain, strict=True):
+        home = _home(x, mesh)
+        large = [s for s in owned[name] if s.shape == p.shape]
+        int8 = any(s.dtype == jnp.uint8 for s in large)
+        whole = PartitionSpec(*home.spec, *[None] * (len(p.shape) - len(home.spec)))
+        spec, reason = _divided(p.shape, whole, mesh, axes, int8)
+        size = sum(s.size * s.dtype.itemsize for s in owned[name])
+        reason = reason if large else "no state of its shape" if size else ""
+        part = NamedSharding(mesh, spec if large and not reason else whole)
+        leaves[name] = Leaf(name, p.shape, home, part, size, reason)
+
+    def place(owner, x):
+        name, field = owner
+        leaf = leaves.get(name)
+        spec, shape = PartitionSpec(), x.shape
+        if leaf is not None and x.shape == leaf.shape:
+            spec = leaf.part.spec
+        elif leaf is not None and field in ("mu_scale", "nu_scale") and not is_placeholder(x):
+            spec, last = leaf.part.spec, leaf.part.shard_shape(leaf.shape)[-1]
+            block = fitting_block(leaf.shape[-1], last)
+            shape = x.shape if block is None else (*x.shape[:-1], -(-leaf.shape[-1] // block))
+        return jax.ShapeDtypeStruct(shape, x.dtype, sharding=NamedSharding(mesh, _trimmed(spec)))
+
+    placed = [place(owner, x) for owner, x in zip(owners(state, params), states, strict=True)]
+    if all(x.reason for x in leaves.values() if x.bytes):
+        whole = "; ".join(f"{x.name}: {x.reason}" for x in list(leaves.values())[:5] if x.bytes)
+        raise ValueError(f"zero1 can divide no parameter's state by {n} ({axes}): {whole or 'there is none'}.")
+    over = f"{n} ({', '.join(map(repr, axes))})"
+    return Layout(tuple(leaves.values()), structure.unflatten(placed), over)
+
+
+def _home(x, mesh) -> NamedSharding:
+    """A parameter's own sharding; whole where it has none."""
+    sharding = getattr(x, "sharding", None)
+    return sharding if isinstance(sharding, NamedSharding) else NamedSharding(mesh, PartitionSpec())
+
+
+def _trimmed(spec) -> PartitionSpec:
+    """Without the Nones at the end, as XLA returns it: another would compile the second step anew."""
+    entries = list(spec)
+    while entries and entries[-1] is None:
+        entries.pop()
+    return PartitionSpec(*entries)
+
+
+def _names(entry) -> tuple[str, ...]:
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _divided(shape, spec, mesh, axes, int8) -> tuple[PartitionSpec, str]:
+    """``spec`` with ``axes`` added where they divide, and why they do not."""
+    used = {name for entry in spec for name in _names(entry)}
+    axes = tuple(name for name in axes if name not in used)
+    n = math.prod(mesh.shape[name] for name in axes)
+    reason = f"no axis of {shape} is a multiple of {n}"
+    if not axes:
+        return spec, ""
+    for k, size in enumerate(shape):
+        here = n * math.prod(mesh.shape[name] for name in _names(spec[k]))
+        if size == 0 or size % here:
+            continue
+        if int8 and k == len(shape) - 1 and fitting_block(size, size // here) is None:
+            reason = f"its last axis would be cut into {size // here}, which no block of 32 to 128 divides"
+            continue
+        entry = (*_names(spec[k]), *axes)
+        return PartitionSpec(*spec[:k], entry if len(entry) > 1 else entry[0], *spec[k + 1 :]), ""
+    if used:
+        reason += f" beside {spec}"
+    return spec, reason
+
+
+def _reshaped(x, wanted):
+    """A new state's array; its scales, which are 0, for the blocks that are wanted."""
+    return x.astype(wanted.dtype) if x.shape == wanted.shape else jnp.zeros(wanted.shape, wanted.dtype)
+
+
+def _put(tree, shardings):
+    """``tree`` where ``shardings`` say, by communication within a traced function."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure.unflatten([_put_one(x, s) for x, s in zip(leaves, shardings, strict=True)])
+
+
+def _put_one(x, sharding: NamedSharding):
+    if not isinstance(x, jax.core.Tracer):
+        return jax.device_put(x, sharding)
+    if jax.sharding.AxisType.Explicit in sharding.mesh.axis_types:
+        return jax.sharding.reshard(x, sharding)
+    return jax.lax.with_sharding_constraint(x, sharding)
+
+
+def _first(shape, spec, mesh) -> jax.Array:
+    """Within `jax.shard_map`: the index in an array of ``shape`` of the first element that this device has."""
+    first, stride = jnp.uint32(0), 1
+    for size, entry in reversed(list(zip(shape, spec, strict=True))):
+        names = _names(entry)
+        if names:
+            here = size // math.prod(mesh.shape[name] for name in names)
+            first += jax.lax.axis_index(names).astype(jnp.uint32) * jnp.uint32(here * stride & 0xFFFFFFFF)
+        stride *= size
+    return first
