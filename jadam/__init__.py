@@ -36,5 +36,6 @@ from jadam.averaging import averaged_params as averaged_params
 from jadam.convert import convert_moments as convert_moments
 from jadam.groups import FROZEN as FROZEN
 from jadam.groups import by_path as by_path
+from jadam.planning import plan as plan
 
 __version__ = "0.1.0"

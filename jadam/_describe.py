@@ -63,10 +63,18 @@ class Description:
             shape = "x".join(map(str, leaf.shape)) or "scalar"
             rows.append((leaf.name, shape, str(leaf.dtype), leaf.format, f"{leaf.bytes:,}", each, leaf.reason))
         rows.append(("total", "", "", "", f"{self.bytes:,}", f"{self.bytes_per_parameter:.2f}", ""))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        align = [str.rjust if title in ("bytes", "each") else str.ljust for title in rows[0]]
-        lines = ["  ".join(put(x, n) for put, x, n in zip(align, row, widths, strict=True)) for row in rows]
-        return "\n".join([*(line.rstrip() for line in lines), f"step: {self.step}"])
+        return f"{table(rows)}\nstep: {self.step}"
+
+
+NUMBERS = ("bytes", "each", "bytes on a device", "GiB")
+
+
+def table(rows) -> str:
+    """Rows of text, the first one the titles, in columns, those of numbers aligned to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    align = [str.rjust if title in NUMBERS else str.ljust for title in rows[0]]
+    lines = ("  ".join(put(x, n) for put, x, n in zip(align, row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def describe(state_or_tx, params) -> Description:

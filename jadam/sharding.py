@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jadam import _checks
 from jadam._describe import owners
-from jadam._formats import is_placeholder, leaf_name
+from jadam._formats import is_placeholder, leaf_name, placeholder
 from jadam._int8 import fitting_block
 from jadam._step import in_parts, obstacle, two_calls
 
@@ -37,14 +37,21 @@ class Zero1(optax.GradientTransformationExtraArgs):
 
     @property
     def undivided(self) -> dict[str, str]:
-        """The parameters whose state is whole on every device, and why."""
+        """The parameters whose state is not divided, and why."""
         return {x.name: x.reason for x in self.layout.leaves if x.reason}
+
+    @property
+    def widened(self) -> dict[str, str]:
+        """The parameters whose moments are float32 instead of int8, and why."""
+        return {x.name: x.widened for x in self.layout.leaves if x.widened}
 
     def __repr__(self):
         leaves = [x for x in self.layout.leaves if x.bytes]
         divided = sum(not x.reason for x in leaves)
-        whole = "".join(f"\n  undivided: {name}: {reason}" for name, reason in self.undivided.items())
-        return f"zero1: the state of {divided} of {len(leaves)} parameters divided by {self.layout.over}{whole}"
+        lines = [f"zero1: the state of {divided} of {len(leaves)} parameters divided by {self.layout.over}"]
+        lines += [f"  undivided: {name}: {reason}" for name, reason in self.undivided.items()]
+        lines += [f"  float32: {name}: {reason}" for name, reason in self.widened.items()]
+        return "\n".join(lines)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +64,7 @@ class Leaf:
     part: NamedSharding
     bytes: int
     reason: str  # why it is not divided, or ""
+    widened: str  # why its moments are float32 instead of int8, or ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,10 +114,7 @@ def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[s
     """
     if not (hasattr(tx, "init") and hasattr(tx, "update")):
         raise TypeError(f"zero1 needs an Optax transformation, got {tx!r}. Pass jadam.adamw(...), for one.")
-    axes = (axis,) if isinstance(axis, str) else tuple(axis)
-    missing = [name for name in axes if name not in mesh.shape]
-    if missing or not axes:
-        raise ValueError(f"axis must be of the mesh's {tuple(mesh.shape)}, got {axis!r}.")
+    axes = _axes(axis, mesh)
     if math.prod(mesh.shape[name] for name in axes) == 1:
         raise ValueError(f"axis {axis!r} has size 1 in the mesh {dict(mesh.shape)}: there is nothing to divide over.")
     _checks.trainable(params, "params")
@@ -147,6 +152,48 @@ def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[s
     return Zero1(init, update)
 
 
+def spread(shapes, mesh, axis: str | Sequence[str] | None) -> Any:
+    """Parameters divided over an axis of a mesh, each along its largest dimension that divides.
+
+    Args:
+        shapes: a tree of arrays or `jax.ShapeDtypeStruct`.
+        mesh: `jax.sharding.Mesh` or `AbstractMesh`.
+        axis: an axis of it, several, or None to leave them whole.
+
+    Returns:
+        A tree of `jax.ShapeDtypeStruct` with shardings; `jax.tree.map(lambda p, s: jax.device_put(p, s.sharding), ...)`
+        puts parameters there.
+
+    Raises:
+        ValueError: no such axis.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jadam
+        >>> mesh = jax.sharding.AbstractMesh((4,), ("model",))
+        >>> print(jadam.sharding.spread(jnp.ones((2, 8)), mesh, "model").sharding.spec)
+        PartitionSpec(None, 'model')
+    """
+    axes = () if axis is None else _axes(axis, mesh)
+
+    def place(x):
+        shape = jnp.shape(x)
+        order = sorted(range(len(shape)), key=lambda k: -shape[k])
+        specs = (_with(PartitionSpec(*[None] * len(shape)), k, axes) for k in order)
+        fits = (spec for spec in specs if all(_fits(shape, spec, mesh)))
+        spec = next(fits, PartitionSpec()) if axes else PartitionSpec()
+        sharding = NamedSharding(mesh, _trimmed(spec))
+        return jax.ShapeDtypeStruct(shape, jnp.result_type(x), sharding=sharding)
+
+    return jax.tree.map(place, shapes)
+
+
+def _axes(axis, mesh) -> tuple[str, ...]:
+    axes = (axis,) if isinstance(axis, str) else tuple(axis)
+    if not axes or any(name not in mesh.shape for name in axes):
+        raise ValueError(f"axis must be of the mesh's {tuple(mesh.shape)}, got {axis!r}.")
+    return axes
+
+
 def _layout(tx, params, mesh, axes) -> Layout:
     n = math.prod(mesh.shape[name] for name in axes)
     flat = jax.tree_util.tree_leaves_with_path(params)
@@ -166,23 +213,28 @@ def _layout(tx, params, mesh, axes) -> Layout:
         large = [s for s in owned[name] if s.shape == p.shape]
         int8 = any(s.dtype == jnp.uint8 for s in large)
         whole = PartitionSpec(*home.spec, *[None] * (len(p.shape) - len(home.spec)))
+        widened = ""
+        if int8 and fitting_block(p.shape[-1], here := home.shard_shape(p.shape)[-1]) is None:
+            int8, widened = False, f"its own sharding cuts its last axis into {here}, {_NO_BLOCK}"
         spec, reason = _divided(p.shape, whole, mesh, axes, int8)
         size = sum(s.size * s.dtype.itemsize for s in owned[name])
         reason = reason if large else "no state of its shape" if size else ""
         part = NamedSharding(mesh, spec if large and not reason else whole)
-        leaves[name] = Leaf(name, p.shape, home, part, size, reason)
+        leaves[name] = Leaf(name, p.shape, home, part, size, reason, widened)
 
     def place(owner, x):
         name, field = owner
         leaf = leaves.get(name)
-        spec, shape = PartitionSpec(), x.shape
+        spec, shape, dtype = PartitionSpec(), x.shape, x.dtype
         if leaf is not None and x.shape == leaf.shape:
             spec = leaf.part.spec
+            dtype = jnp.float32 if leaf.widened and field in ("mu", "nu") else dtype
         elif leaf is not None and field in ("mu_scale", "nu_scale") and not is_placeholder(x):
-            spec, last = leaf.part.spec, leaf.part.shard_shape(leaf.shape)[-1]
-            block = fitting_block(leaf.shape[-1], last)
-            shape = x.shape if block is None else (*x.shape[:-1], -(-leaf.shape[-1] // block))
-        return jax.ShapeDtypeStruct(shape, x.dtype, sharding=NamedSharding(mesh, _trimmed(spec)))
+            if leaf.widened:
+                return place((None, None), jax.eval_shape(placeholder, x))
+            block = fitting_block(leaf.shape[-1], leaf.part.shard_shape(leaf.shape)[-1])
+            spec, shape = leaf.part.spec, (*x.shape[:-1], -(-leaf.shape[-1] // block))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, _trimmed(spec)))
 
     placed = [place(owner, x) for owner, x in zip(owners(state, params), states, strict=True)]
     if all(x.reason for x in leaves.values() if x.bytes):
@@ -206,6 +258,22 @@ def _trimmed(spec) -> PartitionSpec:
     return PartitionSpec(*entries)
 
 
+def _with(spec, k: int, axes) -> PartitionSpec:
+    """``spec`` whose entry ``k`` has ``axes`` too."""
+    entry = (*_names(spec[k]), *axes)
+    return PartitionSpec(*spec[:k], entry[0] if len(entry) == 1 else entry, *spec[k + 1 :])
+
+
+def _ways(entry, mesh) -> int:
+    """Into how many parts an entry of a spec cuts."""
+    return math.prod(mesh.shape[name] for name in _names(entry))
+
+
+def _fits(shape, spec, mesh) -> list[bool]:
+    """For each dimension whether it divides evenly, and is not empty."""
+    return [size > 0 and size % _ways(entry, mesh) == 0 for size, entry in zip(shape, spec, strict=True)]
+
+
 def _names(entry) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
@@ -219,21 +287,24 @@ def _divided(shape, spec, mesh, axes, int8) -> tuple[PartitionSpec, str]:
     if not axes:
         return spec, ""
     for k, size in enumerate(shape):
-        here = n * math.prod(mesh.shape[name] for name in _names(spec[k]))
-        if size == 0 or size % here:
+        wanted = _with(spec, k, axes)
+        here = size // _ways(wanted[k], mesh)
+        if not _fits(shape, wanted, mesh)[k]:
             continue
-        if int8 and k == len(shape) - 1 and fitting_block(size, size // here) is None:
-            reason = f"its last axis would be cut into {size // here}, which no block of 32 to 128 divides"
+        if int8 and k == len(shape) - 1 and fitting_block(size, here) is None:
+            reason = f"its last axis would be cut into {here}, {_NO_BLOCK}"
             continue
-        entry = (*_names(spec[k]), *axes)
-        return PartitionSpec(*spec[:k], entry if len(entry) > 1 else entry[0], *spec[k + 1 :]), ""
+        return wanted, ""
     if used:
         reason += f" beside {spec}"
     return spec, reason
 
 
+_NO_BLOCK = "which no block of 32 to 128 divides"
+
+
 def _reshaped(x, wanted):
-    """A new state's array; its scales, which are 0, for the blocks that are wanted."""
+    """A new state's array, codes and scales being 0, in the blocks or the dtype wanted."""
     return x.astype(wanted.dtype) if x.shape == wanted.shape else jnp.zeros(wanted.shape, wanted.dtype)
 
 
@@ -257,7 +328,7 @@ def _first(shape, spec, mesh) -> jax.Array:
     for size, entry in reversed(list(zip(shape, spec, strict=True))):
         names = _names(entry)
         if names:
-            here = size // math.prod(mesh.shape[name] for name in names)
+            here = size // _ways(entry, mesh)
             first += jax.lax.axis_index(names).astype(jnp.uint32) * jnp.uint32(here * stride & 0xFFFFFFFF)
         stride *= size
     return first
