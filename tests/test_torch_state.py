@@ -1,0 +1,527 @@
+"""PyTorch's state of Adam in and out: training goes on from it, and all that does not fit is named at once."""
+
+import functools
+import inspect
+import sys
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import safetensors.numpy
+import torch_states
+from flax import nnx
+
+import jadam
+from jadam import torch_state
+
+TORCH = safetensors.numpy.load_file(torch_states.FILE)
+NAMES = {
+    "['conv']['bias']": "0.bias",
+    "['conv']['kernel']": ("0.weight", torch_state.CONV2D),
+    "['dense']['bias']": "3.bias",
+    "['dense']['kernel']": ("3.weight", torch_state.LINEAR),
+}
+SETTINGS = dict(zip(("b1", "b2"), torch_states.BETAS, strict=True), eps=torch_states.EPS)
+MAKE = {
+    "adam": functools.partial(jadam.adam, **SETTINGS),
+    "adamw": functools.partial(jadam.adamw, weight_decay=0.1, **SETTINGS),
+    "amsgrad": functools.partial(jadam.amsgrad, max_of="v", **SETTINGS),
+}
+# Each leaves the steps what they are. The schedule has the learning rate only from PyTorch's step on.
+WRAPPED = {
+    "plain": lambda make: make(torch_states.LR),
+    "schedule": lambda make: make(lambda count: jnp.where(count < torch_states.BEFORE, 1e3, torch_states.LR)),
+    "optax.chain": lambda make: optax.chain(optax.clip(1e3), make(torch_states.LR)),
+    "jadam.chain": lambda make: jadam.chain(jadam.clip(1e3), make(torch_states.LR)),
+    "exact_bf16": lambda make: jadam.exact_bf16(make(torch_states.LR)),
+}
+W = {"w.exp_avg": np.zeros(2), "w.exp_avg_sq": np.zeros(2), "w.step": 1}
+STATE = jadam.adam(1e-3).init(jnp.zeros(2))
+MOMENTS = {"mu": "exp_avg", "nu": "exp_avg_sq", "nu_max": "max_exp_avg_sq"}
+
+
+def part(prefix):
+    """The fixture's entries that begin so."""
+    return {key.removeprefix(prefix): x for key, x in TORCH.items() if key.startswith(prefix)}
+
+
+def tree(flat, suffix=""):
+    """Entries of each parameter in JAX's tree and layouts; axes in front of the parameter's stay there."""
+    conv, dense = flat[f"0.weight{suffix}"], flat[f"3.weight{suffix}"]
+    return {
+        "conv": {"bias": flat[f"0.bias{suffix}"], "kernel": np.moveaxis(conv, (-4, -3), (-1, -2))},  # OIHW to HWIO
+        "dense": {"bias": flat[f"3.bias{suffix}"], "kernel": np.swapaxes(dense, -1, -2)},
+    }
+
+
+PARAMS = jax.tree.map(jnp.asarray, tree(part("adam/before/params/")))
+
+
+def moments_in(state):
+    """The one state with moments in ``state``."""
+    has = lambda x: hasattr(x, "mu")
+    (found,) = (x for x in jax.tree.leaves(state, is_leaf=has) if has(x))
+    return found
+
+
+def equal(a, b):
+    """Bit for bit, NaN included, in the same dtypes."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        assert x.shape == y.shape
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+# ---------------------------------------------------------------- training goes on
+
+
+def continued(name, wrap, step=torch_states.BEFORE, make=None):
+    """Parameters and the state with moments after the fixture's steps, from PyTorch's state at ``step``."""
+    tx = WRAPPED[wrap](make or MAKE[name])
+    params = tree(part(f"{name}/before/params/"))
+    exact = wrap == "exact_bf16"
+    start = (lambda p: jadam.from_float32(p, tx)) if exact else (lambda p: (p, tx.init(p)))
+    params, state = jax.jit(start)(params)
+    flat = part(f"{name}/before/state/")
+    flat |= {key: np.float32(step) for key in flat if key.endswith(".step")}
+    state = torch_state.from_torch(flat, state, NAMES)
+    gradients = jax.tree.map(list, tree(part(f"{name}/gradients/")))
+    update = jax.jit(tx.update)
+    for g in zip(*jax.tree.leaves(gradients, is_leaf=lambda x: isinstance(x, list)), strict=True):
+        updates, state = update(jax.tree.unflatten(jax.tree.structure(params), g), state, params)
+        params = optax.apply_updates(params, updates)
+    return jax.jit(jadam.float32_params)(params, state) if exact else params, moments_in(state)
+
+
+def distances(name, params, state):
+    """How far parameters and moments are from PyTorch's, in units of what rounding explains; 1 is all of it.
+
+    Let e = 2**-24, half an ulp of 1, and M the largest |m| and |g| of the fixture. In each of 4 steps each of the two
+    sides rounds
+
+    * m at most 4 times, numbers up to 2 M: 64 e M in all;
+    * v, a sum of positive terms, by 5 e of itself (b2, its product, g**2, its product, the sum): 40 e of v in all. A
+      maximum of such is no worse;
+    * the direction m_hat / (sqrt(v_hat) + eps) 10 times. With what m and v are off that is below (64 + 20 + 20) e D,
+      where D = M / (1 - b1**t) / sqrt(v) is largest for the first t and the smallest v, at least b2**4 of the first;
+    * p at most 4 times, numbers up to |p| + 0.1, for it moves by less: 8 e (|p| + 0.1) a step for both sides.
+    """
+    e, steps, (b1, b2) = 2.0**-24, torch_states.STEPS, torch_states.BETAS
+    before, after = (part(f"{name}/{when}/state/") for when in ("before", "after"))
+    largest = jax.tree.map(
+        lambda m, g: np.maximum(np.abs(m), np.abs(g).max(0)), tree(before, ".exp_avg"), tree(part(f"{name}/gradients/"))
+    )
+    smallest = jax.tree.map(lambda v: b2**steps * v, tree(before, ".exp_avg_sq"))
+    first = torch_states.BEFORE + 1
+    d = jax.tree.map(lambda m, v: m / (1 - b1**first) / np.sqrt(v), largest, smallest)
+    p = tree(part(f"{name}/after/params/"))
+    bound = lambda d, p: steps * (torch_states.LR * 104 * e * d + 8 * e * (np.abs(p) + 0.1))
+
+    def worst(found, expected, tolerance):
+        off = jax.tree.map(lambda x, y, most: np.max(np.abs(np.float64(x) - y) / most), found, expected, tolerance)
+        return max(jax.tree.leaves(off))
+
+    found = {"params": worst(params, p, jax.tree.map(bound, d, p))}
+    found["mu"] = worst(state.mu, tree(after, ".exp_avg"), jax.tree.map(lambda m: 64 * e * m, largest))
+    for field in ("nu", "nu_max")[: 1 + (name == "amsgrad")]:
+        v = tree(after, f".{MOMENTS[field]}")
+        found[field] = worst(getattr(state, field), v, jax.tree.map(lambda v: 40 * e * v, v))
+    return found
+
+
+@pytest.mark.parametrize("wrap", WRAPPED)
+@pytest.mark.parametrize("name", MAKE)
+def test_training_goes_on_where_pytorch_was(name, wrap):
+    params, state = continued(name, wrap)
+    assert state.count == torch_states.BEFORE + torch_states.STEPS
+    found = distances(name, params, state)
+    assert max(found.values()) <= 1, found
+
+
+def test_the_distances_see_what_is_wrong():
+    """No steps at all, a count too high or too low, and the maximum of the other second moment, are far off."""
+    start = torch_state.from_torch(part("amsgrad/before/state/"), MAKE["amsgrad"](1e-3).init(PARAMS), NAMES)[0]
+    assert min(distances("amsgrad", PARAMS, start).values()) > 100
+    for step in (torch_states.BEFORE - 1, torch_states.BEFORE + 1):
+        assert distances("adam", *continued("adam", "plain", step))["params"] > 100
+    of_v_hat = functools.partial(jadam.amsgrad, **SETTINGS)
+    found = distances("amsgrad", *continued("amsgrad", "plain", make=of_v_hat))
+    assert min(found["params"], found["nu_max"]) > 100
+
+
+# ---------------------------------------------------------------- to the bit
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_there_and_back_to_the_bit(name, tmp_path):
+    flat, state = part(f"{name}/before/state/"), MAKE[name](1e-3).init(PARAMS)
+    file, copy = tmp_path / "adam.safetensors", tmp_path / "copy.safetensors"
+    safetensors.numpy.save_file(flat, file)
+    filled = torch_state.from_torch(file, state, NAMES)
+    equal(filled, torch_state.from_torch(flat, state, NAMES))
+    for field, entry in MOMENTS.items():
+        if hasattr(state[0], field):
+            equal(jax.tree.map(np.asarray, getattr(filled[0], field)), tree(flat, f".{entry}"))
+    back = torch_state.to_torch(filled, NAMES, copy)
+    equal(back, flat)
+    equal(safetensors.numpy.load_file(copy), flat)
+    assert all(x.flags.c_contiguous for x in back.values())
+
+
+@pytest.mark.parametrize(
+    ("rule", "moments"),
+    [("adam", "int8"), ("adam", "bfloat16"), ("amsgrad", "bfloat16"), ("amsgrad", lambda path, leaf: "bfloat16")],
+    ids=["int8", "bfloat16", "amsgrad", "amsgrad by leaf"],
+)
+def test_moments_are_stored_as_a_step_stores_them(rule, moments):
+    """One step from zero has the same moments in every format, so it stores what is to come from them."""
+    params = {"a": jnp.zeros((65, 67)), "b": jnp.zeros(5)}
+    gradients = jax.tree.map(lambda p: jax.random.normal(jax.random.key(0), p.shape), params)
+    names = {"['a']": ("w", (1, 0)), "['b']": "b"}
+    one, many = getattr(jadam, rule)(1e-3), getattr(jadam, rule)(1e-3, moments=moments)
+
+    def stepped(tx):
+        inner, *rest = tx.init(params)
+        return tx.update(gradients, (inner._replace(count=jnp.int32(6)), *rest), params)[1]
+
+    expected = stepped(many)
+    flat = torch_state.to_torch(stepped(one), names)
+    assert {x.dtype for x in flat.values()} == {np.dtype(np.float32)}
+    filled = torch_state.from_torch(flat, many.init(params), names)
+    equal(filled, expected)
+    assert filled[0].nu["a"].dtype in (jnp.uint8, jnp.bfloat16)
+    other = torch_state.from_torch(flat | {"w.step": np.int64(8), "b.step": np.int64(8)}, many.init(params), names)
+    assert (other[0].nu["a"] != filled[0].nu["a"]).any()  # the dither is that of the step
+
+
+def test_int8_and_bfloat16_come_out_within_a_level():
+    """A code is one of the two levels around the number, so less than one level away; 0.01 is float32's rounding."""
+    params = {"w": jnp.zeros((64, 128))}
+    rng = np.random.default_rng(0)
+    v = rng.chisquare(1, (64, 128)).astype(np.float32)
+    m = (np.sqrt(v) * rng.uniform(-1, 1, v.shape)).astype(np.float32)
+    flat = {"w.exp_avg": m, "w.exp_avg_sq": v, "w.step": np.float32(9)}
+
+    def passed_through(moments):
+        state = torch_state.from_torch(flat, jadam.adam(1e-3, moments=moments).init(params), {"['w']": "w"})
+        back = torch_state.to_torch(state, {"['w']": "w"})
+        assert back["w.step"] == 9
+        return back["w.exp_avg"], back["w.exp_avg_sq"]
+
+    levels = lambda x, power, n: n * (np.abs(x) / np.abs(x).max(-1, keepdims=True)) ** power
+    m8, v8 = passed_through("int8")
+    assert np.abs(levels(np.sqrt(v8), 1 / 4, 255) - levels(np.sqrt(v), 1 / 4, 255)).max() < 1.01
+    assert np.abs(levels(m8 / np.sqrt(v8), 1 / 2, 127) - levels(m / np.sqrt(v), 1 / 2, 127)).max() < 1.01
+    assert (m8 * m >= 0).all()
+    for x16, x in zip(passed_through("bfloat16"), (m, v), strict=True):
+        assert (np.abs(x16 - x) < 2.0**-7 * np.abs(x)).all()  # bfloat16's spacing is at most 2**-7
+        assert (x16 != x).any()
+
+
+def test_a_narrower_first_moment():
+    flat = part("adam/before/state/")
+    state = torch_state.from_torch(flat, jadam.adam(1e-3, mu_dtype=jnp.bfloat16).init(PARAMS), NAMES)
+    equal(jax.tree.map(np.asarray, state[0].mu), tree({k: x.astype(jnp.bfloat16) for k, x in flat.items()}, ".exp_avg"))
+
+
+@pytest.mark.usefixtures("x64")
+def test_float64_stays():
+    flat = {"w.exp_avg": np.array([0.1, np.nan]), "w.exp_avg_sq": np.array([np.inf, 0.3]), "w.step": np.float32(1)}
+    state = torch_state.from_torch(flat, jadam.adam(1e-3).init(jnp.zeros(2)), {"": "w"})
+    equal(torch_state.to_torch(state, {"": "w"}), {key: np.asarray(x) for key, x in flat.items()})
+
+
+def test_what_is_not_finite_stays():
+    flat = {"w.exp_avg": np.float32([np.nan, -np.inf]), "w.exp_avg_sq": np.float32([np.inf, 0]), "w.step": np.int64(1)}
+    state = torch_state.from_torch(flat, jadam.adam(1e-3).init(jnp.zeros(2)), {"": "w"})
+    equal(torch_state.to_torch(state, {"": "w"}), flat | {"w.step": np.array(1, np.float32)})
+
+
+@pytest.mark.parametrize("step", [np.float32(0), np.int64(7), 7, 7.0, np.array(2.0**31, np.float32), np.int64(2**40)])
+def test_the_step_in_any_dtype_and_size(step):
+    flat = {"w.exp_avg": np.zeros(2, np.float16), "w.exp_avg_sq": np.zeros(2, jnp.bfloat16), "w.step": step}
+    state = torch_state.from_torch(flat, jadam.adam(lambda count: 1e-3).init(jnp.zeros(2)), {"": "w"})
+    for count in (state[0].count, state[1].count):
+        assert count == min(int(step), 2**31 - 1)
+        assert jax.typeof(count) == jax.typeof(jnp.int32(0))
+
+
+# ---------------------------------------------------------------- the state stays what it was
+
+
+AVALS = {
+    "float32": MAKE["adam"](1e-3),
+    "amsgrad": MAKE["amsgrad"](1e-3),
+    "int8": jadam.exact_bf16(jadam.adamw(lambda count: 1e-3, moments="int8")),
+    "bfloat16": optax.chain(optax.clip_by_global_norm(1.0), jadam.adam(1e-3, moments="bfloat16")),
+    "injected": optax.inject_hyperparams(jadam.adamw)(learning_rate=lambda count: 1e-3),
+    "multi": optax.MultiSteps(jadam.adam(1e-3), 2).gradient_transformation(),
+}
+
+
+@pytest.mark.parametrize("name", AVALS)
+def test_a_jitted_step_is_not_compiled_again(name):
+    tx, params = AVALS[name], {"w": jnp.ones((64, 128))}
+    state = tx.init(params)
+    flat = {f"w.{x}": np.ones((128, 64), np.float32) for x in MOMENTS.values()} | {"w.step": np.float32(3)}
+    if name != "amsgrad":
+        del flat["w.max_exp_avg_sq"]
+    filled = torch_state.from_torch(flat, state, {"['w']": ("w", torch_state.LINEAR)})
+    assert jax.tree.structure(filled) == jax.tree.structure(state)
+    assert list(map(jax.typeof, jax.tree.leaves(filled))) == list(map(jax.typeof, jax.tree.leaves(state)))
+    step = jax.jit(tx.update)
+    for x in (state, filled):
+        _, after = step(params, x, params)
+        step(params, after, params)
+    assert step._cache_size() == 1
+
+
+AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
+
+
+@pytest.mark.parametrize(("moments", "kind"), [("float32", AUTO), ("bfloat16", AUTO), ("int8", EXPLICIT)], ids=str)
+def test_eight_devices(moments, kind):
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x", "y"))
+    w = np.random.default_rng(0).standard_normal((256, 64))  # float64, as NumPy likes it
+    flat = {"w.exp_avg": w, "w.exp_avg_sq": w * w, "w.step": np.float32(3)}
+    names = {"": ("w", torch_state.LINEAR)}
+    tx, params = jadam.adam(1e-3, moments=moments), jnp.zeros((64, 256))
+    state = tx.init(jax.device_put(params, sharding))
+    filled = torch_state.from_torch(flat, state, names)
+    equal(jax.device_get(filled), jax.device_get(torch_state.from_torch(flat, tx.init(params), names)))
+    assert filled[0].mu.sharding == sharding
+    for x, old in zip(jax.tree.leaves(filled), jax.tree.leaves(state), strict=True):
+        assert (x.sharding, x.committed) == (old.sharding, old.committed)
+    assert torch_state.to_torch(filled, names)["w.exp_avg"].shape == (256, 64)
+
+
+@pytest.mark.parametrize("committed", [False, True])
+def test_the_source_s_memory_stays_its_own(committed):
+    """JAX takes over memory of NumPy's where it begins at a multiple of 64, and then sees it change."""
+    memory = np.zeros(2 * 64 + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    x = memory[start : start + 128].view(np.float32)
+    params = jax.device_put(jnp.zeros(32), jax.devices()[0] if committed else None)
+    state = jadam.adam(1e-3).init(params)
+    assert state[0].mu.committed == committed
+    filled = torch_state.from_torch(W | {"w.exp_avg": x, "w.exp_avg_sq": x}, state, {"": "w"})
+    x[:] = 7
+    assert not np.any(filled[0].mu)
+
+
+def test_another_mesh_is_set_than_at_init():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AUTO,))
+    with jax.set_mesh(mesh):
+        inside = jadam.adam(1e-3).init(jnp.zeros(2))
+        filled = torch_state.from_torch(W, STATE, {"": "w"})
+    assert inside[0].count.sharding != STATE[0].count.sharding
+    for new, old in ((filled, STATE), (torch_state.from_torch(W, inside, {"": "w"}), inside)):
+        assert [x.sharding for x in jax.tree.leaves(new)] == [x.sharding for x in jax.tree.leaves(old)]
+
+
+def test_other_parts_of_the_state_stay():
+    flat = part("adam/before/state/")
+    tx = optax.chain(jadam.adam(1e-3), jadam.average_params(0.9))
+    state = tx.init(PARAMS)
+    filled = torch_state.from_torch(flat, state, NAMES)
+    assert filled[1].count == 0
+    equal(filled[1], state[1])
+    state = optax.MultiSteps(jadam.adam(1e-3), 4).init(PARAMS)
+    filled = torch_state.from_torch(flat, state, NAMES)
+    equal(filled._replace(inner_opt_state=None), state._replace(inner_opt_state=None))
+
+
+class OtherState(NamedTuple):
+    """A state that has more than this module knows of."""
+
+    version: Any
+    nu: Any
+    mu: Any
+    mu_scale: Any
+    nu_scale: Any
+    count: Any  # pyright: ignore[reportIncompatibleMethodOverride]
+
+
+def test_other_fields_stay():
+    zeros, placeholder = {"w": jnp.zeros(3), "none": None}, {"w": jnp.full(1, 7, jnp.int8), "none": None}
+    state = OtherState(jnp.full(1, 2, jnp.int8), zeros, zeros, placeholder, placeholder, np.int32(0))
+    flat = {"w.exp_avg": np.full(3, 2.0), "w.exp_avg_sq": np.full(3, 3.0), "w.step": 4}
+    filled = torch_state.from_torch(flat, [state], {"['w']": "w"})[0]
+    expected = {"nu": {"w": jnp.full(3, 3.0), "none": None}, "mu": {"w": jnp.full(3, 2.0), "none": None}}
+    equal(filled, state._replace(**expected, count=jnp.int32(4)))
+
+
+def test_where_only_some_leaves_have_moments():
+    labels = {"conv": "frozen", "dense": {"bias": "slow", "kernel": "fast"}}
+    tx = optax.partition(
+        {"frozen": optax.set_to_zero(), "slow": jadam.adam(1e-4), "fast": jadam.amsgrad(1e-3, max_of="v")}, labels
+    )
+    names = {key: name for key, name in NAMES.items() if "dense" in key}
+    flat = {key: x for key, x in part("amsgrad/before/state/").items() if key.startswith("3.")}
+    del flat["3.bias.max_exp_avg_sq"]
+    equal(torch_state.to_torch(torch_state.from_torch(flat, tx.init(PARAMS), names), names), flat)
+
+
+def test_in_flax_nnx():
+    model = nnx.Conv(4, 5, (3, 2), rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, jadam.adam(1e-3), wrt=nnx.Param)
+    names = {"['kernel']": ("0.weight", torch_state.CONV2D), "['bias']": "0.bias"}
+    flat = {key: x for key, x in part("adam/before/state/").items() if key.startswith("0.")}
+    optimizer.opt_state = torch_state.from_torch(flat, optimizer.opt_state, names)
+    equal(torch_state.to_torch(optimizer.opt_state, names), flat)
+    nnx.jit(lambda model, optimizer: optimizer.update(model, nnx.state(model, nnx.Param)))(model, optimizer)
+    after = torch_state.to_torch(optimizer.opt_state, names)
+    assert after["0.bias.step"] == torch_states.BEFORE + 1
+    np.testing.assert_allclose(after["0.bias.exp_avg"], 0.9 * flat["0.bias.exp_avg"], rtol=2e-7)  # the bias is 0
+
+
+# ---------------------------------------------------------------- what does not fit
+
+
+def test_every_problem_at_once():
+    """One of each, in the order of the leaves, then of what is left over."""
+    params = {
+        "complex": jnp.zeros(2, jnp.complex64),
+        "layout": jnp.zeros((2, 3)),
+        "nameless": jnp.zeros((2, 3)),
+        "same": jnp.zeros(1),
+        "tied": jnp.zeros(1),
+        "w": jnp.zeros((2, 3)),
+        "x": jnp.zeros(2),
+        "y": jnp.zeros(2),
+        "z": jnp.zeros(2),
+    }
+    names = {f"['{key}']": key for key in params if key != "nameless"} | {
+        "['layout']": ("layout", (0, 2)),
+        "['tied']": "same",
+        "['gone']": "gone",
+        "['w']": ("w", (1, 0)),
+    }
+    flat = {
+        "same.exp_avg": np.zeros(1),
+        "same.exp_avg_sq": np.zeros(1),
+        "same.step": np.float32(5),
+        "w.exp_avg": np.zeros((2, 3)),
+        "w.exp_avg_sq": np.zeros((3, 2), np.int32),
+        "w.step": np.float32(7),
+        "w.max_exp_avg_sq": np.zeros((3, 2)),
+        "x.exp_avg": np.zeros(2, np.complex64),
+        "x.exp_avg_sq": np.zeros(2, bool),
+        "x.step": np.float32(2.5),
+        "y.exp_avg_sq": np.array([None, None]),
+        "y.step": np.zeros(1),
+        "z.exp_avg": np.zeros(2),
+        "z.exp_avg_sq": np.zeros(2),
+        "z.step": np.float32(5),
+        "left.over": np.zeros(1),
+    }
+    with pytest.raises(ValueError, match="from_torch found") as error:
+        torch_state.from_torch(flat, jadam.adam(1e-3).init(params), names)
+    assert str(error.value).splitlines() == [
+        "from_torch found 16 problem(s):",
+        """"['complex']" must be real, got complex64, of which PyTorch's exp_avg_sq has two parts""",
+        """names["['layout']"] must be PyTorch's name or (name, layout), layout a permutation of the 2 axes, got """
+        "('layout', (0, 2))",
+        """"['nameless']", of shape (2, 3), is not in names""",
+        """names gives 'same' to both "['same']" and "['tied']\"""",
+        """names has "['gone']", but no such leaf has moments in state""",
+        """w.exp_avg must have shape (3, 2), for "['w']" of shape (2, 3) and layout (1, 0), got (2, 3)""",
+        "w.exp_avg_sq must be floating, got int32",
+        "x.exp_avg must be floating, got complex64",
+        "x.exp_avg_sq must be floating, got bool",
+        "x.step must be a whole number >= 0, got 2.5 of float32",
+        "y.exp_avg is missing",
+        "y.exp_avg_sq must be floating, got object",
+        """y.step must have shape (), for "['y']" of shape (2,) and layout (0,), got (1,)""",
+        "w.max_exp_avg_sq belongs to no leaf in names, which only amsgrad has: jadam.amsgrad(max_of='v') here and "
+        "amsgrad=True in PyTorch",
+        "left.over belongs to no leaf in names",
+        "steps must be equal, for jadam has one count, got 5 (same.step), 7 (w.step). Give them one value",
+    ]
+    with pytest.raises(ValueError, match="to_torch found 5 problem"):
+        torch_state.to_torch(jadam.adam(1e-3).init(params), names)
+
+
+@pytest.mark.parametrize("step", [-1, np.nan, np.inf, 0.5, True, "1", None])
+def test_no_step(step):
+    with pytest.raises(ValueError, match=r"w\.step must be a whole number >= 0, got"):
+        torch_state.from_torch(W | {"w.step": step}, STATE, {"": "w"})
+
+
+@pytest.mark.parametrize("name", [None, 1, (), ("w",), (1, (0,)), ("w", 0), ("w", (True,)), ("w", (1,)), ("w", "0")])
+def test_no_name(name):
+    with pytest.raises(
+        ValueError, match=r"names\[''\] must be PyTorch's name or \(name, layout\), layout a permutation"
+    ):
+        torch_state.from_torch(W, STATE, {"": name})
+
+
+@pytest.mark.parametrize("tx", [jadam.adam(1e-3, b1=lambda count: 0.9), jadam.nadam(1e-3, momentum_decay=4e-3)])
+def test_scheduled_betas_are_refused(tx):
+    """With ``count`` filled in and their product not, the next step would be ten times too large."""
+    with pytest.raises(ValueError, match="state must have constant betas, got betas that follow a schedule"):
+        torch_state.from_torch(W, tx.init(jnp.zeros(2)), {"": "w"})
+    assert torch_state.to_torch(tx.init(jnp.zeros(2)), {"": "w"}).keys() == W.keys()
+
+
+def test_states_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"state must hold moments of Adam .*, found none"):
+        torch_state.from_torch(W, optax.sgd(1e-3).init(jnp.zeros(2)), {"": "w"})
+    with pytest.raises(ValueError, match="'' has moments in two places of state"):
+        torch_state.from_torch(W, (STATE, STATE), {"": "w"})
+    with pytest.raises(ValueError, match=r"(?s)w\.step is missing.*0 belongs to no leaf"):
+        torch_state.from_torch({0: {"exp_avg": np.zeros(2)}}, STATE, {"": "w"})  # what PyTorch has, not flattened
+    with pytest.raises(ValueError, match="max_exp_avg_sq is missing, which only amsgrad has"):
+        torch_state.from_torch(W, jadam.amsgrad(1e-3).init(jnp.zeros(2)), {"": "w"})
+
+
+def test_wrong_arguments(tmp_path):
+    with pytest.raises(TypeError, match=r"names must be a dict from leaf paths to PyTorch's names, got \['w'\]"):
+        torch_state.from_torch(W, STATE, ["w"])
+    with pytest.raises(TypeError, match=r"source must be a dict of arrays or the path of a \.safetensors file, got 1"):
+        torch_state.from_torch(1, STATE, {"": "w"})
+    with pytest.raises(TypeError, match="path must be a path, got 1"):
+        torch_state.to_torch(STATE, {"": "w"}, 1)
+    for call in (torch_state.from_torch, lambda path, *args: torch_state.to_torch(*args, path)):
+        with pytest.raises(ValueError, match=r"must end in \.safetensors, got '.*adam\.pt'. Nothing is unpickled here"):
+            call(tmp_path / "adam.pt", STATE, {"": "w"})
+    assert not any(tmp_path.iterdir())
+
+
+def test_without_safetensors(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
+    torch_state.from_torch(W, STATE, {"": "w"})
+    for call in (torch_state.from_torch, lambda path, *args: torch_state.to_torch(*args, path)):
+        with pytest.raises(ImportError, match="pip install safetensors"):
+            call(tmp_path / "adam.safetensors", STATE, {"": "w"})
+
+
+def test_a_failed_save_leaves_the_old_file(monkeypatch, tmp_path):
+    path = tmp_path / "adam.safetensors"
+    torch_state.to_torch(STATE, {"": "w"}, path)
+    old = path.read_bytes()
+
+    def full(flat, path):
+        path.write_bytes(b"half of it")
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(safetensors.numpy, "save_file", full)
+        with pytest.raises(OSError, match="no space left"):
+            torch_state.to_torch(STATE, {"": "other"}, path)
+    assert path.read_bytes() == old
+    assert list(tmp_path.iterdir()) == [path]
+    torch_state.to_torch(STATE, {"": "other"}, str(path))
+    assert "other.step" in safetensors.numpy.load_file(path)
+
+
+def test_the_docstring_s_lines_are_those_that_pytorch_has_run():
+    script = {line.strip() for line in inspect.getsource(torch_states).splitlines()}
+    code = [line.strip() for line in torch_state.__doc__.splitlines() if line.startswith("    ")]
+    assert len(code) == 11
+    assert set(code) <= script
