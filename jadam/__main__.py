@@ -1,4 +1,4 @@
-"""The command line: ``jadam demo``, also ``python -m jadam demo``."""
+"""The command line: ``jadam demo`` and ``jadam plan``, also as ``python -m jadam``."""
 
 import argparse
 import math
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import NoReturn
 
 import jadam
+from jadam._models import MODELS
+from jadam._output import CommandError
 
 
 class _Parser(argparse.ArgumentParser):
@@ -51,32 +53,65 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--steps", type=_whole(1, 10**6), default=1000, help="training steps, of 64 digits each")
     demo.add_argument("--seed", type=_whole(0, 2**31 - 1), default=0, help="of the start, the split and the batches")
     demo.add_argument("--out", type=Path, default=Path("jadam-demo.png"), help="the picture to write")
+    demo.set_defaults(run=_demo)
+    plan = commands.add_parser(
+        "plan",
+        help="how many bytes training a known model takes on each device of a mesh",
+        description="Print and draw what parameters, gradients and AdamW's state take on each device, in every format, "
+        "the state divided over an axis of a mesh (ZeRO-1). Nothing is allocated.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    plan.add_argument("--model", choices=sorted(MODELS), default="gpt2", help="whose parameters")
+    plan.add_argument("--mesh", type=_mesh, default="data=8", help="its axes, such as data=4,model=64")
+    plan.add_argument("--axis", default="data", help="the axis to divide the state over")
+    plan.add_argument("--params-axis", help="the axis over which parameters are divided; none leaves them whole")
+    plan.add_argument("--out", type=Path, default=Path("jadam-plan.png"), help="the picture to write")
+    plan.set_defaults(run=_plan)
     return parser
 
 
-def _demo(options) -> int:
+def _mesh(text: str) -> dict[str, int]:
+    pairs = [part.partition("=") for part in text.split(",")]
+    if not all(name.isidentifier() and size.isdecimal() and int(size) > 0 for name, _, size in pairs):
+        raise argparse.ArgumentTypeError(f"must be axes with their sizes, got {text}; try data=4,model=64")
+    mesh = {name: int(size) for name, _, size in pairs}
+    if len(mesh) < len(pairs):
+        raise argparse.ArgumentTypeError(f"must name each axis once, got {text}")
+    return mesh
+
+
+def _demo(options) -> None:
+    from jadam import _demo
+
+    _demo.run(options.lr, options.sgd_lr, options.steps, options.seed, options.out)
+
+
+def _plan(options) -> None:
+    from jadam import planning
+
     try:
-        from jadam import _demo
-    except ModuleNotFoundError as error:
-        package = str(error.name).partition(".")[0]
-        print(f"jadam demo: error: {package} is missing; pip install 'jadam[demo]'", file=sys.stderr)
-        return 2
-    try:
-        _demo.run(options.lr, options.sgd_lr, options.steps, options.seed, options.out)
-    except _demo.OutputError as error:
-        print(f"jadam demo: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        planning.report(options.model, options.mesh, options.axis, options.params_axis, options.out)
+    except ValueError as error:  # axes that do not fit the mesh
+        raise CommandError(error) from None
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 done, 2 bad input, 130 interrupted."""
     options = _parser().parse_args(arguments)
+    problem = lambda text: print(f"jadam {options.command}: {text}", file=sys.stderr)
     try:
-        return _demo(options)
+        options.run(options)
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        problem(f"error: {package} is missing; pip install 'jadam[demo]'")
+        return 2
+    except CommandError as error:
+        problem(f"error: {error}")
+        return 2
     except KeyboardInterrupt:
-        print("jadam demo: interrupted, no picture written", file=sys.stderr)
+        problem("interrupted, no picture written")
         return 130
+    return 0
 
 
 if __name__ == "__main__":

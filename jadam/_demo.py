@@ -1,7 +1,5 @@
 """A first minute with jadam: three optimizers, one Flax classifier, real handwritten digits."""
 
-import os
-import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -18,14 +16,11 @@ from rich.table import Table
 from sklearn.datasets import load_digits
 
 import jadam
+from jadam._output import check_picture, save_picture
 
 BATCH = 64
 EVALUATE_EVERY = 10
 TEST_SHARE = 0.2
-
-
-class OutputError(Exception):
-    """The picture cannot be written where it should be."""
 
 
 class Digits(NamedTuple):
@@ -171,40 +166,9 @@ def draw(runs: list[Run]) -> matplotlib.figure.Figure:
     return figure
 
 
-def check_writable(out: Path) -> None:
-    """Raise `OutputError` if a picture could not be written to ``out``, before an hour of training finds out."""
-    kinds = matplotlib.figure.Figure().canvas.get_supported_filetypes()
-    kind = out.suffix.removeprefix(".").lower()
-    if kind not in kinds:
-        raise OutputError(f"--out must end in one of {', '.join(f'.{k}' for k in sorted(kinds))}, got {out}")
-    if out.is_dir():
-        raise OutputError(f"--out must be a file, {out} is a folder")
-    try:
-        with tempfile.TemporaryFile(dir=out.parent):
-            pass
-    except OSError as error:
-        raise OutputError(f"--out: cannot write into {out.parent}: {error.strerror}") from None
-
-
-def save(figure: matplotlib.figure.Figure, out: Path) -> None:
-    """Write the whole picture or, on failure, leave what was there."""
-    try:
-        handle, temporary = tempfile.mkstemp(dir=out.parent, suffix=out.suffix)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                figure.savefig(file, dpi=130, format=out.suffix.removeprefix(".").lower())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, out)
-        except BaseException:
-            Path(temporary).unlink()
-            raise
-    except OSError as error:
-        raise OutputError(f"--out: cannot write {out}: {error.strerror}") from None
-
-
 def run(lr: float, sgd_lr: float, steps: int, seed: int, out: Path) -> list[Run]:
     """Train with each optimizer, print the table, write the picture."""
-    check_writable(out)
+    check_picture(out)
     console = Console()
     data = load(seed)
     start = lambda: Classifier(nnx.Rngs(seed))
@@ -226,6 +190,6 @@ def run(lr: float, sgd_lr: float, steps: int, seed: int, out: Path) -> list[Run]
             if not console.is_terminal:
                 console.print(f"{name}: {steps} steps, {runs[-1].accuracy[-1]:.1%} of test digits recognised")
     console.print(table(runs))
-    save(draw(runs), out)
+    save_picture(draw(runs), out)
     console.print(f"Learning curves: {out.resolve()}", soft_wrap=True)
     return runs

@@ -44,18 +44,19 @@ def convert_moments(state, to: Moments) -> Any:
     found = []
 
     def one(x):
-        if not _has_moments(x):
+        if not has_moments(x):
             return x
         found.append(x)
         return _converted(x, to)
 
-    state = jax.tree.map(one, state, is_leaf=_has_moments)
+    state = jax.tree.map(one, state, is_leaf=has_moments)
     if not found:
         raise ValueError(f"state must hold the moments of an Adam (count, mu, nu), got {type(state).__name__}.")
     return state
 
 
-def _has_moments(x) -> bool:
+def has_moments(x) -> bool:
+    """Whether ``x`` is the state of an Adam, jadam's or Optax's."""
     return {"count", "mu", "nu"} <= set(getattr(x, "_fields", ()))
 
 

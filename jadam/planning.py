@@ -17,7 +17,7 @@ from jadam._adam import adamw
 from jadam._describe import owners, table
 from jadam._exact_bf16 import exact_bf16
 from jadam._models import MODELS
-from jadam._pictures import save
+from jadam._output import check_picture, save_picture
 from jadam.sharding import spread, zero1
 
 GIB = 2**30
@@ -142,6 +142,7 @@ def report(model: str, mesh_shape: Mapping[str, int], axis, params_axis, out: Pa
     from rich.progress import track
     from rich.table import Table
 
+    check_picture(out)
     plans = {
         how: plan(tx, shapes_of(model, dtype), mesh_shape, axis, params_axis)
         for how, (dtype, tx) in track(FORMATS.items(), "planning", console=Console(stderr=True), transient=True)
@@ -158,12 +159,12 @@ def report(model: str, mesh_shape: Mapping[str, int], axis, params_axis, out: Pa
     for how, x in plans.items():
         for name, note in x.notes.items():
             console.print(f"{how}: {name}: {note}", markup=False, highlight=False)
-    save(out, lambda file: draw(plans, title, file))
+    save_picture(draw(plans, title), out)
     console.print(f"drawn into {out}", markup=False)
 
 
-def draw(plans: Mapping[str, MemoryPlan], title: str, out) -> None:
-    """A bar for every plan, of what takes how much, into a PNG file."""
+def draw(plans: Mapping[str, MemoryPlan], title: str) -> Any:
+    """A bar for every plan, of what takes how much: a `matplotlib.figure.Figure`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 1.2 + 0.45 * len(plans)), layout="constrained")
@@ -180,4 +181,4 @@ def draw(plans: Mapping[str, MemoryPlan], title: str, out) -> None:
     axes.margins(x=0.1)
     axes.set(xlabel="GiB on each device", title=title)
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1.12), ncols=len(colors), frameon=False)
-    figure.savefig(out, dpi=120, format="png")
+    return figure

@@ -40,7 +40,9 @@ import numpy as np
 
 from jadam import _formats
 from jadam._numerics import at_least_float32
+from jadam._output import replacing
 from jadam._transformation import ScheduledBetasState
+from jadam.convert import has_moments
 
 # layout: the axes for which jax = torch.transpose(layout)
 LINEAR = (1, 0)
@@ -106,7 +108,7 @@ def from_torch(source, state, names):
     filled = {_formats.leaf_name(leaf.path): _encoded(leaf, entries, count) for leaf in leaves}
 
     def fill(part):
-        if not (_has_moments(part) or _is_count(part)):
+        if not (has_moments(part) or _is_count(part)):
             return part
         trees = {"count": jax.tree.map(lambda old: _like(np.int32(count), old), part.count)}
         for i, field in enumerate(_fields(part)):
@@ -114,7 +116,7 @@ def from_torch(source, state, names):
             trees[field] = structure.unflatten([filled[_formats.leaf_name(path)][i] for path, _ in _rows(part)])
         return part._replace(**trees)
 
-    return jax.tree.map(fill, state, is_leaf=lambda x: _has_moments(x) or _is_count(x))
+    return jax.tree.map(fill, state, is_leaf=lambda x: has_moments(x) or _is_count(x))
 
 
 def to_torch(state, names, path=None) -> dict[str, np.ndarray]:
@@ -143,7 +145,8 @@ def to_torch(state, names, path=None) -> dict[str, np.ndarray]:
         >>> print({key: x.shape for key, x in flat.items()})
         {'fc.weight.exp_avg': (3, 2), 'fc.weight.exp_avg_sq': (3, 2), 'fc.weight.step': ()}
     """
-    save = None if path is None else _saver(_safetensors_path("path", path))
+    if path is not None:
+        path, safetensors = _safetensors_path("path", path), _safetensors()
     leaves, problems = _leaves(state, names)
     _raise("to_torch", problems)
     flat = {}
@@ -152,8 +155,9 @@ def to_torch(state, names, path=None) -> dict[str, np.ndarray]:
         for key, x in zip(leaf.moments, moments, strict=True):
             flat[key] = np.array(np.asarray(x).transpose(leaf.inverse), order="C")  # safetensors takes it as it lies
         flat[leaf.step] = np.array(leaf.count, np.float32)
-    if save is not None:
-        save(flat)
+    if path is not None:
+        with replacing(path) as scratch:
+            safetensors.save_file(flat, scratch)
     return flat
 
 
@@ -199,10 +203,6 @@ class _Leaf:
         return tuple(self.arrays[0].shape[axis] for axis in self.inverse)
 
 
-def _has_moments(x) -> bool:
-    return {"count", "mu", "nu"} <= set(getattr(x, "_fields", ()))
-
-
 def _is_count(x) -> bool:
     """A schedule's state: of the learning rate, the weight decay or an injected hyperparameter."""
     return getattr(x, "_fields", None) == ("count",)
@@ -214,7 +214,7 @@ def _is_scheduled(x) -> bool:
 
 def _fields(part) -> list[str]:
     """The fields with an array for every parameter, moments first."""
-    return [x for x in (*_ENTRIES, *_SCALES) if x in part._fields and _has_moments(part)]
+    return [x for x in (*_ENTRIES, *_SCALES) if x in part._fields and has_moments(part)]
 
 
 def _rows(part) -> list[tuple[Any, tuple[jax.Array, ...]]]:
@@ -231,7 +231,7 @@ def _leaves(state, names) -> tuple[list[_Leaf], list[str]]:
             f"names must be a dict from leaf paths to PyTorch's names, got {names!r} of type {type(names).__name__}."
         )
     leaves, problems, seen, owner = [], [], set(), {}
-    for part in filter(_has_moments, jax.tree.leaves(state, is_leaf=_has_moments)):
+    for part in filter(has_moments, jax.tree.leaves(state, is_leaf=has_moments)):
         count = jax.tree.leaves(part.count)[0]
         entries = [_ENTRIES[x] for x in _fields(part) if x in _ENTRIES]
         for path, arrays in _rows(part):
@@ -339,23 +339,6 @@ def _load(source) -> dict[str, np.ndarray]:
     if isinstance(source, Mapping):
         return {str(key): np.asarray(x) for key, x in source.items()}
     return _safetensors().load_file(_safetensors_path("source", source))
-
-
-def _saver(path: Path):
-    """A function that writes a file at ``path``, whole or not at all."""
-    safetensors = _safetensors()
-    scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-
-    def save(flat):
-        try:
-            safetensors.save_file(flat, scratch)
-            with scratch.open("rb+") as file:
-                os.fsync(file.fileno())  # or a power cut could leave the new name on an empty file
-            scratch.replace(path)
-        finally:
-            scratch.unlink(missing_ok=True)
-
-    return save
 
 
 def _safetensors_path(name: str, path) -> Path:

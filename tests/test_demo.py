@@ -16,6 +16,7 @@ import pytest
 
 from jadam import _demo
 from jadam.__main__ import main
+from jadam._output import CommandError, save_picture
 
 pytestmark = pytest.mark.xdist_group("demo")  # one process: they share a run of the demo
 
@@ -158,8 +159,8 @@ def test_a_failed_save_leaves_the_old_picture(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", full)
-    with pytest.raises(_demo.OutputError, match=r"cannot write .*old\.png: No space left on device"):
-        _demo.save(matplotlib.figure.Figure(), out)
+    with pytest.raises(CommandError, match=r"cannot write .*old\.png: No space left on device"):
+        save_picture(matplotlib.figure.Figure(), out)
     assert out.read_bytes() == b"precious"
     assert [p.name for p in tmp_path.iterdir()] == ["old.png"]
 

@@ -1,0 +1,50 @@
+"""Files written whole or not at all, and pictures on the command line."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A scratch file to write, which then takes the place of ``path``; after an error that is what it was."""
+    scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield scratch
+        with scratch.open("rb+") as file:
+            os.fsync(file.fileno())  # or a power cut could leave the new name on an empty file
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+class CommandError(Exception):
+    """What the command line reports in one line."""
+
+
+def check_picture(out: Path) -> None:
+    """Raise `CommandError` if a picture could not be written to ``out``, before an hour of training finds out."""
+    from matplotlib.figure import Figure
+
+    kinds = Figure().canvas.get_supported_filetypes()
+    kind = out.suffix.removeprefix(".").lower()
+    if kind not in kinds:
+        raise CommandError(f"--out must end in one of {', '.join(f'.{k}' for k in sorted(kinds))}, got {out}")
+    if out.is_dir():
+        raise CommandError(f"--out must be a file, {out} is a folder")
+    try:
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise CommandError(f"--out: cannot write into {out.parent}: {error.strerror}") from None
+
+
+def save_picture(figure, out: Path) -> None:
+    """Write the whole picture or, on failure, leave what was there."""
+    try:
+        with replacing(out) as scratch:
+            figure.savefig(scratch, dpi=130, format=out.suffix.removeprefix(".").lower())
+    except OSError as error:
+        raise CommandError(f"--out: cannot write {out}: {error.strerror}") from None

@@ -1,0 +1,91 @@
+"""`jadam.plan` and ``jadam plan``: bytes that a real state on a real mesh has, and nothing allocated for them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+import jadam
+from jadam import planning
+from jadam.__main__ import main
+
+COUNTS = {"gpt2": 124_439_808, "llama-7b": 6_738_415_616, "llama-70b": 68_976_648_192}  # of the published weights
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_models_are_the_published_ones(name):
+    assert sum(x.size for x in jax.tree.leaves(planning.shapes_of(name))) == COUNTS[name]
+
+
+@pytest.mark.parametrize("how", planning.FORMATS)
+@pytest.mark.parametrize("params_axis", [None, "model"])
+def test_what_is_planned_is_what_is_there(how, params_axis):
+    """On a mesh of 4 x 2 devices: every array's bytes on the first of them."""
+    dtype, tx = planning.FORMATS[how]
+    shapes = {"a": (257, 768), "b": [(128, 300), (24,)], "c": (3,)}
+    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, dtype), shapes, is_leaf=lambda x: isinstance(x, tuple))
+    planned = jadam.plan(tx, shapes, {"data": 4, "model": 2}, "data", params_axis)
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
+    placed = jadam.sharding.spread(shapes, mesh, params_axis)
+    params = jax.tree.map(lambda x: jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding), placed)
+    here = lambda tree: sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
+    state = jadam.sharding.zero1(tx, params, mesh, "data").init(params)
+    assert planned.parameters == here(params) == planned.gradients
+    assert planned.state == here(state)
+    assert planned.remainders == (here(state.remainder) if "exact" in how else 0)
+    assert planned.total == 2 * planned.parameters + planned.state
+    assert "['c']: undivided: no axis of (3,) is a multiple of 4" in str(planned)
+
+
+def test_gpt2_s_embedding_in_int8_over_eight():
+    """Odd rows and six blocks of 128: eight of 96 instead, a third of the model."""
+    planned = jadam.plan(jadam.adamw(1e-3, moments="int8"), planning.shapes_of("gpt2"), {"data": 8}, "data")
+    assert not planned.notes
+    assert planned.state * 8 / planned.count < 2.1
+
+
+def test_moments_that_a_sharding_widens_are_told():
+    shapes = {"w": jax.ShapeDtypeStruct((101, 768), jnp.float32), "v": jax.ShapeDtypeStruct((64, 64), jnp.float32)}
+    planned = jadam.plan(jadam.adamw(1e-3, moments="int8"), shapes, {"data": 2, "model": 64}, "data", "model")
+    assert "['w']: moments in float32: its own sharding cuts its last axis into 12" in str(planned)
+
+
+def test_command_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["plan", "--model", "llama-70b", "--mesh", "data=4,model=64", "--params-axis", "model"]) == 0
+    out = capsys.readouterr().out
+    assert "68,976,648,192 parameters on 256 devices" in out
+    rows = {cells[1]: cells[2:-1] for line in out.splitlines() if len(cells := [x.strip() for x in line.split("│")]) > 3}
+    # of 68,976,648,192 parameters / 256 devices / 2**30, times 8 + 8 / 2**20 for the scales
+    assert [float(x) for x in rows["float32"]][2] == pytest.approx(68_976_648_192 / 256 * 8 / 2**30, abs=0.005)
+    assert [float(x) for x in rows["int8, exact_bf16"]][3] == pytest.approx(68_976_648_192 / 256 * 2 / 2**30, abs=0.005)
+    assert (tmp_path / "jadam-plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+WRONG = [
+    (["--mesh", "data"], "argument --mesh: must be axes with their sizes, got data; try data=4,model=64"),
+    (["--mesh", "data=0"], "argument --mesh: must be axes with their sizes, got data=0; try data=4,model=64"),
+    (["--mesh", "data=2,data=4"], "argument --mesh: must name each axis once, got data=2,data=4"),
+    (["--model", "gpt5"], "argument --model: invalid choice: 'gpt5'"),
+    (["--axis", "model"], "error: axis must be of the mesh's ('data',), got 'model'."),
+    (["--params-axis", "model"], "error: axis must be of the mesh's ('data',), got 'model'."),
+    (["--mesh", "data=1"], "error: axis 'data' has size 1"),
+    (["--out", "plan.txt"], "error: --out must end in one of "),
+]
+
+
+@pytest.mark.parametrize(("arguments", "text"), WRONG, ids=range(len(WRONG)))
+def test_wrong_arguments(arguments, text, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = main(["plan", *arguments])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("jadam plan: ")
+    assert text in error
+    assert len(error.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
