@@ -1,0 +1,403 @@
+"""`jadam.flax` takes the steps of Flax's own classes, and these take every transformation of jadam."""
+
+import contextlib
+import functools
+import inspect
+
+import family
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import test_step
+from flax import linen as nn
+from flax import nnx
+from flax.core import FrozenDict
+from flax.training import train_state
+
+import jadam
+import jadam.flax
+
+KERNEL = test_step.CPU.kernel is not None
+
+# At learning rate 1, for which the kernel's tolerance in test_step is made.
+ONE_PASS = {
+    "adam": lambda: jadam.adam(1.0),
+    "adamw, masked": lambda: jadam.adamw(1.0, weight_decay=0.1, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)),
+    "bfloat16": lambda: jadam.adam(1.0, moments="bfloat16"),
+    "int8": lambda: jadam.adam(1.0, moments="int8"),
+    "clipped": lambda: jadam.chain(jadam.clip(1.0), jadam.clip_by_global_norm(1.0), jadam.adam(1.0)),
+    "exact_bf16": lambda: jadam.exact_bf16(jadam.chain(jadam.clip_by_global_norm(1.0), jadam.adam(1.0))),
+    "exact_bf16, int8": lambda: jadam.exact_bf16(jadam.adamw(1.0, moments="int8")),
+}
+TWO_CALLS = {
+    "optax.chain": lambda: optax.chain(optax.clip_by_global_norm(1.0), jadam.adam(1.0)),
+    "optax": lambda: optax.adam(1.0),
+}
+ALL = ONE_PASS | TWO_CALLS
+
+
+def dtype_for(name):
+    return jnp.bfloat16 if "exact" in name else jnp.float32
+
+
+def gradients(seed, params):
+    """Of all sizes, in the parameters' dtypes."""
+    rng = np.random.default_rng(seed)
+    random = lambda p: jnp.asarray(rng.standard_normal(p.shape) * 10.0 ** rng.uniform(-3, 3, p.shape), p.dtype)
+    return jax.tree.map(random, params)
+
+
+def copies(tree):
+    return jax.tree.map(jnp.copy, tree)
+
+
+def assert_equal(tree, expected):
+    assert jax.tree.structure(tree) == jax.tree.structure(expected)
+    for x, y in zip(jax.tree.leaves(tree), jax.tree.leaves(expected), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+
+
+def assert_same_step(name, path, new, expected, old):
+    """Equal where XLA does both, else within the tolerance of the kernel; each is ``(params, state)``."""
+    if path == "xla":
+        return assert_equal(new, expected)
+    if "exact" in name:  # the weights are their masters, rounded
+        new, expected, old = ((float32_params(*x), x[1].inner_state) for x in (new, expected, old))
+    ulps = 2 * test_step.ULPS if "int8" in name else test_step.ULPS  # as there
+    return test_step.assert_steps_agree(new, expected, old, ulps)
+
+
+float32_params = jax.jit(jadam.float32_params)
+
+
+def paths(name):
+    """``JADAM_KERNELS`` of what may do a step: XLA and, where it can, the kernel."""
+    return ["xla", ""] if name in ONE_PASS and KERNEL else ["xla"]
+
+
+# -- NNX ---------------------------------------------------------------------------------------------------------------
+
+
+class Net(nnx.Module):
+    """Matrices large enough for int8, one of them used twice, and statistics, which are not trained."""
+
+    def __init__(self, dtype=jnp.float32):
+        rngs = nnx.Rngs(0)
+        self.hidden = nnx.Linear(33, 130, param_dtype=dtype, rngs=rngs)
+        self.norm = nnx.BatchNorm(130, rngs=rngs)
+        self.square = nnx.Linear(130, 130, param_dtype=dtype, rngs=rngs)
+        self.again = self.square
+
+    def __call__(self, x):
+        x = nnx.relu(self.norm(self.hidden(x)))
+        return self.again(nnx.relu(self.square(x)))
+
+
+def loss_of(model, x):
+    return jnp.mean((model(x).astype(jnp.float32) - 1) ** 2)
+
+
+def gradient_step(model, optimizer, x):
+    loss, grads = nnx.value_and_grad(loss_of)(model, x)
+    assert optimizer.update(model, grads) is None or type(optimizer) is nnx.Optimizer
+    return loss
+
+
+def params_and_state(model, optimizer):
+    return copies((nnx.state(model, optimizer.wrt), optimizer.opt_state))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_nnx_takes_flax_s_steps(name, monkeypatch):
+    """From the same start, and the state of one is the state of the other."""
+    make = lambda optimizer: (model := Net(dtype_for(name)), optimizer(model, ALL[name](), wrt=nnx.Param))
+    stock, *pairs = make(nnx.Optimizer), *(make(jadam.flax.Optimizer) for _ in paths(name))
+    traces = []
+
+    def update(model, optimizer, grads):
+        traces.append(type(optimizer))
+        optimizer.update(model, grads)
+
+    updates = [nnx.jit(update) for _ in (stock, *pairs)]
+    for t in range(3):
+        start = nnx.state(stock)
+        old = params_and_state(*stock)
+        for pair in pairs:
+            nnx.update(pair, start)
+        grads = gradients(t, nnx.state(stock[0], nnx.Param))
+        updates[0](*stock, grads)
+        for pair, step, path in zip(pairs, updates[1:], paths(name), strict=True):
+            monkeypatch.setenv("JADAM_KERNELS", path)
+            step(*pair, grads)
+            assert pair[1].step[...] == t + 1
+            assert_same_step(name, path, params_and_state(*pair), params_and_state(*stock), old)
+    assert traces == [nnx.Optimizer] + [jadam.flax.Optimizer] * len(pairs)
+
+
+def test_nnx_trains_as_flax_does(monkeypatch):
+    """Losses of ten steps and evaluations between them are equal, and fall; donated, and traced once."""
+    monkeypatch.setenv("JADAM_KERNELS", "xla")
+    x = jax.random.normal(jax.random.key(0), (64, 33))
+    traces, losses = [], []
+
+    @nnx.jit(donate_argnums=(0, 1))
+    def train_step(model, optimizer, x):
+        traces.append(type(optimizer))
+        return gradient_step(model, optimizer, x)
+
+    evaluate = nnx.jit(loss_of)
+    for make in (jadam.flax.Optimizer, nnx.Optimizer):
+        model = Net(jnp.bfloat16)
+        optimizer = make(model, jadam.exact_bf16(jadam.adam(1e-2, moments="int8")), wrt=nnx.Param)
+        for _ in range(10):
+            model.train()
+            losses.append(float(train_step(model, optimizer, x)))
+            model.eval()
+            losses.append(float(evaluate(model, x)))
+    assert losses[:20] == losses[20:]
+    assert losses[19] < 0.5 * losses[1]
+    assert traces == [jadam.flax.Optimizer, nnx.Optimizer]
+
+
+def test_nnx_in_place():
+    """Donated, a step needs memory for its gradients only; with int8 moments the two calls need more."""
+
+    @nnx.jit(donate_argnums=(0, 1))
+    def step(model, optimizer):
+        optimizer.update(model, jax.tree.map(jnp.cos, nnx.state(model, nnx.Param)))
+
+    def temporaries(make):
+        model = nnx.Linear(512, 512, rngs=nnx.Rngs(0))
+        compiled = step.lower(model, make(model, jadam.adam(1.0, moments="int8"), wrt=nnx.Param)).compile()
+        return compiled.compiled.memory_analysis().temp_size_in_bytes
+
+    gradient = 512 * 512 * 4  # bytes
+    assert temporaries(nnx.Optimizer) > 1.1 * gradient
+    assert temporaries(jadam.flax.Optimizer) < (1.1 if KERNEL else 100) * gradient
+
+
+def test_nnx_split_and_merge():
+    """A step after merging is the step without."""
+    model = Net()
+    optimizer = jadam.flax.Optimizer(model, jadam.adam(1e-2, moments="int8"), wrt=nnx.Param)
+    step = nnx.jit(gradient_step)
+    x = jnp.ones((4, 33))
+    step(model, optimizer, x)
+    graphdef, state = nnx.split((model, optimizer))
+    again = nnx.merge(graphdef, copies(state))
+    assert again[0].again is again[0].square  # one parameter, one step
+    step(model, optimizer, x)
+    step(*again, x)
+    assert_equal(nnx.state(again), nnx.state((model, optimizer)))
+    assert again[1].step[...] == 2
+
+
+KERNELS, HIDDEN = nnx.PathContains("kernel"), nnx.PathContains("hidden")
+
+
+@pytest.mark.parametrize(
+    "wrt", [nnx.All(nnx.Param, HIDDEN), (HIDDEN, KERNELS), nnx.Not(nnx.Any(KERNELS, nnx.BatchStat))]
+)
+def test_nnx_filters(wrt):
+    """What ``wrt`` leaves out stays, be there a gradient for it or not."""
+    model, again, start = Net(), Net(), Net()
+    grads = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
+    for x, given in ((model, nnx.filter_state(grads, wrt)), (again, grads)):
+        optimizer = jadam.flax.Optimizer(x, jadam.adam(1.0), wrt=wrt)
+        optimizer.update(x, given)
+        assert len(jax.tree.leaves(optimizer.opt_state[0].mu)) == len(jax.tree.leaves(nnx.state(x, wrt)))
+    for x, y in zip(*(jax.tree.leaves(nnx.state(x, wrt)) for x in (model, start)), strict=True):
+        np.testing.assert_allclose(x, y - 1, atol=5e-7)  # two roundings of numbers up to 2
+    rest = nnx.state(model, nnx.Not(wrt))
+    assert jax.tree.leaves(rest)
+    assert_equal(rest, nnx.state(start, nnx.Not(wrt)))
+    assert_equal(nnx.state(model), nnx.state(again))
+
+
+def test_nnx_extra_arguments():
+    """They reach the transformation, by Flax's own two calls."""
+
+    def update(updates, state, params=None, *, scale):
+        return jax.tree.map(lambda g: -scale * g, updates), state
+
+    tx = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    start = copies(nnx.state(model))
+    optimizer = jadam.flax.Optimizer(model, optax.chain(jadam.adam(1.0), tx), wrt=nnx.Param)
+    assert optimizer.update(model, nnx.state(model), scale=0.0) is None
+    assert_equal(nnx.state(model), start)
+    assert optimizer.update(model, jax.tree.map(jnp.ones_like, start), scale=-2.0) is None
+    moved = jax.tree.map(lambda x, y: x - y, nnx.state(model), start)
+    assert all((x < -0.1).all() for x in jax.tree.leaves(moved))
+    assert optimizer.step[...] == 2
+    with pytest.raises(TypeError, match="scale"):
+        optimizer.update(model, nnx.state(model))
+
+
+def test_nnx_graph_mode():
+    """The mode that an optimizer is made with, in Flax versions that have them, is the one it works in."""
+    newer = "graph" in inspect.signature(nnx.Optimizer.__init__).parameters
+    model, start = Net(), Net()
+    optimizer = jadam.flax.Optimizer(model, jadam.adam(1.0), wrt=nnx.Param, **({"graph": True} if newer else {}))
+    grads = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
+    with nnx.set_graph_mode(False) if newer else contextlib.nullcontext():  # as trees, no parameter may be shared
+        optimizer.update(model, grads)
+    for x, y in zip(*(jax.tree.leaves(nnx.state(x, nnx.Param)) for x in (model, start)), strict=True):
+        np.testing.assert_allclose(x, y - 1, atol=5e-7)  # two roundings of numbers up to 2
+
+
+def test_nnx_wrong_calls():
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match="wrt"):
+        jadam.flax.Optimizer(model, jadam.adam(1.0))
+    optimizer = jadam.flax.Optimizer(model, jadam.adam(1.0), wrt=nnx.Param)
+    with pytest.raises(TypeError, match="grads"):
+        optimizer.update(model)
+    with pytest.raises(ValueError, match=r"'kernel'.*Gradients, parameters and the tree given to init must match"):
+        optimizer.update(model, nnx.state(nnx.Linear(3, 3, rngs=nnx.Rngs(0))))
+    assert optimizer.step[...] == 0
+
+
+# -- Linen -------------------------------------------------------------------------------------------------------------
+
+
+def linen_params(dtype=jnp.float32):
+    params = nn.Dense(130, param_dtype=dtype).init(jax.random.key(0), jnp.ones((1, 33)))["params"]
+    return {"dense": params, "scale": jnp.ones(())}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_linen_takes_flax_s_steps(name, monkeypatch):
+    fields = {"apply_fn": None, "params": linen_params(dtype_for(name)), "tx": ALL[name]()}
+    state = jadam.flax.TrainState.create(**fields)
+    stock = train_state.TrainState.create(**fields)
+    traces = []
+
+    def update(state, grads):
+        traces.append(type(state))
+        return state.apply_gradients(grads=grads)
+
+    updates = [jax.jit(functools.partial(update)) for _ in ("stock", *paths(name))]
+    for t in range(3):
+        grads = gradients(t, stock.params)
+        old, stock = stock, updates[0](stock, grads)
+        for step, path in zip(updates[1:], paths(name), strict=True):
+            monkeypatch.setenv("JADAM_KERNELS", path)
+            new = step(state.replace(step=old.step, params=old.params, opt_state=old.opt_state), grads)
+            assert new.step == t + 1
+            assert_same_step(name, path, *((x.params, x.opt_state) for x in (new, stock, old)))
+    assert traces == [train_state.TrainState] + [jadam.flax.TrainState] * len(paths(name))
+
+
+def test_linen_donated():
+    """In one pass, in its own memory, to the same bits."""
+    state = jadam.flax.TrainState.create(apply_fn=None, params=linen_params(), tx=jadam.adam(1.0, moments="int8"))
+    step = lambda state, grads: state.apply_gradients(grads=grads)
+    grads = gradients(0, state.params)
+    expected = jax.jit(step)(state, grads)
+    donated = jax.jit(step, donate_argnums=0)
+    assert donated.lower(state, grads).as_text().count("@jadam_step") == KERNEL
+    assert_equal(donated(copies(state), grads), expected)
+
+
+def test_linen_overwrite_with_gradient(monkeypatch):
+    """fp8 layers pass their scales as gradients: kept as they are, and unknown to the optimizer."""
+    monkeypatch.setenv("JADAM_KERNELS", "xla")
+    net = nn.Dense(16, dot_general_cls=nn.Fp8DirectDotGeneralOp)
+    x = jax.random.normal(jax.random.key(0), (32, 16))
+    variables = FrozenDict(net.init(jax.random.key(1), x))
+    tx = jadam.adam(1e-2)
+    states = [
+        t.create(apply_fn=net.apply, params=variables, tx=tx) for t in (jadam.flax.TrainState, train_state.TrainState)
+    ]
+
+    @jax.jit
+    def train_step(state):
+        return state.apply_gradients(grads=jax.grad(lambda v: jnp.mean((state.apply_fn(v, x) - x) ** 2))(state.params))
+
+    for _ in range(3):
+        states = [train_step(state) for state in states]
+    state, stock = states
+    assert_equal(dict(state.params), dict(stock.params))
+    assert_equal(state.opt_state, stock.opt_state)
+    assert set(state.params) == {"params", "_overwrite_with_gradient"}
+    start, end = (x["_overwrite_with_gradient"]["Fp8DirectDotGeneralOp_0"] for x in (variables, state.params))
+    assert end["input_amax_history"].max() > start["input_amax_history"].max()
+    assert set(state.opt_state[0].mu) == {"kernel", "bias"}
+
+
+def test_linen_further_fields_and_bare_arrays():
+    class WithStatistics(jadam.flax.TrainState):
+        batch_stats: dict
+
+    tx = jadam.adam(1.0)
+    params = jnp.array([0.0, 3.0])
+    state = WithStatistics(
+        step=0, apply_fn=None, params=params, tx=tx, opt_state=tx.init(params), batch_stats={"mean": 0}
+    )
+    state = state.apply_gradients(grads=jnp.array([1.0, -1.0]), batch_stats={"mean": 1})
+    assert type(state) is WithStatistics
+    assert state.batch_stats == {"mean": 1}
+    np.testing.assert_allclose(state.params, [-1, 4], rtol=3e-7)  # two roundings
+
+
+# -- Flax's own classes ------------------------------------------------------------------------------------------------
+
+INT8 = ("adam", "adamw", "nadam", "nadamw")
+EVERY = {
+    f"{member} {moments}": (lambda member=member, moments=moments: member.make(0.1, moments=moments))
+    for member in family.FAMILY
+    for moments in ("float32", "bfloat16", "int8")
+    if moments != "int8" or member.name in INT8
+}
+EVERY |= {
+    "scheduled betas": lambda: jadam.adam(optax.linear_schedule(0.1, 0.0, 9), b1=optax.linear_schedule(0.5, 0.9, 9)),
+    "chosen moments": lambda: jadam.adam(0.1, moments=lambda path, p: "int8" if "kernel" in path else "bfloat16"),
+    "jadam.chain": lambda: jadam.chain(jadam.clip(1.0), jadam.clip_by_global_norm(1.0), jadam.adamw(0.1)),
+    "average": lambda: optax.chain(jadam.adam(0.1), jadam.average_params(0.9)),
+    "exact_bf16": lambda: jadam.exact_bf16(optax.chain(optax.clip(1.0), jadam.adam(0.1), jadam.average_params(None))),
+    "exact_bf16, int8": lambda: jadam.exact_bf16(jadam.adam(0.1, moments="int8")),
+}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_flax_s_own_classes(name):
+    """Each trains as the other, to the bit; a step of Linen's is Optax's two calls on the arrays themselves."""
+    tx = EVERY[name]()
+    model = nnx.Linear(33, 130, param_dtype=dtype_for(name), rngs=nnx.Rngs(0))
+    params = {"kernel": model.kernel[...], "bias": model.bias[...]}
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    linen = train_state.TrainState.create(apply_fn=None, params=params, tx=tx)
+    traces = []
+
+    @jax.jit
+    def linen_step(linen, grads):
+        traces.append("linen")
+        return linen.apply_gradients(grads=grads)
+
+    @nnx.jit
+    def nnx_step(model, optimizer, grads):
+        traces.append("nnx")
+        optimizer.update(model, grads)
+
+    for t in range(3):
+        grads = gradients(t, params)
+        linen = linen_step(linen, grads)
+        variables = nnx.state(model, nnx.Param)
+        nnx.replace_by_pure_dict(variables, grads)
+        nnx_step(model, optimizer, variables)
+        model, optimizer = nnx.merge(*nnx.split((model, optimizer)))
+    assert sorted(traces) == ["linen", "nnx"]
+    assert linen.step == optimizer.step[...] == 3
+    assert all((x != y).any() for x, y in zip(*map(jax.tree.leaves, (linen.params, params)), strict=True))
+    leaves_equal = lambda *trees: assert_equal(*map(jax.tree.leaves, trees))  # the trees are of other classes
+    variables = nnx.state(model, nnx.Param)
+    leaves_equal((variables, optimizer.opt_state), (linen.params, linen.opt_state))
+    if "average" in name:
+        leaves_equal(*(jadam.averaged_params(x.opt_state) for x in (optimizer, linen)))
+    if "exact" in name:
+        masters = jadam.float32_params(variables, optimizer.opt_state)
+        leaves_equal(masters, jadam.float32_params(linen.params, linen.opt_state))
