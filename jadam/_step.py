@@ -59,8 +59,8 @@ def step(tx: optax.GradientTransformation, grads, state, params):
     """
     if not (hasattr(tx, "init") and hasattr(tx, "update")):
         raise TypeError(f"step needs an Optax transformation, got {tx!r}. Pass jadam.adam(...), for one.")
-    if hasattr(tx.update, "step"):  # it brings its own
-        return tx.update.step(grads, state, params)
+    if (own := getattr(tx.update, "step", None)) is not None:
+        return own(grads, state, params)
     if obstacle(tx, grads, state, params) is not None:
         return two_calls(tx, grads, state, params)
     return _bind(tx, grads, state, params, two_calls)

@@ -81,7 +81,7 @@ class Part(NamedTuple):
     first: jax.Array
     whole: tuple[int, ...]
 
-    def index(self, shape) -> jax.Array:
+    def indices(self, shape) -> jax.Array:
         """The index in the whole of each element of the part, which has this shape."""
         return self.first + linear_index(shape, self.whole)
 
@@ -132,7 +132,7 @@ class Job(NamedTuple):
         """``(u, stored)``: the rule on the decoded moments."""
         decoded = self.format.decode(self.stored, self.dtype)
         u, *new = self.rule(self.step, g.astype(self.dtype), *decoded)
-        index = self.part.index(g.shape) if self.index is None and self.part is not None else self.index
+        index = self.part.indices(g.shape) if self.index is None and self.part is not None else self.index
         random = _formats.random_for(g.shape, self.salt, self.count, index)
         return u, self.format.encode(new, self.stored, random)
 

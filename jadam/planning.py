@@ -67,8 +67,9 @@ def plan(
 ) -> MemoryPlan:
     """Tell how many bytes parameters, gradients and the optimizer's state take on each device of a mesh.
 
-    Nothing is allocated, and the mesh need not exist; ``jadam plan`` on the command line does it for known models. Parameters and gradients are whole on every device but for
-    ``params_axis``; the state is divided by `jadam.sharding.zero1`. Activations are not counted.
+    Nothing is allocated, and the mesh need not exist; ``jadam plan`` on the command line does it for known models.
+    Parameters and gradients are whole on every device but for ``params_axis``; the state is divided by
+    `jadam.sharding.zero1`. Activations are not counted.
 
     Args:
         tx: any Optax transformation.
@@ -79,8 +80,8 @@ def plan(
             in tensor parallelism; or several axes.
 
     Returns:
-        A `MemoryPlan` with the number of parameters ``count`` and the bytes ``parameters, gradients, moments, remainders, other, state, total`` of one device.
-        Print it for a table.
+        A `MemoryPlan` with ``count``, the number of parameters, and the bytes of one device: ``parameters``,
+        ``gradients``, ``moments``, ``remainders``, ``other``, ``state``, ``total``. Print it for a table.
 
     Raises:
         ValueError, TypeError: as `jadam.sharding.zero1` raises.
@@ -143,9 +144,12 @@ def report(model: str, mesh_shape: Mapping[str, int], axis, params_axis, out: Pa
     from rich.table import Table
 
     check_picture(out)
+    progress = Console(stderr=True)
     plans = {
         how: plan(tx, shapes_of(model, dtype), mesh_shape, axis, params_axis)
-        for how, (dtype, tx) in track(FORMATS.items(), "planning", console=Console(stderr=True), transient=True)
+        for how, (dtype, tx) in track(
+            FORMATS.items(), "planning", console=progress, transient=True, disable=not progress.is_terminal
+        )
     }
     first = next(iter(plans.values()))
     mesh = " x ".join(f"{name} {size}" for name, size in mesh_shape.items())

@@ -145,8 +145,7 @@ def to_torch(state, names, path=None) -> dict[str, np.ndarray]:
         >>> print({key: x.shape for key, x in flat.items()})
         {'fc.weight.exp_avg': (3, 2), 'fc.weight.exp_avg_sq': (3, 2), 'fc.weight.step': ()}
     """
-    if path is not None:
-        path, safetensors = _safetensors_path("path", path), _safetensors()
+    path, safetensors = (None, None) if path is None else (_safetensors_path("path", path), _safetensors())
     leaves, problems = _leaves(state, names)
     _raise("to_torch", problems)
     flat = {}
@@ -155,7 +154,7 @@ def to_torch(state, names, path=None) -> dict[str, np.ndarray]:
         for key, x in zip(leaf.moments, moments, strict=True):
             flat[key] = np.array(np.asarray(x).transpose(leaf.inverse), order="C")  # safetensors takes it as it lies
         flat[leaf.step] = np.array(leaf.count, np.float32)
-    if path is not None:
+    if path is not None and safetensors is not None:
         with replacing(path) as scratch:
             safetensors.save_file(flat, scratch)
     return flat

@@ -119,7 +119,7 @@ def _place(job: Job, p):
     """The step's count and the index of the first element in the whole array; and that array's ``(run, stride)``."""
     first = jnp.uint32(0) if job.part is None else job.part.first
     bits = jax.lax.bitcast_convert_type(jnp.stack([job.count.astype(jnp.uint32), first]), jnp.int32)
-    return bits, (p.size, p.size) if job.part is None else job.part.runs(p.shape)
+    return bits, (job.part and job.part.runs(p.shape)) or (p.size, p.size)
 
 
 def _index(element, run: int, stride: int):
