@@ -139,6 +139,7 @@ FORMATS = {
 
 def report(model: str, mesh_shape: Mapping[str, int], axis, params_axis, out: Path) -> None:
     """The plans of a model in every format, as a table on standard output and as a picture."""
+    from rich import box
     from rich.console import Console
     from rich.progress import track
     from rich.table import Table
@@ -153,8 +154,12 @@ def report(model: str, mesh_shape: Mapping[str, int], axis, params_axis, out: Pa
     }
     first = next(iter(plans.values()))
     mesh = " x ".join(f"{name} {size}" for name, size in mesh_shape.items())
-    title = f"{model}: {first.count:,} parameters on {first.devices} devices ({mesh}), GiB on each"
-    rows = Table("AdamW", *PARTS[:-1], "total", "state, bytes per parameter", title=title)
+    title = f"{model}: {first.count:,} parameters on {first.devices} devices ({mesh})"
+    rows = Table(
+        "AdamW", title=f"{title}\nGiB on each; the state's bytes per parameter", box=box.SIMPLE, padding=(0, 1)
+    )
+    for name in ("weights", *PARTS[1:-1], "total", "state"):
+        rows.add_column(name, justify="right")
     for how, x in plans.items():
         numbers = [f"{getattr(x, part) / GIB:.2f}" for part in (*PARTS[:-1], "total")]
         rows.add_row(how, *numbers, f"{x.state * first.devices / x.count:.2f}")
