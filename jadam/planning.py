@@ -132,8 +132,8 @@ FORMATS = {
     "float32": (jnp.float32, adamw(1e-3)),
     "bfloat16": (jnp.float32, adamw(1e-3, moments="bfloat16")),
     "int8": (jnp.float32, adamw(1e-3, moments="int8")),
-    "bfloat16, exact_bf16": (jnp.bfloat16, exact_bf16(adamw(1e-3, moments="bfloat16"))),
-    "int8, exact_bf16": (jnp.bfloat16, exact_bf16(adamw(1e-3, moments="int8"))),
+    "bfloat16 + exact_bf16": (jnp.bfloat16, exact_bf16(adamw(1e-3, moments="bfloat16"))),
+    "int8 + exact_bf16": (jnp.bfloat16, exact_bf16(adamw(1e-3, moments="int8"))),
 }
 
 
@@ -155,9 +155,8 @@ def report(model: str, mesh_shape: Mapping[str, int], axis, params_axis, out: Pa
     first = next(iter(plans.values()))
     mesh = " x ".join(f"{name} {size}" for name, size in mesh_shape.items())
     title = f"{model}: {first.count:,} parameters on {first.devices} devices ({mesh})"
-    rows = Table(
-        "AdamW", title=f"{title}\nGiB on each; the state's bytes per parameter", box=box.SIMPLE, padding=(0, 1)
-    )
+    title += "\nGiB on each; the state's bytes per parameter"
+    rows = Table("AdamW", title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     for name in ("weights", *PARTS[1:-1], "total", "state"):
         rows.add_column(name, justify="right")
     for how, x in plans.items():
@@ -187,7 +186,7 @@ def draw(plans: Mapping[str, MemoryPlan], title: str) -> Any:
     for y, total in enumerate(left):
         axes.text(total, y, f" {total:.2f}", va="center")
     axes.invert_yaxis()
-    axes.margins(x=0.1)
+    axes.set_xlim(0, 1.12 * left.max())
     axes.set(xlabel="GiB on each device", title=title)
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1.12), ncols=len(colors), frameon=False)
     return figure
