@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jadam import _checks
 from jadam._describe import owners
 from jadam._formats import is_placeholder, leaf_name, placeholder
-from jadam._int8 import fitting_block
+from jadam._int8 import BLOCK, fitting_block
 from jadam._step import in_parts, obstacle, two_calls
 
 
@@ -156,6 +156,8 @@ def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[s
 def spread(shapes, mesh, axis: str | Sequence[str] | None) -> Any:
     """Parameters divided over an axis of a mesh, each along its largest dimension that divides.
 
+    The last dimension is that only if its parts are multiples of 128, as lanes and int8's blocks are, or no other can.
+
     Args:
         shapes: a tree of arrays or `jax.ShapeDtypeStruct`.
         mesh: `jax.sharding.Mesh` or `AbstractMesh`.
@@ -175,10 +177,12 @@ def spread(shapes, mesh, axis: str | Sequence[str] | None) -> Any:
         None model
     """
     axes = () if axis is None else _axes(axis, mesh)
+    n = math.prod(mesh.shape[name] for name in axes)
 
     def place(x):
         shape = jnp.shape(x)
-        order = sorted(range(len(shape)), key=lambda k: -shape[k])
+        odd = lambda k: k == len(shape) - 1 and shape[k] // n % BLOCK != 0
+        order = sorted(range(len(shape)), key=lambda k: (odd(k), -shape[k]))
         specs = (_with(PartitionSpec(*[None] * len(shape)), k, axes) for k in order)
         fits = (spec for spec in specs if all(_fits(shape, spec, mesh)))
         spec = next(fits, PartitionSpec()) if axes else PartitionSpec()
