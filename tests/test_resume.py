@@ -19,7 +19,7 @@ import jadam
 
 pytestmark = pytest.mark.xdist_group("resume")  # one process: they share the runs that were let alone
 
-SEED = 0
+SEED = 1
 MOMENTS = ["training", "saving", "starting", "saving", "training", "saving"]
 
 
@@ -131,7 +131,7 @@ def let_alone(request, tmp_path_factory):
         start_up = time.monotonic() - began
         assert child.process.wait(100) == 0, child.log.read_text()
     loss = float(child.said(r"loss (\S+)")[1])
-    assert loss < 1  # from 2.9: it learns, so these bits depend on every step
+    assert loss < 1  # from 2.6: it learns, so these bits depend on every step
     end = contents(directory / "end.npz")
     counts = {np.frombuffer(bits, dtype).item() for name, (dtype, _, bits) in end.items() if name.endswith(".count")}
     assert counts == {STEPS}
