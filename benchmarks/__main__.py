@@ -5,6 +5,7 @@ import datetime
 import importlib
 import json
 import platform
+import re
 import sys
 from pathlib import Path
 
@@ -32,10 +33,21 @@ def machine() -> dict:
     }
 
 
+def aot_mesh(text: str) -> str:
+    """A topology such as ``v5e:16x16``."""
+    if not re.fullmatch(r"\w+:\d+x\d+", text):
+        raise argparse.ArgumentTypeError(f"must be a topology, got {text}; try v5e:16x16")
+    return text
+
+
 def main() -> int:
     """Run what is asked for, each benchmark writing one JSON file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; default: all")
+    parser.add_argument("--mesh", type=aot_mesh, help="aot: compile a step of --model for a TPU's chips, as v5e:16x16")
+    parser.add_argument(
+        "--model", default="llama-70b", help="whose shapes aot --mesh takes, as `jadam plan` knows them"
+    )
     parser.add_argument("--torch-python", help="a Python with PyTorch, for the comparisons with it")
     options = parser.parse_args()
     if unknown := set(options.names) - set(NAMES):
@@ -45,8 +57,10 @@ def main() -> int:
     for name in options.names or NAMES:
         result = importlib.import_module(f"benchmarks.{name}").run(options)
         RESULTS.mkdir(exist_ok=True)
-        out = RESULTS / f"{name}.json"
-        out.write_text(json.dumps({"command": f"python -m benchmarks {name}", **machine(), **result}, indent=1) + "\n")
+        mesh = options.mesh if name == "aot" else None
+        out = RESULTS / (f"{name}-{mesh.replace(':', '-')}.json" if mesh else f"{name}.json")
+        command = f"python -m benchmarks {name}" + (f" --mesh {mesh} --model {options.model}" if mesh else "")
+        out.write_text(json.dumps({"command": command, **machine(), **result}, indent=1) + "\n")
         print(f"{name}: written to {out}")
     return 0
 

@@ -7,12 +7,14 @@ where a bar is missed.
 """
 
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
 import subprocess
 import sys
+import tempfile
 import venv
 from pathlib import Path
 
@@ -47,30 +49,58 @@ def cases():
 
 
 def run(options) -> dict:
-    """Every case on both platforms, each in its environment."""
-    del options
+    """Every case on both platforms, each in its environment; or with ``--mesh`` a model's step on many chips."""
+    if options.mesh:
+        return on_mesh(options.mesh, options.model)
     rows, missed = [], []
     for platform in PACKAGES:
-        python = environment(platform)
-        search = os.pathsep.join([os.environ.get("PATH", ""), *map(str, python.parent.parent.rglob("cuda_nvcc/bin"))])
-        quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_STDERR_LOG_LEVEL": "3", "TF_CPP_MIN_LOG_LEVEL": "3"}
-        env = {**os.environ, **quiet, "JAX_PLATFORMS": "cpu", "PATH": search, "PYTHONPATH": str(HERE.parent)}
-        child = subprocess.run(
-            [python, "-m", "benchmarks.aot", platform], cwd=HERE.parent, env=env, capture_output=True, text=True
-        )
-        lines = [line for line in child.stdout.splitlines() if line.startswith("{")]
-        if child.returncode or not lines:
-            raise SystemExit(f"aot: {platform} failed:\n{child.stderr[-4000:]}")
-        for row in map(json.loads, lines):
+        for row in lines_of(platform, platform):
             rows.append(row)
             over = [k for k, bar in row["bars"].items() if row[k] > bar]
             missed += [f"{row['target']}, {row['case']}, {row['shape']}: {k} {row[k]}" for k in over]
             values = (f"{row['kernels']} large kernels", f"{row['bytes']:6.2f} bytes", f"{row['temporaries']:.4f} temp")
             shape = "x".join(map(str, row["shape"]))
-            print(f"aot: {row['target']:8}{row['case']:28}{shape:12}", *values, *over, sep="  ")
+            print(f"aot: {row['target']:8}{row['case']:28}{shape:12}", *values, *over, sep="  ", flush=True)
     if missed:
         raise SystemExit("aot: bars missed: " + "; ".join(missed))
     return {"per parameter": rows}
+
+
+def lines_of(platform, *arguments):
+    """The lines of JSON that this file, run in a platform's environment, prints, as they come."""
+    python = environment(platform)
+    search = os.pathsep.join([os.environ.get("PATH", ""), *map(str, python.parent.parent.rglob("cuda_nvcc/bin"))])
+    quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_STDERR_LOG_LEVEL": "3", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    env = {**os.environ, **quiet, "JAX_PLATFORMS": "cpu", "PATH": search, "PYTHONPATH": str(HERE.parent)}
+    command = [python, "-m", "benchmarks.aot", *arguments]
+    found = False
+    with tempfile.TemporaryFile("w+") as errors:
+        child = subprocess.Popen(command, cwd=HERE.parent, env=env, stdout=subprocess.PIPE, stderr=errors, text=True)
+        for line in child.stdout or ():
+            if line.startswith("{"):
+                found = True
+                yield json.loads(line)
+        if child.wait() or not found:
+            errors.seek(0)
+            raise SystemExit(f"aot: {' '.join(arguments)} failed:\n{errors.read()[-4000:]}")
+
+
+def on_mesh(topology, model) -> dict:
+    """The step of a model's shapes in every format, divided by `jadam.sharding.zero1` over a quarter of a mesh's rows.
+
+    Parameters are divided over the larger axis, the state over both; the gradients come as each replica's own, so that
+    the program has to reduce them. What the compiler says is held against `jadam.plan`.
+    """
+    rows = []
+    for row in lines_of("tpu", topology, model):
+        rows.append(row)
+        gib = {
+            name: f"{row[name] / 2**30:.3f}" for name in ("parameters", "gradients", "state", "arguments", "planned")
+        }
+        print(f"aot: {topology}, {model}, {row['format']}: GiB on a chip", gib, "collectives", row["collectives"])
+        if abs(row["arguments"] / row["planned"] - 1) > 0.02:
+            raise SystemExit("aot: the compiler's arguments are not within 2 % of jadam.plan's")
+    return {"GiB are 2**30, bytes on a chip": rows}
 
 
 def environment(platform) -> Path:
@@ -164,5 +194,77 @@ def main(platform):
         print(json.dumps(row), flush=True)
 
 
+def compile_on_mesh(topology, model):
+    """In the TPU's environment: a line of JSON for every format."""
+    import numpy as np
+    from jax.experimental import topologies
+
+    from jadam import planning
+
+    devices = np.array(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    shape = {"data": 4, "model": devices.size // 4}
+    mesh = jax.sharding.Mesh(devices.reshape(tuple(shape.values())), tuple(shape))
+    for name, (dtype, tx) in planning.FORMATS.items():
+        shapes = planning.shapes_of(model, dtype)
+        program, arguments = step_on_mesh(tx, shapes, mesh)
+        parameters, state, gradients = (entry_bytes(program.as_text(), part) for part in arguments)
+        row = {
+            "format": name,
+            "mesh": shape,
+            "parameters": parameters,
+            "gradients": gradients,
+            "state": state,
+            "arguments": program.memory_analysis().argument_size_in_bytes,
+            "temporaries": program.memory_analysis().temp_size_in_bytes,
+            "planned": planning.plan(tx, shapes, shape, "data", "model").total,
+            "collectives": collectives(program.as_text()),
+        }
+        print(json.dumps(row), flush=True)
+
+
+def step_on_mesh(tx, shapes, mesh):
+    """The compiled step, and which of its arguments are parameters, state and gradients."""
+    import jadam
+    from jadam.sharding import spread, zero1
+
+    params = spread(shapes, mesh, "model")
+    divided = zero1(tx, params, mesh, "data")
+    state = divided.layout.state
+
+    def of_each_replica(p):
+        spec = jax.sharding.PartitionSpec("data", *p.sharding.spec)
+        sharding = jax.sharding.NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct((mesh.shape["data"], *p.shape), p.dtype, sharding=sharding)
+
+    def step(params, state, grads):
+        return jadam.step(divided, jax.tree.map(lambda g: g.sum(0), grads), state, params)
+
+    args = params, state, jax.tree.map(of_each_replica, params)
+    program = jax.jit(step, donate_argnums=(0, 1), keep_unused=True).lower(*args).compile()
+    ends = list(itertools.accumulate(len(jax.tree.leaves(x)) for x in args))
+    return program, [range(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def entry_bytes(text, which) -> int:
+    """Of a program's text, the bytes on a device of some of its parameters, by number."""
+    entry = text[text.index("\nENTRY") :].split("\n}")[0]
+    found = re.findall(r"= ([a-z]+\d+|pred)\[([\d,]*)\]\S* parameter\((\d+)\)", entry)
+    size = {int(number): array_bytes((dtype, dimensions)) for dtype, dimensions, number in found}
+    return sum(size[number] for number in which)
+
+
+def collectives(text) -> dict[str, int]:
+    """How many of each there are; a TPU's reduce-scatter is a fusion of that name's all-reduce."""
+    scatters = len(re.findall(r"calls=%all-reduce-scatter", text)) + len(re.findall(r" reduce-scatter\(", text))
+    within = sum(
+        len(re.findall(r" all-reduce\(", body))
+        for body in re.findall(r"\n%all-reduce-scatter[^\n]*\{(.*?)\n\}", text, re.S)
+    )
+    count = lambda name: len(re.findall(rf" {name}(?:-start)?\(", text))
+    found = {"reduce-scatter": scatters, "all-reduce": count("all-reduce") - within}
+    found |= {name: count(name) for name in ("all-gather", "all-to-all", "collective-permute")}
+    return {name: n for name, n in found.items() if n}
+
+
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:]) if len(sys.argv) == 2 else compile_on_mesh(*sys.argv[1:])

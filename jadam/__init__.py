@@ -3,9 +3,11 @@
 Reading order: `jadam._adam` is Algorithm 1 on one screen; `jadam._numerics` has the formulas it is written
 in; `jadam._adamax`, `_nadam`, `_amsgrad` and `_radam` say what differs; `jadam._formats` and `_int8` store moments in
 4 and 2 bytes; `jadam._exact_bf16` makes bf16 weights train as float32; `jadam._describe` tells what is stored how;
-`jadam.averaging` keeps averages of the parameters; `jadam.convert` changes the format of a state; `jadam.groups` makes
-exceptions by name; `jadam._transformation` maps a rule over a tree of parameters; `jadam._step` does a step in one
-pass, `_chain` makes clipping visible to it and `_kernels` holds what is compiled; `jadam._checks` stops bad input.
+`jadam._transformation` maps a rule over a tree of parameters; `jadam._step` does a step in one pass, `_chain` makes
+clipping visible to it and `_kernels` holds what is compiled; `jadam._checks` stops bad input. One capability each:
+`jadam.averaging` keeps averages of the parameters, `groups` makes exceptions by name, `convert` changes the format of a
+state, `torch_state` takes PyTorch's in and out, `sharding` divides it over devices, `planning` counts its bytes there,
+and `flax`, which is imported by itself, has Flax's `Optimizer` and `TrainState` with that step.
 """
 
 from jadam import sharding as sharding

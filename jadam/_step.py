@@ -29,8 +29,8 @@ def step(tx: optax.GradientTransformation, grads, state, params):
     One pass, for jadam's optimizers, `jadam.chain` and `jadam.exact_bf16` around them: on a CPU by a compiled kernel,
     see `jadam.backends`; on GPU and TPU by XLA in float32, and by a kernel in Pallas where XLA would take several, as
     for int8 moments. Anything else, and any leaf that no kernel takes, is done by the two calls or what they amount to;
-    `jadam.describe` tells which and why. On several devices the kernels serve inside `jax.shard_map`; otherwise XLA
-    shards the two calls.
+    `jadam.describe` tells which and why. On several devices the kernels serve with `jadam.sharding.zero1` and inside
+    `jax.shard_map`; otherwise XLA shards the two calls.
 
     Args:
         tx: any Optax transformation. One that needs more than gradients, state and parameters has no place here.
