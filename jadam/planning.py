@@ -146,12 +146,10 @@ def report(model: str, mesh_shape: Mapping[str, int], axis, params_axis, out: Pa
 
     check_picture(out)
     progress = Console(stderr=True)
-    plans = {
-        how: plan(tx, shapes_of(model, dtype), mesh_shape, axis, params_axis)
-        for how, (dtype, tx) in track(
-            FORMATS.items(), "planning", console=progress, transient=True, disable=not progress.is_terminal
-        )
-    }
+    formats = FORMATS.items()
+    if progress.is_terminal:
+        formats = track(formats, "planning", console=progress, transient=True)
+    plans = {how: plan(tx, shapes_of(model, dtype), mesh_shape, axis, params_axis) for how, (dtype, tx) in formats}
     first = next(iter(plans.values()))
     mesh = " x ".join(f"{name} {size}" for name, size in mesh_shape.items())
     title = f"{model}: {first.count:,} parameters on {first.devices} devices ({mesh})"

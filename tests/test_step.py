@@ -434,8 +434,8 @@ def test_other_instructions(instructions, tmp_path):
 
 GOOD = {
     "scalars": jnp.ones((1, cpu.SCALARS), jnp.float32),
-    "count": jnp.uint32(0),
-    "leaves": [0, 0, 0, 0, 0, 0],
+    "count": jnp.zeros(2, jnp.uint32),
+    "leaves": [0, 0, 0, 0, 0, 0, 12, 12],
     "inputs": [jnp.ones((2, 6))] * 4,
     "outputs": [jax.ShapeDtypeStruct((2, 6), jnp.float32)] * 3,
 }
@@ -444,17 +444,27 @@ INT8_INPUTS = (
 )
 INT8_OUTPUTS = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in INT8_INPUTS[1:]]
 WRONG = [
-    ({"leaves": [0, 0]}, "leaves must come in rows of 6"),
-    ({"leaves": [7, 0, 0, 0, 0, 0]}, "leaf 0: rule is out of range"),
-    ({"leaves": [0, -1, 0, 0, 0, 0]}, "leaf 0: format is out of range"),
-    ({"leaves": [0, 0, 4, 0, 0, 0]}, "leaf 0: limit is out of range"),
-    ({"leaves": [0, 0, 0, 1, 0, 0]}, "leaf 0: scalars are out of range"),
-    ({"leaves": [0, 2, 0, 0, 0, 0], "inputs": INT8_INPUTS, "outputs": INT8_OUTPUTS}, "leaf 0: block is out of range"),
-    ({"leaves": [0, 2, 0, 0, 0, 2], "inputs": INT8_INPUTS, "outputs": INT8_OUTPUTS}, "leaf 0: scale has another size"),
-    ({"leaves": [3, 2, 0, 0, 0, 3], "inputs": INT8_INPUTS, "outputs": INT8_OUTPUTS}, "leaf 0: "),
+    ({"leaves": [0, 0]}, "leaves must come in rows of 8"),
+    ({"leaves": [7, 0, 0, 0, 0, 0, 12, 12]}, "leaf 0: rule is out of range"),
+    ({"leaves": [0, -1, 0, 0, 0, 0, 12, 12]}, "leaf 0: format is out of range"),
+    ({"leaves": [0, 0, 4, 0, 0, 0, 12, 12]}, "leaf 0: limit is out of range"),
+    ({"leaves": [0, 0, 0, 1, 0, 0, 12, 12]}, "leaf 0: scalars are out of range"),
+    (
+        {"leaves": [0, 2, 0, 0, 0, 0, 12, 12], "inputs": INT8_INPUTS, "outputs": INT8_OUTPUTS},
+        "leaf 0: block is out of range",
+    ),
+    (
+        {"leaves": [0, 2, 0, 0, 0, 2, 12, 12], "inputs": INT8_INPUTS, "outputs": INT8_OUTPUTS},
+        "leaf 0: scale has another size",
+    ),
+    ({"leaves": [3, 2, 0, 0, 0, 3, 12, 12], "inputs": INT8_INPUTS, "outputs": INT8_OUTPUTS}, "leaf 0: "),
     ({"scalars": jnp.ones((1, 5))}, "scalars must be float32 in rows of"),
     ({"scalars": GOOD["scalars"].astype(jnp.bfloat16)}, "scalars must be float32 in rows of"),
-    ({"count": jnp.int32(0)}, "count must be one uint32"),
+    ({"count": jnp.zeros(2, jnp.int32)}, "count must be uint32, one and another for each leaf"),
+    ({"count": jnp.zeros(1, jnp.uint32)}, "count must be uint32, one and another for each leaf"),
+    ({"leaves": [0, 0, 0, 0, 0, 0, 0, 12]}, "leaf 0: run is no whole number of rows"),
+    ({"leaves": [0, 0, 0, 0, 0, 0, 5, 12]}, "leaf 0: run is no whole number of rows"),
+    ({"leaves": [0, 2, 0, 0, 0, 3, 4, 12], "inputs": INT8_INPUTS, "outputs": INT8_OUTPUTS}, "leaf 0: run is no"),
     ({"inputs": [jnp.ones((2, 6))] * 3}, "leaf 0: moment is missing"),
     ({"inputs": [jnp.ones((2, 6))] * 5}, "more buffers than leaves use"),
     ({"inputs": [jnp.ones((2, 6), jnp.int32)] + [jnp.ones((2, 6))] * 3}, "leaf 0: gradient has another dtype"),
