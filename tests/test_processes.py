@@ -19,7 +19,8 @@ from jax.sharding import PartitionSpec as P
 
 import jadam
 
-pytestmark = pytest.mark.xdist_group("processes")  # one worker: they share two trainings
+# one worker: they share two trainings
+pytestmark = [pytest.mark.long, pytest.mark.xdist_group("processes")]
 
 MESH = program.mesh()
 WHOLE = NamedSharding(MESH, P())

@@ -17,7 +17,8 @@ from resume_program import CONFIGURATIONS, SAVE_EVERY, STEPS
 
 import jadam
 
-pytestmark = pytest.mark.xdist_group("resume")  # one process: they share the runs that were let alone
+# one process: they share the runs that were let alone
+pytestmark = [pytest.mark.long, pytest.mark.xdist_group("resume")]
 
 SEED = 1
 MOMENTS = ["training", "saving", "starting", "saving", "training", "saving"]
