@@ -18,7 +18,7 @@ def over_float32(problem, rate):
 def test_digits():
     ratios = over_float32(lean.digits(1000), 1e-4)
     assert ratios.pop("optax on bf16 weights") > 1.2  # what the others are spared
-    # the benchmark's bars are 1.05 for bf16 weights and 1.10 for int8 after 4,000 steps; here there was less time to differ
+    # the benchmark's bars are 1.05 for bf16 weights and 1.10 for int8 after 4,000 steps; here is less time to differ
     assert all(0.98 < ratio < 1.02 for ratio in ratios.values()), ratios
 
 
