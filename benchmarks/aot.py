@@ -246,11 +246,10 @@ def step_on_mesh(tx, shapes, mesh):
 
 
 def entry_bytes(text, which) -> int:
-    """Of a program's text, the bytes on a device of some of its parameters, by number."""
-    entry = text[text.index("\nENTRY") :].split("\n}")[0]
-    found = re.findall(r"= ([a-z]+\d+|pred)\[([\d,]*)\]\S* parameter\((\d+)\)", entry)
-    size = {int(number): array_bytes((dtype, dimensions)) for dtype, dimensions, number in found}
-    return sum(size[number] for number in which)
+    """Of a program's text, the bytes on a device of some of its many parameters, by number; they come as one tuple."""
+    (together,) = re.findall(r"= \((.*)\)\S* parameter\(0\)", text[text.index("\nENTRY") :].split("\n}")[0])
+    sizes = list(map(array_bytes, re.findall(r"([a-z]+\d+|pred)\[([\d,]*)\]", together)))
+    return sum(sizes[number] for number in which)
 
 
 def collectives(text) -> dict[str, int]:

@@ -1,0 +1,46 @@
+"""Every notebook runs from top to bottom in a Jupyter kernel, and is committed as it then is."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+
+
+def outputs(notebook):
+    return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+
+
+def pictures(notebook):
+    return sum("image/png" in output.get("data", {}) for output in outputs(notebook))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_runs(path, monkeypatch):
+    for name in ("MPLBACKEND", "XLA_FLAGS"):  # the tests' own
+        monkeypatch.delenv(name, raising=False)
+    notebook = nbformat.read(path, nbformat.NO_CONVERT)
+    committed = pictures(notebook)
+    client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}})
+    client.execute()  # raises what a cell raises
+    assert not [x.text for x in outputs(notebook) if x.output_type == "stream" and x.name == "stderr"]
+    assert pictures(notebook) == committed > 0
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_is_committed_as_it_ran(path):
+    notebook = nbformat.read(path, nbformat.NO_CONVERT)
+    nbformat.validate(notebook)
+    counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
+    assert counts == list(range(1, len(counts) + 1))
+    assert not any(output.output_type == "error" for output in outputs(notebook))
+    assert notebook.cells[0].source.startswith("# ")
+    assert "At the end you will" in notebook.cells[0].source
+    assert path.stat().st_size < 400_000
+
+
+def test_they_are_there():
+    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "04", "05"]
