@@ -83,7 +83,7 @@ def dense(key, n_in, n_out, scale=2.0):
 
 def network(hidden=(), dropout=0.0, noise=0.0) -> Problem:
     """A classifier of the digits with these hidden layers (ReLU, dropout behind each); none: logistic regression."""
-    (images, labels), (test_images, test_labels) = map(lambda pair: tuple(map(jnp.asarray, pair)), digits())
+    (images, labels), (test_images, test_labels) = (tuple(map(jnp.asarray, pair)) for pair in digits())
     labels = jnp.asarray(wrong_labels(np.asarray(labels), noise))
     widths = (images.shape[1], *hidden, 10)
 
@@ -106,7 +106,7 @@ def network(hidden=(), dropout=0.0, noise=0.0) -> Problem:
 
 def bag_of_words(dropout=0.5, words=10_000) -> Problem:
     """Logistic regression of the reviews' sentiment on which words are there, some of them dropped at every step."""
-    (table, labels), (test_table, test_labels) = map(lambda pair: tuple(map(jnp.asarray, pair)), reviews(words))
+    (table, labels), (test_table, test_labels) = (tuple(map(jnp.asarray, pair)) for pair in reviews(words))
 
     def features(table, key=None):
         present = jnp.ones(table.shape) if key is None else drop(jnp.ones(table.shape), dropout, key)
