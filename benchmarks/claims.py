@@ -220,20 +220,28 @@ def measure(task: Task, sizes: Sizes, tick=lambda: None) -> dict:
     return {"steps": task.steps, "sides": short(result)}
 
 
-def invariance(sizes: Sizes) -> dict:
-    """Adam (eps 0) and SGD on logistic regression, and again with every gradient times a power of two of its own."""
+def rescaling(params):
+    """For every weight a power of two, from 1/256 to 256."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: jnp.exp2(rng.integers(-8, 9, x.shape).astype(np.float32)), params)
+
+
+def times(factors):
+    """Every gradient times its factor."""
+    return optax.stateless(lambda updates, params: jax.tree.map(jnp.multiply, updates, factors))
+
+
+UNSCALED = {"Adam": lambda rate: jadam.adam(rate, eps=0.0), "SGD": optax.sgd}
+
+
+def weights_that_differ(make, steps, rate=0.01) -> dict[str, int]:
+    """How many of the weights of a logistic regression end with other bits if the gradients are rescaled."""
     problem = training.network()
     start = problem.init(jax.random.key(0))
-    leaves, treedef = jax.tree.flatten(start)
-    rng = np.random.default_rng(0)
-    factors = treedef.unflatten([jnp.exp2(rng.integers(-8, 9, x.shape).astype(np.float32)) for x in leaves])
-    times = lambda factors: optax.stateless(lambda updates, params: jax.tree.map(jnp.multiply, updates, factors))
-    makes = {"Adam": lambda rate: jadam.adam(rate, eps=0.0), "SGD": optax.sgd}
-    steps, seeds, rates = sizes.steps, jnp.arange(sizes.seeds), np.arange(-3.0, 2.01, 0.25)
 
-    def weights(make, factors):
-        """In the end, as bits. The factors are no constants: both trainings must be the same compiled program."""
-        tx = optax.chain(times(factors), make(0.01))
+    @jax.jit  # the factors are an argument: both trainings must be the same compiled program
+    def final(factors):
+        tx = optax.chain(times(factors), make(rate))
 
         def step(carry, t):
             params, state = carry
@@ -244,25 +252,33 @@ def invariance(sizes: Sizes) -> dict:
         params = jax.lax.scan(step, (start, tx.init(start)), jnp.arange(steps))[0][0]
         return jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(params)]).view(jnp.uint32)
 
-    result = {}
-    for side, make in makes.items():
-        final = jax.jit(functools.partial(weights, make))
-        plain, rescaled = final(jax.tree.map(jnp.ones_like, factors)), final(factors)
-        result[side] = {"weights": plain.size, "weights_that_differ": int((plain != rescaled).sum())}
+    plain, rescaled = final(jax.tree.map(jnp.ones_like, start)), final(rescaling(start))
+    return {"weights": plain.size, "weights_that_differ": int((plain != rescaled).sum())}
+
+
+def invariance(sizes: Sizes, tick=lambda: None) -> dict:
+    """Adam (eps 0) and SGD on logistic regression, and again with every gradient times a power of two of its own."""
+    problem = training.network()
+    factors = rescaling(problem.init(jax.random.key(0)))
+    seeds, exponents = jnp.arange(sizes.seeds), np.arange(-3.0, 2.01, 0.25)
+    rates, result = jnp.asarray(10.0**exponents, jnp.float32), {}
+    for side, make in UNSCALED.items():
+        result[side] = weights_that_differ(make, sizes.steps)
         for name, tx in (
             ("plain", make),
             ("rescaled", lambda rate, make=make: optax.chain(times(factors), make(rate))),
         ):
-            train = training.trainer(problem, tx, steps, sizes.points, evaluated=sizes.evaluated)
-            losses = finite_or_inf(train(jnp.asarray(10.0 ** np.asarray(rates), jnp.float32), seeds)[0])
+            train = training.trainer(problem, tx, sizes.steps, sizes.points, evaluated=sizes.evaluated)
+            losses = finite_or_inf(train(rates, seeds)[0])
             best = int(np.argmin(losses[..., -1].mean(0)))
             result[side][name] = {
-                "log10_rate": rates[best],
+                "log10_rate": exponents[best],
                 "loss": losses[:, best, -1],
                 "curves": losses[:, best],
-                "grid": {"log10_rate": rates, "loss": losses[..., -1].mean(0)},
+                "grid": {"log10_rate": exponents, "loss": losses[..., -1].mean(0)},
             }
-    return {"log2_factors": [-8, 8], "steps": steps, "sides": short(result)}
+            tick()
+    return {"log2_factors": [-8, 8], "steps": sizes.steps, "sides": short(result)}
 
 
 def bias_correction(sizes: Sizes, tick=lambda: None) -> dict:
@@ -542,7 +558,7 @@ def run(options, sizes: Sizes = Sizes(), folder: Path = RESULTS):  # noqa: B008 
     folder.mkdir(exist_ok=True)
     variants = sum(map(len, sizes.sides.values()))
     parts = {name: (variants, functools.partial(measure, task, sizes)) for name, task in tasks(sizes).items()}
-    parts["rescaling"] = (1, lambda tick: (invariance(sizes), tick())[0])
+    parts["rescaling"] = (4, functools.partial(invariance, sizes))
     parts["bias_correction"] = (2 * len(sizes.betas), functools.partial(bias_correction, sizes))
     with Progress() as progress:
         bar = progress.add_task("claims", total=sum(count for count, _ in parts.values()))
