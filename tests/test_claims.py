@@ -169,7 +169,7 @@ def fake_trainer(problem, make, *args, **kwargs):
 @pytest.mark.parametrize("fully", [True, False])
 def test_what_is_said_of_a_side(fully, monkeypatch):
     monkeypatch.setattr(training, "trainer", fake_trainer)
-    task = claims.Task(lambda: None, claims.constant, 10, fully=fully)
+    task = claims.Task(lambda: None, {"": claims.constant}, 10, fully=fully)
     sides = claims.measure(task, claims.Sizes())["sides"]
     assert list(sides) == SIDES
     for x in sides.values():
