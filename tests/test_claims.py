@@ -99,6 +99,7 @@ def test_order_wants_one_percent_for_every_seed():
     assert claims.order([1.0, 1.0], [1.02, 1.02]) == "better"
     assert claims.order([1.02, 1.02], [1.0, 1.0]) == "worse"
     assert claims.order([1.0, 1.0], [1.02, 1.0]) == "equal"
+    assert claims.order([1.02, 1.0], [1.0, 1.0]) == "equal"
     assert claims.order([1.0, 1.0], [None, None]) == "better"
     assert claims.order([None], [None]) == "equal"
 
