@@ -9,6 +9,7 @@ was.
 """
 
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -562,10 +563,17 @@ def plot(result, folder: Path) -> None:
         plt.close(figure)
 
 
+def fingerprint(sizes: Sizes) -> str:
+    """Of the sizes and of this program: what was measured by another must be measured again."""
+    sides = {side: list(variants) for side, variants in sizes.sides.items()}
+    sources = b"".join(Path(module).read_bytes() for module in (__file__, training.__file__))
+    return hashlib.sha256(repr(sizes._replace(sides=sides)).encode() + sources).hexdigest()
+
+
 def run(options, sizes: Sizes = Sizes(), folder: Path = RESULTS):  # noqa: B008 -- a tuple
     """Six claims and their verdicts; what a run finished before it was interrupted is taken from its scratch file."""
     scratch = folder / "claims.partial.json"
-    settings = repr(sizes._replace(sides=None)) + repr(list(sizes.sides))
+    settings = fingerprint(sizes)
     done = json.loads(scratch.read_text()) if scratch.exists() else {}
     done = done if done.get("settings") == settings else {"settings": settings}
     folder.mkdir(exist_ok=True)

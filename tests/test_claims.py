@@ -201,8 +201,7 @@ def test_training_and_pictures(tmp_path):
 
 def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     done = {name: problem() for name in claims.TITLES} | {"rescaling": rescaled()}
-    settings = repr(FEW._replace(sides=None)) + repr(list(FEW.sides))
-    (tmp_path / "claims.partial.json").write_text(json.dumps({"settings": settings, **done}))
+    (tmp_path / "claims.partial.json").write_text(json.dumps({"settings": claims.fingerprint(FEW), **done}))
     monkeypatch.setattr(claims, "bias_correction", lambda sizes, tick: bias())
     monkeypatch.setattr(claims, "plot", lambda result, folder: None)
     monkeypatch.setattr(claims, "measure", lambda *_: pytest.fail("this was done"))
@@ -210,3 +209,11 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     assert result["problems"] == {name: done[name] for name in claims.tasks(FEW)}
     assert list(result["claims"]) == list("123456")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_another_program_measured_is_not_taken(tmp_path, monkeypatch):
+    (tmp_path / "claims.partial.json").write_text(json.dumps({"settings": "other", "mnist_logistic": problem()}))
+    monkeypatch.setattr(claims, "measure", lambda *_: pytest.fail("measured again"))
+    with pytest.raises(pytest.fail.Exception, match="measured again"):
+        claims.run(None, FEW, tmp_path)
+    assert claims.fingerprint(FEW) != claims.fingerprint(claims.Sizes())
