@@ -402,8 +402,11 @@ def invariant(result) -> dict:
 
 def corrected(result) -> dict:
     """Each cell is b1, b2 and the number of steps; its best is over the learning rates, of the mean over the seeds."""
-    best, each = {}, []
+    best, each, stable = {}, [], {}
     for cell in result["cells"]:
+        finite = {side: ~np.isnan(numbers(cell[side]["more"])).any(0) for side in ("with", "without")}
+        largest = {side: max(np.array(result["log10_rate"])[ok], default=None) for side, ok in finite.items()}
+        stable[f"b1 {cell['b1']}, b2 {cell['b2']}"] = short(largest)
         for when in ("few", "more"):
             columns = {
                 side: [list(column) for column in zip(*cell[side][when], strict=True)] for side in ("with", "without")
@@ -418,6 +421,7 @@ def corrected(result) -> dict:
         "rule": "holds: at every b1, b2, learning rate and number of steps the loss with it is not 1 % or more higher "
         "for every seed; in part: so at the best learning rate of each side; otherwise not",
         "verdict": HOLDS if at_best and at_each else PARTLY if at_best else FAILS,
+        "largest_log10_rate_without_divergence": stable,
         "at_the_best_rate": best,
         "at_each_rate": {verdict: each.count(verdict) for verdict in ("better", "equal", "worse")},
     }
@@ -548,7 +552,7 @@ def draw_bias(axes, result):
                 axis.fill_between(result["log10_rate"], rows.min(0), rows.max(0), color=color, alpha=0.25, lw=0)
         axis.set(title=f"b1 = {cell['b1']:g}, b2 = {cell['b2']:g}", xlabel="log10 of the learning rate")
         axis.set(ylabel="loss, nats per digit", ylim=(100, 400))
-    np.ravel(axes)[0].legend(fontsize=7, title="bias correction", title_fontsize=7)
+    np.ravel(axes)[0].legend(fontsize=7, title="bias correction (no point: diverged)", title_fontsize=7)
 
 
 def plot(result, folder: Path) -> None:

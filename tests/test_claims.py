@@ -95,6 +95,13 @@ def test_a_claim_that_holds_in_part_or_not_at_all(judge, partly, fails):
     assert [judge(result)["verdict"] for result in (partly, fails)] == [claims.PARTLY, claims.FAILS]
 
 
+def test_divergence_is_seen():
+    stable = claims.corrected(bias())["largest_log10_rate_without_divergence"]
+    assert stable == {"b1 0.9, b2 0.999": {"with": -1.0, "without": -2.0}}
+    none = claims.corrected(bias(without_few=((None, None),)))["largest_log10_rate_without_divergence"]
+    assert none == {"b1 0.9, b2 0.999": {"with": -1.0, "without": None}}
+
+
 def test_order_wants_one_percent_for_every_seed():
     assert claims.order([1.0, 1.0], [1.02, 1.02]) == "better"
     assert claims.order([1.02, 1.02], [1.0, 1.0]) == "worse"
