@@ -64,7 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--model", choices=sorted(MODELS), default="gpt2", help="whose parameters")
     plan.add_argument("--mesh", type=_mesh, default="data=8", help="its axes, such as data=4,model=64")
     plan.add_argument("--axis", default="data", help="the axis to divide the state over")
-    plan.add_argument("--params-axis", help="the axis over which parameters are divided; none leaves them whole")
+    plan.add_argument(
+        "--params-axis", help="the axis over which parameters are divided; by default they are whole on every device"
+    )
     plan.add_argument("--out", type=Path, default=Path("jadam-plan.png"), help="the picture to write")
     plan.set_defaults(run=_plan)
     return parser

@@ -122,6 +122,7 @@ def chain(*stages: optax.GradientTransformation) -> Transformation:
     clips, rest = list(stages[:-1]), stages[-1:]
 
     def plan(updates, state, params=None) -> Plan:
+        _checks.stages(state, len(stages))
         _checks.gradients(updates, params)
         *states, last_state = state
         if not rest or not isinstance(rest[0], Transformation):

@@ -128,6 +128,20 @@ def state_of(state, state_type) -> None:
         )
 
 
+def stages(state, n: int) -> None:
+    """Raise unless ``state`` is a tuple of the states of so many stages."""
+    if not (isinstance(state, tuple) and len(state) == n):
+        got = (
+            f"{type(state).__name__} of {len(state)}"
+            if isinstance(state, (tuple, dict, list))
+            else type(state).__name__
+        )
+        raise TypeError(
+            f"state must be the tuple of {n} that init returns, got {got}. Was it made by another transformation? The "
+            "order is step(tx, grads, state, params)."
+        )
+
+
 def version(state, known: int) -> None:
     """Raise unless a state's arrays are laid out as this version knows them."""
     if state.version.shape != (known,):

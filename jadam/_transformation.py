@@ -346,12 +346,13 @@ def descend(direction: Transformation, learning_rate, weight_decay=None, mask=No
     """
     stages: list[Any] = [direction]
     if weight_decay is not None:
-        weight_decay = _checks.hyperparameter("weight_decay", weight_decay, ">= 0")
+        weight_decay = or_nan(_checks.hyperparameter("weight_decay", weight_decay, ">= 0"))
         if max_lr is not None:
             max_lr = _checks.hyperparameter("max_lr", max_lr, "> 0", schedule=False)
             weight_decay = over(weight_decay, max_lr)
         stages.append(optax.add_decayed_weights(weight_decay, mask))
     learning_rate = _checks.hyperparameter("learning_rate", learning_rate, ">= 0", hint="To maximise, negate the loss.")
+    learning_rate = or_nan(learning_rate)
     stages.append(optax.scale_by_learning_rate(learning_rate))
     chain = optax.chain(*stages)
 
@@ -366,6 +367,7 @@ def descend(direction: Transformation, learning_rate, weight_decay=None, mask=No
         return jax.tree.map(lambda u, dtype: u.astype(dtype), updates, narrow), state
 
     def plan(updates, state, params):
+        _checks.stages(state, len(stages))
         jobs, finish = direction.plan(updates, state[0], params)
         widest = jax.dtypes.canonicalize_dtype(np.float64)
         zero, one = jnp.zeros([], widest), jnp.ones([], widest)  # each stage tells its factor when it is given 1
@@ -387,6 +389,12 @@ def _leaf_mask(mask, params) -> list[bool]:
     """A mask of `optax.masked` for each leaf."""
     mask = True if mask is None else mask(params) if callable(mask) else mask
     return jax.tree.leaves(jax.tree.map(lambda on, x: jax.tree.map(lambda _: on, x), mask, params))
+
+
+def or_nan(value):
+    """A learning rate or weight decay, or a schedule of it, that is NaN where it is traced and out of range."""
+    checked = lambda x: _checks.or_nan(x, ">= 0")
+    return (lambda count: checked(value(count))) if callable(value) else checked(value)
 
 
 def over(weight_decay, max_lr):

@@ -153,7 +153,7 @@ def report(model: str, mesh_shape: Mapping[str, int], axis, params_axis, out: Pa
     first = next(iter(plans.values()))
     mesh = " x ".join(f"{name} {size}" for name, size in mesh_shape.items())
     title = f"{model}: {first.count:,} parameters on {first.devices} devices ({mesh})"
-    title += "\nGiB on each; the state's bytes per parameter"
+    title += "\nmoments' format; GiB on each; the state's bytes per parameter"
     rows = Table("AdamW", title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     for name in ("weights", *PARTS[1:-1], "total", "state"):
         rows.add_column(name, justify="right")

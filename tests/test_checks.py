@@ -146,3 +146,25 @@ def test_scheduled_out_of_range(name):
     tx = jadam.adam(1e-3, **{name: lambda count: 1.0})  # a Python number: known at once
     with pytest.raises(ValueError, match=f"{name} must be in \\[0, 1\\), got 1"):
         tx.update(W, tx.init(W))
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "weight_decay"])
+def test_a_traced_rate_out_of_range_is_seen(name):
+    """Negated, it would climb."""
+    p = jnp.ones((8, 8))
+    for make in (jadam.adamw, lambda **how: jadam.by_path([("", {})], **how)):
+        for bad in (lambda v: v, lambda v: lambda count: v):  # a scalar and a schedule
+
+            def update(v, make=make, bad=bad):
+                tx = make(**{"learning_rate": 1e-3, name: bad(v)})
+                return tx.update(p, tx.init(p), p)[0]
+
+            assert jnp.isnan(jax.jit(update)(-1.0)).all()
+            assert jnp.isfinite(jax.jit(update)(0.5)).all()
+
+
+def test_a_state_in_the_place_of_parameters():
+    p = {"w": jnp.ones(3)}
+    for tx in (jadam.adam(1e-3), jadam.chain(jadam.clip(1.0), jadam.adam(1e-3))):
+        with pytest.raises(TypeError, match=r"state must be the tuple of 2 .* got dict of 1"):
+            jadam.step(tx, p, p, tx.init(p))
