@@ -144,7 +144,7 @@ def in_parts(tx, grads, state, params, mesh, specs, first):
     """
     jobs, finish = tx.plan(grads, state, params)
     grads, (leaves, structure) = jax.tree.leaves(grads), jax.tree.flatten(params)
-    scalars, owned, local = _replanned(tx, jobs, leaves)
+    scalars, owned, local = _replanned(jobs, leaves)
     shapes = [p.shape for p in leaves]
 
     def body(scalars, owned, grads, params):
@@ -166,12 +166,12 @@ def in_parts(tx, grads, state, params, mesh, specs, first):
 def _with_operands(tx, grads, state, params):
     """`step` where the plan closes over traced values, which the primitive must be given."""
     jobs, finish = tx.plan(grads, state, params)
-    scalars, owned, local = _replanned(tx, jobs, jax.tree.leaves(params))
+    scalars, owned, local = _replanned(jobs, jax.tree.leaves(params))
     params, (_, owned, _) = _bind(local, grads, (scalars, owned, [None] * len(jobs)), params, by_xla)
     return params, finish(_stored(owned))
 
 
-def _replanned(tx, jobs, params):
+def _replanned(jobs, params):
     """The scalars of jobs and what is stored, and a transformation with a state of these and of where parts begin."""
     scalars, rebuilt = _without_scalars(jobs)
     shapes = [jnp.shape(p) for p in params]
@@ -191,7 +191,7 @@ def _replanned(tx, jobs, params):
 
         return Plan(here, done)
 
-    return scalars, [(job.stored, job.remainder) for job in jobs], planned(tx.init, plan)
+    return scalars, [(job.stored, job.remainder) for job in jobs], planned(None, plan)  # nobody calls its init
 
 
 def _stored(owned):
@@ -200,17 +200,30 @@ def _stored(owned):
 
 
 def _without_scalars(jobs):
-    """The arrays among the scalars of jobs, each once, and a function that from such arrays makes the jobs."""
+    """The arrays among the scalars of jobs, each once, and a function that from such arrays makes the jobs.
+
+    It holds no array itself: a traced one would outlive its trace in the primitive's parameters.
+    """
     names = ("minus_lr", "weight_decay", "bound", "norm", "max_norm", "count")
-    values = [({} if job.step is None else vars(job.step), [getattr(job, name) for name in names]) for job in jobs]
-    given = {id(x): x for x in jax.tree.leaves(values) if isinstance(x, jax.Array)}
+    distinct = {id(job.step): job.step for job in jobs}
+    order = {key: i for i, key in enumerate(distinct)}
+    step_of = [order[id(job.step)] for job in jobs]
+    steps = [step and vars(step) for step in distinct.values()]  # in the jobs' order, which is that of every process
+    values = (steps, [[getattr(job, name) for name in names] for job in jobs])
+    flat, tree = jax.tree.flatten(values)
+    given = {id(x): x for x in flat if isinstance(x, jax.Array)}
+    place = {key: i for i, key in enumerate(given)}
+    places = [place.get(id(x)) for x in flat]
+    constants = [x if i is None else None for x, i in zip(flat, places, strict=True)]
+    bare = [job._replace(step=None, stored=(), remainder=None, **dict.fromkeys(names)) for job in jobs]
 
     def rebuilt(arrays):
-        new = dict(zip(given, arrays, strict=True))
-        swap = lambda x: new.get(id(x), x)
-        steps = {id(job.step): job.step and Step(**jax.tree.map(swap, vars(job.step))) for job in jobs}
+        flat = [x if i is None else arrays[i] for x, i in zip(constants, places, strict=True)]
+        steps, others = tree.unflatten(flat)
+        steps = [values and Step(**values) for values in steps]
         return [
-            job._replace(step=steps[id(job.step)], **{name: swap(getattr(job, name)) for name in names}) for job in jobs
+            job._replace(step=steps[i], **dict(zip(names, values, strict=True)))
+            for job, i, values in zip(bare, step_of, others, strict=True)
         ]
 
     return list(given.values()), rebuilt

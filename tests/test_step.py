@@ -278,6 +278,14 @@ def test_hyperparameters_traced_where_the_step_is(name):
     assert_steps_agree((several[0], state), (expected[0]["a"], state), (params["a"], state))
 
 
+def test_nothing_traced_outlives_its_trace():
+    params = trees(0)
+    make = lambda x: jadam.chain(jadam.clip(x), jadam.adamw(x, b1=x, weight_decay=x))
+    state = make(0.1).init(params)
+    with jax.checking_leaks():
+        jax.jit(lambda x: jadam.step(make(x), params, state, params))(jnp.float32(0.1))
+
+
 def test_derivative_by_a_hyperparameter():
     """As of the two calls, through a step and the next, whose schedule goes on."""
     params = jnp.array([1.0, -2.0, 3.0])
