@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import numbers
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -118,7 +117,7 @@ def plan(
 
 
 def _mesh(shape) -> AbstractMesh:
-    whole = isinstance(shape, Mapping) and all(isinstance(x, numbers.Integral) and x > 0 for x in shape.values())
+    whole = isinstance(shape, Mapping) and all(isinstance(x, (int, np.integer)) and x > 0 for x in shape.values())
     if not whole or math.prod(shape.values()) >= 2**31:
         raise ValueError(f"mesh_shape must be a dict of axes and sizes > 0, below 2**31 in all, got {shape!r}.")
     return AbstractMesh(tuple(map(int, shape.values())), tuple(shape))
