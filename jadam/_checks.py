@@ -164,10 +164,10 @@ def unused(scales, path) -> None:
         raise TypeError(f"state.mu{jax.tree_util.keystr(path)} must be int8, for it has scales. {_CAST}")
 
 
-def moments_narrow_enough(tree, name: str) -> None:
+def moments_narrow_enough(tree, name: str, mu) -> None:
     """Raise if a moment is float32 that should be bfloat16: it would go on taking its 4 bytes."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if leaf.dtype == jnp.float32:
+    for (path, leaf), m in zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(mu), strict=True):
+        if leaf.dtype == jnp.float32 and not jnp.iscomplexobj(m):
             raise TypeError(
                 f"state.{name}{jax.tree_util.keystr(path)} must be bfloat16 with moments='bfloat16', got float32. If "
                 "the state was made with other moments: jadam.convert_moments(state, 'bfloat16')."

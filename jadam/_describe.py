@@ -1,6 +1,7 @@
 """What of an optimizer's state belongs to which parameter, in how many bytes, and why so many."""
 
 import dataclasses
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -161,18 +162,23 @@ def _leaf(name, p, moments, size, quantized, group):
 def owners(state, params) -> list[tuple[str | None, str | None]]:
     """For each leaf of ``state`` the parameter that it belongs to, and in which tree of the state it lies, or Nones."""
     named = {_keys(path): (leaf_name(path), p) for path, p in jax.tree_util.tree_leaves_with_path(params)}
-    return [_owner(path, x, named) for path, x in jax.tree_util.tree_leaves_with_path(state)]
+    found = [_owners(path, x, named) for path, x in jax.tree_util.tree_leaves_with_path(state)]
+    like = Counter(tree for owners in found for tree in owners)  # how many of the parameters' paths a tree has
+    best = [
+        max(owners, key=like.__getitem__, default=None) for owners in found
+    ]  # the first, the longest path, of equals
+    return [(None, None) if tree is None else x[tree] for x, tree in zip(found, best, strict=True)]
 
 
-def _owner(path, x, params) -> tuple[str | None, str | None]:
-    """The parameter at whose path, within some tree of the state, ``x`` lies, the longest if several; and that tree."""
-    keys = _keys(path)
+def _owners(path, x, params) -> dict[tuple[str, ...], tuple[str, str | None]]:
+    """For each tree of the state in which ``x`` lies at a parameter's path: that parameter, and the tree's field."""
+    keys, found = _keys(path), {}
     for i in range(len(keys) + 1):
         name, p = params.get(keys[i:], (None, None))
         field = _field(path[:i])
-        if name is not None and jnp.ndim(p) == jnp.ndim(x) and (jnp.ndim(p) or field != "count"):
-            return name, field
-    return None, None
+        if name is not None and jnp.ndim(p) == jnp.ndim(x) and field not in ("count", "version"):
+            found[keys[:i]] = name, field
+    return found
 
 
 def _keys(path) -> tuple[str, ...]:

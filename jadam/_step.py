@@ -8,6 +8,7 @@ compilation ahead of time and `jax.export` choose by their target: a kernel wher
 import functools
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import optax
 from jax.extend.core import Primitive
@@ -61,8 +62,11 @@ def step(tx: optax.GradientTransformation, grads, state, params):
         raise TypeError(f"step needs an Optax transformation, got {tx!r}. Pass jadam.adam(...), for one.")
     if (own := getattr(tx.update, "step", None)) is not None:
         return own(grads, state, params)
-    if obstacle(tx, grads, state, params) is not None:
+    reason, closed_over = _look(tx, grads, state, params)
+    if reason is not None:
         return two_calls(tx, grads, state, params)
+    if closed_over:
+        return _with_operands(tx, grads, state, params)
     return _bind(tx, grads, state, params, two_calls)
 
 
@@ -81,19 +85,24 @@ def two_calls(tx, grads, state, params):
 
 def obstacle(tx, grads, state, params) -> str | None:
     """Why `step` must be two calls whatever the platform, or None. Raises what the plan's checks raise."""
+    return _look(tx, grads, state, params)[0]
+
+
+def _look(tx, grads, state, params) -> tuple[str | None, bool]:
+    """`obstacle`, and whether the plan closes over traced values, as a traced learning rate is one."""
     if not isinstance(tx, Transformation):
-        return "none of jadam's optimizers; a chain must be jadam.chain"
+        return "none of jadam's optimizers; a chain must be jadam.chain", False
 
     def plan(grads, state, params):
-        tx.plan(grads, state, params)
+        return _without_scalars(tx.plan(grads, state, params).jobs)[0]
 
     if params is None:
         raise ValueError("step needs params: call step(tx, grads, state, params).")
     try:
-        jax.eval_shape(plan, grads, state, params)
+        traced = jax.make_jaxpr(plan)(grads, state, params)
     except NotOnePass as reason:
-        return str(reason)
-    return None
+        return str(reason), False
+    return None, any(isinstance(x, jax.core.Tracer) for x in traced.consts)
 
 
 def outlook(platform, tx, grads, state, params) -> list[tuple[str, str | None]]:
@@ -135,25 +144,8 @@ def in_parts(tx, grads, state, params, mesh, specs, first):
     """
     jobs, finish = tx.plan(grads, state, params)
     grads, (leaves, structure) = jax.tree.leaves(grads), jax.tree.flatten(params)
-    scalars, rebuilt = _without_scalars(jobs)
-    owned = [(job.stored, job.remainder) for job in jobs]
+    scalars, owned, local = _replanned(jobs, leaves)
     shapes = [p.shape for p in leaves]
-
-    def local_plan(updates, state, params):
-        scalars, owned, firsts = state
-        del updates, params
-        here = [
-            job._replace(stored=stored, remainder=remainder, part=Part(first, shape))
-            for job, (stored, remainder), first, shape in zip(rebuilt(scalars), owned, firsts, shapes, strict=True)
-        ]
-
-        def done(stored):
-            pairs = zip(stored, owned, strict=True)
-            return scalars, [(x, None) if r is None else (x[1:], x[0]) for x, (_, r) in pairs], firsts
-
-        return Plan(here, done)
-
-    local = planned(tx.init, local_plan)
 
     def body(scalars, owned, grads, params):
         firsts = [first(shape, spec, mesh) for shape, spec in zip(shapes, specs, strict=True)]
@@ -168,22 +160,70 @@ def in_parts(tx, grads, state, params, mesh, specs, first):
         out_specs=(specs, of_owned),
         check_vma=False,
     )(scalars, owned, grads, leaves)
-    stored = [x if r is None else (r, *x) for x, r in owned]
-    return structure.unflatten(leaves), finish(stored)
+    return structure.unflatten(leaves), finish(_stored(owned))
+
+
+def _with_operands(tx, grads, state, params):
+    """`step` where the plan closes over traced values, which the primitive must be given."""
+    jobs, finish = tx.plan(grads, state, params)
+    scalars, owned, local = _replanned(jobs, jax.tree.leaves(params))
+    params, (_, owned, _) = _bind(local, grads, (scalars, owned, [None] * len(jobs)), params, by_xla)
+    return params, finish(_stored(owned))
+
+
+def _replanned(jobs, params):
+    """The scalars of jobs and what is stored, and a transformation with a state of these and of where parts begin."""
+    scalars, rebuilt = _without_scalars(jobs)
+    shapes = [jnp.shape(p) for p in params]
+
+    def plan(updates, state, params):
+        scalars, owned, firsts = state
+        del updates, params
+        parts = [None if first is None else Part(first, shape) for first, shape in zip(firsts, shapes, strict=True)]
+        here = [
+            job._replace(stored=stored, remainder=remainder, part=part)
+            for job, (stored, remainder), part in zip(rebuilt(scalars), owned, parts, strict=True)
+        ]
+
+        def done(stored):
+            pairs = zip(stored, owned, strict=True)
+            return scalars, [(x, None) if r is None else (x[1:], x[0]) for x, (_, r) in pairs], firsts
+
+        return Plan(here, done)
+
+    return scalars, [(job.stored, job.remainder) for job in jobs], planned(None, plan)  # nobody calls its init
+
+
+def _stored(owned):
+    """What `Plan.finish` takes."""
+    return [x if r is None else (r, *x) for x, r in owned]
 
 
 def _without_scalars(jobs):
-    """The arrays among the scalars of jobs, each once, and a function that from such arrays makes the jobs."""
+    """The arrays among the scalars of jobs, each once, and a function that from such arrays makes the jobs.
+
+    It holds no array itself: a traced one would outlive its trace in the primitive's parameters.
+    """
     names = ("minus_lr", "weight_decay", "bound", "norm", "max_norm", "count")
-    values = [({} if job.step is None else vars(job.step), [getattr(job, name) for name in names]) for job in jobs]
-    given = {id(x): x for x in jax.tree.leaves(values) if isinstance(x, jax.Array)}
+    distinct = {id(job.step): job.step for job in jobs}
+    order = {key: i for i, key in enumerate(distinct)}
+    step_of = [order[id(job.step)] for job in jobs]
+    steps = [step and vars(step) for step in distinct.values()]  # in the jobs' order, which is that of every process
+    values = (steps, [[getattr(job, name) for name in names] for job in jobs])
+    flat, tree = jax.tree.flatten(values)
+    given = {id(x): x for x in flat if isinstance(x, jax.Array)}
+    place = {key: i for i, key in enumerate(given)}
+    places = [place.get(id(x)) for x in flat]
+    constants = [x if i is None else None for x, i in zip(flat, places, strict=True)]
+    bare = [job._replace(step=None, stored=(), remainder=None, **dict.fromkeys(names)) for job in jobs]
 
     def rebuilt(arrays):
-        new = dict(zip(given, arrays, strict=True))
-        swap = lambda x: new.get(id(x), x)
-        steps = {id(job.step): job.step and Step(**jax.tree.map(swap, vars(job.step))) for job in jobs}
+        flat = [x if i is None else arrays[i] for x, i in zip(constants, places, strict=True)]
+        steps, others = tree.unflatten(flat)
+        steps = [values and Step(**values) for values in steps]
         return [
-            job._replace(step=steps[id(job.step)], **{name: swap(getattr(job, name)) for name in names}) for job in jobs
+            job._replace(step=steps[i], **dict(zip(names, values, strict=True)))
+            for job, i, values in zip(bare, step_of, others, strict=True)
         ]
 
     return list(given.values()), rebuilt

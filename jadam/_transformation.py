@@ -240,7 +240,7 @@ def scale_by_rule(
             if moments == "float32" and (name != "mu" or mu_dtype is None):
                 _checks.moments_wide_enough(tree, name)
             if moments == "bfloat16":
-                _checks.moments_narrow_enough(tree, name)
+                _checks.moments_narrow_enough(tree, name, state.mu)
         _checks.holds_complex(state.mu, updates)
         step, corrections = _at_step(betas, scalars, state.count, corrections, adjust)
 

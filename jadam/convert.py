@@ -10,6 +10,7 @@ from jadam import _checks, _formats
 from jadam._formats import Moments
 from jadam._numerics import at_least_float32
 from jadam._transformation import QuantizedAdamState
+from jadam.groups import ByPathState
 
 
 def convert_moments(state, to: Moments) -> Any:
@@ -44,12 +45,15 @@ def convert_moments(state, to: Moments) -> Any:
     found = []
 
     def one(x):
-        if not has_moments(x):
-            return x
-        found.append(x)
-        return _converted(x, to)
+        if isinstance(x, ByPathState):  # whose moments are of the type that can be mixed, whatever they are
+            return x._replace(moments=convert(x.moments, mixed=True))
+        return convert(x) if has_moments(x) else x
 
-    state = jax.tree.map(one, state, is_leaf=has_moments)
+    def convert(x, mixed=False):
+        found.append(x)
+        return _converted(x, to, mixed)
+
+    state = jax.tree.map(one, state, is_leaf=lambda x: isinstance(x, ByPathState) or has_moments(x))
     if not found:
         raise ValueError(f"state must hold the moments of an Adam (count, mu, nu), got {type(state).__name__}.")
     return state
@@ -60,14 +64,14 @@ def has_moments(x) -> bool:
     return {"count", "mu", "nu"} <= set(getattr(x, "_fields", ()))
 
 
-def _converted(state, to: Moments):
+def _converted(state, to: Moments, mixed: bool):
     if hasattr(state, "version"):
         _checks.version(state, _formats.VERSION)
     names = [name for name in state._fields if name not in ("count", "version") and not name.endswith("_scale")]
     scales = [name for name in state._fields if name.endswith("_scale")]
     unknown = {"b1": None, "b2": None}
     choose = _formats.chooser(to, None, unknown if names == ["mu", "nu"] else None)
-    mixed = (to == "int8" or callable(to)) and names == ["mu", "nu"]
+    mixed = mixed or ((to == "int8" or callable(to)) and names == ["mu", "nu"])
     arrays = 2 * len(names) if mixed else len(names)
     leaves, structure = jax.tree_util.tree_flatten_with_path(state.mu)
 

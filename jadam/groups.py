@@ -85,8 +85,8 @@ def by_path(
         parameters keep their remainders.
 
     Raises:
-        ValueError: a pattern found in no path or a path in which none is found, at ``init``; a setting that does not
-            exist; and what `jadam.adamw` raises.
+        ValueError: a pattern found in no path, or only in those that follow rules before it, or a path in which none is
+            found, at ``init``; a setting that does not exist; and what `jadam.adamw` raises.
         TypeError: rules that are no such pairs; and what `jadam.adamw` raises.
 
     Example:
@@ -216,6 +216,14 @@ def _assign(groups: list[_Group], names: list[str]) -> list[int]:
             raise ValueError(
                 f"by_path's pattern {group.pattern.pattern!r} is found in no path. Near: "
                 f"{', '.join(_near(group.pattern.pattern, names))}."
+            )
+        earlier = [row.index(True) for row in found if row[k]]
+        if k not in earlier and len(earlier) < len(
+            names
+        ):  # one that is found in all, such as "", may be the last resort
+            raise ValueError(
+                f"by_path's pattern {group.pattern.pattern!r} comes too late: all that it is found in follows "
+                f"{groups[earlier[0]].pattern.pattern!r} or another before it. Put it first."
             )
     lost = [name for name, row in zip(names, found, strict=True) if not any(row)]
     if lost:

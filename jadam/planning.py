@@ -100,7 +100,7 @@ def plan(
         other                       6  0.00
         total             269,500,422  0.25
     """
-    mesh = AbstractMesh(tuple(mesh_shape.values()), tuple(mesh_shape))
+    mesh = _mesh(mesh_shape)
     _checks.trainable(shapes, "shapes")
     params = spread(shapes, mesh, params_axis)
     divided = zero1(tx, params, mesh, axis)
@@ -114,6 +114,13 @@ def plan(
     notes = {name: f"undivided: {reason}" for name, reason in divided.undivided.items()}
     notes |= {name: f"moments in float32: {reason}" for name, reason in divided.widened.items()}
     return MemoryPlan(count, math.prod(mesh_shape.values()), **sizes, notes=notes)
+
+
+def _mesh(shape) -> AbstractMesh:
+    whole = isinstance(shape, Mapping) and all(isinstance(x, (int, np.integer)) and x > 0 for x in shape.values())
+    if not whole or math.prod(shape.values()) >= 2**31:
+        raise ValueError(f"mesh_shape must be a dict of axes and sizes > 0, below 2**31 in all, got {shape!r}.")
+    return AbstractMesh(tuple(map(int, shape.values())), tuple(shape))
 
 
 def _here(x) -> int:

@@ -6,6 +6,7 @@ updates it, and gathers the parameters.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -115,24 +116,39 @@ def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[s
     """
     if not (hasattr(tx, "init") and hasattr(tx, "update")):
         raise TypeError(f"zero1 needs an Optax transformation, got {tx!r}. Pass jadam.adamw(...), for one.")
-    axes = _axes(axis, mesh)
-    if math.prod(mesh.shape[name] for name in axes) == 1:
+    axes = tuple(name for name in _axes(axis, mesh) if mesh.shape[name] > 1)
+    if not axes:
         raise ValueError(f"axis {axis!r} has size 1 in the mesh {dict(mesh.shape)}: there is nothing to divide over.")
     _checks.trainable(params, "params")
     layout = _layout(tx, params, mesh, axes)
     inner = optax.with_extra_args_support(optax.GradientTransformation(tx.init, tx.update))
     homes, parts = ([getattr(leaf, which) for leaf in layout.leaves] for which in ("home", "part"))
 
-    def init(params):
-        def whole(params):
-            return jax.tree.map(_reshaped, tx.init(params), layout.state)
+    def check(tree, what):
+        shapes, known = [jnp.shape(x) for x in jax.tree.leaves(tree)], [x.shape for x in layout.leaves]
+        if shapes != known:
+            here, there = next(pair for pair in itertools.zip_longest(shapes, known) if pair[0] != pair[1])
+            raise ValueError(
+                f"{what} must have the leaves of the params given to zero1, got {len(shapes)} of {len(known)}; the "
+                f"first that differs has shape {here} for {there}. Call zero1 again for other parameters."
+            )
 
-        shardings = jax.tree.map(lambda x: x.sharding, layout.state)
-        return jax.jit(whole, out_shardings=shardings)(_put(params, homes))
+    def init(params):
+        check(params, "params")
+
+        def whole(params):
+            return list(map(_reshaped, jax.tree.leaves(tx.init(params)), wanted))
+
+        wanted = jax.tree.leaves(layout.state)
+        state = jax.jit(whole, out_shardings=[x.sharding for x in wanted])(_put(params, homes))
+        return jax.tree.unflatten(jax.tree.structure(jax.eval_shape(tx.init, params)), state)
 
     def update(updates, state, params=None, **extra_args):
+        check(updates, "updates")
         updates = _put(updates, parts)
-        params = None if params is None else _put(params, parts)
+        if params is not None:
+            check(params, "params")
+            params = _put(params, parts)
         updates, state = inner.update(updates, state, params, **extra_args)
         return _put(updates, homes), _put(state, [x.sharding for x in jax.tree.leaves(layout.state)])
 
@@ -146,6 +162,8 @@ def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[s
         return _put(params, homes), _put(state, [x.sharding for x in jax.tree.leaves(layout.state)])
 
     def step(grads, state, params):
+        check(params, "params")
+        check(grads, "grads")
         concrete = not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(params))
         return traced_step(grads, state, _put(params, homes) if concrete else params)
 
@@ -193,9 +211,11 @@ def spread(shapes, mesh, axis: str | Sequence[str] | None) -> Any:
 
 
 def _axes(axis, mesh) -> tuple[str, ...]:
-    axes = (axis,) if isinstance(axis, str) else tuple(axis)
+    axes = tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
     if not axes or any(name not in mesh.shape for name in axes):
         raise ValueError(f"axis must be of the mesh's {tuple(mesh.shape)}, got {axis!r}.")
+    if len(set(axes)) < len(axes):
+        raise ValueError(f"axis must name each axis of the mesh once, got {axis!r}.")
     return axes
 
 
@@ -214,7 +234,7 @@ def _layout(tx, params, mesh, axes) -> Layout:
             owned[name].append(x)
     leaves = {}
     for name, (_, x), p in zip(names, flat, plain, strict=True):
-        home = _home(x, mesh)
+        home = _home(x, mesh, name)
         large = [s for s in owned[name] if s.shape == p.shape]
         int8 = any(s.dtype == jnp.uint8 for s in large)
         whole = PartitionSpec(*home.spec, *[None] * (len(p.shape) - len(home.spec)))
@@ -249,10 +269,17 @@ def _layout(tx, params, mesh, axes) -> Layout:
     return Layout(tuple(leaves.values()), structure.unflatten(placed), over)
 
 
-def _home(x, mesh) -> NamedSharding:
+def _home(x, mesh, what) -> NamedSharding:
     """A parameter's own sharding; whole where it has none."""
     sharding = getattr(x, "sharding", None)
-    return sharding if isinstance(sharding, NamedSharding) else NamedSharding(mesh, PartitionSpec())
+    if not isinstance(sharding, NamedSharding):
+        return NamedSharding(mesh, PartitionSpec())
+    own = {name: sharding.mesh.shape[name] for entry in sharding.spec for name in _names(entry)}
+    if not own.items() <= dict(mesh.shape).items():
+        raise ValueError(
+            f"{what} is sharded over {own}, which the mesh {dict(mesh.shape)} has not. Pass the parameters' own mesh."
+        )
+    return sharding
 
 
 def _trimmed(spec) -> PartitionSpec:

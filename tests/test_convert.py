@@ -114,3 +114,17 @@ def test_a_version_that_is_not_known(wrap):
     read = jadam.float32_params if wrap is jadam.exact_bf16 else lambda p, s: jadam.convert_moments(s, "float32")
     with pytest.raises(ValueError, match=r"state.version must be 1, got 7"):
         read(p, state)
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_groups_of_leaves(to):
+    """`jadam.by_path` goes on with what comes out, on the bits of adamw's moments."""
+    rules = lambda moments: jadam.by_path([("bias", jadam.FROZEN), ("", {"moments": moments})], 1e-3)
+    state = jadam.convert_moments(jadam.exact_bf16(rules("int8")).init(params()), to)  # within another state too
+    assert jax.tree.structure(state.inner_state) == jax.tree.structure(rules(to).init(params()))
+    state = jadam.convert_moments(state_of(rules("int8")), to)
+    alone = jadam.convert_moments(state_of(jadam.adamw(1e-3, moments="int8")), to)[0]
+    for name in ("mu", "nu"):
+        np.testing.assert_array_equal(getattr(state.moments, name)["kernel"], getattr(alone, name)["kernel"])
+    jadam.step(rules(to), params(), state, params())
+    assert jadam.convert_moments(state, "int8").moments.mu["kernel"].dtype == jnp.int8

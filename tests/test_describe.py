@@ -1,5 +1,6 @@
 """`describe` counts every byte of a state and says why."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,3 +103,28 @@ def test_whether_a_step_is_one_pass(monkeypatch):
     assert "jadam.exact_bf16 is around none" in said(jadam.exact_bf16(optax.adam(1e-3)))[1]
     monkeypatch.setenv("JADAM_KERNELS", "xla")
     assert said(jadam.adam(1e-3)) == (False, "two calls on cpu: JADAM_KERNELS=xla")
+
+
+class Encoder(eqx.Module):
+    """Named like fields of the state."""
+
+    mu: eqx.nn.Linear
+    weight: jax.Array
+
+
+def test_parameters_named_as_the_state_s_fields():
+    """`.mu.weight` is in Adam's state the moment of `.weight`, and also a parameter's path."""
+    p = Encoder(eqx.nn.Linear(64, 128, key=jax.random.key(0)), jnp.ones((256, 128)))
+    tx = jadam.adam(1e-3)
+    for leaf in jadam.describe(tx, p).leaves:
+        assert (leaf.format, leaf.bytes) == ("float32", 8 * leaf.size)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    assert not jadam.sharding.zero1(tx, p, mesh, "data").undivided
+    specs = [x.spec for x in jax.tree.leaves(jadam.sharding.zero1(tx, p, mesh, "data").shardings)]
+    assert [len(spec) for spec in specs] == [0] + [1] * 6
+
+
+def test_a_bare_array_has_neither_count_nor_version():
+    for p in (jnp.ones(5), jnp.ones(())):
+        described = jadam.describe(jadam.scale_by_adam(moments="int8"), p)
+        assert (described.leaves[0].bytes, described.other_bytes) == (8 * p.size + 2, 4 + 1)  # two unused scales

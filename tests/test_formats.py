@@ -310,9 +310,12 @@ def test_by_name():
 @pytest.mark.parametrize("dtype", [np.float64, np.complex64])
 @pytest.mark.parametrize("moments", NARROW)
 def test_wide_leaves_stay_wide(moments, dtype, x64):
-    p = jnp.zeros((64, 128), dtype)
-    state = jadam.scale_by_adam(moments=moments).init(p)
+    p = jnp.ones((64, 128), dtype)
+    tx = jadam.scale_by_adam(moments=moments)
+    state = tx.init(p)
     assert state.mu.dtype == dtype
+    plain = jadam.scale_by_adam()
+    np.testing.assert_array_equal(tx.update(p, state, p)[0], plain.update(p, plain.init(p), p)[0])
 
 
 def test_bad_settings():

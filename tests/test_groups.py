@@ -218,3 +218,14 @@ def test_rules_and_paths_that_miss_each_other():
         tx.update(params(), tx.init(params()))
     with pytest.raises(TypeError, match="state must be the ByPathState"):
         tx.update(params(), jadam.adam(1e-3).init(params()), params())
+
+
+def test_a_rule_behind_one_that_takes_all():
+    text = "by_path's pattern 'bias' comes too late: all that it is found in follows 'layers' or another before it"
+    with pytest.raises(ValueError, match=text):
+        jadam.by_path([("layers", {}), ("bias", jadam.FROZEN), ("", {})], 1e-3).init(params())
+    partly = [("layers", {}), ("scale|bias", {}), ("norm", {}), ("embed|head", {}), ("", {})]
+    with pytest.raises(ValueError, match="'norm' comes too late"):
+        jadam.by_path(partly, 1e-3).init(params())
+    partly.pop(2)
+    jadam.by_path(partly, 1e-3).init(params())  # the last rule has none left, and is there for those that might be

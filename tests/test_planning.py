@@ -76,6 +76,7 @@ WRONG = [
     (["--axis", "model"], "error: axis must be of the mesh's ('data',), got 'model'."),
     (["--params-axis", "model"], "error: axis must be of the mesh's ('data',), got 'model'."),
     (["--mesh", "data=1"], "error: axis 'data' has size 1"),
+    (["--mesh", f"data={10**20}"], "error: mesh_shape must be a dict of axes and sizes > 0, below 2**31 in all"),
     (["--out", "plan.txt"], "error: --out must end in one of "),
 ]
 
@@ -93,3 +94,9 @@ def test_wrong_arguments(arguments, text, tmp_path, capsys, monkeypatch):
     assert text in error
     assert len(error.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("mesh", [8, {"data": 0}, {"data": 2.5}, {"data": "8"}, {"data": 2**20, "model": 2**20}])
+def test_wrong_meshes(mesh):
+    with pytest.raises(ValueError, match="mesh_shape must be a dict of axes and sizes > 0, below"):
+        jadam.plan(jadam.adam(1e-3), jnp.ones(8), mesh, "data")

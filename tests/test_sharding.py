@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jadam
+import jadam.flax
 from jadam.sharding import zero1
 
 MESH = Mesh(np.array(jax.devices()), ("data",))
@@ -208,6 +210,10 @@ def test_wrong_calls():
     tx = jadam.adamw(1e-3)
     with pytest.raises(ValueError, match=r"axis must be of the mesh's \('data',\), got 'model'"):
         zero1(tx, p, MESH, "model")
+    with pytest.raises(ValueError, match=r"axis must be of the mesh's \('data',\), got None"):
+        zero1(tx, p, MESH, None)
+    with pytest.raises(ValueError, match=r"axis must name each axis of the mesh once, got \('data', 'data'\)"):
+        zero1(tx, p, MESH, ("data", "data"))
     with pytest.raises(ValueError, match="axis 'one' has size 1"):
         zero1(tx, p, jax.make_mesh((1, 8), ("one", "x"), axis_types=(AxisType.Auto,) * 2), "one")
     with pytest.raises(ValueError, match=r"can divide no parameter's state by 8 .*'a'.*: no axis of \(3, 5\)"):
@@ -220,3 +226,55 @@ def test_wrong_calls():
         zero1(tx, {"a": jnp.ones(8, jnp.int32)}, MESH, "data")
     narrow = zero1(jadam.adamw(1e-3, moments="int8"), {"a": jnp.ones((33, 200)), "b": jnp.ones(8)}, MESH, "data")
     assert narrow.undivided["['a']"] == "its last axis would be cut into 25, which no block of 32 to 128 divides"
+
+
+def test_parameters_that_are_others():
+    p = params()
+    divided = zero1(jadam.adamw(1e-3), p, MESH, "data")
+    state = divided.init(p)
+    other = {**p, "scale": jnp.ones(5)}
+    less = {**p, "scale": None}
+    text = r"must have the leaves of the params given to zero1, got {} of 5; the first that differs has shape {} for {}"
+    with pytest.raises(ValueError, match="params " + text.format(5, r"\(5,\)", r"\(3,\)")):
+        divided.init(other)
+    with pytest.raises(ValueError, match="grads " + text.format(4, r"\(3, 16, 300\)", r"\(3,\)")):
+        jadam.step(divided, less, state, p)
+    with pytest.raises(ValueError, match="updates " + text.format(4, r"\(3, 16, 300\)", r"\(3,\)")):
+        divided.update(less, state, p)
+    with pytest.raises(ValueError, match=r"params .* got 0 of 5"):
+        jadam.step(divided, p, state, None)
+
+
+def test_parameters_on_another_mesh():
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    for spec, own in ((P("data"), "{'data': 4}"), (P("model"), "{'model': 2}")):
+        p = {"w": jax.device_put(jnp.ones(16), NamedSharding(mesh, spec))}
+        text = re.escape(f"['w'] is sharded over {own}, which the mesh {{'data': 8}} has not")
+        with pytest.raises(ValueError, match=text):
+            zero1(jadam.adamw(1e-3), p, MESH, "data")
+
+
+def test_axes_of_size_1_compile_nothing_twice():
+    mesh = jax.make_mesh((1, 8), ("one", "data"), axis_types=(AxisType.Auto,) * 2)
+    p = jax.device_put(jnp.ones((16, 8)), NamedSharding(mesh, P()))
+    divided = zero1(jadam.adamw(1e-3), p, mesh, ("one", "data"))
+    step = jax.jit(functools.partial(jadam.step, divided))
+    q, state = step(p, divided.init(p), p)
+    step(p, state, q)
+    assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize("given", ["variables", "pure", "shapes"])
+def test_nnx_whatever_tree_zero1_was_given(given):
+    """Flax's Optimizer has its own kind of tree for the same parameters."""
+    make = lambda: nnx.Linear(64, 128, rngs=nnx.Rngs(0))
+    model = make()
+    variables = nnx.state(model, nnx.Param)
+    shapes = lambda: nnx.state(nnx.eval_shape(make), nnx.Param)
+    p = {"variables": variables, "pure": nnx.to_pure_dict(variables), "shapes": shapes()}[given]
+    divided = zero1(jadam.adamw(1e-2, moments="int8"), p, MESH, "data")
+    optimizer = jadam.flax.Optimizer(model, divided, wrt=nnx.Param)
+    optimizer.update(model, nnx.grad(lambda model: jnp.sum(model(jnp.ones((4, 64)))))(model))
+    np.testing.assert_allclose(model.bias[...], -1e-2, rtol=1e-6)  # a first direction is 1, off by a few ulp of 1e-7
+    parts = {(x.size, x.addressable_shards[0].data.size) for x in jax.tree.leaves(nnx.state(optimizer)) if x.size > 1}
+    assert parts == {(64 * 128, 8 * 128), (64, 8), (128, 16)}  # codes, scales, the bias's moments

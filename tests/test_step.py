@@ -245,6 +245,62 @@ def test_float64_leaves(x64):
     np.testing.assert_allclose(new["wide"], expected["wide"], rtol=4e-16)  # 2 ulp
 
 
+TRACED = {
+    "learning rate": lambda x: jadam.adam(x),
+    "weight decay, int8": lambda x: jadam.adamw(0.1, weight_decay=x, moments="int8"),
+    "beta, bfloat16": lambda x: jadam.nadamw(0.1, b1=x, moments="bfloat16"),
+    "within a schedule": lambda x: jadam.amsgrad(lambda count: x / (count + 1)),
+    "bounds": lambda x: jadam.chain(jadam.clip(x), jadam.clip_by_global_norm(x), jadam.adam(0.1, eps=1.0)),
+    "groups": lambda x: jadam.by_path([("a", {"lr_mult": 2.0}), ("b", jadam.FROZEN), ("", {})], x),
+    "exact_bf16": lambda x: jadam.exact_bf16(jadam.by_path([("a", {"moments": "int8"}), ("b", jadam.FROZEN)], x)),
+}
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_hyperparameters_traced_where_the_step_is(name):
+    """In one pass, and on the bits of the same numbers known beforehand."""
+    make = TRACED[name]
+    params = trees(0, jnp.bfloat16 if name == "exact_bf16" else np.float32)
+    params = {k: params[k] for k in "ab"} if name == "exact_bf16" else params
+    value = jnp.float32(0.3)
+    step = lambda tx, state: jadam.step(tx, params, state, params)
+    traced = lambda x, state: step(make(x), state)
+    state = make(value).init(params)
+    expected = jax.jit(functools.partial(step, make(value)))(state)
+    new = jax.jit(traced)(value, state)
+    assert jax.tree.structure(new) == jax.tree.structure(expected)
+    for a, b in zip(*map(jax.tree.leaves, (new, expected)), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+    if jadam.backends()["cpu"].kernel is not None:
+        assert custom_calls(traced, value, state) == 1
+    several = jax.vmap(lambda x: traced(x, state)[0]["a"])(jnp.stack([value, value / 2]))
+    assert_steps_agree((several[0], state), (expected[0]["a"], state), (params["a"], state))
+
+
+def test_nothing_traced_outlives_its_trace():
+    params = trees(0)
+    make = lambda x: jadam.chain(jadam.clip(x), jadam.adamw(x, b1=x, weight_decay=x))
+    state = make(0.1).init(params)
+    with jax.checking_leaks():
+        jax.jit(lambda x: jadam.step(make(x), params, state, params))(jnp.float32(0.1))
+
+
+def test_derivative_by_a_hyperparameter():
+    """As of the two calls, through a step and the next, whose schedule goes on."""
+    params = jnp.array([1.0, -2.0, 3.0])
+
+    def loss(step, x):
+        tx = jadam.adamw(lambda count: x * (count + 1), weight_decay=x)
+        p, state = params, tx.init(params)
+        for _ in range(2):
+            p, state = step(tx, jnp.sin(p), state, p)
+        return jnp.sum(p**2)
+
+    new, expected = (jax.grad(functools.partial(loss, f))(0.1) for f in (jadam.step, _step.two_calls))
+    np.testing.assert_allclose(new, expected, rtol=1e-6)  # the same operations, whose products XLA may contract
+
+
 def test_vmap_and_grad():
     tx = jadam.adam(0.1)
     params = jnp.ones(3)
