@@ -34,12 +34,16 @@ def nadam_rule(step: Step, g, m, v):
     """Adam whose ``m_hat`` looks one step ahead (Dozat 2016, Algorithm 2)."""
     m = ema(step.b1, m, g)
     v = ema(step.b2, v, abs_sq(g))
-    return direction(step, look_ahead(step.b1, m, g), v / step.b2.correction), m, v
+    return direction(step, look_ahead(step, m, g), v / step.b2.correction), m, v
 
 
-def look_ahead(b1: Beta, m, g):
-    """Nesterov's ``m_hat``: the next step's momentum on ``m``, today's gradient besides, each corrected on its own."""
-    return b1.next_b * m / b1.next_correction + b1.one_minus_b * g / b1.correction
+def look_ahead(step: Step, m, g):
+    """Nesterov's ``m_hat``: the next step's momentum on ``m``, today's gradient besides, each corrected on its own.
+
+    PyTorch's momentum is not ``b1``, under which ``m`` is the average: then it is ``step.momentum``.
+    """
+    momentum: Beta = getattr(step, "momentum", step.b1)
+    return momentum.next_b * m / momentum.next_correction + momentum.one_minus_b * g / momentum.correction
 
 
 def with_eps_hat(step: Step) -> Step:

@@ -7,17 +7,9 @@ import jax
 import optax
 
 from jadam import _checks
-from jadam._adam import adjustment, direction, look_ahead, scale_by_adam
+from jadam._adam import adjustment, nadam_rule, scale_by_adam
 from jadam._formats import Moments
-from jadam._numerics import abs_sq, ema
-from jadam._transformation import QuantizedAdamState, Step, Transformation, descend, scale_by_rule
-
-
-def nadam_of_momentum_rule(step: Step, g, m, v):
-    """PyTorch's NAdam: ``m`` is the average under ``b1``, but ``m_hat`` takes its weights from ``momentum``."""
-    m = ema(step.b1, m, g)
-    v = ema(step.b2, v, abs_sq(g))
-    return direction(step, look_ahead(step.momentum, m, g), v / step.b2.correction), m, v
+from jadam._transformation import QuantizedAdamState, Transformation, descend, scale_by_rule
 
 
 def _scale_by_nadam(momentum_decay, b1, b2, eps, eps_root, mu_dtype, **switches):
@@ -33,7 +25,7 @@ def _scale_by_nadam(momentum_decay, b1, b2, eps, eps_root, mu_dtype, **switches)
     betas, scalars = {"b1": b1, "b2": b2, "momentum": momentum}, {"eps": eps, "eps_root": eps_root}
     stored = mu_dtype, switches["moments"], QuantizedAdamState
     adjust = adjustment(switches["eps_mode"])
-    return scale_by_rule(nadam_of_momentum_rule, optax.ScaleByAdamState, betas, scalars, *stored, adjust)
+    return scale_by_rule(nadam_rule, optax.ScaleByAdamState, betas, scalars, *stored, adjust)
 
 
 def nadam(

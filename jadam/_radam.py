@@ -20,7 +20,7 @@ def radam_rule(step: Step, g, m, v):
 def radam_of_nadam_rule(step: Step, g, m, v):
     """The same of NAdam's direction."""
     u, m, v = nadam_rule(step, g, m, v)
-    return jnp.where(step.trusted, step.rectification * u, look_ahead(step.b1, m, g)), m, v
+    return jnp.where(step.trusted, step.rectification * u, look_ahead(step, m, g)), m, v
 
 
 def rectified(step: Step) -> Step:

@@ -138,7 +138,6 @@ class Job(NamedTuple):
 
     def update(self, g, p):
         """``(u, stored)`` of the whole step: what comes before the rule and behind it."""
-        as_u = lambda x: jnp.asarray(x).astype(self.dtype)
         if self.frozen:
             return jnp.zeros_like(p, dtype=self.dtype), ()
         if self.bound is not None:
@@ -146,9 +145,14 @@ class Job(NamedTuple):
         if self.norm is not None:
             g = g / self.norm.astype(g.dtype) * self.max_norm.astype(g.dtype)
         u, stored = self(g)
+        return self.descended(u, p), stored
+
+    def descended(self, u, p):
+        """The update that the rule's direction becomes: with weight decay, times the learning rate."""
+        as_u = lambda x: jnp.asarray(x).astype(self.dtype)
         if self.weight_decay is not None:
             u = u + as_u(self.weight_decay) * p.astype(self.dtype)
-        return as_u(self.minus_lr) * u, stored
+        return as_u(self.minus_lr) * u
 
 
 class Plan(NamedTuple):
