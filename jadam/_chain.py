@@ -118,6 +118,8 @@ def chain(*stages: optax.GradientTransformation) -> Transformation:
             raise TypeError(f"chain's stage {i} must be an Optax transformation, got {stage!r}.")
         if isinstance(stage, ExactBF16):
             raise ValueError(f"chain's stage {i} is exact_bf16, which must be outermost: exact_bf16(chain(...)).")
+        if hasattr(stage.update, "observe"):
+            raise ValueError(f"chain's stage {i} is record, which must be outermost: record(chain(...)).")
     inner = optax.with_extra_args_support(optax.chain(*stages))
     clips, rest = list(stages[:-1]), stages[-1:]
 

@@ -120,7 +120,13 @@ def by_jobs(kernel, tx, grads, state, params):
     grads = jax.tree.leaves(grads)
     done = kernel(jobs, grads, leaves)
     rows = [update_leaf(*x) if y is None else y for y, *x in zip(done, jobs, grads, leaves, strict=True)]
-    return structure.unflatten([p for p, _ in rows]), finish([stored for _, stored in rows])
+    return observed(tx, structure.unflatten([p for p, _ in rows]), finish([stored for _, stored in rows]))
+
+
+def observed(tx, params, state):
+    """The new parameters and the new state, in which `jadam.record` may have written."""
+    observe = getattr(tx.update, "observe", None)
+    return params, state if observe is None else observe(state, params)
 
 
 def by_xla(tx, grads, state, params):
@@ -169,7 +175,7 @@ def in_parts(tx, grads, state, params, mesh, specs, first):
         check_vma=False,
     )(scalars, owned, grads, leaves)
     stored = [x if r is None else (r, *x) for x, r in owned]
-    return structure.unflatten(leaves), finish(stored)
+    return observed(tx, structure.unflatten(leaves), finish(stored))
 
 
 def _without_scalars(jobs):
