@@ -203,7 +203,8 @@ def from_float32(params32, tx: Transformation, keep: Callable[[str, Any], bool] 
     params = jax.tree_util.tree_map_with_path(narrow, params32)
     remainder = jax.tree.map(lambda p, x: _no_remainder(p) if p is x else split(x)[1], params, params32)
     state = ExactBF16State(remainder, exact.inner.init(_masters(params, remainder)), version())
-    return params, state if exact is tx else tx.init(params)._replace(inner_state=state)
+    outer: Any = tx.init(params) if exact is not tx else None
+    return params, state if outer is None else outer._replace(inner_state=state)
 
 
 def split(x):

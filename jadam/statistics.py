@@ -4,6 +4,7 @@ Kingma & Ba 2015, section 2.1, call :math:`\hat m_t / \sqrt{\hat v_t}` the signa
 the less certain the direction, and the smaller the step.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -61,8 +62,8 @@ def statistics(
 ) -> Statistics:
     r"""Tell what an optimizer of jadam's is doing, from the state after a step.
 
-    Costs nothing unless called; it is pure, and best called under `jax.jit`. For each parameter that is not frozen, and
-    in total, it gives (in the gradient's or the parameter's unit, or none)
+    Costs nothing unless called; it is pure, and compiled once for each ``tx``. For each parameter that is not frozen,
+    and in total, it gives (in the gradient's or the parameter's unit, or none)
 
     * ``moment_rms``: root mean square of the gradient, as the moments remember it, :math:`\sqrt{\text{mean}\,\hat v}`;
     * ``update_rms``, ``update_ratio``: of the update, and over that of the parameter;
@@ -107,9 +108,18 @@ def statistics(
     """
     if sample is not None and not (isinstance(sample, int) and sample > 0):
         raise ValueError(f"sample must be a whole number > 0 or None, got {sample!r}.")
-    count, jobs = looked_into(tx, state, params)
+    tx = opened(tx)
+    if params is None:
+        raise ValueError("statistics needs params, the parameters after the step.")
+    _checks.trainable(params, "params")
     if updates is not None:
         _checks.same_tree(updates, params, "updates", "params")
+    return _statistics(tx, sample, state, params, updates)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _statistics(tx, sample, state, params, updates) -> Statistics:
+    count, jobs = looked_into(tx, state, params)
     given = [None] * len(jobs) if updates is None else jax.tree.leaves(updates)
     named = jax.tree_util.tree_leaves_with_path(params)
     sums = {
@@ -123,17 +133,19 @@ def statistics(
     return Statistics(_measures(total), {name: _measures(x) for name, x in sums.items()})
 
 
-def looked_into(tx, state, params) -> tuple[jax.Array, list[Job]]:
-    """The number of steps taken, and for every leaf the `Job` of the last of them; raises where ``tx`` is opaque."""
+def opened(tx) -> Transformation:
+    """``tx``, or what `jadam.sharding.zero1` is around; raises where that is opaque."""
     tx = getattr(getattr(tx, "update", None), "divides", tx)
     if not isinstance(tx, Transformation):
         raise TypeError(
             f"statistics needs one of jadam's optimizers, such as jadam.adam(...), got {tx!r}. Optax's chain cannot be "
             "looked into: take jadam.chain."
         )
-    if params is None:
-        raise ValueError("statistics needs params, the parameters after the step.")
-    _checks.trainable(params, "params")
+    return tx
+
+
+def looked_into(tx: Transformation, state, params) -> tuple[jax.Array, list[Job]]:
+    """The number of steps taken, and for every leaf the `Job` of the last of them."""
     none_new = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), at_least_float32(p)), params)
     try:
         jobs = tx.plan(none_new, _rewound(state), params).jobs
@@ -195,7 +207,7 @@ def _sums(job: Job, made, p, update, sample) -> _Sums:
     total = lambda x: jnp.sum(x.astype(jnp.float32)) * weight
     return _Sums(
         jnp.float32(whole),
-        total(jnp.square(root)) * made,
+        total(jnp.where(made, jnp.square(root), 0)),
         total(jnp.square(size)),
         total(abs_sq(p)),
         total(divide(jnp.abs(m_hat), root)),
