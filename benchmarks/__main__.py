@@ -15,7 +15,7 @@ import optax
 
 import jadam
 
-NAMES = ["accuracy", "aot", "lean", "speed"]
+NAMES = ["accuracy", "aot", "lean", "record", "speed"]
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -141,9 +141,12 @@ def scale_by_adam(
         >>> print(updates["w"].round(3), state.nu["w"].dtype)
         [ 1. -1.] float32
     """
+    given = {**locals()}
     rule, adjust = nadam_rule if nesterov else adam_rule, adjustment(eps_mode, bias_correction)
     betas, scalars = {"b1": b1, "b2": b2}, {"eps": eps, "eps_root": eps_root}
-    return scale_by_rule(rule, optax.ScaleByAdamState, betas, scalars, mu_dtype, moments, QuantizedAdamState, adjust)
+    return scale_by_rule(
+        rule, optax.ScaleByAdamState, betas, scalars, mu_dtype, moments, QuantizedAdamState, adjust
+    ).called(scale_by_adam, given)
 
 
 def adam(
@@ -186,8 +189,9 @@ def adam(
         >>> bool(loss(w) < 1e-3)
         True
     """
+    given = {**locals()}
     switches = {"nesterov": nesterov, "eps_mode": eps_mode, "bias_correction": bias_correction, "moments": moments}
-    return descend(scale_by_adam(b1, b2, eps, eps_root, mu_dtype, **switches), learning_rate)
+    return descend(scale_by_adam(b1, b2, eps, eps_root, mu_dtype, **switches), learning_rate).called(adam, given)
 
 
 def adamw(
@@ -237,6 +241,7 @@ def adamw(
         >>> print(updates["w"], updates["b"])
         [-0.05] [-0.]
     """
+    given = {**locals()}
     switches = {"nesterov": nesterov, "eps_mode": eps_mode, "bias_correction": bias_correction, "moments": moments}
     direction = scale_by_adam(b1, b2, eps, eps_root, mu_dtype, **switches)
-    return descend(direction, learning_rate, weight_decay, mask, max_lr)
+    return descend(direction, learning_rate, weight_decay, mask, max_lr).called(adamw, given)

@@ -127,7 +127,7 @@ def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
 
         return Plan(jobs, whole)
 
-    update.inner = inner  # pyright: ignore[reportFunctionMemberAccess]
+    update.inner, update.text = inner, f"jadam.exact_bf16({tx!r})"  # pyright: ignore[reportFunctionMemberAccess]
     return ExactBF16(init, update, plan)
 
 

@@ -75,9 +75,10 @@ def nadam(
         >>> print(tx.update(g, tx.init(g))[0].round(3))
         [-0.147  0.147]
     """
+    given = {**locals()}
     switches = {"nesterov": nesterov, "eps_mode": eps_mode, "bias_correction": bias_correction, "moments": moments}
     scale = _scale_by_nadam(momentum_decay, b1, b2, eps, eps_root, mu_dtype, **switches)
-    return descend(scale, learning_rate)
+    return descend(scale, learning_rate).called(nadam, given)
 
 
 def nadamw(
@@ -118,6 +119,7 @@ def nadamw(
         >>> print(tx.update(0 * p, tx.init(p), p)[0])
         [-0.05 -0.05]
     """
+    given = {**locals()}
     switches = {"nesterov": nesterov, "eps_mode": eps_mode, "bias_correction": bias_correction, "moments": moments}
     scale = _scale_by_nadam(momentum_decay, b1, b2, eps, eps_root, mu_dtype, **switches)
-    return descend(scale, learning_rate, weight_decay, mask, max_lr)
+    return descend(scale, learning_rate, weight_decay, mask, max_lr).called(nadamw, given)

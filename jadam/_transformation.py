@@ -7,6 +7,7 @@ behind it.
 """
 
 import functools
+import inspect
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -184,6 +185,21 @@ class Transformation(optax.GradientTransformationExtraArgs):
         """What ``update`` carries."""
         return self.update.plan  # pyright: ignore[reportAttributeAccessIssue]
 
+    def called(self, function, given: dict[str, Any]) -> Any:
+        """Itself, from now on printed as the call of jadam's ``function`` with these arguments, where not defaults."""
+        self.update.text = call_text(function, given)  # pyright: ignore[reportAttributeAccessIssue]
+        return self
+
+    def __repr__(self):
+        return getattr(self.update, "text", None) or super().__repr__()
+
+    def __treescope_repr__(self, path, subtree_renderer):
+        """What treescope, which asks for it, shows in a notebook."""
+        from treescope import rendering_parts
+
+        del path, subtree_renderer
+        return rendering_parts.text(repr(self))
+
 
 def scale_by_rule(
     rule: Rule,
@@ -323,6 +339,25 @@ def _at_step(betas, scalars, count, corrections, adjust):
         return adjust(step)
 
     return step, {name: value.correction for name, value in varying.items()}
+
+
+def call_text(function, given: dict[str, Any]) -> str:
+    """A call of one of jadam's public functions, without the arguments that are its defaults."""
+    parameters = inspect.signature(function).parameters
+    shown = [f"{x}={_short(given[x])}" for x, p in parameters.items() if not _same(given[x], p.default)]
+    return f"jadam.{function.__name__}({', '.join(shown)})"
+
+
+def _same(value, default) -> bool:
+    return value is default or (isinstance(value, (int, float, str)) and value == default)
+
+
+def _short(value) -> str:
+    """A value's ``repr``, without addresses, and not long; of a schedule the function that made it."""
+    if inspect.isroutine(value):
+        return f"<{value.__qualname__.split('.<locals>')[0].strip('<>')}>"
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def planned(init, plan) -> Transformation:

@@ -135,6 +135,7 @@ def record(
         return Plan(jobs, lambda stored: RecordState(finish(stored), state.ring))
 
     update.records, update.observe = tx, observe  # pyright: ignore[reportFunctionMemberAccess]
+    update.text = f"jadam.record({tx!r}, every={every}, keep={keep}, sample={sample})"  # pyright: ignore
     return Record(init, update, plan)
 
 
