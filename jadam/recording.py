@@ -12,7 +12,7 @@ from jadam import _checks
 from jadam._describe import html_table
 from jadam._formats import leaf_name
 from jadam._transformation import Plan, Transformation
-from jadam.statistics import QUANTILES, Measures, looked_into, statistics, steps_taken
+from jadam.statistics import QUANTILES, Measures, in_rows, looked_into, steps_taken
 
 SCALARS = Measures._fields[:-1]
 COLUMNS = len(SCALARS) + len(QUANTILES)
@@ -114,13 +114,17 @@ def record(
         inner, ring = state
         count = steps_taken(inner)
         due = count % every == 0
-        look = lambda inner, params: _rows(statistics(tx, inner, params, sample=sample), params)
+        look = lambda inner, params: _row(in_rows(tx, sample, inner, params)[1])
         none = lambda inner, params: jnp.zeros(ring.values.shape[1:], jnp.float32)
         rows = jax.lax.cond(due, look, none, inner, params)  # small, where the ring would be copied at every step
-        slot = ring.written % ring.steps.shape[0]
-        steps = ring.steps.at[slot].set(jnp.where(due, count, ring.steps[slot]))
-        values = ring.values.at[slot].set(jnp.where(due, rows, ring.values[slot]))
-        return RecordState(inner, Ring(ring.written + due.astype(jnp.int32), steps, values, ring.names))
+        slot = jax.lax.rem(ring.written, jnp.int32(ring.steps.shape[0]))
+
+        def put(array, row):
+            row = jnp.where(due, row, jax.lax.dynamic_index_in_dim(array, slot, keepdims=False))
+            return jax.lax.dynamic_update_index_in_dim(array, row, slot, 0)
+
+        written = ring.written + due.astype(jnp.int32)
+        return RecordState(inner, Ring(written, put(ring.steps, count), put(ring.values, rows), ring.names))
 
     def update(updates, state, params=None, **extra_args) -> Any:
         if params is None:
@@ -139,11 +143,9 @@ def record(
     return Record(init, update, plan)
 
 
-def _rows(told, params) -> jax.Array:
-    """Statistics as the rows of a record, in the order of the parameters."""
-    row = lambda x: jnp.concatenate([jnp.stack(x[:-1]), x[-1]]).astype(jnp.float32)
-    names = (leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params))
-    return jnp.stack([row(told.total), *(row(told.leaves[name]) for name in names if name in told.leaves)])
+def _row(measures: Measures) -> jax.Array:
+    """What a record holds, ``[1 + leaves, 11]``."""
+    return jnp.concatenate([jnp.stack(measures[:-1], axis=1), measures[-1]], axis=1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -119,6 +119,13 @@ def statistics(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _statistics(tx, sample, state, params, updates) -> Statistics:
+    names, stacked = in_rows(tx, sample, state, params, updates)
+    total, *leaves = (jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(1 + len(names)))
+    return Statistics(total, dict(zip(names, leaves, strict=True)))
+
+
+def in_rows(tx: Transformation, sample, state, params, updates=None) -> tuple[list[str], Measures]:
+    """The parameters' paths, and `Measures` whose arrays have a row for the total, then one for each of these."""
     count, jobs = looked_into(tx, state, params)
     given = [None] * len(jobs) if updates is None else jax.tree.leaves(updates)
     named = jax.tree_util.tree_leaves_with_path(params)
@@ -127,10 +134,11 @@ def _statistics(tx, sample, state, params, updates) -> Statistics:
         for job, (path, p), u in zip(jobs, named, given, strict=True)
         if not job.frozen
     }
-    none = jnp.zeros([])
-    nothing = _Sums(none, none, none, none, none, none, none, jnp.zeros(BINS))
-    total = jax.tree.map(lambda *x: sum(x[1:], x[0]), nothing, *sums.values())
-    return Statistics(_measures(total), {name: _measures(x) for name, x in sums.items()})
+    if not sums:
+        return [], _measures(jax.tree.map(lambda x: x[None], _nothing()))
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *sums.values())
+    total = jax.tree.map(lambda x: jnp.sum(x, 0, keepdims=True), stacked)
+    return list(sums), _measures(jax.tree.map(lambda *x: jnp.concatenate(x), total, stacked))
 
 
 def opened(tx) -> Transformation:
@@ -237,6 +245,11 @@ def _implied(job: Job, m_hat, m, others, p):
     return job.descended(job.rule(step, g, m, *others)[0], p)
 
 
+def _nothing() -> _Sums:
+    none = jnp.zeros([])
+    return _Sums(none, none, none, none, none, none, none, jnp.zeros(BINS))
+
+
 def _histogram(sizes) -> jax.Array:
     """How many of ``sizes``, which are >= 0, are in each bin."""
     sizes = sizes.astype(jnp.float32)
@@ -246,16 +259,17 @@ def _histogram(sizes) -> jax.Array:
 
 
 def _quantiles(histogram) -> jax.Array:
-    """Where ``QUANTILES`` of a histogram lie, by linear interpolation in the bin."""
-    reached = jnp.cumsum(histogram)
-    rank = jnp.asarray(QUANTILES) * reached[-1]
-    i = jnp.argmax(reached[None, :] >= rank[:, None], axis=1)
-    inside = divide(rank - (reached[i] - histogram[i]), histogram[i])
+    """Where ``QUANTILES`` of each row, a histogram, lie, by linear interpolation in the bin."""
+    reached = jnp.cumsum(histogram, axis=1)
+    rank = jnp.asarray(QUANTILES)[None, :] * reached[:, -1:]
+    i = jnp.argmax(reached[:, None, :] >= rank[:, :, None], axis=2)
+    inside, until = (jnp.take_along_axis(x, i, axis=1) for x in (histogram, reached))
     lower, upper = jnp.asarray(EDGES)[i], jnp.asarray(EDGES)[i + 1]
-    return lower + inside * (upper - lower)
+    return lower + divide(rank - (until - inside), inside) * (upper - lower)
 
 
 def _measures(x: _Sums) -> Measures:
+    """Of sums that are rows."""
     n = jnp.maximum(x.number, 1)
     rms = lambda squares: jnp.sqrt(squares / n)
     ratio = jnp.where(x.param == 0, 0, divide(rms(x.update), rms(x.param)))
