@@ -34,12 +34,16 @@ def nadam_rule(step: Step, g, m, v):
     """Adam whose ``m_hat`` looks one step ahead (Dozat 2016, Algorithm 2)."""
     m = ema(step.b1, m, g)
     v = ema(step.b2, v, abs_sq(g))
-    return direction(step, look_ahead(step.b1, m, g), v / step.b2.correction), m, v
+    return direction(step, look_ahead(step, m, g), v / step.b2.correction), m, v
 
 
-def look_ahead(b1: Beta, m, g):
-    """Nesterov's ``m_hat``: the next step's momentum on ``m``, today's gradient besides, each corrected on its own."""
-    return b1.next_b * m / b1.next_correction + b1.one_minus_b * g / b1.correction
+def look_ahead(step: Step, m, g):
+    """Nesterov's ``m_hat``: the next step's momentum on ``m``, today's gradient besides, each corrected on its own.
+
+    PyTorch's momentum is not ``b1``, under which ``m`` is the average: then it is ``step.momentum``.
+    """
+    momentum: Beta = getattr(step, "momentum", step.b1)
+    return momentum.next_b * m / momentum.next_correction + momentum.one_minus_b * g / momentum.correction
 
 
 def with_eps_hat(step: Step) -> Step:
@@ -137,9 +141,12 @@ def scale_by_adam(
         >>> print(updates["w"].round(3), state.nu["w"].dtype)
         [ 1. -1.] float32
     """
+    given = {**locals()}
     rule, adjust = nadam_rule if nesterov else adam_rule, adjustment(eps_mode, bias_correction)
     betas, scalars = {"b1": b1, "b2": b2}, {"eps": eps, "eps_root": eps_root}
-    return scale_by_rule(rule, optax.ScaleByAdamState, betas, scalars, mu_dtype, moments, QuantizedAdamState, adjust)
+    return scale_by_rule(
+        rule, optax.ScaleByAdamState, betas, scalars, mu_dtype, moments, QuantizedAdamState, adjust
+    ).called(scale_by_adam, given)
 
 
 def adam(
@@ -182,8 +189,9 @@ def adam(
         >>> bool(loss(w) < 1e-3)
         True
     """
+    given = {**locals()}
     switches = {"nesterov": nesterov, "eps_mode": eps_mode, "bias_correction": bias_correction, "moments": moments}
-    return descend(scale_by_adam(b1, b2, eps, eps_root, mu_dtype, **switches), learning_rate)
+    return descend(scale_by_adam(b1, b2, eps, eps_root, mu_dtype, **switches), learning_rate).called(adam, given)
 
 
 def adamw(
@@ -233,6 +241,7 @@ def adamw(
         >>> print(updates["w"], updates["b"])
         [-0.05] [-0.]
     """
+    given = {**locals()}
     switches = {"nesterov": nesterov, "eps_mode": eps_mode, "bias_correction": bias_correction, "moments": moments}
     direction = scale_by_adam(b1, b2, eps, eps_root, mu_dtype, **switches)
-    return descend(direction, learning_rate, weight_decay, mask, max_lr)
+    return descend(direction, learning_rate, weight_decay, mask, max_lr).called(adamw, given)

@@ -60,7 +60,10 @@ def scale_by_adamax(
         >>> print(updates.round(3))
         [ 1. -1.  0.]
     """
-    return scale_by_rule(adamax_rule, optax.ScaleByAdamState, {"b1": b1, "b2": b2}, {"eps": eps}, moments=moments)
+    given = {**locals()}
+    return scale_by_rule(
+        adamax_rule, optax.ScaleByAdamState, {"b1": b1, "b2": b2}, {"eps": eps}, moments=moments
+    ).called(scale_by_adamax, given)
 
 
 def adamax(
@@ -90,7 +93,8 @@ def adamax(
         >>> print(tx.update(g, tx.init(g))[0].round(3))
         [-0.1  0.1]
     """
-    return descend(scale_by_adamax(b1, b2, eps, moments=moments), learning_rate)
+    given = {**locals()}
+    return descend(scale_by_adamax(b1, b2, eps, moments=moments), learning_rate).called(adamax, given)
 
 
 def adamaxw(
@@ -124,4 +128,7 @@ def adamaxw(
         >>> print(tx.update(0 * p, tx.init(p), p)[0])
         [-0.05 -0.05]
     """
-    return descend(scale_by_adamax(b1, b2, eps, moments=moments), learning_rate, weight_decay, mask, max_lr)
+    given = {**locals()}
+    return descend(scale_by_adamax(b1, b2, eps, moments=moments), learning_rate, weight_decay, mask, max_lr).called(
+        adamaxw, given
+    )

@@ -72,6 +72,7 @@ def scale_by_amsgrad(
         >>> print(updates.round(3))
         [0.1]
     """
+    given = {**locals()}
     _checks.one_of("max_of", max_of, ("v_hat", "v"))
     rule = amsgrad_rule if max_of == "v_hat" else amsgrad_of_v_rule
     switches = {"b1": ("bias_correction_mu", bias_correction_mu), "b2": ("bias_correction_nu", bias_correction_nu)}
@@ -81,7 +82,9 @@ def scale_by_amsgrad(
     hat = adjustment(eps_mode)
     adjust = lambda step: hat(without_correction(step, *uncorrected))
     betas, scalars = {"b1": b1, "b2": b2}, {"eps": eps, "eps_root": eps_root}
-    return scale_by_rule(rule, optax.ScaleByAmsgradState, betas, scalars, mu_dtype, moments, adjust=adjust)
+    return scale_by_rule(rule, optax.ScaleByAmsgradState, betas, scalars, mu_dtype, moments, adjust=adjust).called(
+        scale_by_amsgrad, given
+    )
 
 
 def amsgrad(
@@ -118,6 +121,9 @@ def amsgrad(
         >>> print(tx.update(g, tx.init(g))[0].round(3))
         [-0.1  0.1]
     """
+    given = {**locals()}
     switches = {"max_of": max_of, "eps_mode": eps_mode, "moments": moments}
     corrections = (bias_correction_mu, bias_correction_nu)
-    return descend(scale_by_amsgrad(b1, b2, eps, eps_root, mu_dtype, *corrections, **switches), learning_rate)
+    return descend(scale_by_amsgrad(b1, b2, eps, eps_root, mu_dtype, *corrections, **switches), learning_rate).called(
+        amsgrad, given
+    )

@@ -20,9 +20,12 @@ class Clip(optax.GradientTransformation):
         """What ``update`` carries."""
         return self.update.limit  # pyright: ignore[reportAttributeAccessIssue]
 
+    def __repr__(self):
+        return self.update.text  # pyright: ignore[reportAttributeAccessIssue]
 
-def _carrying(tx, limit) -> Clip:
-    tx.update.limit = limit
+
+def _carrying(tx, limit, text) -> Clip:
+    tx.update.limit, tx.update.text = limit, text
     return Clip(*tx)
 
 
@@ -52,7 +55,7 @@ def clip(max_delta: jax.typing.ArrayLike) -> Clip:
             raise NotOnePass("jadam.clip comes after another clipping")
         return [job._replace(bound=bound) for job in jobs], optax.clip(bound).update(updates, optax.EmptyState())[0]
 
-    return _carrying(optax.clip(bound), limit)
+    return _carrying(optax.clip(bound), limit, f"jadam.clip({bound})")
 
 
 def clip_by_global_norm(max_norm: jax.typing.ArrayLike) -> Clip:
@@ -86,7 +89,7 @@ def clip_by_global_norm(max_norm: jax.typing.ArrayLike) -> Clip:
         by, to = jnp.where(small, 1.0, norm), jnp.where(small, 1.0, max_norm)
         return [job._replace(norm=by, max_norm=to) for job in jobs], updates
 
-    return _carrying(optax.clip_by_global_norm(max_norm), limit)
+    return _carrying(optax.clip_by_global_norm(max_norm), limit, f"jadam.clip_by_global_norm({max_norm})")
 
 
 def chain(*stages: optax.GradientTransformation) -> Transformation:
@@ -118,6 +121,8 @@ def chain(*stages: optax.GradientTransformation) -> Transformation:
             raise TypeError(f"chain's stage {i} must be an Optax transformation, got {stage!r}.")
         if isinstance(stage, ExactBF16):
             raise ValueError(f"chain's stage {i} is exact_bf16, which must be outermost: exact_bf16(chain(...)).")
+        if hasattr(stage.update, "observe"):
+            raise ValueError(f"chain's stage {i} is record, which must be outermost: record(chain(...)).")
     inner = optax.with_extra_args_support(optax.chain(*stages))
     clips, rest = list(stages[:-1]), stages[-1:]
 
@@ -138,4 +143,5 @@ def chain(*stages: optax.GradientTransformation) -> Transformation:
             jobs, updates = stage.limit(jobs, updates)
         return Plan(jobs, lambda *stored: (*states, finish(*stored)))
 
+    inner.update.text = f"jadam.chain({', '.join(map(repr, stages))})"  # pyright: ignore[reportAttributeAccessIssue]
     return Transformation(inner.init, inner.update, plan)

@@ -79,6 +79,10 @@ def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
     """
     if not (hasattr(tx, "init") and hasattr(tx, "update")):
         raise TypeError(f"exact_bf16 needs an Optax transformation, got {tx!r}. Pass jadam.adam(...), for one.")
+    if hasattr(tx.update, "observe"):
+        raise ValueError(
+            "exact_bf16 must not be around record, whose records would be of other weights: record(exact_bf16(tx))."
+        )
     inner = optax.with_extra_args_support(optax.GradientTransformation(tx.init, tx.update))
 
     def init(params) -> Any:
@@ -123,7 +127,7 @@ def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
 
         return Plan(jobs, whole)
 
-    update.inner = inner  # pyright: ignore[reportFunctionMemberAccess]
+    update.inner, update.text = inner, f"jadam.exact_bf16({tx!r})"  # pyright: ignore[reportFunctionMemberAccess]
     return ExactBF16(init, update, plan)
 
 
@@ -163,12 +167,12 @@ def float32_params(params, state):
     return _masters(params, remainder)
 
 
-def from_float32(params32, tx: ExactBF16, keep: Callable[[str, Any], bool] | None = None):
+def from_float32(params32, tx: Transformation, keep: Callable[[str, Any], bool] | None = None):
     """bfloat16 parameters and a state that hold float32 ones without loss.
 
     Args:
         params32: parameters; those that are float32 become bfloat16, others stay what they are.
-        tx: what `exact_bf16` returned.
+        tx: what `exact_bf16` returned, or `jadam.record` around it.
         keep: ``keep(path, leaf)`` is True for those that stay float32, ``path`` being a string such as
             ``"['norm']['scale']"``. Default: none.
 
@@ -186,7 +190,8 @@ def from_float32(params32, tx: ExactBF16, keep: Callable[[str, Any], bool] | Non
         >>> print(params["w"].dtype, params["b"].dtype)
         bfloat16 float32
     """
-    if not isinstance(tx, ExactBF16):
+    exact = getattr(getattr(tx, "update", None), "records", tx)  # as jadam.record has it within
+    if not isinstance(exact, ExactBF16):
         raise TypeError(f"from_float32 needs what jadam.exact_bf16 returned, got {tx!r}. Wrap it: exact_bf16(tx).")
     _checks.trainable(params32, "params32")
 
@@ -197,7 +202,9 @@ def from_float32(params32, tx: ExactBF16, keep: Callable[[str, Any], bool] | Non
 
     params = jax.tree_util.tree_map_with_path(narrow, params32)
     remainder = jax.tree.map(lambda p, x: _no_remainder(p) if p is x else split(x)[1], params, params32)
-    return params, ExactBF16State(remainder, tx.inner.init(_masters(params, remainder)), version())
+    state = ExactBF16State(remainder, exact.inner.init(_masters(params, remainder)), version())
+    outer: Any = tx.init(params) if exact is not tx else None
+    return params, state if outer is None else outer._replace(inner_state=state)
 
 
 def split(x):

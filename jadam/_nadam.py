@@ -7,17 +7,9 @@ import jax
 import optax
 
 from jadam import _checks
-from jadam._adam import adjustment, direction, look_ahead, scale_by_adam
+from jadam._adam import adjustment, nadam_rule, scale_by_adam
 from jadam._formats import Moments
-from jadam._numerics import abs_sq, ema
-from jadam._transformation import QuantizedAdamState, Step, Transformation, descend, scale_by_rule
-
-
-def nadam_of_momentum_rule(step: Step, g, m, v):
-    """PyTorch's NAdam: ``m`` is the average under ``b1``, but ``m_hat`` takes its weights from ``momentum``."""
-    m = ema(step.b1, m, g)
-    v = ema(step.b2, v, abs_sq(g))
-    return direction(step, look_ahead(step.momentum, m, g), v / step.b2.correction), m, v
+from jadam._transformation import QuantizedAdamState, Transformation, descend, scale_by_rule
 
 
 def _scale_by_nadam(momentum_decay, b1, b2, eps, eps_root, mu_dtype, **switches):
@@ -33,7 +25,7 @@ def _scale_by_nadam(momentum_decay, b1, b2, eps, eps_root, mu_dtype, **switches)
     betas, scalars = {"b1": b1, "b2": b2, "momentum": momentum}, {"eps": eps, "eps_root": eps_root}
     stored = mu_dtype, switches["moments"], QuantizedAdamState
     adjust = adjustment(switches["eps_mode"])
-    return scale_by_rule(nadam_of_momentum_rule, optax.ScaleByAdamState, betas, scalars, *stored, adjust)
+    return scale_by_rule(nadam_rule, optax.ScaleByAdamState, betas, scalars, *stored, adjust)
 
 
 def nadam(
@@ -83,9 +75,10 @@ def nadam(
         >>> print(tx.update(g, tx.init(g))[0].round(3))
         [-0.147  0.147]
     """
+    given = {**locals()}
     switches = {"nesterov": nesterov, "eps_mode": eps_mode, "bias_correction": bias_correction, "moments": moments}
     scale = _scale_by_nadam(momentum_decay, b1, b2, eps, eps_root, mu_dtype, **switches)
-    return descend(scale, learning_rate)
+    return descend(scale, learning_rate).called(nadam, given)
 
 
 def nadamw(
@@ -126,6 +119,7 @@ def nadamw(
         >>> print(tx.update(0 * p, tx.init(p), p)[0])
         [-0.05 -0.05]
     """
+    given = {**locals()}
     switches = {"nesterov": nesterov, "eps_mode": eps_mode, "bias_correction": bias_correction, "moments": moments}
     scale = _scale_by_nadam(momentum_decay, b1, b2, eps, eps_root, mu_dtype, **switches)
-    return descend(scale, learning_rate, weight_decay, mask, max_lr)
+    return descend(scale, learning_rate, weight_decay, mask, max_lr).called(nadamw, given)

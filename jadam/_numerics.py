@@ -30,14 +30,25 @@ def constant_beta(b, t: Scalar, dtype) -> Beta:
     return Beta(value, one_minus(b, dtype), correction, value, next_correction)
 
 
-def scheduled_beta(b, next_b, correction: jax.Array) -> Beta:
+class Reached(NamedTuple):
+    """The correction of a scheduled beta at the step itself, where that of the step before is no longer known."""
+
+    correction: jax.Array
+
+    @property
+    def dtype(self):
+        """The correction's."""
+        return self.correction.dtype
+
+
+def scheduled_beta(b, next_b, correction: jax.Array | Reached) -> Beta:
     """``b`` of a schedule, whose next value is ``next_b``; ``correction`` is that of the step before.
 
     ``1 - b_1 * b_2 * ... * b_t`` is the average of ones under those betas, which, unlike the product, does not
     cancel while it is close to 0.
     """
     now, then = (constant_beta(x, jnp.ones([], correction.dtype), correction.dtype) for x in (b, next_b))
-    correction = ema(now, correction, 1)
+    correction = correction.correction if isinstance(correction, Reached) else ema(now, correction, 1)
     return now._replace(correction=correction, next_b=then.b, next_correction=ema(then, correction, 1))
 
 

@@ -20,7 +20,7 @@ def radam_rule(step: Step, g, m, v):
 def radam_of_nadam_rule(step: Step, g, m, v):
     """The same of NAdam's direction."""
     u, m, v = nadam_rule(step, g, m, v)
-    return jnp.where(step.trusted, step.rectification * u, look_ahead(step.b1, m, g)), m, v
+    return jnp.where(step.trusted, step.rectification * u, look_ahead(step, m, g)), m, v
 
 
 def rectified(step: Step) -> Step:
@@ -93,12 +93,15 @@ def scale_by_radam(
         >>> print(tx.update(g, tx.init(g))[0].round(3))  # too early: the gradient itself
         [ 4. -2.]
     """
+    given = {**locals()}
     threshold = _checks.hyperparameter("threshold", threshold, ">= 4")
     _checks.one_of("nesterov", nesterov, (True, False))
     rule, hat = radam_of_nadam_rule if nesterov else radam_rule, adjustment(eps_mode)
     adjust = lambda step: rectified(hat(step))
     betas, scalars = {"b1": b1, "b2": b2}, {"eps": eps, "eps_root": eps_root, "threshold": threshold}
-    return scale_by_rule(rule, optax.ScaleByAdamState, betas, scalars, moments=moments, adjust=adjust)
+    return scale_by_rule(rule, optax.ScaleByAdamState, betas, scalars, moments=moments, adjust=adjust).called(
+        scale_by_radam, given
+    )
 
 
 def radam(
@@ -132,5 +135,6 @@ def radam(
         >>> print(tx.update(g, tx.init(g))[0].round(3))
         [-0.4  0.2]
     """
+    given = {**locals()}
     switches = {"nesterov": nesterov, "eps_mode": eps_mode, "moments": moments}
-    return descend(scale_by_radam(b1, b2, eps, eps_root, threshold, **switches), learning_rate)
+    return descend(scale_by_radam(b1, b2, eps, eps_root, threshold, **switches), learning_rate).called(radam, given)

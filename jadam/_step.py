@@ -129,7 +129,13 @@ def by_jobs(kernel, tx, grads, state, params):
     grads = jax.tree.leaves(grads)
     done = kernel(jobs, grads, leaves)
     rows = [update_leaf(*x) if y is None else y for y, *x in zip(done, jobs, grads, leaves, strict=True)]
-    return structure.unflatten([p for p, _ in rows]), finish([stored for _, stored in rows])
+    return observed(tx, structure.unflatten([p for p, _ in rows]), finish([stored for _, stored in rows]))
+
+
+def observed(tx, params, state):
+    """The new parameters and the new state, in which `jadam.record` may have written."""
+    observe = getattr(tx.update, "observe", None)
+    return params, state if observe is None else observe(state, params)
 
 
 def by_xla(tx, grads, state, params):
@@ -160,7 +166,7 @@ def in_parts(tx, grads, state, params, mesh, specs, first):
         out_specs=(specs, of_owned),
         check_vma=False,
     )(scalars, owned, grads, leaves)
-    return structure.unflatten(leaves), finish(_stored(owned))
+    return observed(tx, structure.unflatten(leaves), finish(_stored(owned)))
 
 
 def _with_operands(tx, grads, state, params):
@@ -168,7 +174,7 @@ def _with_operands(tx, grads, state, params):
     jobs, finish = tx.plan(grads, state, params)
     scalars, owned, local = _replanned(jobs, jax.tree.leaves(params))
     params, (_, owned, _) = _bind(local, grads, (scalars, owned, [None] * len(jobs)), params, by_xla)
-    return params, finish(_stored(owned))
+    return observed(tx, params, finish(_stored(owned)))
 
 
 def _replanned(jobs, params):

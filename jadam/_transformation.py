@@ -7,6 +7,7 @@ behind it.
 """
 
 import functools
+import inspect
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -138,7 +139,6 @@ class Job(NamedTuple):
 
     def update(self, g, p):
         """``(u, stored)`` of the whole step: what comes before the rule and behind it."""
-        as_u = lambda x: jnp.asarray(x).astype(self.dtype)
         if self.frozen:
             return jnp.zeros_like(p, dtype=self.dtype), ()
         if self.bound is not None:
@@ -146,9 +146,14 @@ class Job(NamedTuple):
         if self.norm is not None:
             g = g / self.norm.astype(g.dtype) * self.max_norm.astype(g.dtype)
         u, stored = self(g)
+        return self.descended(u, p), stored
+
+    def descended(self, u, p):
+        """The update that the rule's direction becomes: with weight decay, times the learning rate."""
+        as_u = lambda x: jnp.asarray(x).astype(self.dtype)
         if self.weight_decay is not None:
             u = u + as_u(self.weight_decay) * p.astype(self.dtype)
-        return as_u(self.minus_lr) * u, stored
+        return as_u(self.minus_lr) * u
 
 
 class Plan(NamedTuple):
@@ -179,6 +184,21 @@ class Transformation(optax.GradientTransformationExtraArgs):
     def plan(self) -> Callable[..., Plan]:
         """What ``update`` carries."""
         return self.update.plan  # pyright: ignore[reportAttributeAccessIssue]
+
+    def called(self, function, given: dict[str, Any]) -> Any:
+        """Itself, from now on printed as the call of jadam's ``function`` with these arguments, where not defaults."""
+        self.update.text = call_text(function, given)  # pyright: ignore[reportAttributeAccessIssue]
+        return self
+
+    def __repr__(self):
+        return getattr(self.update, "text", None) or super().__repr__()
+
+    def __treescope_repr__(self, path, subtree_renderer):
+        """What treescope, which asks for it, shows in a notebook."""
+        from treescope import rendering_parts
+
+        del path, subtree_renderer
+        return rendering_parts.text(repr(self))
 
 
 def scale_by_rule(
@@ -319,6 +339,25 @@ def _at_step(betas, scalars, count, corrections, adjust):
         return adjust(step)
 
     return step, {name: value.correction for name, value in varying.items()}
+
+
+def call_text(function, given: dict[str, Any]) -> str:
+    """A call of one of jadam's public functions, without the arguments that are its defaults."""
+    parameters = inspect.signature(function).parameters
+    shown = [f"{x}={_short(given[x])}" for x, p in parameters.items() if not _same(given[x], p.default)]
+    return f"jadam.{function.__name__}({', '.join(shown)})"
+
+
+def _same(value, default) -> bool:
+    return value is default or (isinstance(value, (int, float, str)) and value == default)
+
+
+def _short(value) -> str:
+    """A value's ``repr``, without addresses, and not long; of a schedule the function that made it."""
+    if inspect.isroutine(value):
+        return f"<{value.__qualname__.split('.<locals>')[0].strip('<>')}>"
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def planned(init, plan) -> Transformation:

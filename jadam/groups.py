@@ -100,6 +100,7 @@ def by_path(
         ['dense']['kernel'] 17408 '' moments='int8'
         ['embed'] 0 'embed' jadam.FROZEN
     """
+    given = {**locals()}
     defaults = {"b1": b1, "b2": b2, "weight_decay": weight_decay, "moments": moments, "lr_mult": 1.0}
     switches = {"nesterov": nesterov, "eps_mode": eps_mode, "bias_correction": bias_correction}
     learning_rate = _checks.hyperparameter("learning_rate", learning_rate, ">= 0", hint="To maximise, negate the loss.")
@@ -172,7 +173,7 @@ def by_path(
 
         return Plan(jobs, finish)
 
-    return planned(init, plan)
+    return planned(init, plan).called(by_path, given)
 
 
 class _Parts:

@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh
 
 from jadam import _checks
 from jadam._adam import adamw
-from jadam._describe import owners, table
+from jadam._describe import html_table, owners, table
 from jadam._exact_bf16 import exact_bf16
 from jadam._models import MODELS
 from jadam._output import check_picture, save_picture
@@ -48,10 +48,21 @@ class MemoryPlan:
         return self.parameters + self.gradients + self.state
 
     def __str__(self):
-        rows = [("", "bytes on a device", "GiB"), *((name, f"{x:,}", f"{x / GIB:.2f}") for name, x in self.rows())]
+        head, notes = self._text()
+        return "\n".join([head, table(self._table()), *notes])
+
+    def _repr_html_(self):
+        """The table, for notebooks."""
+        head, notes = self._text()
+        return html_table(self._table(), [head, *notes])
+
+    def _table(self):
+        return [("", "bytes on a device", "GiB"), *((name, f"{x:,}", f"{x / GIB:.2f}") for name, x in self.rows())]
+
+    def _text(self):
         notes = [f"{name}: {note}" for name, note in list(self.notes.items())[:5]]
         more = [f"and {len(self.notes) - 5} more"] if len(self.notes) > 5 else []
-        return "\n".join([f"{self.count:,} parameters on {self.devices} devices", table(rows), *notes, *more])
+        return f"{self.count:,} parameters on {self.devices} devices", [*notes, *more]
 
     def rows(self) -> list[tuple[str, int]]:
         """Each kind and the total."""

@@ -167,7 +167,7 @@ def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[s
         concrete = not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(params))
         return traced_step(grads, state, _put(params, homes) if concrete else params)
 
-    update.layout, update.step = layout, step  # pyright: ignore[reportFunctionMemberAccess]
+    update.layout, update.step, update.divides = layout, step, tx  # pyright: ignore[reportFunctionMemberAccess]
     return Zero1(init, update)
 
 

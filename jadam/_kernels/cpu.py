@@ -19,7 +19,6 @@ from jadam._adam import adam_rule, nadam_rule
 from jadam._adamax import adamax_rule
 from jadam._amsgrad import amsgrad_of_v_rule, amsgrad_rule
 from jadam._int8 import block_of
-from jadam._nadam import nadam_of_momentum_rule
 from jadam._radam import radam_of_nadam_rule, radam_rule
 from jadam._transformation import Job
 
@@ -27,7 +26,6 @@ LEAVES = 24  # a call; XLA's compile time grows with the square of a call's alia
 RULES = {
     adam_rule: 0,
     nadam_rule: 1,
-    nadam_of_momentum_rule: 1,
     adamax_rule: 2,
     amsgrad_rule: 3,
     amsgrad_of_v_rule: 4,

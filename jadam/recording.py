@@ -1,0 +1,301 @@
+"""`jadam.statistics` every so many steps, kept in the optimizer's state; and a look at them afterwards."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jadam import _checks
+from jadam._describe import html_table
+from jadam._formats import leaf_name
+from jadam._transformation import Plan, Transformation
+from jadam.statistics import QUANTILES, Measures, in_rows, looked_into, steps_taken
+
+SCALARS = Measures._fields[:-1]
+COLUMNS = len(SCALARS) + len(QUANTILES)
+
+
+class Ring(NamedTuple):
+    """The last records, the oldest overwritten; its size never changes.
+
+    ``written`` int32 is how many there were; ``steps`` int32 at which, -1 where none is yet; ``values`` float32
+    ``[keep, 1 + leaves, 11]`` the `Measures` in total and of each parameter; ``names`` uint8 the paths, one a line.
+    """
+
+    written: jax.Array
+    steps: jax.Array
+    values: jax.Array
+    names: jax.Array
+
+
+class RecordState(NamedTuple):
+    """The state of what `record` wraps, and beside it the records."""
+
+    inner_state: Any
+    ring: Ring
+
+
+class Record(Transformation):
+    """What `record` returns."""
+
+    @property
+    def inner(self) -> Transformation:
+        """What it is around; ``update`` carries it."""
+        return self.update.records  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def record(
+    tx: optax.GradientTransformation, every: int = 100, keep: int = 1000, *, sample: int | None = 2**15
+) -> Record:
+    """Keep `jadam.statistics` of every ``every``-th step beside the state, without leaving the device.
+
+    Updates and `jadam.step`'s one pass are those of ``tx``. The steps between cost next to nothing. The records are a
+    ring of fixed size, so that nothing is compiled anew and nothing grows; it is part of the state, so that it works
+    under `jax.lax.scan`, on a mesh and with donation, and is saved and restored with it. Read it with `history`.
+
+    It goes outside of `jadam.exact_bf16` and `jadam.chain`, and inside of `jadam.sharding.zero1`.
+
+    Args:
+        tx: what `jadam.statistics` can look into.
+        every: record when the number of steps taken is a multiple of this; >= 1.
+        keep: how many records, >= 1; later ones overwrite the oldest. Each takes 44 bytes a parameter array.
+        sample: of how many coordinates of each parameter, see `jadam.statistics`; None: of all, which costs a few
+            steps' time on a CPU. As many drawn at random would tell a share to 0.3 %, standard deviation.
+
+    Returns:
+        A transformation with state `RecordState`; ``update`` needs ``params``.
+
+    Raises:
+        TypeError: ``tx`` is none that `jadam.statistics` can look into, ``zero1`` among them.
+        ValueError: ``every``, ``keep`` or ``sample`` out of range, a chain of other stages (at ``init``), or a
+            `record` within another.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jadam
+        >>> tx = jadam.record(jadam.adam(0.1), every=2, keep=3)
+        >>> def step(carry, _):
+        ...     params, state = carry
+        ...     return jadam.step(tx, {"w": params["w"] - 3.0}, state, params), None
+        >>> params = {"w": jnp.ones(2)}
+        >>> (params, state), _ = jax.lax.scan(step, (params, tx.init(params)), length=11)
+        >>> history = jadam.history(state)
+        >>> print(history.steps, history.total["update_rms"].shape, list(history.leaves))
+        [ 6  8 10] (3,) ["['w']"]
+    """
+    for name, value, none in (("every", every, False), ("keep", keep, False), ("sample", sample, True)):
+        whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        if not whole and not (value is None and none):
+            raise ValueError(f"{name} must be a whole number > 0{' or None' * none}, got {value!r}.")
+    if not isinstance(tx, Transformation):
+        remedy = "Take jadam.chain for optax.chain, and zero1(record(...)) for record(zero1(...))."
+        raise TypeError(f"record needs one of jadam's optimizers, such as jadam.adam(...), got {tx!r}. {remedy}")
+    if isinstance(tx, Record):
+        raise ValueError("record must not be around another record. Drop one.")
+
+    def init(params) -> Any:
+        state = tx.init(params)
+        found = []
+
+        def look(state, params):
+            found.extend(not job.frozen for job in looked_into(tx, state, params)[1])
+
+        jax.eval_shape(look, state, params)
+        paths = [leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        names = "\n".join(["total", *(path for path, on in zip(paths, found, strict=True) if on)])
+        values = jnp.zeros((keep, 1 + sum(found), COLUMNS), jnp.float32)
+        text = jnp.asarray(np.frombuffer(names.encode(), np.uint8))
+        return RecordState(state, Ring(jnp.zeros([], jnp.int32), jnp.full(keep, -1, jnp.int32), values, text))
+
+    def observe(state, params):
+        """The new state with a record in it of itself and the new parameters, if it is time."""
+        inner, ring = state
+        count = steps_taken(inner)
+        due = count % every == 0
+        look = lambda inner, params: _row(in_rows(tx, sample, inner, params)[1])
+        none = lambda inner, params: jnp.zeros(ring.values.shape[1:], jnp.float32)
+        rows = jax.lax.cond(due, look, none, inner, params)  # small, where the ring would be copied at every step
+        slot = jax.lax.rem(ring.written, jnp.int32(ring.steps.shape[0]))
+
+        def put(array, row):
+            row = jnp.where(due, row, jax.lax.dynamic_index_in_dim(array, slot, keepdims=False))
+            return jax.lax.dynamic_update_index_in_dim(array, row, slot, 0)
+
+        written = ring.written + due.astype(jnp.int32)
+        return RecordState(inner, Ring(written, put(ring.steps, count), put(ring.values, rows), ring.names))
+
+    def update(updates, state, params=None, **extra_args) -> Any:
+        if params is None:
+            raise ValueError("record needs params: call update(updates, state, params).")
+        _checks.state_of(state, RecordState)
+        updates, inner = tx.update(updates, state.inner_state, params, **extra_args)
+        return updates, observe(RecordState(inner, state.ring), optax.apply_updates(params, updates))
+
+    def plan(updates, state, params) -> Plan:
+        _checks.state_of(state, RecordState)
+        jobs, finish = tx.plan(updates, state.inner_state, params)
+        return Plan(jobs, lambda stored: RecordState(finish(stored), state.ring))
+
+    update.records, update.observe = tx, observe  # pyright: ignore[reportFunctionMemberAccess]
+    update.text = f"jadam.record({tx!r}, every={every}, keep={keep}, sample={sample})"  # pyright: ignore
+    return Record(init, update, plan)
+
+
+def _row(measures: Measures) -> jax.Array:
+    """What a record holds, ``[1 + leaves, 11]``."""
+    return jnp.concatenate([jnp.stack(measures[:-1], axis=1), measures[-1]], axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class History:
+    """What `record` kept, oldest first, as NumPy arrays.
+
+    ``total`` and each of ``leaves`` map the names of `jadam.statistics.Measures` to arrays of a value for each of
+    ``steps``; ``step_quantiles`` has a row of five.
+    """
+
+    steps: np.ndarray
+    total: dict[str, np.ndarray]
+    leaves: dict[str, dict[str, np.ndarray]]
+
+    def frame(self) -> Any:
+        """A `pandas.DataFrame`, indexed by step and parameter (``"total"`` among them); needs pandas."""
+        try:
+            import pandas  # pyright: ignore[reportMissingImports]
+        except ImportError:
+            raise ImportError(
+                "frame needs pandas: pip install pandas. The arrays are in steps, total and leaves."
+            ) from None
+        columns = [*SCALARS, *(f"step_{100 * q:.0f}%" for q in QUANTILES)]
+        parts = {}
+        for name, x in {"total": self.total, **self.leaves}.items():
+            values = np.column_stack([*(x[key] for key in SCALARS), x["step_quantiles"]])
+            parts[name] = pandas.DataFrame(values, pandas.Index(self.steps, name="step"), columns)
+        return pandas.concat(parts, names=["parameter"]).swaplevel().sort_index(level="step", sort_remaining=False)
+
+    def __repr__(self):
+        span = f", steps {self.steps[0]} to {self.steps[-1]}" if len(self.steps) else ""
+        return f"History({len(self.steps)} records of {len(self.leaves)} parameters{span})"
+
+    def _repr_html_(self):
+        """The last record as a table, for notebooks."""
+        if not len(self.steps):
+            return html_table([("parameter",)], [repr(self)])
+        rows: list[tuple[str, ...]] = [("parameter", *SCALARS, "median step")]
+        for name, x in {"total": self.total, **self.leaves}.items():
+            numbers = [*(x[key][-1] for key in SCALARS), x["step_quantiles"][-1, len(QUANTILES) // 2]]
+            rows.append((name, *(f"{number:.3g}" for number in numbers)))
+        return html_table(rows, [f"{self!r}; the last one"])
+
+
+def history(state) -> History:
+    """Read what `record` keeps, wherever in ``state`` it is.
+
+    Args:
+        state: the state of a transformation that has `record` in it, once.
+
+    Returns:
+        A `History`, oldest first: ``steps``, ``total`` and ``leaves`` are NumPy arrays; ``frame()`` is a pandas frame
+        where pandas is installed; draw it with `plot`.
+
+    Raises:
+        ValueError: no `RecordState` in ``state``, or several.
+
+    Example:
+        >>> import jax.numpy as jnp, jadam
+        >>> tx = jadam.record(jadam.adam(0.1), every=1)
+        >>> params = jnp.ones(2)
+        >>> _, state = jadam.step(tx, jnp.ones(2), tx.init(params), params)
+        >>> history = jadam.history(state)
+        >>> print(history, history.total["snr"].round(3))
+        History(1 records of 1 parameters, steps 1 to 1) [1.]
+    """
+    is_record = lambda x: isinstance(x, RecordState)
+    found = [x for x in jax.tree.leaves(state, is_leaf=is_record) if is_record(x)]
+    if len(found) != 1:
+        raise ValueError(
+            f"state must hold the records of one record, found {len(found)}. Train with jadam.record(...)."
+        )
+    written, steps, values, names = (np.asarray(x) for x in found[0].ring)
+    keep = len(steps)
+    order = (np.arange(keep) + (written if written > keep else 0)) % keep
+    order = order[steps[order] >= 0]
+    steps, values = steps[order], values[order]
+
+    def columns(x):
+        return {**{name: x[:, i] for i, name in enumerate(SCALARS)}, "step_quantiles": x[:, len(SCALARS) :]}
+
+    total, *leaves = (columns(values[:, i]) for i in range(values.shape[1]))
+    return History(steps, total, dict(zip(names.tobytes().decode().split("\n")[1:], leaves, strict=True)))
+
+
+def plot(history: History) -> Any:
+    """Draw a `History`: step sizes, signal-to-noise ratio, and each parameter's update-to-parameter ratio.
+
+    Args:
+        history: what `history` returned, of one record at least.
+
+    Returns:
+        A `matplotlib.figure.Figure`; needs matplotlib.
+
+    Raises:
+        ValueError: no record.
+        TypeError: no `History`.
+
+    Example:
+        >>> import jax.numpy as jnp, jadam
+        >>> tx = jadam.record(jadam.adam(0.1), every=1)
+        >>> params = jnp.ones(2)
+        >>> _, state = jadam.step(tx, jnp.ones(2), tx.init(params), params)
+        >>> figure = jadam.plot(jadam.history(state))
+        >>> print([axes.get_xlabel() for axes in figure.axes[:3]])
+        ['step', 'step', 'step']
+    """
+    if not isinstance(history, History):
+        raise TypeError(f"plot needs what jadam.history returned, got {type(history).__name__}.")
+    if not len(history.steps):
+        raise ValueError("plot needs a history of one record at least, got none. Train for `every` steps.")
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    names = list(history.leaves)
+    figure = Figure(figsize=(9, 6 + 0.16 * min(len(names), 40)), layout="constrained")
+    top, low = figure.subplots(2, 1, height_ratios=[1, 1 + 0.05 * min(len(names), 40)])
+    grid = top.get_gridspec()
+    top.remove()
+    sizes, snr = (figure.add_subplot(part) for part in grid[0].subgridspec(1, 2))
+    blue, orange = "#0072b2", "#d55e00"  # Okabe & Ito's, which the colour-blind tell apart
+    shown = np.where(history.total["step_quantiles"] > 0, history.total["step_quantiles"], np.nan).T  # log has no 0
+    marker = "o" if len(history.steps) == 1 else None
+    sizes.fill_between(history.steps, shown[0], shown[4], color=blue, alpha=0.2, lw=0, label="5 to 95 %")
+    sizes.fill_between(history.steps, shown[1], shown[3], color=blue, alpha=0.4, lw=0, label="25 to 75 %")
+    sizes.plot(history.steps, shown[2], color=blue, marker=marker, label="median")
+    sizes.set(xlabel="step", ylabel="|update| of a coordinate\n(parameters' unit)", title="step sizes")
+    if np.isfinite(shown).any():
+        sizes.set_yscale("log")
+    sizes.legend(frameon=False, fontsize="small")
+    for name in names:
+        snr.plot(history.steps, history.leaves[name]["snr"], color="0.7", lw=0.7)
+    snr.plot(history.steps, history.total["snr"], color=orange, marker=marker, label="all coordinates")
+    snr.plot([], [], color="0.7", lw=0.7, label="each parameter")
+    snr.set(xlabel="step", ylabel="mean |m̂| / √v̂ (no unit)", title="signal-to-noise ratio", ylim=(0, None))
+    snr.legend(frameon=False, fontsize="small")
+    ratio = np.array([history.leaves[name]["update_ratio"] for name in names]).reshape(len(names), len(history.steps))
+    ratio = np.ma.masked_where(~(np.isfinite(ratio) & (ratio > 0)), ratio)
+    mesh = low.pcolormesh(
+        np.arange(len(history.steps) + 1),
+        np.arange(len(names) + 1),
+        ratio,
+        cmap="cividis",
+        norm=LogNorm() if ratio.count() else None,
+    )
+    at = np.unique(np.linspace(0, len(history.steps) - 1, 8).astype(int))
+    low.set_xticks(at + 0.5, history.steps[at])
+    every = -(-len(names) // 40)
+    low.set_yticks(np.arange(0, len(names), every) + 0.5, names[::every], fontsize="small")
+    low.invert_yaxis()
+    low.set(xlabel="step", title="update over parameter, root mean squares")
+    figure.colorbar(mesh, ax=low, label="ratio (no unit)")
+    return figure

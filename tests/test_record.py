@@ -1,0 +1,258 @@
+"""`jadam.record`: the numbers of `jadam.statistics`, at their steps, in one program that never grows."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jadam
+from jadam.recording import Record
+
+MESH = Mesh(np.array(jax.devices()), ("data",))
+
+
+def tree(seed=0, dtype=jnp.float32):
+    rng = np.random.default_rng(seed)
+    x = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)
+    return {"layers": [x(4, 4) for _ in range(11)], "kernel": x(64, 128), "bias": x(24)}
+
+
+def one_pass(tx, g, state, p):
+    return jadam.step(tx, g, state, p)
+
+
+def two_calls(tx, g, state, p):
+    updates, state = tx.update(g, state, p)
+    return optax.apply_updates(p, updates), state
+
+
+def trained(tx, p, steps, take=one_pass, each=None):
+    """Donated, in one program; ``each(i, p, state)`` looks on."""
+    step = jax.jit(lambda p, state, g: take(tx, g, state, p), donate_argnums=(0, 1))
+    p, state = jax.tree.map(jnp.copy, p), tx.init(p)
+    for i in range(steps):
+        p, state = step(p, state, tree(i + 1))
+        if each is not None:
+            each(i + 1, p, state)
+    assert step._cache_size() == 1
+    return p, state
+
+
+TRANSFORMATIONS = {
+    "int8": (lambda: jadam.adamw(1e-2, moments="int8"), jnp.float32),
+    "chain, exact_bf16": (
+        lambda: jadam.exact_bf16(jadam.chain(jadam.clip_by_global_norm(1.0), jadam.adam(1e-2))),
+        jnp.bfloat16,
+    ),
+    "by_path": (lambda: jadam.by_path([("bias", jadam.FROZEN), ("", {"b1": lambda t: 0.8})], 1e-2), jnp.float32),
+}
+
+
+@pytest.mark.parametrize("take", [one_pass, two_calls])
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_what_is_kept(name, take):
+    """Every second step's statistics, the last three; the training's bits are those without."""
+    make, dtype = TRANSFORMATIONS[name]
+    tx = jadam.record(make(), every=2, keep=3)
+    seen = {}
+
+    def look(i, p, state):
+        if i % 2 == 0:
+            seen[i] = jax.tree.map(np.asarray, jadam.statistics(tx, state, p, sample=2**15))
+
+    p, state = trained(tx, tree(dtype=dtype), 11, take, look)
+    history = jadam.history(state)
+    np.testing.assert_array_equal(history.steps, [6, 8, 10])
+    frozen = {"['bias']"} if name == "by_path" else set()
+    assert set(history.leaves) == {n for n in seen[6].leaves if n not in frozen}
+    assert list(history.leaves)[-2:] == ["['layers'][9]", "['layers'][10]"]  # as the parameters are ordered
+    for k, i in enumerate(history.steps):
+        for told, kept in [(seen[i].total, history.total)] + [
+            (seen[i].leaves[n], x) for n, x in history.leaves.items()
+        ]:
+            for field, x in zip(told._fields, told, strict=True):
+                # XLA fuses the two programs otherwise: 16 roundings of a term and n / 2 of their root's sum, n = 8,392
+                np.testing.assert_allclose(kept[field][k], x, rtol=4212 * 2.0**-24)
+    plain, inner = trained(make(), tree(dtype=dtype), 11, take)
+    exact = take is one_pass and jadam.backends()["cpu"].kernel is not None
+    for a, b in zip(jax.tree.leaves((p, state.inner_state)), jax.tree.leaves((plain, inner)), strict=True):
+        if exact:
+            np.testing.assert_array_equal(a, b)
+        else:  # XLA may contract a product and a sum in one program only: codes and remainders hide how far
+            np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), rtol=0.02, atol=2.0**16)
+
+
+def test_it_never_grows():
+    """State, program and memory: whatever the number of steps, and under scan without a host callback."""
+    tx = jadam.record(jadam.adam(1e-2), every=3, keep=4)
+    p = tree()
+    state = tx.init(p)
+    before = [(x.shape, x.dtype) for x in jax.tree.leaves(state)]
+    step = lambda carry, g: (jadam.step(tx, g, carry[1], carry[0]), None)
+    run = jax.jit(lambda p, state, g: jax.lax.scan(step, (p, state), g)[0], donate_argnums=(0, 1))
+    gradients = jax.tree.map(lambda x: jnp.stack([x] * 10), tree(1))
+    text = run.lower(p, state, gradients).compile().as_text()
+    assert "callback" not in text
+    for _ in range(5):
+        p, state = run(p, state, gradients)
+    assert run._cache_size() == 1
+    assert [(x.shape, x.dtype) for x in jax.tree.leaves(state)] == before
+    np.testing.assert_array_equal(jadam.history(state).steps, [39, 42, 45, 48])
+
+
+@pytest.mark.parametrize("keep", [10, 1000])
+def test_the_steps_between_do_next_to_nothing(keep):
+    """One condition, with all that is looked at in its branch; no copy of a parameter or of the ring."""
+    shape = (1024, 1024)
+    p = {"w": jax.ShapeDtypeStruct(shape, jnp.float32)}
+
+    def compiled(tx):
+        state = jax.eval_shape(tx.init, p)
+        step = jax.jit(lambda p, state, g: jadam.step(tx, g, state, p), donate_argnums=(0, 1))
+        return step.lower(p, state, p).compile()
+
+    program = compiled(jadam.record(jadam.adam(1e-3), keep=keep))
+    text = program.as_text()
+    assert len(re.findall(r" conditional\(", text)) == 1
+    entry = text[text.index("ENTRY") :]
+    assert not re.search(rf"= f32\[({shape[0]},{shape[1]}|{keep},2,11)\]\S* copy\(", text)
+    assert not re.search(r" (sqrt|scatter|reduce)\(", entry)
+    assert ("jadam_step" in entry) == (jadam.backends()["cpu"].kernel is not None)
+    alone = compiled(jadam.adam(1e-3)).memory_analysis().temp_size_in_bytes
+    # the branch's own: at most 32,768 coordinates in some forms of 4 bytes, 1,024 bins
+    assert program.memory_analysis().temp_size_in_bytes <= alone + 16 * 4 * 2**15
+
+
+def test_describe_says_one_pass():
+    p = tree()
+    for tx in (jadam.adamw(1e-3, moments="int8"), jadam.chain(jadam.clip(1.0), jadam.adam(1e-3))):
+        alone, recorded = jadam.describe(tx, p), jadam.describe(jadam.record(tx, keep=10), p)
+        assert (recorded.one_pass, recorded.step) == (alone.one_pass, alone.step)
+        assert recorded.leaves == alone.leaves
+        assert recorded.bytes == alone.bytes + 10 * (14 * 11 * 4 + 4) + 4 + len("total") + sum(
+            1 + len(leaf.name) for leaf in alone.leaves
+        )
+    bare = jnp.ones((10, 11))  # a parameter without a path is no reason to take the ring for its own
+    assert jadam.describe(jadam.record(jadam.adam(1e-3)), bare).leaves == jadam.describe(jadam.adam(1e-3), bare).leaves
+
+
+def test_sharded():
+    """`zero1` around `record`: the numbers of one device, the ring on all of them."""
+    p = tree()
+    tx = jadam.record(jadam.adamw(1e-2, moments="int8"), every=2, keep=2)
+    divided = jadam.sharding.zero1(tx, p, MESH, "data")
+    _, alone = trained(tx, p, 5)
+    p = jax.device_put(p, NamedSharding(MESH, P()))
+    step = jax.jit(lambda p, state, g: jadam.step(divided, g, state, p), donate_argnums=(0, 1))
+    state = divided.init(p)
+    for i in range(5):
+        p, state = step(p, state, tree(i + 1))
+    assert step._cache_size() == 1
+    assert all(x.sharding.is_fully_replicated for x in state.ring)
+    np.testing.assert_array_equal(jadam.history(state).steps, [2, 4])
+    np.testing.assert_allclose(state.ring.values, alone.ring.values, rtol=2 * 8392 * 2.0**-24)  # sums in another order
+
+
+def test_exact_bf16_from_float32():
+    tx = jadam.record(jadam.exact_bf16(jadam.adam(1e-4)), every=1, keep=5)
+    w = tree()
+    p, state = jadam.from_float32(w, tx)
+    assert jax.tree.structure(state) == jax.tree.structure(tx.init(p))
+    for a, b in zip(jax.tree.leaves(jadam.float32_params(p, state)), jax.tree.leaves(w), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_vmap_and_lowering_for_an_accelerator():
+    tx = jadam.record(jadam.adam(1e-2), every=2, keep=2)
+    p = jnp.ones((3, 5))
+    states = jax.vmap(tx.init)(p)
+    for _ in range(2):
+        p, states = jax.vmap(functools.partial(jadam.step, tx))(p, states, p)
+    np.testing.assert_array_equal(states.ring.steps, [[2, -1]] * 3)
+    program = jax.export.export(jax.jit(functools.partial(jadam.step, tx)), platforms=["cuda", "tpu"])
+    one = jnp.ones(5)
+    assert "callback" not in program(one, tx.init(one), one).mlir_module()
+
+
+def test_history_and_its_errors():
+    tx = jadam.record(jadam.adam(1e-3), every=1, keep=3)
+    p = tree()
+    empty = jadam.history(tx.init(p))
+    assert (len(empty.steps), repr(empty)) == (0, "History(0 records of 13 parameters)")
+    assert empty.total["step_quantiles"].shape == (0, 5)
+    with pytest.raises(ValueError, match="plot needs a history of one record at least"):
+        jadam.plot(empty)
+    with pytest.raises(TypeError, match=r"plot needs what jadam\.history returned, got dict"):
+        jadam.plot({})
+    with pytest.raises(ValueError, match="the records of one record, found 0"):
+        jadam.history(jadam.adam(1e-3).init(p))
+    assert "<table>" in empty._repr_html_()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_plot_and_table(steps):
+    _, state = trained(jadam.record(jadam.adam(1e-2), every=1, keep=3), tree(), steps)
+    history = jadam.history(state)
+    figure = jadam.plot(history)
+    low, sizes, snr, bar = figure.axes
+    assert [axes.get_xlabel() for axes in (low, sizes, snr)] == ["step"] * 3
+    assert "parameters' unit" in sizes.get_ylabel()
+    assert "no unit" in snr.get_ylabel()
+    assert "no unit" in bar.get_ylabel()
+    assert low.collections[0].get_array().shape == (13, min(steps, 3))
+    figure.savefig("/dev/null", format="png")  # nothing warns
+    table = history._repr_html_()
+    assert table.count("<tr>") == 1 + 1 + 13
+    assert f"{history.total['snr'][-1]:.3g}" in table
+
+
+def test_a_pandas_frame():
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed; History.frame needs it")
+    _, state = trained(jadam.record(jadam.adam(1e-2), every=2, keep=3), tree(), 5)
+    history = jadam.history(state)
+    frame = history.frame()
+    assert isinstance(frame, pandas.DataFrame)
+    assert frame.index.names == ["step", "parameter"]
+    assert frame.shape == (2 * 14, 11)
+    assert frame.loc[(4, "['kernel']"), "snr"] == history.leaves["['kernel']"]["snr"][1]
+    assert list(frame.columns[-5:]) == ["step_5%", "step_25%", "step_50%", "step_75%", "step_95%"]
+
+
+def test_without_pandas(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match="frame needs pandas: pip install pandas"):
+        jadam.history(jadam.record(jadam.adam(1e-3)).init(jnp.ones(2))).frame()
+
+
+def test_where_it_does_not_go():
+    tx = jadam.adam(1e-3)
+    p = jnp.ones(2)
+    for wrong in (optax.adam(1e-3), None, jadam.sharding.zero1(tx, jnp.ones(8), MESH, "data")):
+        with pytest.raises(TypeError, match="record needs one of jadam's optimizers"):
+            jadam.record(wrong)
+    with pytest.raises(ValueError, match="record must not be around another record"):
+        jadam.record(jadam.record(tx))
+    with pytest.raises(ValueError, match="chain's stage 1 is record, which must be outermost"):
+        jadam.chain(jadam.clip(1.0), jadam.record(tx))
+    with pytest.raises(ValueError, match="exact_bf16 must not be around record"):
+        jadam.exact_bf16(jadam.record(tx))
+    with pytest.raises(ValueError, match=r"cannot look into the transformation: jadam\.chain's stage 0"):
+        jadam.record(jadam.chain(optax.clip(1.0), tx)).init(p)
+    with pytest.raises(ValueError, match="record needs params"):
+        jadam.record(tx).update(p, jadam.record(tx).init(p))
+    with pytest.raises(TypeError, match="state must be the RecordState"):
+        jadam.record(tx).update(p, tx.init(p), p)
+    for name in ("every", "keep", "sample"):
+        with pytest.raises(ValueError, match=f"{name} must be a whole number > 0"):
+            jadam.record(tx, **{name: 0})
+    with pytest.raises(ValueError, match="every must be a whole number > 0, got None"):
+        jadam.record(tx, every=None)
+    assert isinstance(jadam.record(tx, sample=None), Record)
