@@ -301,5 +301,6 @@ def plot(history: History) -> Any:
     low.set_yticks(np.arange(0, len(names), every) + 0.5, names[::every], fontsize="small")
     low.invert_yaxis()
     low.set(xlabel="step", title="update over parameter, root mean squares")
-    figure.colorbar(mesh, ax=low, label="ratio (no unit)", format=plain)
+    bar = figure.colorbar(mesh, ax=low, label="ratio (no unit)", format=plain)
+    bar.ax.yaxis.set_minor_formatter(NullFormatter())
     return figure
