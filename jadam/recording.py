@@ -259,7 +259,9 @@ def plot(history: History) -> Any:
         raise ValueError("plot needs a history of one record at least, got none. Train for `every` steps.")
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
+    plain = FuncFormatter(lambda x, _: f"{x:g}")  # powers of ten need mathtext, which old versions run with warnings
     names = list(history.leaves)
     figure = Figure(figsize=(9, 6 + 0.16 * min(len(names), 40)), layout="constrained")
     top, low = figure.subplots(2, 1, height_ratios=[1, 1 + 0.05 * min(len(names), 40)])
@@ -275,6 +277,8 @@ def plot(history: History) -> Any:
     sizes.set(xlabel="step", ylabel="|update| of a coordinate\n(parameters' unit)", title="step sizes")
     if np.isfinite(shown).any():
         sizes.set_yscale("log")
+        sizes.yaxis.set_major_formatter(plain)
+        sizes.yaxis.set_minor_formatter(NullFormatter())
     sizes.legend(frameon=False, fontsize="small")
     for name in names:
         snr.plot(history.steps, history.leaves[name]["snr"], color="0.7", lw=0.7)
@@ -297,5 +301,6 @@ def plot(history: History) -> Any:
     low.set_yticks(np.arange(0, len(names), every) + 0.5, names[::every], fontsize="small")
     low.invert_yaxis()
     low.set(xlabel="step", title="update over parameter, root mean squares")
-    figure.colorbar(mesh, ax=low, label="ratio (no unit)")
+    bar = figure.colorbar(mesh, ax=low, label="ratio (no unit)", format=plain)
+    bar.ax.yaxis.set_minor_formatter(NullFormatter())
     return figure

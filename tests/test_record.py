@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax import export
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -175,7 +176,7 @@ def test_vmap_and_lowering_for_an_accelerator():
     for _ in range(2):
         p, states = jax.vmap(functools.partial(jadam.step, tx))(p, states, p)
     np.testing.assert_array_equal(states.ring.steps, [[2, -1]] * 3)
-    program = jax.export.export(jax.jit(functools.partial(jadam.step, tx)), platforms=["cuda", "tpu"])
+    program = export.export(jax.jit(functools.partial(jadam.step, tx)), platforms=["cuda", "tpu"])
     one = jnp.ones(5)
     assert "callback" not in program(one, tx.init(one), one).mlir_module()
 
