@@ -7,7 +7,8 @@ in; `jadam._adamax`, `_nadam`, `_amsgrad` and `_radam` say what differs; `jadam.
 clipping visible to it and `_kernels` holds what is compiled; `jadam._checks` stops bad input. One capability each:
 `jadam.averaging` keeps averages of the parameters, `groups` makes exceptions by name, `convert` changes the format of a
 state, `torch_state` takes PyTorch's in and out, `sharding` divides it over devices, `planning` counts its bytes there,
-and `flax`, which is imported by itself, has Flax's `Optimizer` and `TrainState` with that step.
+`statistics` tells what Adam is doing, `recording` keeps that over time, and `flax`, which is imported by itself, has
+Flax's `Optimizer` and `TrainState` with that step.
 """
 
 from jadam import sharding as sharding
