@@ -271,7 +271,10 @@ def test_hyperparameters_traced_where_the_step_is(name):
     assert jax.tree.structure(new) == jax.tree.structure(expected)
     for a, b in zip(*map(jax.tree.leaves, (new, expected)), strict=True):
         assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b)
+        if name == "bounds":  # XLA may sum the norm's squares otherwise: an ulp of it, and 2 of what is scaled by it
+            np.testing.assert_allclose(a, b, rtol=4e-7, atol=4e-7 * 0.1)  # of lr * u
+        else:
+            np.testing.assert_array_equal(a, b)
     if jadam.backends()["cpu"].kernel is not None:
         assert custom_calls(traced, value, state) == 1
     several = jax.vmap(lambda x: traced(x, state)[0]["a"])(jnp.stack([value, value / 2]))
