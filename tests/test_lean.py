@@ -15,6 +15,7 @@ def over_float32(problem, rate):
     return {name: loss / losses["float32"] for name, loss in losses.items()}
 
 
+@pytest.mark.long
 def test_digits():
     ratios = over_float32(lean.digits(1000), 1e-4)
     assert ratios.pop("optax on bf16 weights") > 1.2  # what the others are spared

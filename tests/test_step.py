@@ -468,6 +468,7 @@ def test_a_source_folder_finds_the_installed_extension(tmp_path):
 
 
 @needs_kernel
+@pytest.mark.long
 @pytest.mark.parametrize("instructions", ["portable", "avx2"])
 def test_other_instructions(instructions, tmp_path):
     """Processors without this one's instructions get the same step."""
