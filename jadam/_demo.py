@@ -73,7 +73,7 @@ def accuracy(model, images, labels):
 
 def load(seed: int) -> tuple[Digits, Digits]:
     """Training and test set, split at random."""
-    images, labels = load_digits(return_X_y=True)
+    images, labels = map(np.asarray, load_digits(return_X_y=True))
     order = np.random.default_rng(seed).permutation(len(labels))
     images, labels = (images[order] / 16).astype(np.float32), labels[order].astype(np.int32)
     n = int(len(labels) * TEST_SHARE)

@@ -163,7 +163,7 @@ class History:
     def frame(self) -> Any:
         """A `pandas.DataFrame`, indexed by step and parameter (``"total"`` among them); needs pandas."""
         try:
-            import pandas  # pyright: ignore[reportMissingImports]
+            import pandas
         except ImportError:
             raise ImportError(
                 "frame needs pandas: pip install pandas. The arrays are in steps, total and leaves."

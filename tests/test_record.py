@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pandas
 import pytest
 from jax import export
 from jax.sharding import Mesh, NamedSharding
@@ -214,7 +215,6 @@ def test_plot_and_table(steps):
 
 
 def test_a_pandas_frame():
-    pandas = pytest.importorskip("pandas", reason="pandas is not installed; History.frame needs it")
     _, state = trained(jadam.record(jadam.adam(1e-2), every=2, keep=3), tree(), 5)
     history = jadam.history(state)
     frame = history.frame()
