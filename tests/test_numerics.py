@@ -1,0 +1,255 @@
+"""Each formula of `_numerics` on its own, against exact arithmetic: Python's integers, fractions and float64."""
+
+import fractions
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jadam import _numerics
+from jadam._numerics import Reached, constant_beta, scheduled_beta
+
+ULP = 2.0**-23  # of a float32 in [1, 2)
+RATES = [0.0, 1e-6, 0.1, 0.5, 0.9, 0.999, 0.999999]
+PATTERNS = [0, 1, 2, 3, 77, 0x8000, 0xFFFF, 0x10000, 0x7FFFFFFF, 0x80000000, 0xDEADBEEF, 0xFFFFFFFF]
+
+
+def exact_corrections(b, t):
+    """1 - b^t of a Python float, without a rounding before the last."""
+    return float(1 - fractions.Fraction(b) ** t)
+
+
+@pytest.mark.parametrize("b", RATES)
+@pytest.mark.parametrize("traced", [False, True])
+def test_constant_beta(b, traced):
+    t = 7
+    beta = (
+        jax.jit(lambda t, b: constant_beta(b, t, np.dtype("float32")))(jnp.float32(t), jnp.float32(b))
+        if traced
+        else constant_beta(b, jnp.float32(t), np.dtype("float32"))
+    )
+    # a traced rate is known as the float32 it was rounded to
+    known = float(np.float32(b)) if traced else b
+    assert {np.asarray(x).dtype for x in beta} == {np.dtype("float32")}
+    assert beta.b == beta.next_b == np.float32(b)
+    assert beta.one_minus_b == np.float32(1 - known)
+    # log1p, a product and expm1 round three times; expm1's argument times its slope is at most 1 of the result
+    np.testing.assert_allclose(beta.correction, exact_corrections(known, t), rtol=4 * ULP)
+    np.testing.assert_allclose(beta.next_correction, exact_corrections(known, t + 1), rtol=4 * ULP)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_scheduled_beta(dtype, x64):
+    rates = [0.1, 0.7, 0.95, 0.999, 0.3]
+    eps = np.finfo(dtype).eps
+    correction, product = jnp.zeros([], dtype), 1.0
+    for b, next_b in itertools.pairwise(rates):
+        product *= b
+        beta = scheduled_beta(b, next_b, correction)
+        again = scheduled_beta(b, next_b, Reached(beta.correction))
+        # a mean of ones: each step rounds twice
+        np.testing.assert_allclose(beta.correction, 1 - product, rtol=8 * eps)
+        np.testing.assert_allclose(beta.next_correction, 1 - product * next_b, rtol=10 * eps)
+        assert (beta.b, beta.next_b, beta.one_minus_b) == (dtype(b), dtype(next_b), dtype(1 - b))
+        assert again == beta
+        assert Reached(beta.correction).dtype == dtype
+        correction = beta.correction
+
+
+@pytest.mark.parametrize("b", RATES)
+def test_one_minus(b):
+    exact = _numerics.one_minus(b, np.float32)
+    assert exact.dtype == np.float32
+    assert exact == np.float32(1 - b)
+    assert _numerics.one_minus(jnp.float32(b), np.float32) == np.float32(1) - np.float32(b)
+    assert _numerics.one_minus(jnp.float32(b), np.float32).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("b", [x for x in RATES if x])
+@pytest.mark.parametrize("t", [1, 2, 3, 1000, 10**6])
+def test_one_minus_power(b, t):
+    # as above: four roundings of results that amplify none of them; 0 < t log(1/b) e^-x / (1 - e^-x) <= 1
+    exact = -math.expm1(t * math.log1p(-(1 - b)))
+    np.testing.assert_allclose(_numerics.one_minus_power(b, jnp.float32(t), np.float32), exact, rtol=4 * ULP)
+    known = float(np.float32(b))
+    exact = -math.expm1(t * math.log1p(-(1 - known)))
+    found = _numerics.one_minus_power(jnp.float32(b), jnp.float32(t), np.float32)
+    np.testing.assert_allclose(found, exact, rtol=4 * ULP)
+
+
+def test_one_minus_power_of_zero_warns_of_nothing():
+    assert _numerics.one_minus_power(0.0, jnp.float32(3), np.float32) == 1
+    assert _numerics.one_minus_power(jnp.float32(0), jnp.float32(3), np.float32) == 1
+
+
+@pytest.mark.parametrize("b", RATES)
+@pytest.mark.parametrize("traced", [False, True])
+def test_ema(b, traced):
+    beta = constant_beta(jnp.float32(b) if traced else b, jnp.float32(1), np.dtype("float32"))
+    known = float(np.float32(b)) if traced else b
+    for average, x in [(0.0, 1.0), (3.0, -2.0), (1e8, 1e-8), (1e-8, 1e8), (-5.0, -5.0), (0.1, 0.1)]:
+        average, x = np.float32(average), np.float32(x)
+        exact = known * float(average) + (1 - known) * float(x)
+        # three roundings of terms no larger than twice the larger weight's term; the weights themselves round once
+        larger = max(abs(known * float(average)), abs((1 - known) * float(x)))
+        found = _numerics.ema(beta, jnp.float32(average), jnp.float32(x))
+        assert abs(float(found) - exact) <= 4 * ULP * larger, (average, x)
+        if average == x:
+            assert found == x
+
+
+@pytest.mark.parametrize(("b", "slow"), [(0.5, True), (0.4999, False), (0.9, True), (0.1, False)])
+def test_ema_corrects_the_larger_term(b, slow):
+    """From b = 1/2 on the average, below it the newest term."""
+    rng = np.random.default_rng(0)
+    average, x = jnp.asarray(rng.standard_normal((2, 1000)), jnp.float32)
+    beta = constant_beta(b, jnp.float32(1), np.dtype("float32"))
+    of_average, of_newest = average + beta.one_minus_b * (x - average), x + beta.b * (average - x)
+    assert (of_average != of_newest).any()
+    for known in (beta, beta._replace(b=jnp.float32(beta.b))):
+        np.testing.assert_array_equal(_numerics.ema(known, average, x), of_average if slow else of_newest)
+
+
+@pytest.mark.parametrize("x", [0.0, 1e-30, 0.25, 1.0, 4.0, 1e30])
+def test_sqrt_and_its_derivative(x):
+    x = jnp.float32(x)
+    assert _numerics.sqrt(x) == jnp.sqrt(x)
+    slope = jax.grad(_numerics.sqrt)(x)
+    if x == 0:
+        assert slope == 0
+    else:  # a quotient and a square root
+        np.testing.assert_allclose(slope, 0.5 / np.sqrt(np.float64(x)), rtol=2 * ULP)
+
+
+def test_abs_sq():
+    assert _numerics.abs_sq(jnp.float32(-3)) == 9
+    z = _numerics.abs_sq(jnp.complex64(3 - 4j))
+    assert (z, z.dtype) == (25, jnp.float32)
+
+
+def test_divide():
+    assert list(_numerics.divide(jnp.array([6.0, 0.0, 5.0]), jnp.array([2.0, 0.0, 0.0]))) == [3, 0, 5]
+    assert jax.grad(lambda x: _numerics.divide(x, 0 * x))(1.0) == 1
+
+
+def test_dtypes(strict):
+    assert _numerics.promote(jnp.bfloat16(1), jnp.float16(1)) == jnp.float32
+    assert _numerics.promote(np.dtype("int32"), np.dtype("float16")) == jnp.float16
+    assert _numerics.promote(jnp.ones(2, jnp.bfloat16), 2.0) == jnp.float32  # of a Python number jnp.result_type is it
+    assert _numerics.at_least_float32(jnp.bfloat16(1)) == jnp.float32
+    assert _numerics.at_least_float32(jnp.complex64(1)) == jnp.complex64
+    assert _numerics.real(np.dtype("complex64")) == jnp.float32
+    assert _numerics.real(jnp.bfloat16) == jnp.bfloat16
+
+
+def lowbias32(x):
+    """Of Python's integers."""
+    x = ((x ^ x >> 16) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ x >> 15) * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ x >> 16
+
+
+def test_lowbias32():
+    assert [int(_numerics.lowbias32(jnp.uint32(x))) for x in PATTERNS] == [lowbias32(x) for x in PATTERNS]
+
+
+@pytest.mark.parametrize("k", [0, 1, 2, 3, 5])
+@pytest.mark.parametrize("salt", [0, 5, 0xFFFFFFFF])
+@pytest.mark.parametrize("t", [0, 1, 123456789])
+def test_dither(k, salt, t):
+    """A saved state's next step is these bits, so they never change."""
+
+    def exact(index):
+        start = lowbias32(index ^ lowbias32((salt + k // 2 * 0x632BE5AB) & 0xFFFFFFFF))
+        start = (start << 16 | start >> 16) & 0xFFFFFFFF if k % 2 else start
+        return (start + t * 0x9E3779B9) & 0xFFFFFFFF
+
+    index = jnp.array(PATTERNS, jnp.uint32)
+    found = _numerics.dither(index, salt, jnp.uint32(t), k)
+    assert found.dtype == jnp.uint32
+    assert found.tolist() == [exact(x) for x in PATTERNS]
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (2, 3), (3, 1, 4), (2, 3, 4, 5), (0, 3)])
+def test_linear_index(shape):
+    exact = np.arange(math.prod(shape), dtype=np.uint32).reshape(shape)
+    found = _numerics.linear_index(shape)
+    assert found.dtype == jnp.uint32
+    np.testing.assert_array_equal(found, exact)
+    whole = tuple(x + i + 1 for i, x in enumerate(shape))
+    exact = np.arange(math.prod(whole), dtype=np.uint32).reshape(whole)[tuple(map(slice, shape))]
+    np.testing.assert_array_equal(_numerics.linear_index(shape, whole), exact)
+
+
+def test_linear_index_beyond_32_bits():
+    """Of a part of an array of 2^66 elements: modulo 2^32."""
+    part, whole = (3, 2, 2), (2**3, 2**31 + 5, 2**32 - 9)
+    found = _numerics.linear_index(part, whole)
+    exact = [
+        [[(i * whole[1] * whole[2] + j * whole[2] + k) % 2**32 for k in range(2)] for j in range(2)] for i in range(3)
+    ]
+    assert found.tolist() == exact
+
+
+def test_linear_index_of_a_sharded_array_is_global():
+    mesh = jax.make_mesh((8,), ("x",))
+    sharding = jax.sharding.NamedSharding(mesh, P("x"))
+    found = jax.jit(lambda: _numerics.linear_index((16, 3)), out_shardings=sharding)()
+    assert found.sharding == sharding
+    np.testing.assert_array_equal(found, np.arange(48).reshape(16, 3))
+
+
+def test_uniform():
+    found = _numerics.uniform(jnp.array(PATTERNS, jnp.uint32))
+    assert found.dtype == jnp.float32
+    assert found.tolist() == [(x >> 8) * 2.0**-24 for x in PATTERNS]  # 24 bits: exact
+    assert float(found.max()) < 1
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_round_to_bfloat16(sign):
+    """1 + k/2^16 lies k/2^9 of the way to the next bfloat16, 1 + 2^-7: so many of all bits round it up."""
+    for k in (0, 1, 100, 256, 511):
+        x = jnp.full(2**16, sign * (1 + k * 2.0**-16), jnp.float32)
+        bits = jnp.arange(2**16, dtype=jnp.uint32) << 16 | 0xABCD
+        found = _numerics.round_to_bfloat16(x, bits)
+        assert found.dtype == jnp.bfloat16
+        values, counts = np.unique(np.abs(found.astype(np.float32)), return_counts=True)
+        share = dict(zip(values.tolist(), counts.tolist(), strict=True))
+        assert share == {v: n for v, n in {1.0: 2**16 - 128 * k, 1 + 2.0**-7: 128 * k}.items() if n}
+
+
+def test_round_to_bfloat16_of_what_is_not_finite():
+    x = jnp.array([jnp.inf, -jnp.inf, jnp.nan, 3.4e38, 1e-45, -0.0], jnp.float32)
+    up = _numerics.round_to_bfloat16(x, jnp.full(6, 0xFFFFFFFF, jnp.uint32)).astype(jnp.float32)
+    assert (up[0], up[1], up[3]) == (jnp.inf, -jnp.inf, jnp.inf)
+    assert jnp.isnan(up[2])
+    down = _numerics.round_to_bfloat16(x, jnp.zeros(6, jnp.uint32)).astype(jnp.float32)
+    assert (down[0], down[1]) == (jnp.inf, -jnp.inf)
+    assert jnp.isnan(down[2])
+    assert jnp.isfinite(down[3])
+    assert jnp.signbit(down[5])
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_applied(dtype):
+    rng = np.random.default_rng(0)
+    p = jnp.asarray(rng.standard_normal(1000), dtype)
+    u = jnp.asarray(rng.standard_normal(1000) * 1e-2, jnp.float32)
+    found = jax.jit(lambda p, u: _numerics.applied(p, u, dtype))(p, u)
+    assert found.dtype == jnp.float32
+    exact = (np.asarray(p, np.float32) + np.asarray(u)).astype(dtype).astype(np.float32)
+    np.testing.assert_array_equal(found, exact)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_applied_leaves_subnormal_numbers_unrounded(dtype):
+    smallest = float(jnp.finfo(dtype).smallest_normal)
+    u = jnp.array([0.3, -0.3, 1.0, -1.0], jnp.float32) * smallest * (1 - 2.0**-20)
+    assert (_numerics.applied(jnp.zeros(4, dtype), u, dtype) == u).all()
+    u = jnp.array([smallest * (1 + 2.0**-20)], jnp.float32)
+    assert _numerics.applied(jnp.zeros(1, dtype), u, dtype) == np.float32(smallest)
