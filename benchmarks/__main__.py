@@ -15,7 +15,7 @@ import optax
 
 import jadam
 
-NAMES = ["accuracy", "aot", "claims", "lean", "record", "speed"]
+NAMES = ["accuracy", "aot", "claims", "lean", "mutation", "record", "speed"]
 RESULTS = Path(__file__).parent / "results"
 
 

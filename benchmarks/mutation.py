@@ -1,0 +1,127 @@
+"""Do the tests see it when the code is wrong? Every small change that cosmic-ray knows, one at a time.
+
+A mutant is killed when a test fails or does not end in time. Each is tested in a fork of a process that has imported
+JAX but not used it. Who survives is listed with the reason; without one it is a hole in the tests. Mutants killed
+before are not tried again while their module is what it was: tests are added, seldom taken away.
+"""
+
+import difflib
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import zlib
+from pathlib import Path
+
+from cosmic_ray.commands import init
+from cosmic_ray.mutating import mutate_code
+from cosmic_ray.plugins import get_operator
+from cosmic_ray.work_db import use_db
+from rich.progress import Progress
+
+TOP = Path(__file__).parent.parent
+KILLED = TOP / "benchmarks" / "results" / "mutation.partial.json"
+MODULES = ["jadam/_adam.py", "jadam/_numerics.py", "jadam/_formats.py"]
+TESTS = ["numerics", "adam", "checks", "formats", "family", "contract", "exact_bf16", "describe", "doctests", "step"]
+SECONDS = 400  # of CPU for the tests, which take a minute
+BAR = 0.9
+
+# a line as it was and as it became: why no test can tell
+SURVIVE: dict[tuple[str, str], str] = {}
+
+
+def mutants(module: str, scratch: Path) -> list[dict]:
+    """Every mutant of a module."""
+    source, found = (TOP / module).read_text(), []
+    with use_db(str(scratch / f"{Path(module).stem}.sqlite")) as database:
+        init([TOP / module], database, {})
+        changes = [change for item in database.work_items for change in item.mutations]
+    for change in changes:
+        operator = get_operator(change.operator_name)(**change.operator_args)
+        code = mutate_code(source, operator, change.occurrence)
+        lines = [x for x in difflib.ndiff(source.splitlines(), code.splitlines()) if x[0] in "-+"]
+        was, became = (" ".join(x[2:].strip() for x in lines if x[0] == sign) for sign in "-+")
+        key = f"{zlib.crc32(source.encode()):08x} {module} {change.start_pos} {was} -> {became}"
+        found.append({"key": key, "module": module, "was": was, "became": became, "code": code})
+    return found
+
+
+def test(mutant: dict, tree: Path) -> int:
+    """Start the tests of a mutant in a copy of the code; the process that runs them."""
+    (tree / mutant["module"]).write_text(mutant["code"])
+    if child := os.fork():
+        return child
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    os.chdir(tree)
+    sys.path.insert(0, str(tree))
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
+    import pytest
+
+    files = [f"tests/test_{name}.py" for name in TESTS]
+    os._exit(pytest.main(["-x", "-q", "-n", "0", "-p", "no:cacheprovider", *files]))
+
+
+def try_all(scratch: Path) -> dict:
+    """Test every mutant of ``MODULES``, two at a time."""
+    everything = [mutant for module in MODULES for mutant in mutants(module, scratch)]
+    killed = set(json.loads(KILLED.read_text())) if KILLED.exists() else set()
+    left = [mutant for mutant in everything if mutant["key"] not in killed][::-1]
+    survivors, running, free = [], {}, [scratch / "copy0", scratch / "copy1"]
+    for tree in free:
+        for part in ("jadam", "tests", "benchmarks", "notebooks"):
+            shutil.copytree(TOP / part, tree / part, ignore=shutil.ignore_patterns("__pycache__"))
+        for part in ("pyproject.toml", "README.md"):
+            shutil.copy(TOP / part, tree)
+    untouched = {"module": MODULES[0], "code": (TOP / MODULES[0]).read_text()}
+    if os.waitpid(test(untouched, free[0]), 0)[1]:
+        sys.exit("The tests must pass before a mutant can fail them.")
+    with Progress() as progress:
+        bar = progress.add_task("mutants", total=len(left))
+        while left or running:
+            while left and free:
+                mutant, tree = left.pop(), free.pop()
+                running[test(mutant, tree)] = mutant, tree
+            child, status = os.wait()
+            mutant, tree = running.pop(child)
+            shutil.copy(TOP / mutant["module"], tree / mutant["module"])
+            free.append(tree)
+            if status:
+                killed.add(mutant["key"])
+                KILLED.write_text(json.dumps(sorted(killed), indent=0))
+            else:
+                why = SURVIVE.get((mutant["was"], mutant["became"]), "")
+                survivors.append(
+                    {"module": mutant["module"], "was": mutant["was"], "became": mutant["became"], "why": why}
+                )
+            progress.advance(bar)
+    return {"mutants": len(everything), "killed": len(everything) - len(survivors), "survivors": survivors}
+
+
+def run(options) -> dict:
+    """In a process of its own, which has not imported jadam."""
+    del options
+    with tempfile.TemporaryDirectory() as scratch:
+        keep_compiled = {
+            "JAX_COMPILATION_CACHE_DIR": f"{scratch}/compiled",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+        environment = {**keep_compiled, "PYTHONDONTWRITEBYTECODE": "1", "JAX_PLATFORMS": "cpu", **os.environ}
+        subprocess.run([sys.executable, "-m", "benchmarks.mutation", scratch], check=True, cwd=TOP, env=environment)
+        result = json.loads((Path(scratch) / "result.json").read_text())
+    print(f"{result['mutants']} mutants, {result['killed'] / result['mutants']:.1%} killed; bar {BAR:.0%}")
+    for survivor in result["survivors"]:
+        print(*survivor.values(), sep="\n  ")
+    return {"bar": BAR, **result}
+
+
+if __name__ == "__main__":
+    import flax.nnx  # noqa: F401  with JAX and Optax what the forks share
+
+    assert "jadam" not in sys.modules
+    (Path(sys.argv[1]) / "result.json").write_text(json.dumps(try_all(Path(sys.argv[1]))))
