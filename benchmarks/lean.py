@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import matplotlib
+import matplotlib.ticker
 import numpy as np
 import optax
 from flax import nnx
@@ -210,21 +211,24 @@ def plot(table, out):
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(row["side"] for row in table))}
+    # Okabe & Ito's colours, which the colour-blind tell apart; float32 is broad, for the others lie on it
+    styles = [("#999999", "-", 5), ("#0072b2", "-", 1), ("#56b4e9", "--", 1), ("#009e73", ":", 2)]
+    styles += [("#000000", "-.", 1), ("#d55e00", "-", 2), ("#e69f00", "--", 1.5)]
+    styles = dict(zip(dict.fromkeys(row["side"] for row in table), styles, strict=True))
     panels = sorted({(row["problem"], -row["rate"]) for row in table})
-    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.6), layout="constrained")
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 4.2), layout="constrained")
     for axis, (problem, rate) in zip(axes, panels, strict=True):
         for row in table:
             if (row["problem"], -row["rate"]) == (problem, rate):
-                axis.plot(
-                    100 * np.arange(1, 1 + len(row["curve"])),
-                    row["curve"],
-                    label=row["side"],
-                    color=colors[row["side"]],
-                    lw=1,
-                )
-        axis.set(title=f"{problem}, learning rate {-rate:g}", xlabel="step", ylabel="training loss", yscale="log")
-    axes[0].legend(fontsize=7)
+                color, line, width = styles[row["side"]]
+                steps = 100 * np.arange(1, 1 + len(row["curve"]))
+                axis.plot(steps, row["curve"], line, label=row["side"], color=color, lw=width)
+        axis.set(
+            title=f"{problem}, learning rate {-rate:g}", xlabel="step", ylabel="training loss (nats)", yscale="log"
+        )
+        axis.yaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        axis.yaxis.set_minor_formatter(matplotlib.ticker.LogFormatter(minor_thresholds=(1.5, 0.5)))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     out.parent.mkdir(exist_ok=True)
     figure.savefig(out, dpi=110)
     plt.close(figure)

@@ -293,16 +293,17 @@ def draw(result):
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for name in next(iter(result["growth"].values())):
-        left.loglog(
-            [2**n for n in result["growth"]], [rows[name]["ms"][0] for rows in result["growth"].values()], label=name
-        )
-    left.set(xlabel="parameters", ylabel="ms a step", title="one leaf, float32")
+    colors = ("#999999", "#000000", "#0072b2", "#e69f00", "#009e73")  # Okabe & Ito's, which the colour-blind tell apart
+    lines = ("-", ":", "-", "--", "-.")
+    for name, color, line in zip(next(iter(result["growth"].values())), colors, lines, strict=True):
+        times = [rows[name]["ms"][0] for rows in result["growth"].values()]
+        left.loglog([2 ** int(n) for n in result["growth"]], times, line, color=color, lw=2, label=name)
+    left.set(xlabel="parameters", ylabel="milliseconds a step", title="one array")
     left.legend()
     rows = {k: v for k, v in result["cases"]["2^25"].items() if "over limit" in v and not k.startswith("flash")}
-    right.barh(list(rows), [v["over limit"][0] for v in rows.values()])
+    right.barh(list(rows), [v["over limit"][0] for v in rows.values()], color="#0072b2")
     right.axvline(1, color="k", lw=0.8)
-    right.set(title="33.5 M parameters, time over the float32 limit")
+    right.set(title="33.5 million parameters", xlabel="time over that of a pass over memory, float32")
     right.invert_yaxis()
     figure.savefig(Path(__file__).parent / "results" / "speed.png", dpi=110)
     pyplot.close(figure)
