@@ -20,8 +20,8 @@ import jadam
 # one process: they share the runs that were let alone
 pytestmark = [pytest.mark.long, pytest.mark.xdist_group("resume")]
 
-SEED = 1
 MOMENTS = ["training", "saving", "starting", "saving", "training", "saving"]
+SOAK = 9  # seeds, for 54 kills of each configuration
 
 
 def command(configuration, directory, *arguments):
@@ -139,9 +139,10 @@ def let_alone(request, tmp_path_factory):
     return request.param, end, start_up
 
 
-def test_killed_and_resumed(let_alone, tmp_path):
+@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(2, SOAK + 1))])
+def test_killed_and_resumed(seed, let_alone, tmp_path):
     configuration, expected, start_up = let_alone
-    rng = np.random.default_rng(SEED)
+    rng = np.random.default_rng(seed)
     run, resumed, interrupted = tmp_path / "run", [], []
     for number, moment in enumerate([*MOMENTS, "never"]):
         latest = max(complete(run), default=0)
@@ -153,7 +154,7 @@ def test_killed_and_resumed(let_alone, tmp_path):
                 child.signal(signal.SIGKILL)
                 assert child.process.wait(100) == -signal.SIGKILL, child.log.read_text()
                 # pytest shows it when the test fails
-                print(f"{moment}: killed {when}, seed {SEED}; complete {complete(run)}, incomplete {under_way(run)}")
+                print(f"{moment}: killed {when}, seed {seed}; complete {complete(run)}, incomplete {under_way(run)}")
         if begun := child.said(r"resumed from (\d+)"):
             resumed.append(int(begun[1]))
             assert resumed[-1] == latest  # never from a save that was under way, nor from one older than need be
