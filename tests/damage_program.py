@@ -1,4 +1,4 @@
-"""What `test_faults.py` runs: checkpoints damaged and restored. Orbax leaves tasks behind, so in a process of its own."""
+"""What `test_faults.py` runs: a checkpoint damaged and restored. Orbax leaves tasks behind, so in its own process."""
 
 import contextlib
 import json
@@ -95,8 +95,8 @@ def damages(name, flips):
 
 def main():
     logging.disable(logging.CRITICAL)  # Orbax logs what it raises
-    result, flips = sys.argv[1:]
-    Path(result).write_text(json.dumps({name: list(damages(name, int(flips))) for name in CONFIGURATIONS}))
+    name, flips, result = sys.argv[1:]
+    Path(result).write_text(json.dumps(list(damages(name, int(flips)))))
 
 
 if __name__ == "__main__":
