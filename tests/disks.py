@@ -34,9 +34,24 @@ class Disk:
         self._shell.stdin.flush()
         assert self._shell.stdout.readline() == "0\n"
 
+    @contextlib.contextmanager
+    def full(self):
+        filler = self.directory / "filler"
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(KIB))
+        yield
+        filler.unlink()
+
+    @contextlib.contextmanager
+    def read_only(self):
+        self.mount("remount,ro")
+        yield
+        self.mount("remount,rw")
+
 
 @contextlib.contextmanager
-def small_disk(size):
+def small_disk(size=512 * KIB):
     with tempfile.TemporaryDirectory() as mount_point:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         with subprocess.Popen([*UNSHARE, "sh"], **pipes) as shell:  # and the disk is gone with it
@@ -50,29 +65,14 @@ def small_disk(size):
 
 @contextlib.contextmanager
 def full():
-    @contextlib.contextmanager
-    def obstructed():
-        filler = disk.directory / "filler"
-        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
-            while True:
-                file.write(bytes(KIB))
-        yield
-        filler.unlink()
-
-    with small_disk(512 * KIB) as disk:
-        yield disk.directory, obstructed
+    with small_disk() as disk:
+        yield disk.directory, disk.full
 
 
 @contextlib.contextmanager
 def read_only():
-    @contextlib.contextmanager
-    def obstructed():
-        disk.mount("remount,ro")
-        yield
-        disk.mount("remount,rw")
-
-    with small_disk(512 * KIB) as disk:
-        yield disk.directory, obstructed
+    with small_disk() as disk:
+        yield disk.directory, disk.read_only
 
 
 @contextlib.contextmanager

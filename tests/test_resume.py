@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import disks
 import numpy as np
 import pytest
 import resume_program
@@ -179,3 +180,29 @@ def test_a_save_that_fails_is_seen_and_harms_no_older_one(let_alone, tmp_path):
     assert again.returncode == 0, again.stderr
     assert again.stdout.startswith("resumed from 27\n")
     assert differing(contents(tmp_path / "end.npz"), expected) == []
+
+
+if disks.CAN_MOUNT:  # the test above needs no right to
+
+    def test_a_disk_that_is_full_and_then_read_only(let_alone, tmp_path):
+        configuration, expected, _ = let_alone
+        with disks.small_disk(4096 * disks.KIB) as disk:
+            directory = disk.directory
+            with training(configuration, directory, tmp_path / "full") as child:
+                child.until(lambda: len(complete(child.run)) == 2)
+                child.stop()
+                before = complete(child.run)
+                with disk.full():
+                    child.signal(signal.SIGCONT)
+                    assert child.process.wait(100) == 1
+                assert os.strerror(errno.ENOSPC) in child.log.read_text()
+            kept = complete(child.run)
+            assert kept[-1] >= before[-1]  # that save may have had all its space already
+            with disk.read_only(), training(configuration, directory, tmp_path / "read-only") as child:
+                assert child.process.wait(100) == 1
+                assert os.strerror(errno.EROFS) in child.log.read_text()
+            assert complete(child.run) == kept
+            with training(configuration, directory, tmp_path / "again") as child:
+                assert child.process.wait(100) == 0, child.log.read_text()
+            assert child.said(rf"resumed from {kept[-1]}")
+            assert differing(contents(directory / "end.npz"), expected) == []
