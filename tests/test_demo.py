@@ -151,6 +151,7 @@ def test_missing_extras_are_one_line_and_exit_2(tmp_path):
     assert result.stderr == "jadam demo: error: flax is missing; pip install 'jadam[demo]'\n"
 
 
+@pytest.mark.filterwarnings("ignore:.* deprecated, use:DeprecationWarning")  # matplotlib 3.9 with pyparsing from 3.3 on
 def test_a_full_disk_leaves_the_old_picture(capsys):
     """`test_faults.py` has the other bad disks."""
     with disks.limited() as (directory, obstructed):
