@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import os
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -113,7 +112,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except OSError as error:  # of standard output, on a full disk or in a pipe that nobody reads
         problem(f"error: cannot print: {error.strerror or error}")
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python tries once more at its end
         return 2
     except KeyboardInterrupt:
         problem("interrupted, no picture written")
