@@ -23,6 +23,7 @@ from jadam._amsgrad import scale_by_amsgrad as scale_by_amsgrad
 from jadam._chain import chain as chain
 from jadam._chain import clip as clip
 from jadam._chain import clip_by_global_norm as clip_by_global_norm
+from jadam._checksum import checksum as checksum
 from jadam._describe import describe as describe
 from jadam._exact_bf16 import exact_bf16 as exact_bf16
 from jadam._exact_bf16 import float32_params as float32_params

@@ -98,7 +98,7 @@ def _plan(options) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0 done, 2 bad input, 130 interrupted."""
+    """Run the command line and return its exit code: 0 done, 2 bad input or nowhere to write, 130 interrupted."""
     options = _parser().parse_args(arguments)
     problem = lambda text: print(f"jadam {options.command}: {text}", file=sys.stderr)
     try:
@@ -109,6 +109,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except CommandError as error:
         problem(f"error: {error}")
+        return 2
+    except OSError as error:  # of standard output, on a full disk
+        problem(f"error: cannot print: {error.strerror or error}")
         return 2
     except KeyboardInterrupt:
         problem("interrupted, no picture written")

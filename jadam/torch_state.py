@@ -39,6 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jadam import _formats
+from jadam._checksum import checksum
 from jadam._numerics import at_least_float32
 from jadam._output import replacing
 from jadam._transformation import ScheduledBetasState
@@ -51,6 +52,7 @@ CONV2D = (2, 3, 1, 0)
 
 _ENTRIES = {"mu": "exp_avg", "nu": "exp_avg_sq", "nu_max": "max_exp_avg_sq"}
 _SCALES = ("mu_scale", "nu_scale")
+_CHECKSUM = "jadam.checksum"  # in the metadata of a file that to_torch wrote
 _LAST = np.iinfo(np.int32).max  # where count stays
 
 
@@ -74,7 +76,8 @@ def from_torch(source, state, names):
     Raises:
         ValueError: with all that does not fit: leaves without a name, names without a leaf, entries that are missing,
             left over, misshapen or not floating, steps that differ or are no whole numbers, betas that follow a
-            schedule, whose product PyTorch's state does not hold. Or ``source`` is another kind of file.
+            schedule, whose product PyTorch's state does not hold. Or ``source`` is another kind of file, a truncated
+            one, or one by `to_torch` whose arrays are not those written; PyTorch writes nothing to tell that by.
         TypeError: ``source`` or ``names`` of another type.
         ImportError: ``source`` is a file and safetensors is not installed.
 
@@ -125,7 +128,8 @@ def to_torch(state, names, path=None) -> dict[str, np.ndarray]:
     Args:
         state: see `from_torch`; int8 and bfloat16 moments are decoded.
         names: see `from_torch`.
-        path: of a ``.safetensors`` file to write as well. If that fails, an older file is left as it was.
+        path: of a ``.safetensors`` file to write as well, with a checksum that `from_torch` verifies. If that fails, an
+            older file is left as it was.
 
     Returns:
         A dict of contiguous arrays in PyTorch's layouts: the moments float32, float64 where they are; ``step`` a
@@ -135,6 +139,7 @@ def to_torch(state, names, path=None) -> dict[str, np.ndarray]:
         ValueError: leaves without a name, names without a leaf, all at once; or ``path`` does not end in
             ``.safetensors``.
         TypeError: ``names`` of another type.
+        OSError: the file cannot be written.
         ImportError: ``path`` is given and safetensors is not installed.
 
     Example:
@@ -155,8 +160,12 @@ def to_torch(state, names, path=None) -> dict[str, np.ndarray]:
             flat[key] = np.array(np.asarray(x).transpose(leaf.inverse), order="C")  # safetensors takes it as it lies
         flat[leaf.step] = np.array(leaf.count, np.float32)
     if path is not None and safetensors is not None:
-        with replacing(path) as scratch:
-            safetensors.save_file(flat, scratch)
+        try:
+            with replacing(path) as scratch:
+                safetensors.numpy.save_file(flat, scratch, {_CHECKSUM: _checksum(flat)})
+        except (OSError, safetensors.SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise OSError(f"path: cannot write {path}: {reason}. What was there is as it was.") from error
     return flat
 
 
@@ -337,7 +346,26 @@ def _raise(function: str, problems: list[str]) -> None:
 def _load(source) -> dict[str, np.ndarray]:
     if isinstance(source, Mapping):
         return {str(key): np.asarray(x) for key, x in source.items()}
-    return _safetensors().load_file(_safetensors_path("source", source))
+    path, safetensors = _safetensors_path("source", source), _safetensors()
+    try:
+        flat = safetensors.numpy.load_file(path)
+        with safetensors.safe_open(path, framework="numpy") as file:
+            expected = (file.metadata() or {}).get(_CHECKSUM)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"source must be a whole safetensors file, got {str(path)!r}: {error}. {_AGAIN}") from error
+    if expected is not None and _checksum(flat) != expected:
+        raise ValueError(
+            f"source must have the arrays that to_torch wrote, of checksum {expected}, got {str(path)!r} with "
+            f"{_checksum(flat)}. {_AGAIN}"
+        )
+    return flat
+
+
+_AGAIN = "The file is damaged: copy or write it again."
+
+
+def _checksum(flat: dict[str, np.ndarray]) -> str:
+    return f"{int(checksum(flat)):08x}"
 
 
 def _safetensors_path(name: str, path) -> Path:
@@ -361,4 +389,4 @@ def _safetensors():
         raise ImportError(
             "A .safetensors file needs safetensors, which is not there: pip install safetensors."
         ) from error
-    return safetensors.numpy
+    return safetensors

@@ -103,6 +103,7 @@ def main(name, folder, process):
             items = {"params": ocp.args.StandardSave(params), "state": ocp.args.StandardSave(state)}
             with checkpoints(folder) as manager:
                 manager.save(steps, args=ocp.args.Composite(**items))
+            (folder / f"checksum-{process}").write_text(str(jadam.checksum((params, state))))
         value, gradients = loss_and_gradients(params, *batch(everywhere, steps))
         if SAVED <= steps <= LAST:
             np.savez(folder / f"view-{steps}-{process}.npz", **view((params, state), everywhere))

@@ -112,6 +112,8 @@ def test_same_bits_from_the_same_gradients(killed, divided):
     if not divided:
         tx, _ = program.OPTIMIZERS[name]
         params, state = jax.device_put((params, state), jax.devices()[0])
+    checksums = {(folder / f"checksum-{process}").read_text() for process in range(program.PROCESSES)}
+    assert checksums == {str(jadam.checksum((params, state)))}
     step = None
     for steps in range(program.SAVED, program.LAST):
         gradients = jax.device_put(recorded(folder, steps, params)[1], WHOLE if divided else jax.devices()[0])

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import disks
 import numpy as np
 import pytest
 import resume_program
@@ -20,8 +21,8 @@ import jadam
 # one process: they share the runs that were let alone
 pytestmark = [pytest.mark.long, pytest.mark.xdist_group("resume")]
 
-SEED = 1
 MOMENTS = ["training", "saving", "starting", "saving", "training", "saving"]
+SOAK = 9  # seeds, for 54 kills of each configuration
 
 
 def command(configuration, directory, *arguments):
@@ -139,9 +140,10 @@ def let_alone(request, tmp_path_factory):
     return request.param, end, start_up
 
 
-def test_killed_and_resumed(let_alone, tmp_path):
+@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(2, SOAK + 1))])
+def test_killed_and_resumed(seed, let_alone, tmp_path):
     configuration, expected, start_up = let_alone
-    rng = np.random.default_rng(SEED)
+    rng = np.random.default_rng(seed)
     run, resumed, interrupted = tmp_path / "run", [], []
     for number, moment in enumerate([*MOMENTS, "never"]):
         latest = max(complete(run), default=0)
@@ -153,7 +155,7 @@ def test_killed_and_resumed(let_alone, tmp_path):
                 child.signal(signal.SIGKILL)
                 assert child.process.wait(100) == -signal.SIGKILL, child.log.read_text()
                 # pytest shows it when the test fails
-                print(f"{moment}: killed {when}, seed {SEED}; complete {complete(run)}, incomplete {under_way(run)}")
+                print(f"{moment}: killed {when}, seed {seed}; complete {complete(run)}, incomplete {under_way(run)}")
         if begun := child.said(r"resumed from (\d+)"):
             resumed.append(int(begun[1]))
             assert resumed[-1] == latest  # never from a save that was under way, nor from one older than need be
@@ -178,3 +180,29 @@ def test_a_save_that_fails_is_seen_and_harms_no_older_one(let_alone, tmp_path):
     assert again.returncode == 0, again.stderr
     assert again.stdout.startswith("resumed from 27\n")
     assert differing(contents(tmp_path / "end.npz"), expected) == []
+
+
+if disks.CAN_MOUNT:  # the test above needs no right to
+
+    def test_a_disk_that_is_full_and_then_read_only(let_alone, tmp_path):
+        configuration, expected, _ = let_alone
+        with disks.small_disk(4096 * disks.KIB) as disk:
+            directory = disk.directory
+            with training(configuration, directory, tmp_path / "full") as child:
+                child.until(lambda: len(complete(child.run)) == 2)
+                child.stop()
+                before = complete(child.run)
+                with disk.full():
+                    child.signal(signal.SIGCONT)
+                    assert child.process.wait(100) == 1
+                assert os.strerror(errno.ENOSPC) in child.log.read_text()
+            kept = complete(child.run)
+            assert kept[-1] >= before[-1]  # that save may have had all its space already
+            with disk.read_only(), training(configuration, directory, tmp_path / "read-only") as child:
+                assert child.process.wait(100) == 1
+                assert os.strerror(errno.EROFS) in child.log.read_text()
+            assert complete(child.run) == kept
+            with training(configuration, directory, tmp_path / "again") as child:
+                assert child.process.wait(100) == 0, child.log.read_text()
+            assert child.said(rf"resumed from {kept[-1]}")
+            assert differing(contents(directory / "end.npz"), expected) == []

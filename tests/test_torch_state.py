@@ -506,7 +506,7 @@ def test_a_failed_save_leaves_the_old_file(monkeypatch, tmp_path):
     torch_state.to_torch(STATE, {"": "w"}, path)
     old = path.read_bytes()
 
-    def full(flat, path):
+    def full(flat, path, metadata):
         path.write_bytes(b"half of it")
         raise OSError("no space left on device")
 

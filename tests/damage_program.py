@@ -1,0 +1,103 @@
+"""What `test_faults.py` runs: a checkpoint damaged and restored. Orbax leaves tasks behind, so in its own process."""
+
+import contextlib
+import json
+import logging
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+
+import jadam
+
+CONFIGURATIONS = {
+    "float32": (jadam.adamw(1e-3), jnp.float32),
+    "int8": (jadam.adamw(1e-3, moments="int8"), jnp.float32),
+    "exact_bf16": (jadam.exact_bf16(jadam.adamw(1e-3, moments="int8")), jnp.bfloat16),
+}
+
+
+def trained(tx, dtype):
+    """Parameters and state after three steps."""
+    rng = np.random.default_rng(0)
+    params = {"kernel": jnp.asarray(rng.standard_normal((64, 128)), dtype), "bias": jnp.zeros(128, dtype)}
+    state, update = tx.init(params), jax.jit(tx.update)
+    for _ in range(3):
+        grads = jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape), p.dtype), params)
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def bits(tree):
+    """Every array's dtype, shape and bits."""
+    return [(x.dtype, x.shape, x.tobytes()) for x in map(np.asarray, jax.tree.leaves(tree))]
+
+
+def flipped(data, place):
+    """``data`` with one bit changed, the ``place``-th."""
+    byte, bit = divmod(int(place), 8)
+    return data[:byte] + bytes([data[byte] ^ 1 << bit]) + data[byte + 1 :]
+
+
+@contextlib.contextmanager
+def changed(file, data):
+    """``file`` with other contents, or none at all."""
+    before = file.read_bytes()
+    file.unlink()
+    if data is not None:
+        file.write_bytes(data)
+    yield
+    file.write_bytes(before)
+
+
+def outcome(directory, saved):
+    """``same``, ``other``, or who says that something is wrong."""
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            *tree, checksum = checkpointer.restore(directory, saved)
+    except Exception:
+        return "Orbax"
+    if jadam.checksum(tuple(tree)) != checksum:
+        return "checksum"
+    return "same" if bits(tree) == bits(saved[:-1]) else "other"
+
+
+def damages(name, flips):
+    """``(which file, what was done to it, what came of it)`` for every damage to a checkpoint.
+
+    So many bits are flipped, one at a time, of the file that has most of the arrays, and one of each other.
+    """
+    tree = trained(*CONFIGURATIONS[name])
+    saved = (*tree, jadam.checksum(tree))
+    with tempfile.TemporaryDirectory() as parent:
+        directory = Path(parent) / "saved"
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(directory, saved)
+        data = {file: file.read_bytes() for file in sorted(directory.rglob("*")) if file.is_file()}
+        largest = max(data, key=lambda file: len(data[file]))
+        rng = np.random.default_rng(0)
+        yield None, "none", outcome(directory, saved)
+        for file, whole in data.items():
+            which = "arrays" if file == largest else str(file.relative_to(directory))
+            places = rng.integers(8 * len(whole), size=flips if file == largest else 1)
+            attempts = [("deleted", None), ("emptied", b""), ("halved", whole[: len(whole) // 2])]
+            for what, contents in [*attempts, *(("flipped", flipped(whole, place)) for place in places)]:
+                with changed(file, contents):
+                    yield which, what, outcome(directory, saved)
+        yield None, "none", outcome(directory, saved)
+
+
+def main():
+    logging.disable(logging.CRITICAL)  # Orbax logs what it raises
+    name, flips, result = sys.argv[1:]
+    Path(result).write_text(json.dumps(list(damages(name, int(flips)))))
+
+
+if __name__ == "__main__":
+    main()
