@@ -28,12 +28,17 @@ def struct(name, **fields):
 
 BufferStruct = struct("BufferStruct", dtype=c_int, data=c_void_p, rank=c_int64, dims=POINTER(c_int64))
 Several = struct("Several", n=c_int64, types=POINTER(c_int), values=POINTER(c_void_p))
-Attributes = struct(
-    "Attributes", n=c_int64, types=POINTER(c_int), names=POINTER(c_void_p), values=POINTER(c_void_p)
-)
+Attributes = struct("Attributes", n=c_int64, types=POINTER(c_int), names=POINTER(c_void_p), values=POINTER(c_void_p))
 Api = struct("Api", version=c_int64 * 3, internal=c_void_p, functions=c_void_p * FUNCTIONS)
 Frame = struct(
-    "Frame", api=POINTER(Api), context=c_void_p, stage=c_int, args=Several, rets=Several, attrs=Attributes, future=c_void_p
+    "Frame",
+    api=POINTER(Api),
+    context=c_void_p,
+    stage=c_int,
+    args=Several,
+    rets=Several,
+    attrs=Attributes,
+    future=c_void_p,
 )
 Error = struct("Error", text=c_char_p, code=c_int)
 Failed = struct("Failed", error=c_void_p, text=c_char_p)
@@ -157,7 +162,12 @@ def call(inputs, outputs, leaves, pool=None) -> str | None:
     args, keep_args = several(inputs)
     rets, keep_rets = several(outputs)
     attrs = Attributes(
-        ctypes.sizeof(Attributes), None, 1, (c_int * 1)(1), void_pointers([pointer(name)]), void_pointers([pointer(attribute)])
+        ctypes.sizeof(Attributes),
+        None,
+        1,
+        (c_int * 1)(1),
+        void_pointers([pointer(name)]),
+        void_pointers([pointer(attribute)]),
     )
     frame = Frame(Frame.future.offset, None, pointer(api), None, EXECUTE, args, rets, attrs, None)
     error = library().jadam_step(byref(frame))

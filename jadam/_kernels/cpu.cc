@@ -154,7 +154,8 @@ INLINE float ema(float b, float one_minus_b, float average, float x) {
   return x + b * (average - x);
 }
 
-INLINE float maximum(float x, float y) { return x != x || x > y ? x : y; }  // NaN if either is
+// NaN if either is, and x below 0: where g * g overflows, v is NaN as written but -infinity contracted.
+INLINE float maximum(float x, float y) { return !(x >= 0.0f) || x > y ? x : y; }
 
 // The rule on one element: from gradient and moments, which it updates, to the direction. kUsual: b1 and b2 are at least
 // 1/2 and eps_root is 0. Multiplies by the reciprocals of what Python divides by, where that is a scalar.
@@ -170,10 +171,10 @@ INLINE float direction(const Scalars& s, float g, float& m, float& v, float& lar
   if (kRule == kNAdam || kRule == kRAdamOfNAdam) m_hat = s.next * m * s.next_correction + s.newest * g * s.newest_correction;
   float second = v, correction2 = s.correction2;
   if (kRule == kAMSGrad) {
-    second = largest = maximum(largest, v * s.correction2);
+    second = largest = maximum(v * s.correction2, largest);
     correction2 = 1.0f;
   }
-  if (kRule == kAMSGradOfV) second = largest = maximum(largest, v);
+  if (kRule == kAMSGradOfV) second = largest = maximum(v, largest);
   root = std::sqrt(second);
   const float root_hat = kRule == kAMSGrad ? root : root * s.root_correction2;
   const float denominator = (kUsual ? root_hat : std::sqrt(second * correction2 + s.eps_root)) + s.eps;
