@@ -4,6 +4,8 @@ The structs are those of ``xla/ffi/api/c_api.h``, which XLA keeps as they are.
 """
 
 import ctypes
+import mmap
+import os
 import threading
 from ctypes import CFUNCTYPE, POINTER, Structure, byref, c_char_p, c_int, c_int64, c_size_t, c_void_p, pointer
 from typing import NamedTuple
@@ -188,3 +190,48 @@ def several(buffers):
 
 def void_pointers(pointers):
     return (c_void_p * max(1, len(pointers)))(*[ctypes.cast(x, c_void_p) for x in pointers])
+
+
+# -- huge arrays -------------------------------------------------------------------------------------------------------
+
+
+class Sparse:
+    """An array of zeros of any length: the same few pages over and over, but for windows with pages of their own."""
+
+    PIECE, FIXED = 2**25, 0x10
+
+    def __init__(self, shape, dtype, windows):
+        self.shape, self.dtype = shape, np.dtype(dtype)
+        n = int(np.prod(shape, dtype=object)) * self.dtype.itemsize
+        self.size = -(-n // self.PIECE) * self.PIECE
+        self.libc = ctypes.CDLL(None, use_errno=True)
+        self.libc.mmap.restype = ctypes.c_void_p
+        self.libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+        self.libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+        file = os.memfd_create("zeros")
+        os.ftruncate(file, self.PIECE)
+        self.address = self.map(None, self.size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, protection=0)
+        for start in range(0, self.size, self.PIECE):
+            self.map(self.address + start, self.PIECE, mmap.MAP_SHARED | self.FIXED, file)
+        os.close(file)
+        for start, values in windows:
+            begin = start * self.dtype.itemsize // mmap.PAGESIZE * mmap.PAGESIZE
+            end = min(self.size, -(-(start * self.dtype.itemsize + values.nbytes) // mmap.PAGESIZE) * mmap.PAGESIZE)
+            self.map(self.address + begin, end - begin, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | self.FIXED, -1)
+            self.window(start, values.size)[...] = values.ravel()
+
+    def map(self, address, size, flags, file, protection=mmap.PROT_READ | mmap.PROT_WRITE):
+        found = self.libc.mmap(address, size, protection, flags, file, 0)
+        assert found != ctypes.c_void_p(-1).value, os.strerror(ctypes.get_errno())
+        return found
+
+    def window(self, start, n):
+        memory = (ctypes.c_char * (n * self.dtype.itemsize)).from_address(self.address + start * self.dtype.itemsize)
+        return np.frombuffer(memory, self.dtype)
+
+    @property
+    def buffer(self):
+        return Buffer(self.address, self.shape, str(self.dtype))
+
+    def close(self):
+        self.libc.munmap(self.address, self.size)

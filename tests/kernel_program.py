@@ -5,6 +5,7 @@
 
 import copy
 import faulthandler
+import functools
 import json
 import multiprocessing
 import os
@@ -24,7 +25,7 @@ from jadam._kernels import cpu
 from jadam._kernels.pallas import Int8Tile
 from jadam._leaf import update_leaf
 from jadam._numerics import constant_beta
-from jadam._transformation import Job, Step
+from jadam._transformation import Job, Part, Step
 
 ROWS, COLUMNS = 64, 512  # of the arrays on which what is expected is computed, whatever the leaf's shape
 RULES, FORMATS = list(cpu.RULES), list(cpu.FORMATS)
@@ -629,6 +630,42 @@ def spawned(method, names):
     print(method)
 
 
+# -- a huge leaf -------------------------------------------------------------------------------------------------------
+
+
+def huge():
+    """A step of 2**31 + 4096 elements; rows in three places are to the bit those of small leaves that lie there."""
+    tx, columns, rows = jadam.adam(1e-3, moments="int8"), 4096, 3
+    whole = (2**31 // columns + 1, columns)
+    tiny, empty = tx.init(jnp.zeros((rows, columns)))
+    rng = np.random.default_rng(0)
+
+    def random_state():
+        codes = rng.integers(-127, 128, (rows, columns), np.int8), rng.integers(0, 256, (rows, columns), np.uint8)
+        return codes + tuple(np.abs(rng.standard_normal((rows, columns // 128), np.float32)) for _ in range(2))
+
+    starts = [0, whole[0] // 2, whole[0] - rows]  # the last one from 2**31 - 8192 on
+    windows = [[*(numbers(rng, (rows, columns), False) for _ in range(2)), *random_state()] for _ in starts]
+    arrays = []
+    for k, example in enumerate(windows[0]):
+        width = example.shape[1]
+        places = [(start * width, window[k]) for start, window in zip(starts, windows, strict=True)]
+        arrays.append(handler.Sparse((whole[0], width), example.dtype, places))
+    views = [x.window(0, x.shape[0] * x.shape[1]).reshape(x.shape) for x in arrays]
+    g, p, *stored = map(jnp.from_dlpack, views)  # no copies
+    names = ("mu", "nu", "mu_scale", "nu_scale")
+    of = lambda stored: (tiny._replace(**dict(zip(names, stored, strict=True))), empty)
+    p, (new, _) = jax.jit(functools.partial(jadam.step, tx))(g, of(stored), p)
+    found = [np.asarray(x) for x in (p, *(getattr(new, name) for name in names))]
+    for start, (g, p, *stored) in zip(starts, windows, strict=True):
+        job = tx.plan(jnp.asarray(g), of(map(jnp.asarray, stored)), jnp.asarray(p)).jobs[0]
+        job = job._replace(part=Part(jnp.uint32(start * columns), whole))
+        ((p, stored),) = cpu.kernel([job], [jnp.asarray(g)], [jnp.asarray(p)])
+        for a, b in zip((p, *stored), found, strict=True):
+            np.testing.assert_array_equal(a, b[start : start + rows])
+    print("huge")
+
+
 if __name__ == "__main__":
     faulthandler.enable()
     assert cpu.load()[0] is not None, cpu.load()[1]
@@ -643,5 +680,7 @@ if __name__ == "__main__":
             memory(name, int(first), int(last))
         case "forked", *names:
             forked(names)
+        case ("huge",):
+            huge()
         case method, *names:
             spawned(method, names)

@@ -2,7 +2,6 @@
 
 import ctypes
 import json
-import mmap
 import os
 import platform
 import struct
@@ -223,54 +222,12 @@ def test_where_parts_of_huge_arrays_begin(size):
     np.testing.assert_array_equal(first(), np.array([i * (size // 8) * 3 % 2**32 for i in range(8)], np.uint32))
 
 
-class Sparse:
-    """An array of zeros of any length: the same few pages over and over, but for windows with pages of their own."""
-
-    PIECE, FIXED = 2**25, 0x10
-
-    def __init__(self, shape, dtype, windows):
-        self.shape, self.dtype = shape, np.dtype(dtype)
-        n = int(np.prod(shape, dtype=object)) * self.dtype.itemsize
-        self.size = -(-n // self.PIECE) * self.PIECE
-        self.libc = ctypes.CDLL(None, use_errno=True)
-        self.libc.mmap.restype = ctypes.c_void_p
-        self.libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-        self.libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-        file = os.memfd_create("zeros")
-        os.ftruncate(file, self.PIECE)
-        self.address = self.map(None, self.size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, protection=0)
-        for start in range(0, self.size, self.PIECE):
-            self.map(self.address + start, self.PIECE, mmap.MAP_SHARED | self.FIXED, file)
-        os.close(file)
-        for start, values in windows:
-            begin = start * self.dtype.itemsize // mmap.PAGESIZE * mmap.PAGESIZE
-            end = min(self.size, -(-(start * self.dtype.itemsize + values.nbytes) // mmap.PAGESIZE) * mmap.PAGESIZE)
-            self.map(self.address + begin, end - begin, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | self.FIXED, -1)
-            self.window(start, values.size)[...] = values.ravel()
-
-    def map(self, address, size, flags, file, protection=mmap.PROT_READ | mmap.PROT_WRITE):
-        found = self.libc.mmap(address, size, protection, flags, file, 0)
-        assert found != ctypes.c_void_p(-1).value, os.strerror(ctypes.get_errno())
-        return found
-
-    def window(self, start, n):
-        memory = (ctypes.c_char * (n * self.dtype.itemsize)).from_address(self.address + start * self.dtype.itemsize)
-        return np.frombuffer(memory, self.dtype)
-
-    @property
-    def buffer(self):
-        return handler.Buffer(self.address, self.shape, str(self.dtype))
-
-    def close(self):
-        self.libc.munmap(self.address, self.size)
-
-
 ROW = 1000  # of int8's leaf: blocks of 128, the last of 104
 
 
 @on_linux
 @pytest.mark.long
-@pytest.mark.parametrize(("format", "shape"), [("bfloat16", (2**32 + 12345,)), ("int8", (2**32 // ROW + 30, ROW))])
+@pytest.mark.parametrize(("format", "shape"), [("bfloat16", (2**32 + 54321,)), ("int8", (2**32 // ROW + 999, ROW))])
 def test_more_than_2_to_the_32_elements(format, shape):
     """At the beginning, around 2**31 and 2**32 and at the end, to the bit the step of small leaves that lie there."""
     rows = 9 if format == "int8" else 9 * ROW
@@ -282,7 +239,7 @@ def test_more_than_2_to_the_32_elements(format, shape):
         for k, example in enumerate(windows[0]):
             width = int(np.prod(example.shape[1:]))
             values = [(start * width, window[k]) for start, window in zip(starts, windows, strict=True)]
-            whole.append(Sparse((shape[0], *example.shape[1:]), example.dtype, values))
+            whole.append(handler.Sparse((shape[0], *example.shape[1:]), example.dtype, values))
         stepped_in_place(format, [x.buffer for x in whole], first=5)
         for start, window in zip(starts, windows, strict=True):
             new = [x.window(start * int(np.prod(w.shape[1:])), w.size) for x, w in zip(whole, window, strict=True)]
@@ -291,6 +248,14 @@ def test_more_than_2_to_the_32_elements(format, shape):
     finally:
         for x in whole:
             x.close()
+
+
+@on_linux
+@pytest.mark.long
+@pytest.mark.soak
+def test_a_real_step_of_more_than_2_to_the_31_elements():
+    """Through `jadam.step` and XLA: 14 GB of new weights and codes, the old ones in little memory as above."""
+    assert run_program("huge", timeout=1800) == "huge"
 
 
 # -- how it is built ---------------------------------------------------------------------------------------------------
