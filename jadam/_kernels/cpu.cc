@@ -154,7 +154,8 @@ INLINE float ema(float b, float one_minus_b, float average, float x) {
   return x + b * (average - x);
 }
 
-INLINE float maximum(float x, float y) { return x != x || x > y ? x : y; }  // NaN if either is
+// NaN if either is, and x below 0: where g * g overflows, v is NaN as written but -infinity contracted.
+INLINE float maximum(float x, float y) { return !(x >= 0.0f) || x > y ? x : y; }
 
 // The rule on one element: from gradient and moments, which it updates, to the direction. kUsual: b1 and b2 are at least
 // 1/2 and eps_root is 0. Multiplies by the reciprocals of what Python divides by, where that is a scalar.
@@ -170,10 +171,10 @@ INLINE float direction(const Scalars& s, float g, float& m, float& v, float& lar
   if (kRule == kNAdam || kRule == kRAdamOfNAdam) m_hat = s.next * m * s.next_correction + s.newest * g * s.newest_correction;
   float second = v, correction2 = s.correction2;
   if (kRule == kAMSGrad) {
-    second = largest = maximum(largest, v * s.correction2);
+    second = largest = maximum(v * s.correction2, largest);
     correction2 = 1.0f;
   }
-  if (kRule == kAMSGradOfV) second = largest = maximum(largest, v);
+  if (kRule == kAMSGradOfV) second = largest = maximum(v, largest);
   root = std::sqrt(second);
   const float root_hat = kRule == kAMSGrad ? root : root * s.root_correction2;
   const float denominator = (kUsual ? root_hat : std::sqrt(second * correction2 + s.eps_root)) + s.eps;
@@ -323,9 +324,10 @@ INLINE void update(const Leaf& leaf, Tile& tile, int64_t start, int64_t n) {
   if (leaf.narrow_p) split(leaf.p_out, leaf.rest_out, tile.own_p, start, n);
 }
 
-// The index of an element in the whole array, which the dither is a function of.
+// The index of an element in the whole array modulo 2**32, which the dither is a function of.
 INLINE uint32_t index(const Leaf& leaf, int64_t i) {
-  return leaf.first + static_cast<uint32_t>(i / leaf.set.run * leaf.set.stride + i % leaf.set.run);
+  const uint32_t run = static_cast<uint32_t>(i / leaf.set.run), stride = static_cast<uint32_t>(leaf.set.stride);
+  return leaf.first + run * stride + static_cast<uint32_t>(i % leaf.set.run);
 }
 
 struct Piece {
@@ -545,7 +547,7 @@ void read_leaf(Reader& reader, Leaf& leaf) {
   leaf.moments = leaf.set.rule == kAMSGrad || leaf.set.rule == kAMSGradOfV ? 3 : 2;
   for (int64_t k = 0; k < leaf.moments; ++k) leaf.m[k] = in("moment", int8 ? (k ? D::U8 : D::S8) : stored, n);
   if (int8) {
-    if (leaf.moments != 2) reader.fail("rule", "has no int8 moments");
+    if (leaf.set.rule != kAdam && leaf.set.rule != kNAdam) reader.fail("rule", "has no int8 moments");
     if (shape.empty()) return reader.fail("gradient", "has no axis, which int8 needs");
     leaf.row = shape.back();
     if (leaf.set.block < 1 || leaf.set.block > kTile) return reader.fail("block", "is out of range");
@@ -566,12 +568,13 @@ void read_leaf(Reader& reader, Leaf& leaf) {
 // An output may be its own input, whole, and no other buffer may overlap one that is written.
 bool overlap(std::vector<Range>& ranges) {
   std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
-  uintptr_t end = 0, written_end = 0;  // of all ranges so far, and of the written ones
+  uintptr_t before = 0, end = 0, written_end = 0;  // end of all ranges but the last, of all, and of the written ones
   const Range* last = nullptr;
   for (const Range& x : ranges) {
     const bool pair = last != nullptr && last->begin == x.begin && last->end == x.end && last->output != x.output &&
                       last->own == x.own;
-    if (!pair && (x.begin < written_end || (x.output && x.begin < end))) return true;
+    if (x.begin < (pair ? before : x.output ? end : written_end)) return true;
+    before = end;
     end = std::max(end, x.end);
     if (x.output) written_end = std::max(written_end, x.end);
     last = &x;
@@ -579,14 +582,21 @@ bool overlap(std::vector<Range>& ranges) {
   return false;
 }
 
+// Whether there are rows of so many elements of a dtype, which can be read.
+bool rows_of(const ffi::AnyBuffer& buffer, ffi::DataType dtype, int64_t n) {
+  if (buffer.element_type() != dtype || buffer.element_count() % n) return false;
+  if (buffer.untyped_data() == nullptr) return buffer.element_count() == 0;
+  return reinterpret_cast<uintptr_t>(buffer.untyped_data()) % ffi::ByteWidth(dtype) == 0;
+}
+
 ffi::Error step(ffi::ThreadPool threads, ffi::Span<const int64_t> settings, ffi::AnyBuffer scalars,
                 ffi::AnyBuffer count, ffi::RemainingArgs args, ffi::RemainingRets rets) {
   if (settings.size() % kSettings) return invalid("jadam: leaves must come in rows of " + std::to_string(kSettings));
-  if (scalars.element_type() != ffi::DataType::F32 || scalars.element_count() % kScalars) {
+  if (!rows_of(scalars, ffi::DataType::F32, kScalars)) {
     return invalid("jadam: scalars must be float32 in rows of " + std::to_string(kScalars));
   }
   const size_t leaves = settings.size() / kSettings;
-  if (count.element_type() != ffi::DataType::U32 || static_cast<size_t>(count.element_count()) != 1 + leaves) {
+  if (!rows_of(count, ffi::DataType::U32, 1 + leaves) || static_cast<size_t>(count.element_count()) != 1 + leaves) {
     return invalid("jadam: count must be uint32, one and another for each leaf");
   }
   auto work = std::make_shared<Work>();
@@ -629,6 +639,13 @@ ffi::Error step(ffi::ThreadPool threads, ffi::Span<const int64_t> settings, ffi:
 
 }  // namespace
 
+#if defined(_WIN32)
+#define EXPORT extern "C" __declspec(dllexport)
+#else
+#define EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+EXPORT XLA_FFI_Error* jadam_step(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jadam_step, step,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
@@ -639,5 +656,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jadam_step, step,
                                   .RemainingRets());
 
 // Which instructions run here, and the checksum of the source this was built from.
-extern "C" __attribute__((visibility("default"))) const char* jadam_instructions() { return instructions().name; }
-extern "C" __attribute__((visibility("default"))) uint32_t jadam_source() { return JADAM_SOURCE; }
+EXPORT const char* jadam_instructions() { return instructions().name; }
+EXPORT uint32_t jadam_source() { return JADAM_SOURCE; }
