@@ -13,7 +13,8 @@ ALWAYS = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_ba
 def holds(few=25, many=10_000, **strategies):
     """The decorated body, which asserts, as a test of ``few`` examples and another, `long` and `soak`, of ``many``.
 
-    Arguments of the body without a strategy are pytest's. A failure in the second test prints the line that repeats it.
+    Arguments of the body without a strategy are pytest's; ``examples`` is how many there will be. A failure of the
+    second test prints the line that repeats it.
     """
 
     def as_tests(body):
@@ -26,9 +27,11 @@ def holds(few=25, many=10_000, **strategies):
                 deadline=None,
                 suppress_health_check=ALWAYS,
             )
+            others |= {"examples": examples} if "examples" in names else {}
             how(given(**strategies)(body))(**others)
 
-        others = [p for name, p in inspect.signature(body).parameters.items() if name not in strategies]
+        names = inspect.signature(body).parameters
+        others = [p for name, p in names.items() if name not in strategies and name != "examples"]
         examples = inspect.Parameter("examples", inspect.Parameter.POSITIONAL_OR_KEYWORD)
         test.__signature__ = inspect.Signature([examples, *others])
         test.__name__, test.__doc__, test.__module__ = body.__name__, body.__doc__, body.__module__

@@ -55,7 +55,7 @@ def trees(leaf):
             | st.dictionaries(names, leaf.map(nnx.Param), min_size=1, max_size=2).map(nnx.State)
         )
 
-    return st.recursive(node, deeper, max_leaves=5)
+    return st.recursive(node, deeper, max_leaves=5).filter(lambda tree: tree is not None)
 
 
 AXES = st.sampled_from([0, 1, 2, 3, 7, 16, 33, 128, 129, 257, 300])
@@ -88,7 +88,11 @@ def avals(tree):
 
 
 @pytest.mark.usefixtures("x64")
-@holds(tree=trees(abstract_leaves()), member=st.sampled_from(MEMBERS), rate=st.sampled_from([0.1, lambda count: 0.1]))
+@holds(
+    tree=trees(abstract_leaves()).filter(lambda x: x is not None),
+    member=st.sampled_from(MEMBERS),
+    rate=st.sampled_from([0.1, lambda count: 0.1]),
+)
 def test_structure_and_dtypes_are_a_fixed_point(tree, member, rate):
     """Updates are shaped like gradients, in gradient's dtype promoted with the parameter's; the state never changes."""
     is_pair = lambda x: isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], jax.ShapeDtypeStruct)
@@ -120,7 +124,7 @@ def leaves(draw):
     p, g, h, imaginary = (any_floats(shape, seed, numbers) for seed in seeds)
     if dtype == np.complex64:
         return tuple(jnp.asarray(with_imaginary(x, imaginary)) for x in (p, g, h))
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         return tuple(jnp.asarray(x.astype(dtype)) for x in (p, g, h))
 
 
@@ -165,7 +169,7 @@ def test_leaves_and_coordinates_do_not_see_each_other(tree, member, b1, b2, eps)
 
 # -- the numbers -------------------------------------------------------------------------------------------------------
 
-STEPS = 6
+STEPS = 4
 SHAPE = (5, 7)
 LARGE = (32, 129)  # int8 needs 4,096 elements; the last block is of one
 
@@ -180,7 +184,7 @@ def bound(b1, b2, t):
     """
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         b1, b2, k = np.float64(b1), np.float64(b2), np.arange(t)
-        total = np.sum(np.where(k == 0, 1.0, (b1**2 / b2) ** k)) if b1 else 1.0
+        total = np.sum(np.where(k == 0, 1.0, (b1 / np.sqrt(b2)) ** (2 * k))) if b1 else 1.0
         return (1 - b1) / -np.expm1(t * np.log(b1)) * np.sqrt(total * -np.expm1(t * np.log(b2)) / (1 - b2))
 
 
@@ -258,19 +262,38 @@ def cases(draw, of=MEMBERS):
     name, moments = draw(st.sampled_from(of))
     b1, b2 = draw(RATES), draw(RATES)
     if moments == "int8":
-        assume(b1 * b1 < b2)
-    return BY_NAME[name].make, moments, LARGE if moments == "int8" else SHAPE, b1, b2
+        assume(b1 * b1 < b2 and b2 >= 2.0**-126)
+    return name, moments, LARGE if moments == "int8" else SHAPE, {"b1": b1, "b2": b2}
+
+
+@functools.cache
+def compiled_nudges(name, moments):
+    """`nudges` of such a member, for hyperparameters that are traced."""
+
+    def steps(settings, params, *gradients):
+        return nudges(BY_NAME[name].make(0.1, moments=moments, **settings), params, *gradients)
+
+    return jax.jit(steps)
+
+
+def nudged(examples, name, moments, settings, params, *gradients):
+    """`nudges` of a member: eagerly, from numbers; compiled, where a compilation is worth it, from arrays."""
+    if examples < 100:
+        return nudges(BY_NAME[name].make(0.1, moments=moments, **settings), params, *gradients)
+    settings = {name: jnp.float32(min(x, 1 - E24) if name in ("b1", "b2") else x) for name, x in settings.items()}
+    assume(moments != "int8" or settings["b1"] ** 2 < 0.999999 * settings["b2"])
+    return compiled_nudges(name, moments)(settings, params, *gradients)
 
 
 @holds(case=cases(), eps=EPS, seeds=st.lists(SEEDS, min_size=3, max_size=3), numbers=st.lists(NUMBERS, max_size=5))
-def test_sign_flip(case, eps, seeds, numbers):
+def test_sign_flip(case, eps, seeds, numbers, examples):
     """Parameter and gradients negated, whatever they are: update and first moment negated, the second the same."""
-    make, moments, shape, b1, b2 = case
-    tx = make(0.1, b1=b1, b2=b2, eps=eps, moments=moments)
+    name, moments, shape, betas = case
+    take = functools.partial(nudged, examples, name, moments, {**betas, "eps": eps})
     gradients = [jnp.asarray(any_floats(shape, seed, numbers)) for seed in seeds]
     p = jnp.asarray(tame_floats(shape, seeds[0]))
-    (u, v, w), state = nudges(tx, p, *gradients)
-    (x, y, z), other = nudges(tx, -p, *(-g for g in gradients))
+    (u, v, w), state = take(p, *gradients)
+    (x, y, z), other = take(-p, *(-g for g in gradients))
     same((u, v, w), (-x, -y, -z))
     mu, nu = ([optax.tree.get(s, name) for s in (state, other)] for name in ("mu", "nu"))
     same(mu[0], -mu[1])
@@ -301,14 +324,15 @@ def test_quarter_turns(seeds, turns, b1, b2, eps, numbers):
 
 @holds(case=cases([x for x in MEMBERS if x[0] != "radam"]), seeds=st.lists(SEEDS, min_size=3, max_size=3),
        k=st.integers(-20, 20))  # fmt: skip
-def test_powers_of_two(case, seeds, k):
+def test_powers_of_two(case, seeds, k, examples):
     """With eps = 0, gradients times 2**k: not a bit of an update, a code or a significand differs.
 
     All products are normal: (1-b2) * g * g is at least 2**-125. A difference from the average may still vanish, but
     only when it is below half an ulp of that, as g * g is at least 2**-98. int8's lowest code of sqrt(v) is 255**-4 of
     the largest in a block, so that there sizes start at 2**-20. RAdam is left out: at first its step is no ratio.
     """
-    make, moments, shape, b1, b2 = case
+    name, moments, shape, betas = case
+    b1, b2 = betas.values()
     assume(b1 <= 1 - 2.0**-40)
     if moments == "int8":
         assume(b2 <= 0.99999)
@@ -317,21 +341,21 @@ def test_powers_of_two(case, seeds, k):
         sizes = max(2.0**-49, 2.0**-62.5 / math.sqrt(1 - b2)), 2.0**59
     low, high = sizes[0] * 2.0 ** max(-k, 0), sizes[1] * 2.0 ** min(-k, 0)
     assume(low <= high)
-    tx = make(1.0, b1=b1, b2=b2, eps=0.0, moments=moments)
+    take = functools.partial(nudged, examples, name, moments, {**betas, "eps": 0.0})
     gradients = [tame_floats(shape, seed, smallest=low, largest=high) for seed in seeds]
-    updates, state = nudges(tx, jnp.zeros(shape), *map(jnp.asarray, gradients))
-    others, other = nudges(tx, jnp.zeros(shape), *(jnp.asarray(np.ldexp(g, k)) for g in gradients))
+    updates, state = take(jnp.zeros(shape), *gradients)
+    others, other = take(jnp.zeros(shape), *(np.ldexp(g, k) for g in gradients))
     same(updates, others)
-    of = lambda name: [np.asarray(optax.tree.get(x, name), None) for x in (state, other)]
+    of = lambda field: [np.asarray(optax.tree.get(x, field)) for x in (state, other)]
     if moments == "int8":
-        for name in ("mu", "nu", "mu_scale"):
-            same(*of(name))
+        for field in ("mu", "nu", "mu_scale"):
+            same(*of(field))
         a, b = of("nu_scale")
         np.testing.assert_array_equal(np.ldexp(a, k), b)
     else:
-        power = k if make in (jadam.adamax, jadam.adamaxw) else 2 * k
-        for name, by in (("mu", k), ("nu", power)):
-            a, b = (np.float32(x) for x in of(name))
+        power = k if name.startswith("adamax") else 2 * k
+        for field, by in (("mu", k), ("nu", power)):
+            a, b = (np.float32(x) for x in of(field))
             np.testing.assert_array_equal(np.ldexp(a, by), b)
 
 
@@ -350,9 +374,11 @@ def test_below_the_range(numbers, b1, b2, eps, seed):
     state = tx.init(g)
     for t in range(1, 4):
         u, state = tx.update(g, state)
-        # XLA on a CPU has 0 for subnormal numbers: m_hat is |g|, or less by what was cut off from it
+        # XLA on a CPU has 0 for subnormal numbers: b1 * g may be missing from what is then divided by 1 - b1 >= 1/2
         least = np.float32(eps) if eps >= 2.0**-126 else 1.0
-        assert np.all(np.abs(u) <= np.abs(g) / least * (1 + 30 * E24) + 1e-37)  # roundings as above, 6t + 12
+        assert np.all(
+            np.abs(u) <= (np.abs(g) + 8 * 2.0**-126) / least * (1 + 30 * E24) + 1e-37
+        )  # roundings as above, 6t + 12
         assert np.all(np.asarray(u) * np.sign(g) >= 0)
         assert np.all(np.asarray(state.nu) < 2.0**-126)
         assert t == state.count
@@ -377,20 +403,19 @@ def test_above_the_range(size, sign, b1, b2, seed):
 
 
 @holds(bad=st.sampled_from([np.nan, np.inf, -np.inf]), case=cases(), seed=SEEDS)
-def test_not_finite(bad, case, seed):
+def test_not_finite(bad, case, seed, examples):
     """A NaN or infinity is seen from then on where it came, and with int8 in its block; nowhere else."""
-    make, moments, shape, b1, b2 = case
-    tx = make(0.1, b1=b1, b2=b2, moments=moments)
+    name, moments, shape, betas = case
     p = jnp.zeros(shape)
     g = tame_floats(shape, seed, smallest=1e-3, largest=1e3)
     h = g.copy()
     h[1, 2] = bad
-    (_, u, after), state = nudges(tx, p, *map(jnp.asarray, (g, h, g)))
+    (_, u, after), state = nudged(examples, name, moments, betas, p, *map(jnp.asarray, (g, h, g)))
     with_scale = optax.tree.get(state, "mu_scale")[1, :1] if moments == "int8" else np.zeros([])
     held = [optax.tree.get(state, "mu")[1, 2], optax.tree.get(state, "nu")[1, 2], with_scale]
-    # AdaMax's maximum is infinite, and m / it is NaN today and, its m infinite, ever after
-    assert np.isnan(u[1, 2])
-    assert np.isnan(after[1, 2])
+    # inf / inf is NaN, also AdaMax's m by its maximum; RAdam's first steps are m
+    assert np.isnan(u[1, 2]) or (name == "radam" and np.isinf(u[1, 2]))
+    assert np.isnan(after[1, 2]) or (name == "radam" and np.isinf(after[1, 2]))
     assert not all(np.isfinite(x).all() for x in held)
     others = np.ones(shape, bool)
     others[1, 2:3] = False
@@ -565,7 +590,9 @@ def settings_of(draw):
     assume(b1 * b1 < 0.99 * b2 and b2 >= 0.01)
     h = {"b1": b1, "b2": b2, "eps": draw(st.sampled_from([1e-30, 1e-8, 1e-3]))}
     seeds = draw(st.lists(SEEDS, min_size=3, max_size=3))
-    return {k: jnp.float32(x) for k, x in h.items()}, seeds, draw(st.lists(NUMBERS, max_size=5))
+    # Within a rounding of float32's largest number one side may round to infinity and the other not.
+    numbers = st.lists(NUMBERS.filter(lambda x: not 2.0**126 < abs(x) < math.inf), max_size=5)
+    return {k: jnp.float32(x) for k, x in h.items()}, seeds, draw(numbers)
 
 
 def ratio_bound(name, h):
@@ -582,7 +609,10 @@ def ratio_bound(name, h):
 def agree(new, expected, old, reach, wild, ulps):
     """The contract of jit, kernel and mesh for ``(params, state)`` from the same start, whatever the hyperparameters.
 
-    Stored numbers within ``ulps`` of max(|old|, |increment|). Updates at lr 1 within 5e-7 of the larger of themselves
+    Stored numbers within ``ulps`` (2**-23) of max(|old|, |increment|), for betas of the usual size 2. For any, where
+    v is ``v + (1-b2) * (g*g - v)`` each of four operations may be rounded, to 2**-24 of the increment, by one side, and
+    only the difference and the sum by the other, which contracts the products: 3 ulp. AMSGrad stores v divided by a
+    correction, itself a rounding or two of either side's: 5. Updates at lr 1 within 5e-7 of the larger of themselves
     and ``reach``, how large they can be: ``m`` may cancel, and the error of its terms does not. Where a gradient was
     out of Adam's range (``wild``) that is unknown, and only which numbers are finite is compared. Both sides round with
     the same random bits, and rounding is monotone: in bfloat16 they differ by a spacing (2**-7) more, int8's codes by
@@ -628,8 +658,9 @@ def compare(settings_of, name, moments, shapes, one, other, ulps, placed=lambda 
         if moments == "int8":  # whose smallest code is 255**-4 of the block's largest
             grads = array(lambda shape, i, seed=seed: tame_floats(shape, seed + i, smallest=2.0**-20, largest=2.0**20))
         else:
-            grads = array(lambda shape, i, seed=seed: tame_floats(shape, seed + i, numbers))
-        out = lambda g: (g != 0) & ~((np.abs(g) > 1e-15) & (np.abs(g) < 1e18)) | (g == 0) & (h["b2"] < 0.5)
+            grads = array(lambda shape, i, seed=seed: tame_floats(shape, seed + i, numbers, smallest=2.0**-40))
+        # (1-b2)**2 * g * g is normal from 2**-40 on, and a zero leaves of v what is
+        out = lambda g: (g != 0) & ~((np.abs(g) >= 2.0**-40) & (np.abs(g) < 1e18)) | (g == 0) & (h["b2"] < 0.5)
         wild = {k: wild[k] | np.asarray(out(g)) for k, g in grads.items()}
         old = params, state
         expected = one(h, jax.tree.map(jnp.asarray, grads), state, params)
@@ -638,19 +669,24 @@ def compare(settings_of, name, moments, shapes, one, other, ulps, placed=lambda 
         params, state = expected
 
 
+def ulps_of(name, moments):
+    """As `agree` derives them; int8's scales are of m / sqrt(v), two roundings more."""
+    return 5 if name == "amsgrad" or moments == "int8" else 3
+
+
 @pytest.mark.skipif(jadam.backends()["cpu"].kernel is None, reason="no CPU kernel")
 @every_way
 @holds(few=8, many=MANY, how=settings_of())
 def test_kernel_is_xla(name, moments, how):
     _, step, calls, _ = compiled(name, moments)
-    compare(how, name, moments, ODD, calls, step, 2 * ULPS if moments == "int8" else ULPS)
+    compare(how, name, moments, ODD, calls, step, ulps_of(name, moments) * ULPS // 2)
 
 
 @every_way
 @holds(few=8, many=MANY, how=settings_of())
 def test_jit_is_eager(name, moments, how):
     _, _, calls, eagerly = compiled(name, moments)
-    compare(how, name, moments, ODD, calls, eagerly, 4 if moments == "int8" else 2)
+    compare(how, name, moments, ODD, calls, eagerly, ulps_of(name, moments))
 
 
 @every_way
@@ -660,4 +696,4 @@ def test_eight_devices_are_one(name, moments, how):
     rows = lambda x: NamedSharding(mesh, P("x") if x.ndim and x.shape[0] == 16 else P())
     _, _, calls, _ = compiled(name, moments)
     placed = lambda tree: jax.tree.map(lambda x: jax.device_put(x, rows(x)), tree)
-    compare(how, name, moments, EVEN, calls, calls, 4 if moments == "int8" else 2, placed)
+    compare(how, name, moments, EVEN, calls, calls, ulps_of(name, moments), placed)
