@@ -120,10 +120,11 @@ class Int8:
 
     def limit(self, step):
         """NaN for ``b1`` where it gives no bound and nobody could know before."""
-        b1, b2 = step.b1.b, step.b2.b
-        if isinstance(b1, np.floating) and isinstance(b2, np.floating) and b1 * b1 < b2:
+        b1, b2, a1, a2 = step.b1.b, step.b2.b, step.b1.one_minus_b, step.b2.one_minus_b
+        bounded = (b1 * b1 < b2) | (a2 < a1 * (2 - a1))  # the same twice: float32 may have 1 for b1 and b2, or for a2
+        if isinstance(bounded, np.bool_) and bounded:
             return step
-        return step.replace(b1=step.b1._replace(b=jnp.where(b1 * b1 < b2, b1, jnp.nan)))
+        return step.replace(b1=step.b1._replace(b=jnp.where(bounded, step.b1.b, jnp.nan)))
 
     def decode(self, stored, dtype):
         """``m, v``."""

@@ -177,6 +177,12 @@ def test_a_gradient_that_dies_stops_its_weight():
     assert of_all[-1] > 0.1
 
 
+def test_betas_that_are_1_in_float32_have_a_bound():
+    g = jnp.asarray(np.random.default_rng(0).standard_normal((32, 128)), jnp.float32)
+    tx = jadam.scale_by_adam(1 - 1e-12, 1 - 1e-12, moments="int8")
+    np.testing.assert_allclose(tx.update(g, tx.init(g))[0], jnp.sign(g), rtol=1e-6)
+
+
 @pytest.mark.parametrize("moments", NARROW)
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf, 1e20])
 def test_nothing_not_finite_is_laundered(moments, bad):

@@ -7,7 +7,8 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_step import RULES, assert_steps_agree
+from agreement import assert_steps_agree
+from test_step import RULES
 
 import jadam
 from jadam import _step

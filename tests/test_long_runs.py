@@ -1,0 +1,245 @@
+"""A million steps: averages that do not drift, masters that stay float32's, a count that stops where int32 ends."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jadam
+
+B1, B2 = 0.9, 0.999
+STEPS = 1_000_000
+CHUNK = 1000
+LAST = 2**31 - 1
+soak = [pytest.mark.long, pytest.mark.soak]
+
+
+def run(step, carry, n):
+    """``carry`` after ``n`` steps, ``step(carry, t)`` being one, and what the steps returned, a mean a chunk."""
+
+    @jax.jit
+    def chunk(carry, start):
+        carry, out = jax.lax.scan(step, carry, start + jnp.arange(CHUNK, dtype=jnp.uint32))
+        return carry, jax.tree.map(lambda x: jnp.mean(x, 0), out)
+
+    means = []
+    for start in range(0, n, CHUNK):
+        carry, out = chunk(carry, jnp.uint32(start))
+        means.append(jax.tree.map(np.asarray, out))
+    return carry, jax.tree.map(lambda *x: np.stack(x), *means)
+
+
+STREAMS = {
+    "constant": lambda mean, t: mean,
+    "random": lambda mean, t: mean + jax.random.normal(jax.random.key(t), mean.shape, jnp.float32),
+}
+streams = pytest.mark.parametrize("stream", STREAMS)
+lengths = pytest.mark.parametrize("steps", [20_000, pytest.param(STEPS, marks=soak)])
+
+
+@lengths
+@streams
+@pytest.mark.usefixtures("x64")
+def test_float32_averages_stay(stream, steps):
+    """Against the same averages in float64, for which the gradients are known to the bit."""
+    mean = jnp.linspace(0.25, 4, 64, dtype=jnp.float32)
+    tx = jadam.scale_by_adam(B1, B2)
+    wide = lambda x: x.astype(jnp.float64)
+
+    def step(carry, t):
+        state, m, v = carry
+        g = STREAMS[stream](mean, t)
+        u, state = tx.update(g, state)
+        m, v = B1 * m + (1 - B1) * wide(g), B2 * v + (1 - B2) * wide(g) ** 2
+        return (state, m, v), (wide(state.mu) - m, wide(state.nu) / v - 1, jnp.abs(u))
+
+    zeros = jnp.zeros(64, jnp.float64)
+    (state, m, v), (of_m, of_v, _) = run(step, (tx.init(mean), zeros, zeros), steps)
+    assert state.count == steps
+    assert (state.mu.dtype, state.nu.dtype) == (jnp.float32, jnp.float32)
+    # A step rounds at most 4 * 2**-24 of the average of |g|, or of v (test_properties.py says where), and forgets (1-b)
+    # of what it had: never more than 4 * 2**-24 / (1-b) together, whatever the gradients and however many.
+    worst_m, worst_v = (4 * 2.0**-24 / (1 - b) for b in (B1, B2))
+    assert np.max(np.abs(state.mu - m)) <= worst_m * 10  # |g| <= 10: 4 and six standard deviations
+    assert np.max(np.abs(state.nu / v - 1)) <= worst_v
+    if stream == "constant":
+        # It stops below g where a step is less than half an ulp: (1-b) * (g - m) <= 2**-24 g.
+        np.testing.assert_allclose(state.mu, mean, rtol=2.0**-24 / (1 - B1))
+        settled = 1 - B2**steps
+        np.testing.assert_allclose(state.nu, settled * np.float64(mean) ** 2, rtol=2.0**-24 / (1 - B2) + 1e-6)
+    else:
+        # Roundings that are independent, each within half an ulp, at most 2**-24, of variance a third of that squared,
+        # two a step: over time 2 / 3 / (1 - b2**2) of them, 18 times 2**-24. A mean over n / 1000 such times and 64
+        # coordinates is as much less; six of its standard deviations.
+        times = max(1, (steps - 5000) // 1000)
+        assert np.abs(of_v[5:].mean()) <= 6 * 19 * 2.0**-24 / np.sqrt(times * 64)
+        assert np.max(np.abs(of_m[5:].mean())) <= 6 * 3 * 2.0**-24 * 5 / np.sqrt(times * 64)
+
+
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+def test_a_constant_gradient_is_a_fixed_point(moments):
+    """Moments that are there already stay there to the bit; in bfloat16 where it can hold them."""
+    g = jnp.array([0.75, -3.0, 1e-12, 1e12], jnp.bfloat16).astype(jnp.float32)
+    v = jnp.square(g)
+    g = jnp.where(v == v.astype(jnp.bfloat16), g, 1.5) if moments == "bfloat16" else g
+    dtype = jnp.dtype(moments)
+    start = optax.ScaleByAdamState(jnp.int32(1000), g.astype(dtype), jnp.square(g).astype(dtype))
+    tx = jadam.scale_by_adam(B1, B2, moments=moments)
+
+    def step(state, t):
+        u, state = tx.update(g, state)
+        return state, u
+
+    state, _ = run(step, start, 100_000)
+    np.testing.assert_array_equal(np.float32(state.mu), np.float32(start.mu))
+    np.testing.assert_array_equal(np.float32(state.nu), np.float32(start.nu))
+    assert state.count == 101_000
+
+
+@lengths
+@streams
+@pytest.mark.parametrize("moments", ["bfloat16", "int8"])
+@pytest.mark.usefixtures("x64")
+def test_narrow_averages_have_no_bias(moments, stream, steps):
+    """The mean over time and coordinates of v is E[g**2], and in bfloat16 that of m is E[g]."""
+    shape = (32, 128) if moments == "int8" else (64,)
+    mean = jnp.linspace(0.5, 1, np.prod(shape), dtype=jnp.float32).reshape(shape)
+    tx = jadam.scale_by_adam(B1, B2, moments=moments)
+
+    def step(state, t):
+        u, state = tx.update(STREAMS[stream](mean, t), state)
+        plain = jadam.convert_moments(state, "float32")
+        return state, (*(jnp.mean(x, dtype=jnp.float64) for x in (plain.mu, plain.nu)), jnp.abs(u).max())
+
+    state, (mu, nu, largest) = run(step, tx.init(mean), steps)
+    assert state.count == steps
+    assert np.all(largest <= 7.27 * (1 + 1e-4))  # the bound of `jadam._int8`
+    warm = 10  # chunks, after which 1 - b2**t is 1 to 5e-5, and to 5e-6 in the mean
+    n = np.sqrt((steps - warm * CHUNK) * mean.size)
+    of_m, of_v = mu[warm:].mean() - np.mean(mean, dtype=np.float64), nu[warm:].mean() - expected_square(mean, stream)
+    # A rounding, up or down by chance, is off by half a gap in root mean square, at most; an average sums up 1 / (1-b)
+    # of each. Gaps: of bfloat16 2**-7 of a moment, which is at most 2; of int8's v 8 / 214 of it (all of a block are
+    # within a factor of 2, so codes are above 214), of its r 2 / 127 of the largest, which is at most 3. Noise besides:
+    # g has variance 1, and g**2 at most 6. Six standard deviations in all.
+    gap_m, gap_v = (3 * 2 / 127 * 2, 0.04 * 2) if moments == "int8" else (2.0**-7 * 2, 2.0**-7 * 2)
+    noise = stream == "random"
+    most_m, most_v = (np.hypot(gap / 2 / (1 - b), noise * x) for gap, b, x in ((gap_m, B1, 1), (gap_v, B2, 6**0.5)))
+    # int8's m is r * s, s the root of what has no bias: a 32nd of the gap squared low, 9 times in a row.
+    low = 9 * 0.04**2 / 32 if moments == "int8" else 0
+    assert abs(of_m) <= 6 * most_m / n + low + 5e-6, (of_m, most_m / n)
+    assert abs(of_v) <= 6 * most_v / n + 1e-5, (of_v, most_v / n)
+
+
+def expected_square(mean, stream):
+    return np.mean(np.float64(mean) ** 2) + (stream == "random")
+
+
+@pytest.mark.parametrize(
+    ("moments", "steps"), [("float32", 20_000), ("int8", 20_000), pytest.param("float32", STEPS, marks=soak)]
+)
+def test_exact_bf16_masters_stay_those_of_float32(moments, steps):
+    """Noisy descent, the gradient being each side's own: were a bit ever lost, the paths would part."""
+    shape = (32, 128) if moments == "int8" else (16, 16)
+    target = jnp.linspace(-3, 3, np.prod(shape), dtype=jnp.float32).reshape(shape)
+    plain = jadam.adam(2.0**-10, B1, B2, moments=moments)  # a power of two: a contracted product rounds the same
+    exact = jadam.exact_bf16(plain)
+    zeros = jnp.zeros_like(target)
+
+    def step(carry, t):
+        (w, state), (params, other) = carry
+        noise = jax.random.normal(jax.random.key(t), w.shape, jnp.float32)
+        u, state = plain.update(w - target + noise, state, w)
+        masters = jadam.float32_params(params, other)
+        v, other = exact.update(masters - target + noise, other, params)
+        w, params = optax.apply_updates(w, u), optax.apply_updates(params, v)
+        return ((w, state), (params, other)), jnp.max(jnp.abs(w - jadam.float32_params(params, other)))
+
+    start = (zeros, plain.init(zeros)), jadam.from_float32(zeros, exact)
+    ((w, state), (params, other)), apart = run(step, start, steps)
+    assert params.dtype == jnp.bfloat16
+    assert np.abs(w - target).mean() < 0.1
+    assert np.max(apart) == 0
+    assert optax.tree.get(other, "count") == optax.tree.get(state, "count") == steps
+
+
+SCHEDULE = lambda count: jnp.where(count < 2**29, 0.0, 0.01) * jnp.ones([])
+AT_THE_END = {
+    "adam": lambda: jadam.adam(0.01),
+    "adam, hat": lambda: jadam.adam(0.01, eps_mode="hat"),
+    "adam, uncorrected": lambda: jadam.adam(0.01, bias_correction=False),
+    "adam, scheduled betas": lambda: jadam.adam(
+        0.01, b1=lambda count: jnp.where(count < 2**29, 0.5, 0.9), b2=lambda count: jnp.where(count < 2**29, 0.9, 0.999)
+    ),
+    "adamw, scheduled": lambda: jadam.adamw(SCHEDULE, weight_decay=SCHEDULE),
+    "nadam": lambda: jadam.nadam(0.01),
+    "nadamw, momentum": lambda: jadam.nadamw(0.01, momentum_decay=4e-3),
+    "adamax": lambda: jadam.adamax(0.01),
+    "amsgrad": lambda: jadam.amsgrad(0.01),
+    "amsgrad of v": lambda: jadam.amsgrad(0.01, max_of="v"),
+    "radam": lambda: jadam.radam(0.01),
+    "radam of nadam": lambda: jadam.radam(0.01, nesterov=True),
+    "chain": lambda: jadam.chain(jadam.clip(1.0), jadam.clip_by_global_norm(1.0), jadam.adamw(SCHEDULE)),
+    "by_path": lambda: jadam.by_path([("a", {"lr_mult": 0.5}), ("", {"b1": SCHEDULE})], SCHEDULE),
+    "exact_bf16": lambda: jadam.exact_bf16(jadam.adam(SCHEDULE)),
+    "bfloat16": lambda: jadam.adam(0.01, moments="bfloat16"),
+    "int8": lambda: jadam.adam(0.01, moments="int8"),
+}
+
+
+@functools.cache
+def taken(name, call):
+    """Five steps from a state whose counts are ``count``: the parameters after each, and the last state."""
+    tx = AT_THE_END[name]()
+
+    def two_calls(tx, grads, state, params):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    one = functools.partial(jadam.step if call == "step" else two_calls, tx)
+
+    @jax.jit
+    def five(count, params, state, gradients):
+        state = optax.tree.set(state, count=count)
+
+        def body(carry, g):
+            params, state = one(g, carry[1], carry[0])
+            return (params, state), params
+
+        (_, state), path = jax.lax.scan(body, (params, state), gradients)
+        return path, state
+
+    return tx, five
+
+
+@pytest.mark.parametrize("call", ["step", "two calls"])
+@pytest.mark.parametrize("name", AT_THE_END)
+def test_count_stops_and_steps_go_on(name, call):
+    """The last count is int32's largest for good; a step there is what it was at 2**30, all corrections being 1."""
+    tx, five = taken(name, call)
+    rng = np.random.default_rng(0)
+    dtype = jnp.bfloat16 if name == "exact_bf16" else jnp.float32
+    tree = lambda *more: {k: jnp.asarray(rng.standard_normal((*more, *x)), dtype) for k, x in SHAPES.items()}
+    params, gradients = tree(), tree(5)
+    _, state = five(jnp.int32(10), params, tx.init(params), gradients)
+    path, last = five(jnp.int32(LAST - 2), params, state, gradients)
+    expected, before = five(jnp.int32(2**30), params, state, gradients)
+    counts = [x for _, x in optax.tree.get_all_with_path(last, "count")]
+    assert [x.dtype for x in counts] == [jnp.int32] * len(counts)
+    assert counts
+    assert all(x == LAST for x in counts)
+    assert {int(x) for _, x in optax.tree.get_all_with_path(before, "count")} == {2**30 + 5}
+    for k in SHAPES:
+        moved = np.abs(np.diff(np.float32(path[k]), axis=0))
+        assert np.isfinite(np.float32(path[k])).all()
+        assert moved.max() > 1e-4
+        if name in ("bfloat16", "int8"):  # other random bits: the first step is the same, the moments it stores differ
+            np.testing.assert_array_equal(path[k][0], expected[k][0])
+            assert moved.max() <= 0.01 * 7.27 * (1 + 1e-4)  # the bound of `jadam._int8`
+        else:
+            np.testing.assert_array_equal(np.float32(path[k]), np.float32(expected[k]))
+
+
+SHAPES = {"a": (32, 129), "b": (7,)}
