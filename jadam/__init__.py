@@ -6,9 +6,9 @@ in; `jadam._adamax`, `_nadam`, `_amsgrad` and `_radam` say what differs; `jadam.
 `jadam._transformation` maps a rule over a tree of parameters; `jadam._step` does a step in one pass, `_chain` makes
 clipping visible to it and `_kernels` holds what is compiled; `jadam._checks` stops bad input. One capability each:
 `jadam.averaging` keeps averages of the parameters, `groups` makes exceptions by name, `convert` changes the format of a
-state, `torch_state` takes PyTorch's in and out, `sharding` divides it over devices, `planning` counts its bytes there,
-`statistics` tells what Adam is doing, `recording` keeps that over time, and `flax`, which is imported by itself, has
-Flax's `Optimizer` and `TrainState` with that step.
+state, `_checksum` tells whether a restored one is the one saved, `torch_state` takes PyTorch's in and out, `sharding`
+divides it over devices, `planning` counts its bytes there, `statistics` tells what Adam is doing, `recording` keeps
+that over time, and `flax`, which is imported by itself, has Flax's `Optimizer` and `TrainState` with that step.
 """
 
 from jadam import sharding as sharding
