@@ -44,7 +44,7 @@ Frame = struct(
 )
 Error = struct("Error", text=c_char_p, code=c_int)
 Failed = struct("Failed", error=c_void_p, text=c_char_p)
-Task = struct("Task", context=c_void_p, run=CFUNCTYPE(None, c_void_p), data=c_void_p)
+Task = struct("Task", context=c_void_p, run=c_void_p, data=c_void_p)
 Number = struct("Number", context=c_void_p, number=POINTER(c_int64))
 
 
@@ -139,7 +139,7 @@ def call(inputs, outputs, leaves, pool=None) -> str | None:
         args.contents.text = errors[args.contents.error]
 
     def schedule(args):
-        run, data = args.contents.run, args.contents.data
+        run, data = CFUNCTYPE(None, c_void_p)(args.contents.run), args.contents.data  # the struct lives no longer
         if pool.schedule(lambda: run(data)):
             return None
         errors[len(errors) + 1] = b"full"
