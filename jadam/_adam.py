@@ -142,6 +142,7 @@ def scale_by_adam(
         [ 1. -1.] float32
     """
     given = {**locals()}
+    _checks.one_of("nesterov", nesterov, (True, False))
     rule, adjust = nadam_rule if nesterov else adam_rule, adjustment(eps_mode, bias_correction)
     betas, scalars = {"b1": b1, "b2": b2}, {"eps": eps, "eps_root": eps_root}
     return scale_by_rule(

@@ -93,7 +93,7 @@ TREES = [
     (lambda: updated(jadam.scale_by_adam(), g=[W], p=None), ValueError, "updates[0]['b']['c'] has no counterpart"),
     (lambda: updated(p={**W, "w": jnp.ones(2)}), ValueError, "params['w'] has shape (2,), updates has (2, 3)"),
     (lambda: updated(g=jax.tree.map(lambda x: x.astype(int), W)), TypeError, "updates['b']['c'] must be floating"),
-    (lambda: updated(jadam.adamw(1e-3), p=None), ValueError, "requires the current value of parameters"),
+    (lambda: updated(jadam.adamw(1e-3), p=None), ValueError, "weight_decay needs params: call update(updates, state, params)."),
     (
         lambda: updated(state=optax.adam(1e-3).init(optax.tree.cast(W, jnp.bfloat16))),
         TypeError,
