@@ -231,8 +231,8 @@ def adamw(
         A transformation with `optax.adamw`'s state; ``update`` needs ``params``.
 
     Raises:
-        ValueError, TypeError: see `scale_by_adam`; also for ``learning_rate`` and ``weight_decay``, and for an
-            ``update`` without ``params``.
+        ValueError, TypeError: see `scale_by_adam`; also for ``learning_rate``, ``weight_decay`` and ``mask``, and for
+            an ``update`` without ``params``.
 
     Example:
         >>> import jax.numpy as jnp, jadam

@@ -80,7 +80,7 @@ def whole(name: str, value, *, none: bool = False) -> Any:
     """``value``, of any integer type, as an int; or None, where that is welcome."""
     if value is None and none:
         return None
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Integral) or not 0 < value < 2**31:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 < value < 2**31:
         raise ValueError(f"{name} must be a whole number > 0 and < 2**31{' or None' * none}, got {shown(value)}.")
     return int(value)
 

@@ -114,7 +114,7 @@ def describe(state_or_tx, params) -> Description:
         under a parameter's path counts as that parameter's: moments, scales, remainders, sums of gradients.
 
     Raises:
-        TypeError: a parameter that is not floating.
+        TypeError: a parameter that is not floating, or ``state_or_tx`` that is neither.
 
     Example:
         >>> import jax.numpy as jnp, jadam

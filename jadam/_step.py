@@ -45,7 +45,8 @@ def step(tx: optax.GradientTransformation, grads, state, params):
         gives the first donated array of a shape to the first result of that shape; in another order XLA must copy.
 
     Raises:
-        ValueError, TypeError: what ``tx.update`` raises.
+        ValueError: arrays on different devices, or donated to an earlier step; and what ``tx.update`` raises.
+        TypeError: a leaf that is no array; and what ``tx.update`` raises.
 
     Example:
         >>> import functools, jax, jax.numpy as jnp, jadam

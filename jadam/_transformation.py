@@ -388,8 +388,10 @@ def descend(direction: Transformation, learning_rate, *decaying) -> Transformati
     stages see gradients and parameters widened to float32, and only the final update is narrowed.
     """
     stages: list[Any] = [direction]
-    weight_decay, mask, max_lr = decaying or (None, None, None)
+    weight_decay: Any = None
+    mask = None
     if decaying:
+        weight_decay, mask, max_lr = decaying
         weight_decay = or_nan(_checks.hyperparameter("weight_decay", weight_decay, ">= 0"))
         if max_lr is not None:
             max_lr = _checks.hyperparameter("max_lr", max_lr, "> 0", schedule=False)

@@ -100,8 +100,9 @@ def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[s
         state, and ``undivided``, a dict from a parameter's path to why its state is whole; print it for both in words.
 
     Raises:
-        ValueError: no such axis, one of size 1, or nothing that can be divided.
-        TypeError: ``tx`` is no transformation, or a parameter is not floating.
+        ValueError: no such axis, one of size 1, or nothing that can be divided; at ``init`` and ``update``, other
+            parameters or a mesh without devices.
+        TypeError: ``tx`` is no transformation, ``mesh`` no mesh, or a parameter is not floating.
 
     Example:
         >>> import jax, jax.numpy as jnp, jadam
@@ -219,6 +220,7 @@ def spread(shapes, mesh, axis: str | Sequence[str] | None) -> Any:
 
     Raises:
         ValueError: no such axis.
+        TypeError: ``mesh`` is no mesh.
 
     Example:
         >>> import jax, jax.numpy as jnp, jadam
