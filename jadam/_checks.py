@@ -35,14 +35,14 @@ def hyperparameter(name: str, value, allowed: str, *, hint: str = "", schedule: 
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (numbers.Real, np.ndarray)):
         kinds = "a number or a schedule" if schedule else "a number"
         raise TypeError(f"{name} must be {kinds} {allowed}, got {shown(value)} of type {type(value).__name__}.")
-    _scalar(name, getattr(value, "shape", ()))
+    scalar(name, getattr(value, "shape", ()))
     value = float(value)
     _in_range(name, value, allowed, hint)
     return value
 
 
 def _array(name, value, allowed, hint, wide):
-    _scalar(name, value.shape)
+    scalar(name, value.shape)
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise TypeError(f"{name} must be a real floating number {allowed}, got an array of {value.dtype}.")
     if wide and jnp.finfo(value.dtype).bits < 32:
@@ -55,7 +55,8 @@ def _array(name, value, allowed, hint, wide):
     return value
 
 
-def _scalar(name, shape):
+def scalar(name: str, shape) -> None:
+    """Raise unless ``shape`` is that of a scalar."""
     if shape:
         raise ValueError(f"{name} must be a scalar, got an array of shape {shape}. Use jax.vmap for several at once.")
 
@@ -114,7 +115,8 @@ def _fitting(mask, tree):
 
 def _booleans(mask):
     for path, x in jax.tree_util.tree_leaves_with_path(mask):
-        if not (isinstance(x, bool) or (getattr(x, "dtype", None) == np.bool_ and not x.shape)):
+        known = not isinstance(x, jax.core.Tracer)
+        if not (isinstance(x, bool) or (known and getattr(x, "dtype", None) == np.bool_ and not x.shape)):
             raise TypeError(f"mask{jax.tree_util.keystr(path)} must be True or False, got {shown(x)}.")
 
 

@@ -392,14 +392,14 @@ def descend(direction: Transformation, learning_rate, *decaying) -> Transformati
     mask = None
     if decaying:
         weight_decay, mask, max_lr = decaying
-        weight_decay = or_nan(_checks.hyperparameter("weight_decay", weight_decay, ">= 0"))
+        weight_decay = or_nan("weight_decay", _checks.hyperparameter("weight_decay", weight_decay, ">= 0"))
         if max_lr is not None:
             max_lr = _checks.hyperparameter("max_lr", max_lr, "> 0", schedule=False)
             weight_decay = over(weight_decay, max_lr)
         mask = None if mask is None else _checks.mask_for(mask)
         stages.append(optax.add_decayed_weights(weight_decay, mask))
     learning_rate = _checks.hyperparameter("learning_rate", learning_rate, ">= 0", hint="To maximise, negate the loss.")
-    learning_rate = or_nan(learning_rate)
+    learning_rate = or_nan("learning_rate", learning_rate)
     stages.append(optax.scale_by_learning_rate(learning_rate))
     chain = optax.chain(*stages)
 
@@ -441,10 +441,19 @@ def _leaf_mask(mask, params) -> list[bool]:
     return jax.tree.leaves(jax.tree.map(lambda on, x: jax.tree.map(lambda _: on, x), mask, params))
 
 
-def or_nan(value):
+def or_nan(name: str, value):
     """A learning rate or weight decay, or a schedule of it, that is NaN where it is traced and out of range."""
-    checked = lambda x: _checks.or_nan(x, ">= 0")
-    return (lambda count: checked(value(count))) if callable(value) else checked(value)
+    if not callable(value):
+        return _checks.or_nan(value, ">= 0")
+
+    def schedule(count):
+        x = value(count)
+        if isinstance(x, jax.Array):
+            _checks.scalar(name, x.shape)
+            return _checks.or_nan(x, ">= 0")
+        return _checks.hyperparameter(name, x, ">= 0", schedule=False)
+
+    return schedule
 
 
 def over(weight_decay, max_lr):

@@ -119,12 +119,12 @@ def by_path(
             make(named)  # raises what only a name can
         direction = make(named if callable(named) else lambda path, p: named)
         lr_mult = _checks.hyperparameter("lr_mult", own["lr_mult"], ">= 0", schedule=False)
-        decay = or_nan(_checks.hyperparameter("weight_decay", own["weight_decay"], ">= 0"))
+        decay = or_nan("weight_decay", _checks.hyperparameter("weight_decay", own["weight_decay"], ">= 0"))
         decay = decay if max_lr is None else over(decay, max_lr)
         told = settings if named == "float32" else {**settings, "moments": named}
         text = " ".join([repr(pattern.pattern), *(f"{name}={value!r}" for name, value in told.items())])
         at = lambda x, count: x(count) if callable(x) else x
-        minus_lr = lambda count: -(at(or_nan(learning_rate), count) * lr_mult)
+        minus_lr = lambda count: -(at(or_nan("learning_rate", learning_rate), count) * lr_mult)
         return _Group(text, pattern, direction, minus_lr, lambda count: at(decay, count))
 
     groups = [group(*_pair(i, rule)) for i, rule in enumerate(_listed(rules))]

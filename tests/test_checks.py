@@ -150,6 +150,53 @@ HYPERPARAMETERS = [
         TypeError,
         "learning_rate must be a number or a schedule >= 0, got {'w': Array([[1., 1., 1.], [1., 1., 1.]], dtype=float32), ",
     ),
+    (lambda: updated(jadam.adam(lambda count: -1.0)), ValueError, "learning_rate must be >= 0, got -1."),
+    (
+        lambda: updated(jadam.adam(lambda count: None)),
+        TypeError,
+        "learning_rate must be a number >= 0, got None of type NoneType.",
+    ),
+    (
+        lambda: updated(jadam.adam(lambda count: jnp.ones(3))),
+        ValueError,
+        "learning_rate must be a scalar, got an array of shape (3,). Use jax.vmap",
+    ),
+    (
+        lambda: stepped(jadam.adam(lambda count: jnp.ones(3))),
+        ValueError,
+        "learning_rate must be a scalar, got an array of shape (3,). Use jax.vmap",
+    ),
+    (
+        lambda: updated(jadam.adamw(0.1, weight_decay=lambda count: "0.1")),
+        TypeError,
+        "weight_decay must be a number >= 0, got '0.1' of type str.",
+    ),
+    (
+        lambda: stepped(jadam.adamw(0.1, weight_decay=lambda count: jnp.ones(3))),
+        ValueError,
+        "weight_decay must be a scalar, got an array of shape (3,).",
+    ),
+    (
+        lambda: updated(jadam.by_path(RULES, lambda count: jnp.ones(3))),
+        ValueError,
+        "learning_rate must be a scalar, got an array of shape (3,).",
+    ),
+    (
+        lambda: stepped(jadam.by_path([("", {"weight_decay": lambda count: -0.1})], 0.1)),
+        ValueError,
+        "weight_decay must be >= 0, got -0.1.",
+    ),
+    (lambda: updated(jadam.adam(0.1, b2=lambda count: 1.0)), ValueError, "b2 must be in [0, 1), got 1."),
+    (
+        lambda: updated(jadam.adam(0.1, eps=lambda count: jnp.ones(3))),
+        ValueError,
+        "eps must be a scalar, got an array of shape (3,).",
+    ),
+    (
+        lambda: jax.jit(lambda on: jadam.adamw(0.1, mask=on).init(W))(True),
+        TypeError,
+        "mask must be True or False, got ",
+    ),
     (lambda: jadam.clip(0), ValueError, "max_delta must be > 0, got 0."),
     (lambda: jadam.clip(donated()), TypeError, "max_delta must be a number > 0, got <dict> of type dict."),
     (lambda: jadam.clip_by_global_norm("1"), TypeError, "max_norm must be a number > 0, got '1' of type str."),
