@@ -15,7 +15,7 @@ class _Parser(argparse.ArgumentParser):
     """Reports a bad argument in one line, without the usage before it."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
 def _learning_rate(text: str) -> float:
@@ -24,14 +24,14 @@ def _learning_rate(text: str) -> float:
     except ValueError:
         value = math.nan
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number > 0, got {text}; try 1e-3")
+        raise argparse.ArgumentTypeError(f"must be a number > 0, got {text!r}; try 1e-3")
     return value
 
 
 def _whole(smallest: int, largest: int):
     def whole(text: str) -> int:
-        if not (text.removeprefix("-").isdecimal() and smallest <= int(text) <= largest):
-            raise argparse.ArgumentTypeError(f"must be a whole number in [{smallest}, {largest}], got {text}")
+        if not (len(text) <= 20 and text.removeprefix("-").isdecimal() and smallest <= int(text) <= largest):
+            raise argparse.ArgumentTypeError(f"must be a whole number in [{smallest}, {largest}], got {text!r}")
         return int(text)
 
     return whole
@@ -74,11 +74,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _mesh(text: str) -> dict[str, int]:
     pairs = [part.partition("=") for part in text.split(",")]
-    if not all(name.isidentifier() and size.isdecimal() and int(size) > 0 for name, _, size in pairs):
-        raise argparse.ArgumentTypeError(f"must be axes with their sizes, got {text}; try data=4,model=64")
+    if not all(
+        name.isidentifier() and size.isdecimal() and len(size) <= 20 and int(size) > 0 for name, _, size in pairs
+    ):
+        raise argparse.ArgumentTypeError(f"must be axes with their sizes, got {text!r}; try data=4,model=64")
     mesh = {name: int(size) for name, _, size in pairs}
     if len(mesh) < len(pairs):
-        raise argparse.ArgumentTypeError(f"must name each axis once, got {text}")
+        raise argparse.ArgumentTypeError(f"must name each axis once, got {text!r}")
     return mesh
 
 
@@ -100,7 +102,7 @@ def _plan(options) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 done, 2 bad input or nowhere to write, 130 interrupted."""
     options = _parser().parse_args(arguments)
-    problem = lambda text: print(f"jadam {options.command}: {text}", file=sys.stderr)
+    problem = lambda text: print(f"jadam {options.command}: {' '.join(text.split())}", file=sys.stderr)
     try:
         options.run(options)
     except ModuleNotFoundError as error:

@@ -142,6 +142,7 @@ def scale_by_adam(
         [ 1. -1.] float32
     """
     given = {**locals()}
+    _checks.one_of("nesterov", nesterov, (True, False))
     rule, adjust = nadam_rule if nesterov else adam_rule, adjustment(eps_mode, bias_correction)
     betas, scalars = {"b1": b1, "b2": b2}, {"eps": eps, "eps_root": eps_root}
     return scale_by_rule(
@@ -230,8 +231,8 @@ def adamw(
         A transformation with `optax.adamw`'s state; ``update`` needs ``params``.
 
     Raises:
-        ValueError, TypeError: see `scale_by_adam`; also for ``learning_rate`` and ``weight_decay``, and for an
-            ``update`` without ``params``.
+        ValueError, TypeError: see `scale_by_adam`; also for ``learning_rate``, ``weight_decay`` and ``mask``, and for
+            an ``update`` without ``params``.
 
     Example:
         >>> import jax.numpy as jnp, jadam

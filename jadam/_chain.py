@@ -3,6 +3,8 @@
 Each has the state and the results of its namesake in Optax, whose code it runs.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -25,8 +27,12 @@ class Clip(optax.GradientTransformation):
 
 
 def _carrying(tx, limit, text) -> Clip:
-    tx.update.limit, tx.update.text = limit, text
-    return Clip(*tx)
+    def update(updates, state, params=None) -> Any:
+        _checks.gradients(updates, state, None)
+        return tx.update(updates, state, params)
+
+    update.limit, update.text = limit, text  # pyright: ignore[reportFunctionMemberAccess]
+    return Clip(tx.init, update)
 
 
 def clip(max_delta: jax.typing.ArrayLike) -> Clip:
@@ -106,7 +112,7 @@ def chain(*stages: optax.GradientTransformation) -> Transformation:
 
     Raises:
         TypeError: a stage that is no transformation.
-        ValueError: `jadam.exact_bf16` within: it must be outermost.
+        ValueError: no stage, or `jadam.exact_bf16` or `jadam.record` within: they must be outermost.
 
     Example:
         >>> import jax.numpy as jnp, jadam
@@ -117,21 +123,26 @@ def chain(*stages: optax.GradientTransformation) -> Transformation:
         [0.9989999 0.9989999 0.9989999]
     """
     for i, stage in enumerate(stages):
-        if not (hasattr(stage, "init") and hasattr(stage, "update")):
-            raise TypeError(f"chain's stage {i} must be an Optax transformation, got {stage!r}.")
+        _checks.transformation(f"chain's stage {i} must be", stage)
         if isinstance(stage, ExactBF16):
             raise ValueError(f"chain's stage {i} is exact_bf16, which must be outermost: exact_bf16(chain(...)).")
         if hasattr(stage.update, "observe"):
             raise ValueError(f"chain's stage {i} is record, which must be outermost: record(chain(...)).")
+    if not stages:
+        raise ValueError("chain needs one stage at least, got none. optax.identity() changes nothing.")
     inner = optax.with_extra_args_support(optax.chain(*stages))
     clips, rest = list(stages[:-1]), stages[-1:]
 
+    def update(updates, state, params=None, **extra_args) -> Any:
+        _checks.stages(state, len(stages))
+        return inner.update(updates, state, params, **extra_args)
+
     def plan(updates, state, params=None) -> Plan:
         _checks.stages(state, len(stages))
-        _checks.gradients(updates, params)
         *states, last_state = state
         if not rest or not isinstance(rest[0], Transformation):
             raise NotOnePass("jadam.chain's last stage is none of jadam's optimizers")
+        _checks.gradients(updates, state, params, planning=True)
         if clips and any(jnp.finfo(g.dtype).bits < 32 for g in jax.tree.leaves(updates)):
             raise NotOnePass("16-bit gradients are clipped in 16 bits; wrap the chain in jadam.exact_bf16")
         if clips and any(jnp.iscomplexobj(g) for g in jax.tree.leaves(updates)):
@@ -143,5 +154,5 @@ def chain(*stages: optax.GradientTransformation) -> Transformation:
             jobs, updates = stage.limit(jobs, updates)
         return Plan(jobs, lambda *stored: (*states, finish(*stored)))
 
-    inner.update.text = f"jadam.chain({', '.join(map(repr, stages))})"  # pyright: ignore[reportAttributeAccessIssue]
-    return Transformation(inner.init, inner.update, plan)
+    update.text = f"jadam.chain({', '.join(map(repr, stages))})"  # pyright: ignore[reportFunctionMemberAccess]
+    return Transformation(inner.init, update, plan)

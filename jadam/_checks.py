@@ -10,8 +10,6 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from jadam._formats import is_placeholder
-
 _RANGES: dict[str, Callable[[Any], Any]] = {
     "in [0, 1)": lambda x: (x >= 0) & (x < 1),
     ">= 0": lambda x: (x >= 0) & (x < math.inf),
@@ -31,20 +29,20 @@ def hyperparameter(name: str, value, allowed: str, *, hint: str = "", schedule: 
     if callable(value):
         if schedule:
             return value
-        raise TypeError(f"{name} must be a number {allowed}, got the callable {value!r}.")
+        raise TypeError(f"{name} must be a number {allowed}, got the callable {shown(value)}.")
     if isinstance(value, jax.Array):
         return _array(name, value, allowed, hint, wide)
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (numbers.Real, np.ndarray)):
         kinds = "a number or a schedule" if schedule else "a number"
-        raise TypeError(f"{name} must be {kinds} {allowed}, got {value!r} of type {type(value).__name__}.")
-    _scalar(name, getattr(value, "shape", ()))
+        raise TypeError(f"{name} must be {kinds} {allowed}, got {shown(value)} of type {type(value).__name__}.")
+    scalar(name, getattr(value, "shape", ()))
     value = float(value)
     _in_range(name, value, allowed, hint)
     return value
 
 
 def _array(name, value, allowed, hint, wide):
-    _scalar(name, value.shape)
+    scalar(name, value.shape)
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise TypeError(f"{name} must be a real floating number {allowed}, got an array of {value.dtype}.")
     if wide and jnp.finfo(value.dtype).bits < 32:
@@ -57,7 +55,8 @@ def _array(name, value, allowed, hint, wide):
     return value
 
 
-def _scalar(name, shape):
+def scalar(name: str, shape) -> None:
+    """Raise unless ``shape`` is that of a scalar."""
     if shape:
         raise ValueError(f"{name} must be a scalar, got an array of shape {shape}. Use jax.vmap for several at once.")
 
@@ -75,7 +74,59 @@ def or_nan(value, allowed: str):
 def one_of(name: str, value, allowed: tuple) -> None:
     """Raise unless ``value`` is one of ``allowed``."""
     if not any(value is x or (isinstance(x, str) and value == x) for x in allowed):
-        raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {value!r}.")
+        raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {shown(value)}.")
+
+
+def whole(name: str, value, *, none: bool = False) -> Any:
+    """``value``, of any integer type, as an int; or None, where that is welcome."""
+    if value is None and none:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 < value < 2**31:
+        raise ValueError(f"{name} must be a whole number > 0 and < 2**31{' or None' * none}, got {shown(value)}.")
+    return int(value)
+
+
+def transformation(who: str, tx) -> None:
+    """Raise unless ``tx`` is an Optax transformation; ``who`` "needs" one."""
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        raise TypeError(f"{who} an Optax transformation, got {shown(tx)}. Pass jadam.adam(...), for one.")
+
+
+def mask_for(mask) -> Callable[[Any], Any]:
+    """A mask of `optax.masked` as a function of the tree that it is for, which raises unless it fits."""
+    callables = [callable(x) for x in jax.tree.leaves(mask)]  # a tree may be callable itself, as Equinox' are
+    if callables and all(callables):
+        return lambda tree: _fitting(mask(tree), tree)
+    _booleans(mask)
+    return lambda tree: _fitting(mask, tree)
+
+
+def _fitting(mask, tree):
+    _booleans(mask)
+    try:
+        jax.tree.map(lambda on, x: None, mask, tree)
+    except ValueError:
+        here, there = (shown(jax.tree.structure(x)) for x in (mask, tree))
+        raise ValueError(
+            f"mask must have the parameters' tree or a part of it from the top, got {here} for {there}."
+        ) from None
+    return mask
+
+
+def _booleans(mask):
+    for path, x in jax.tree_util.tree_leaves_with_path(mask):
+        known = not isinstance(x, jax.core.Tracer)
+        if not (isinstance(x, bool) or (known and getattr(x, "dtype", None) == np.bool_ and not x.shape)):
+            raise TypeError(f"mask{jax.tree_util.keystr(path)} must be True or False, got {shown(x)}.")
+
+
+def shown(value) -> str:
+    """A value's ``repr`` in one line, and not long."""
+    try:
+        text = " ".join(repr(value).split())
+    except RuntimeError:  # a deleted array's
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def storage_dtype(name: str, dtype):
@@ -84,8 +135,8 @@ def storage_dtype(name: str, dtype):
         return None
     try:
         dtype = jax.dtypes.canonicalize_dtype(dtype)
-    except TypeError:
-        raise TypeError(f"{name} must be a floating dtype such as jnp.bfloat16, got {dtype!r}.") from None
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a floating dtype such as jnp.bfloat16, got {shown(dtype)}.") from None
     if not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(f"{name} must be a floating dtype such as jnp.bfloat16, got {dtype}.")
     return dtype
@@ -101,20 +152,78 @@ def holds_complex(mu, updates) -> None:
             )
 
 
-def trainable(tree, what: str) -> None:
-    """Raise unless every leaf of ``tree`` is real or complex floating."""
+def arrays(tree, what: str) -> None:
+    """Raise unless every leaf of ``tree`` is an array, a number or a `jax.ShapeDtypeStruct`."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        dtype = getattr(leaf, "dtype", None) or jnp.result_type(leaf)
-        if not jnp.issubdtype(dtype, jnp.inexact):
+        dtype = getattr(leaf, "dtype", None)
+        typed = hasattr(leaf, "shape") and isinstance(dtype, np.dtype) and dtype.kind not in "OSU"
+        if not (isinstance(leaf, (jax.Array, numbers.Number)) or typed):
             raise TypeError(
-                f"{what}{jax.tree_util.keystr(path)} must be floating or complex to be trained, got {dtype}. "
-                "Leave it out (eqx.is_inexact_array, nnx.Param) or wrap the optimizer in optax.masked."
+                f"{what}{jax.tree_util.keystr(path)} must be an array, got {shown(leaf)} of type {type(leaf).__name__}."
             )
 
 
-def gradients(updates, params) -> None:
-    """Raise unless ``updates`` are floating arrays over the same tree as ``params`` (if given)."""
-    trainable(updates, "updates")
+def values(tree, what: str) -> None:
+    """Raise unless every leaf of ``tree`` is an array, or a number, that can be read."""
+    arrays(tree, what)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if isinstance(leaf, jax.core.Tracer):
+            continue
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"{what}{jax.tree_util.keystr(path)} must be an array, got a ShapeDtypeStruct, which has no values. "
+                "For shapes: jax.eval_shape."
+            )
+        if isinstance(leaf, jax.Array) and leaf.is_deleted():
+            raise ValueError(
+                f"{what}{jax.tree_util.keystr(path)} must be there, but was donated to an earlier step or deleted. Go "
+                "on with what that step returned."
+            )
+
+
+def together(**trees) -> None:
+    """Raise unless all arrays that are committed to devices are on the same ones."""
+    first = None
+    for what, tree in trees.items():
+        for path, x in jax.tree_util.tree_leaves_with_path(tree):
+            if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.committed:
+                name, devices = f"{what}{jax.tree_util.keystr(path)}", x.sharding.device_set
+                first = first or (name, devices)
+                if devices != first[1]:
+                    here, there = (shown(sorted(x, key=lambda x: x.id)) for x in (devices, first[1]))
+                    raise ValueError(
+                        f"all must be on the same devices, got {name} on {here} and {first[0]} on {there}. Move one: "
+                        f"jax.device_put({what}, sharding)."
+                    )
+
+
+def trainable(tree, what: str) -> None:
+    """Raise unless every leaf of ``tree`` is real or complex floating, of 16 bits at least."""
+    arrays(tree, what)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        dtype = getattr(leaf, "dtype", None) or jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            kind = "float0, as the gradient of an integer is" if dtype == jax.dtypes.float0 else dtype
+            raise TypeError(
+                f"{what}{jax.tree_util.keystr(path)} must be floating or complex to be trained, got {kind}. "
+                "Leave it out (eqx.is_inexact_array, nnx.Param) or wrap the optimizer in optax.masked."
+            )
+        if jnp.finfo(dtype).bits < 16:
+            raise TypeError(
+                f"{what}{jax.tree_util.keystr(path)} must have 16 bits or more to be trained, got {dtype}. Keep it in "
+                "bfloat16, and cast in the model."
+            )
+
+
+def gradients(updates, state, params, *, planning: bool = False) -> None:
+    """Raise unless ``updates`` are floating arrays over the same tree as ``params`` (if given).
+
+    ``planning`` is for a plan, which may be given the parameters' shapes alone.
+    """
+    for tree, what in ((updates, "updates"), (params, "params")):
+        trainable(tree, what)
+    for tree, what in ((updates, "updates"), (state, "state"), (None if planning else params, "params")):
+        values(tree, what)
     if params is not None:
         same_tree(params, updates, "params", "updates")
 
@@ -144,8 +253,8 @@ def stages(state, n: int) -> None:
 
 def version(state, known: int) -> None:
     """Raise unless a state's arrays are laid out as this version knows them."""
-    if state.version.shape != (known,):
-        found = state.version.shape[0] if state.version.ndim else state.version
+    if jnp.shape(state.version) != (known,):
+        found = state.version.shape[0] if jnp.ndim(state.version) else state.version
         raise ValueError(
             f"state.version must be {known}, got {found}: a {type(state).__name__} saved by another version of jadam. "
             "Restore it with that version, and save jadam.convert_moments(state, 'float32')."
@@ -154,13 +263,16 @@ def version(state, known: int) -> None:
 
 def counts(count) -> None:
     """Raise unless ``count`` is an integer."""
-    if not jnp.issubdtype(count.dtype, jnp.integer):
-        raise TypeError(f"state.count must be int32, got {count.dtype}. {_CAST}")
+    kind = getattr(count, "dtype", type(count).__name__)
+    if isinstance(kind, str) or not jnp.issubdtype(kind, jnp.integer):
+        raise TypeError(f"state.count must be int32, got {kind}. {_CAST}")
+    if count.shape:
+        raise ValueError(f"state.count must be a scalar, got shape {count.shape}. Use jax.vmap for several states.")
 
 
-def unused(scales, path) -> None:
+def no_scales(has: bool, path) -> None:
     """Raise if a leaf that is not int8 has scales: it was, and its codes were cast to another dtype."""
-    if not all(map(is_placeholder, scales)):
+    if has:
         raise TypeError(f"state.mu{jax.tree_util.keystr(path)} must be int8, for it has scales. {_CAST}")
 
 
@@ -177,7 +289,7 @@ def moments_narrow_enough(tree, name: str, mu) -> None:
 def moments_wide_enough(tree, name: str) -> None:
     """Raise if a second moment is narrower than float32: there it stalls, and silently."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if jnp.finfo(leaf.dtype).bits < 32:
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact) or jnp.finfo(leaf.dtype).bits < 32:
             raise TypeError(
                 f"state.{name}{jax.tree_util.keystr(path)} must be float32 or wider, got {leaf.dtype}: at b2 = 0.999 "
                 "a step is smaller than its spacing. Optax keeps bf16 parameters' moments in bf16; widen the restored "

@@ -114,7 +114,7 @@ def describe(state_or_tx, params) -> Description:
         under a parameter's path counts as that parameter's: moments, scales, remainders, sums of gradients.
 
     Raises:
-        TypeError: a parameter that is not floating.
+        TypeError: a parameter that is not floating, or ``state_or_tx`` that is neither.
 
     Example:
         >>> import jax.numpy as jnp, jadam
@@ -127,8 +127,11 @@ def describe(state_or_tx, params) -> Description:
         step: unknown, a state does not tell; describe the transformation
     """
     _checks.trainable(params, "params")
+    if state_or_tx is None:
+        raise TypeError("state_or_tx must be a transformation or its state, got None.")
     tx = state_or_tx if hasattr(state_or_tx, "init") else None
     state = state_or_tx if tx is None else jax.eval_shape(tx.init, params)
+    _checks.arrays(state, "state_or_tx")
     named = [(leaf_name(path), p) for path, p in jax.tree_util.tree_leaves_with_path(params)]
     moments: dict[str, list] = {name: [] for name, _ in named}
     sizes = dict.fromkeys(moments, 0)
@@ -219,7 +222,7 @@ def _field(path):
 
 
 def _bytes(x) -> int:
-    return x.size * np.dtype(x.dtype).itemsize
+    return np.size(x) * jnp.result_type(x).itemsize
 
 
 def _has(state, kind) -> bool:

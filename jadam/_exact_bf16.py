@@ -13,7 +13,7 @@ import optax
 
 from jadam import _checks
 from jadam._formats import VERSION, leaf_name, placeholder, version
-from jadam._numerics import applied, at_least_float32
+from jadam._numerics import applied, apply_updates, at_least_float32
 from jadam._transformation import NotOnePass, Plan, Transformation
 
 
@@ -77,8 +77,7 @@ def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
         >>> print(params[0], f"{jadam.float32_params(params, state)[0]:.4f}")
         1 0.9990
     """
-    if not (hasattr(tx, "init") and hasattr(tx, "update")):
-        raise TypeError(f"exact_bf16 needs an Optax transformation, got {tx!r}. Pass jadam.adam(...), for one.")
+    _checks.transformation("exact_bf16 needs", tx)
     if hasattr(tx.update, "observe"):
         raise ValueError(
             "exact_bf16 must not be around record, whose records would be of other weights: record(exact_bf16(tx))."
@@ -97,11 +96,11 @@ def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
             raise ValueError("exact_bf16 needs params: call update(updates, state, params).")
         _checks.state_of(state, ExactBF16State)
         _checks.version(state, VERSION)
-        _checks.gradients(updates, params)
+        _checks.gradients(updates, state, params)
         masters = _masters(params, state.remainder)
         wide = jax.tree.map(_wide_gradient, updates, params)
         updates, inner_state = inner.update(wide, state.inner_state, masters, **extra_args)
-        moved = optax.apply_updates(masters, updates)
+        moved = apply_updates(masters, updates)
         updates = jax.tree.map(lambda p, x, u: _distance(p, x) if _is_bf16(p) else u, params, moved, updates)
         remainder = jax.tree.map(
             lambda p, x, u, r: _remainder(p, x, u) if _is_bf16(p) else r, params, moved, updates, state.remainder
@@ -113,7 +112,7 @@ def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
             raise NotOnePass("jadam.exact_bf16 is around none of jadam's optimizers nor jadam.chain")
         _checks.state_of(state, ExactBF16State)
         _checks.version(state, VERSION)
-        _checks.gradients(updates, params)
+        _checks.gradients(updates, state, params, planning=True)
         masters = jax.eval_shape(_masters, params, state.remainder)
         jobs, finish = tx.plan(jax.tree.map(_wide_gradient, updates, params), state.inner_state, masters)
         old, structure = jax.tree.flatten(state.remainder)
@@ -142,7 +141,7 @@ def float32_params(params, state):
         A tree like ``params``, float32 where they are bfloat16, itself elsewhere.
 
     Raises:
-        ValueError: no `ExactBF16State` in ``state``, or several, or of another tree.
+        ValueError: no `ExactBF16State` in ``state``, or several, or of another tree; or donated arrays.
         TypeError: parameters of other dtypes than at ``init``.
 
     Example:
@@ -158,6 +157,9 @@ def float32_params(params, state):
             "float32_params(params, state); with Flax NNX, state is optimizer.opt_state."
         )
     _checks.version(found[0], VERSION)
+    _checks.trainable(params, "params")
+    for tree, what in ((params, "params"), (state, "state")):
+        _checks.values(tree, what)
     remainder = found[0].remainder
     named, other = (
         {leaf_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)} for tree in (params, remainder)
@@ -192,8 +194,12 @@ def from_float32(params32, tx: Transformation, keep: Callable[[str, Any], bool] 
     """
     exact = getattr(getattr(tx, "update", None), "records", tx)  # as jadam.record has it within
     if not isinstance(exact, ExactBF16):
-        raise TypeError(f"from_float32 needs what jadam.exact_bf16 returned, got {tx!r}. Wrap it: exact_bf16(tx).")
+        got = _checks.shown(tx)
+        raise TypeError(f"from_float32 needs what jadam.exact_bf16 returned, got {got}. Wrap it: exact_bf16(tx).")
     _checks.trainable(params32, "params32")
+    _checks.values(params32, "params32")
+    if not (keep is None or callable(keep)):
+        raise TypeError(f"keep must be a function f(path, leaf) to True or False, got {_checks.shown(keep)}.")
 
     def narrow(path, x):
         if jnp.result_type(x) != jnp.float32 or (keep is not None and keep(leaf_name(path), x)):

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jadam import _checks
 from jadam._int8 import Int8
 from jadam._numerics import at_least_float32, dither, linear_index, real, round_to_bfloat16
 
@@ -146,7 +147,9 @@ def chooser(moments: Moments, mu_dtype, betas: dict | None) -> Callable[[Any, An
     def named(name, whose="moments"):
         if not (isinstance(name, str) and name in formats):
             extra = "" if whose != "moments" else " or a function f(path, leaf) to one of these"
-            raise ValueError(f"{whose} must be {' or '.join(map(repr, sorted(formats)))}{extra}, got {name!r}.")
+            raise ValueError(
+                f"{whose} must be {' or '.join(map(repr, sorted(formats)))}{extra}, got {_checks.shown(name)}."
+            )
         if name != "float32" and mu_dtype is not None:
             raise ValueError(f"mu_dtype must be None with moments={name!r}, got {mu_dtype}. Drop mu_dtype.")
         if name == "int8":

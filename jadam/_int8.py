@@ -54,10 +54,10 @@ def quantize(m, v, rho_r, rho_s, axis=-1):
     s_scale = jnp.where(finite, s_scale, jnp.nan)
     y = jnp.abs(r) * jnp.where(r_scale > 0, R_LEVELS / jnp.where(r_scale > 0, r_scale, 1), 0)
     a = jnp.minimum(jnp.floor(jnp.sqrt(y)), 126)
-    a += rho_r * (2 * a + 1) < y - a * a
+    a += (rho_r * (2 * a + 1) < y - a * a).astype(jnp.float32)
     w = s * jnp.where(s_scale > 0, S_LEVELS / jnp.where(s_scale > 0, s_scale, 1), 0)
     c = jnp.minimum(jnp.floor(jnp.sqrt(jnp.sqrt(w))), 254)
-    c += rho_s * (_eighth_power(c + 1) - _eighth_power(c)) < w * w - _eighth_power(c)
+    c += (rho_s * (_eighth_power(c + 1) - _eighth_power(c)) < w * w - _eighth_power(c)).astype(jnp.float32)
     c = jnp.where(s > 0, jnp.maximum(c, 1), 0)  # code 0 is v = 0 exactly
     rq, sq = (x.astype(jnp.int32) for x in (jnp.where(r < 0, -a, a), c))
     return rq.astype(jnp.int8), sq.astype(jnp.uint8), r_scale, s_scale
@@ -92,8 +92,8 @@ class Int8:
         dtype = at_least_float32(p)
         if dtype != np.float32:
             return f"{dtype} is never stored narrower than itself"
-        if p.ndim < 2:
-            return f"{p.ndim} dimensions, int8 needs 2"
+        if jnp.ndim(p) < 2:
+            return f"{jnp.ndim(p)} dimensions, int8 needs 2"
         if p.size < SMALLEST:
             return f"{p.size} elements, int8 needs {SMALLEST}"
         block = _block_for(p)

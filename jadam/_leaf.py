@@ -1,9 +1,7 @@
 """The whole step of one leaf, from the gradient to the new parameter: what XLA runs, and Pallas on tiles."""
 
-import optax
-
 from jadam._exact_bf16 import join, split
-from jadam._numerics import at_least_float32, promote
+from jadam._numerics import apply_updates, at_least_float32, promote
 from jadam._transformation import Job
 
 
@@ -13,8 +11,8 @@ def update_leaf(job: Job, g, p):
         return p, () if job.remainder is None else (job.remainder,)
     if job.remainder is None:
         u, stored = job.update(g, p)
-        return optax.apply_updates(p, u.astype(promote(g, p))), stored
+        return apply_updates(p, u.astype(promote(g, p))), stored
     x, g = join(p, job.remainder), g.astype(at_least_float32(g))
     u, stored = job.update(g, x)
-    p, remainder = split(optax.apply_updates(x, u.astype(promote(g, x))))
+    p, remainder = split(apply_updates(x, u.astype(promote(g, x))))
     return p, (remainder, *stored)

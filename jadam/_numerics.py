@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 Scalar = jax.Array  # or the NumPy scalar of a hyperparameter known on the host
 
@@ -203,4 +204,10 @@ def applied(p, u, dtype):
     if info.bits >= 32:
         return x
     rounded = jax.lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant)
-    return jnp.where(jnp.abs(x) < info.smallest_normal, x, rounded)
+    return jnp.where(jnp.abs(x) < wide.type(info.smallest_normal), x, rounded)
+
+
+def apply_updates(params, updates):
+    """`optax.apply_updates`, also where the user wants strict promotion and updates are wider than parameters."""
+    with jax.numpy_dtype_promotion("standard"):
+        return optax.apply_updates(params, updates)

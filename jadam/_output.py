@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from pathlib import Path
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A scratch file to write, which then takes the place of ``path``; after an error that is what it was."""
-    scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    scratch = _scratch(path)
     try:
         yield scratch
         with scratch.open("rb+") as file:
@@ -18,6 +17,10 @@ def replacing(path: Path) -> Iterator[Path]:
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def _scratch(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
 
 
 class CommandError(Exception):
@@ -32,13 +35,15 @@ def check_picture(out: Path) -> None:
     kind = out.suffix.removeprefix(".").lower()
     if kind not in kinds:
         raise CommandError(f"--out must end in one of {', '.join(f'.{k}' for k in sorted(kinds))}, got {out}")
-    if out.is_dir():
-        raise CommandError(f"--out must be a file, {out} is a folder")
     try:
-        with tempfile.TemporaryFile(dir=out.parent):
-            pass
+        if out.is_dir():
+            raise CommandError(f"--out must be a file, {out} is a folder")
+        _scratch(out).touch()
+        _scratch(out).unlink()
     except OSError as error:
-        raise CommandError(f"--out: cannot write into {out.parent}: {error.strerror}") from None
+        raise CommandError(f"--out: cannot write {out.name} into {out.parent}: {error.strerror}") from None
+    except ValueError as error:  # a null byte
+        raise CommandError(f"--out must be a file's name, got {str(out)!r}: {error}") from None
 
 
 def save_picture(figure, out: Path) -> None:

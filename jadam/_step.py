@@ -15,9 +15,10 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import PartitionSpec
 
-from jadam import _kernels
+from jadam import _checks, _kernels
 from jadam._kernels import cpu, pallas
 from jadam._leaf import update_leaf
+from jadam._numerics import apply_updates
 from jadam._transformation import NotOnePass, Part, Plan, Step, Transformation, planned
 
 
@@ -44,7 +45,8 @@ def step(tx: optax.GradientTransformation, grads, state, params):
         gives the first donated array of a shape to the first result of that shape; in another order XLA must copy.
 
     Raises:
-        ValueError, TypeError: what ``tx.update`` raises.
+        ValueError: arrays on different devices, or donated to an earlier step; and what ``tx.update`` raises.
+        TypeError: a leaf that is no array; and what ``tx.update`` raises.
 
     Example:
         >>> import functools, jax, jax.numpy as jnp, jadam
@@ -58,10 +60,13 @@ def step(tx: optax.GradientTransformation, grads, state, params):
         >>> print(*(f"{x:.2f}" for x in params))
         0.90 1.10
     """
-    if not (hasattr(tx, "init") and hasattr(tx, "update")):
-        raise TypeError(f"step needs an Optax transformation, got {tx!r}. Pass jadam.adam(...), for one.")
+    _checks.transformation("step needs", tx)
     if (own := getattr(tx.update, "step", None)) is not None:
         return own(grads, state, params)
+    if isinstance(tx, Transformation):
+        for tree, what in ((grads, "grads"), (state, "state"), (params, "params")):
+            _checks.values(tree, what)
+        _checks.together(grads=grads, state=state, params=params)
     reason, closed_over = _look(tx, grads, state, params)
     if reason is not None:
         return two_calls(tx, grads, state, params)
@@ -80,7 +85,7 @@ def _bind(tx, grads, state, params, otherwise):
 def two_calls(tx, grads, state, params):
     """What `step` amounts to."""
     updates, state = tx.update(grads, state, params)
-    return optax.apply_updates(params, updates), state
+    return apply_updates(params, updates), state
 
 
 def obstacle(tx, grads, state, params) -> str | None:

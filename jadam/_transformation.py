@@ -249,12 +249,14 @@ def scale_by_rule(
         return ScheduledBetasState({name: jnp.zeros([]) for name in scheduled}, state) if scheduled else state
 
     def plan(updates, state, params=None) -> Plan:
+        if scheduled:
+            _checks.state_of(state, ScheduledBetasState)
         corrections, state = state if scheduled else ({}, state)
         _checks.state_of(state, state_type)
         if versions:
             _checks.version(state, _formats.VERSION)
         _checks.counts(state.count)
-        _checks.gradients(updates, params)
+        _checks.gradients(updates, state, params, planning=True)
         for name, tree in zip(names, state[1:], strict=False):
             _checks.same_tree(updates, tree, "updates", f"state.{name}")
             if moments == "float32" and (name != "mu" or mu_dtype is None):
@@ -267,7 +269,7 @@ def scale_by_rule(
         def job(path, g, *stored):
             format = _formats.of(stored)
             own, unused = stored[: (n := format.arrays(len(names)))], stored[n:]
-            _checks.unused(unused, path)
+            _checks.no_scales(not all(map(_formats.is_placeholder, unused)), path)
             dtype = at_least_float32(g, *own)
             return Job(rule, format.limit(step(real(dtype))), dtype, format, own, _formats.salt(path), state.count)
 
@@ -365,6 +367,7 @@ def planned(init, plan) -> Transformation:
 
     def update(updates, state, params=None, **extra_args) -> Any:
         del extra_args
+        _checks.values(params, "params")
         jobs, finish = plan(updates, state, params)
         leaves, structure = jax.tree.flatten(updates)
         rows = [job.update(g, p) for job, g, p in zip(jobs, leaves, jax.tree.leaves(params), strict=True)]
@@ -375,31 +378,39 @@ def planned(init, plan) -> Transformation:
     return Transformation(init, update, plan)
 
 
-def descend(direction: Transformation, learning_rate, weight_decay=None, mask=None, max_lr=None) -> Transformation:
-    """``direction``, then weight decay unless ``None``, then ``-learning_rate``: Optax's own stages, in float32.
+def descend(direction: Transformation, learning_rate, *decaying) -> Transformation:
+    """``direction``, then weight decay, then ``-learning_rate``: Optax's own stages, in float32.
 
+    ``decaying`` is ``weight_decay, mask, max_lr``, or nothing.
     With ``max_lr`` the decay is ``weight_decay * learning_rate / max_lr``, free of the learning rate's scale.
 
     Optax multiplies in the updates' dtype, which rounds a learning rate to bf16 for bf16 gradients. Here the
     stages see gradients and parameters widened to float32, and only the final update is narrowed.
     """
     stages: list[Any] = [direction]
-    if weight_decay is not None:
-        weight_decay = or_nan(_checks.hyperparameter("weight_decay", weight_decay, ">= 0"))
+    weight_decay: Any = None
+    mask = None
+    if decaying:
+        weight_decay, mask, max_lr = decaying
+        weight_decay = or_nan("weight_decay", _checks.hyperparameter("weight_decay", weight_decay, ">= 0"))
         if max_lr is not None:
             max_lr = _checks.hyperparameter("max_lr", max_lr, "> 0", schedule=False)
             weight_decay = over(weight_decay, max_lr)
+        mask = None if mask is None else _checks.mask_for(mask)
         stages.append(optax.add_decayed_weights(weight_decay, mask))
     learning_rate = _checks.hyperparameter("learning_rate", learning_rate, ">= 0", hint="To maximise, negate the loss.")
-    learning_rate = or_nan(learning_rate)
+    learning_rate = or_nan("learning_rate", learning_rate)
     stages.append(optax.scale_by_learning_rate(learning_rate))
     chain = optax.chain(*stages)
 
     def widen(x):
-        return x.astype(at_least_float32(x))
+        return jnp.asarray(x, at_least_float32(x))
 
     def update(updates, state, params=None, **extra_args):
-        _checks.gradients(updates, params)
+        _checks.stages(state, len(stages))
+        _checks.gradients(updates, state, params)
+        if decaying and params is None:
+            raise ValueError("weight_decay needs params: call update(updates, state, params).")
         narrow = result_dtypes(updates, params)
         wide_params = None if params is None else jax.tree.map(widen, params)
         updates, state = chain.update(jax.tree.map(widen, updates), state, wide_params, **extra_args)
@@ -411,7 +422,7 @@ def descend(direction: Transformation, learning_rate, weight_decay=None, mask=No
         widest = jax.dtypes.canonicalize_dtype(np.float64)
         zero, one = jnp.zeros([], widest), jnp.ones([], widest)  # each stage tells its factor when it is given 1
         minus_lr, lr_state = stages[-1].update(one, state[-1])
-        if weight_decay is None:
+        if not decaying:
             decays, decay_states = [None] * len(jobs), ()
         else:
             inner = state[1] if mask is None else state[1].inner_state
@@ -426,14 +437,23 @@ def descend(direction: Transformation, learning_rate, weight_decay=None, mask=No
 
 def _leaf_mask(mask, params) -> list[bool]:
     """A mask of `optax.masked` for each leaf."""
-    mask = True if mask is None else mask(params) if callable(mask) else mask
+    mask = True if mask is None else mask(params)
     return jax.tree.leaves(jax.tree.map(lambda on, x: jax.tree.map(lambda _: on, x), mask, params))
 
 
-def or_nan(value):
+def or_nan(name: str, value):
     """A learning rate or weight decay, or a schedule of it, that is NaN where it is traced and out of range."""
-    checked = lambda x: _checks.or_nan(x, ">= 0")
-    return (lambda count: checked(value(count))) if callable(value) else checked(value)
+    if not callable(value):
+        return _checks.or_nan(value, ">= 0")
+
+    def schedule(count):
+        x = value(count)
+        if isinstance(x, jax.Array):
+            _checks.scalar(name, x.shape)
+            return _checks.or_nan(x, ">= 0")
+        return _checks.hyperparameter(name, x, ">= 0", schedule=False)
+
+    return schedule
 
 
 def over(weight_decay, max_lr):

@@ -58,6 +58,7 @@ def average_params(decay: float | jax.Array | None = 0.999) -> optax.GradientTra
 
     def init(params) -> Any:
         _checks.trainable(params, "params")
+        _checks.values(params, "params")
         wide = lambda p: jnp.array(p, dtype=at_least_float32(p), copy=True)  # both may be donated
         dtype_of = lambda p: placeholder(p, jnp.result_type(p))
         return AverageParamsState(jnp.zeros([], jnp.int32), jax.tree.map(wide, params), jax.tree.map(dtype_of, params))
@@ -66,7 +67,8 @@ def average_params(decay: float | jax.Array | None = 0.999) -> optax.GradientTra
         del extra_args
         if params is None:
             raise ValueError("average_params needs params: call update(updates, state, params).")
-        _checks.gradients(updates, params)
+        _checks.state_of(state, AverageParamsState)
+        _checks.gradients(updates, state, params)
         _checks.same_tree(params, state.average, "params", "state.average")
         count = jnp.asarray(optax.safe_increment(state.count))
 

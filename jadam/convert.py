@@ -42,6 +42,7 @@ def convert_moments(state, to: Moments) -> Any:
         >>> print(state[0].mu["w"].dtype)
         int8
     """
+    _checks.values(state, "state")
     found = []
 
     def one(x):

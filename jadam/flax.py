@@ -10,6 +10,7 @@ from flax import nnx
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
 
+from jadam import _checks
 from jadam._step import step
 
 _pure = getattr(nnx, "as_pure", None) or nnx.pure  # the older name of the same function
@@ -39,6 +40,11 @@ class Optimizer(nnx.Optimizer):
         >>> print(model.bias[...], optimizer.step[...])
         [-0.1 -0.1 -0.1] 1
     """
+
+    def __init__(self, model, tx, *, wrt, **kwargs):
+        """`nnx.Optimizer`'s."""
+        _checks.transformation("Optimizer needs", tx)
+        super().__init__(model, tx, wrt=wrt, **kwargs)
 
     def update(self, model, grads, /, **kwargs) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Train ``model`` and the state in place by one step.
@@ -79,6 +85,13 @@ class TrainState(train_state.TrainState):
         >>> print(state.params["w"], state.step)
         [0.9 0.9] 1
     """
+
+    @classmethod
+    def create(cls, *, apply_fn, params, tx, **kwargs):
+        """A new one, at step 0; `train_state.TrainState`'s."""
+        _checks.transformation("TrainState needs", tx)
+        _checks.arrays(params, "params")
+        return super().create(apply_fn=apply_fn, params=params, tx=tx, **kwargs)
 
     def apply_gradients(self, *, grads, **kwargs):
         """The state after one step.

@@ -119,12 +119,12 @@ def by_path(
             make(named)  # raises what only a name can
         direction = make(named if callable(named) else lambda path, p: named)
         lr_mult = _checks.hyperparameter("lr_mult", own["lr_mult"], ">= 0", schedule=False)
-        decay = or_nan(_checks.hyperparameter("weight_decay", own["weight_decay"], ">= 0"))
+        decay = or_nan("weight_decay", _checks.hyperparameter("weight_decay", own["weight_decay"], ">= 0"))
         decay = decay if max_lr is None else over(decay, max_lr)
         told = settings if named == "float32" else {**settings, "moments": named}
         text = " ".join([repr(pattern.pattern), *(f"{name}={value!r}" for name, value in told.items())])
         at = lambda x, count: x(count) if callable(x) else x
-        minus_lr = lambda count: -(at(or_nan(learning_rate), count) * lr_mult)
+        minus_lr = lambda count: -(at(or_nan("learning_rate", learning_rate), count) * lr_mult)
         return _Group(text, pattern, direction, minus_lr, lambda count: at(decay, count))
 
     groups = [group(*_pair(i, rule)) for i, rule in enumerate(_listed(rules))]
@@ -143,7 +143,7 @@ def by_path(
     def plan(updates, state, params) -> Plan:
         if params is None:
             raise ValueError("by_path needs params: call update(updates, state, params).")
-        _checks.gradients(updates, params)
+        _checks.gradients(updates, state, params, planning=True)
         _checks.state_of(state, ByPathState)
         _checks.state_of(state.moments, QuantizedAdamState)
         parts = _Parts(groups, updates)
@@ -191,7 +191,12 @@ class _Parts:
 
     def only(self, k: int, tree):
         """The part of group ``k``."""
-        leaves = self.structure.flatten_up_to(tree)
+        try:
+            leaves = self.structure.flatten_up_to(tree)
+        except ValueError:
+            raise ValueError(
+                "state.moments must be of the gradients' tree, got another. The parameters must be those of init."
+            ) from None
         return self.structure.unflatten([x if own == k else None for x, own in zip(leaves, self.of_leaf, strict=True)])
 
     def together(self, parts: list):
@@ -251,19 +256,19 @@ def _near(text: str, among: list[str]) -> list[str]:
 def _listed(rules) -> list:
     if isinstance(rules, (str, dict)) or not isinstance(rules, Sequence) or not rules:
         example = '[("bias", {"weight_decay": 0.0}), ("", {})]'
-        raise TypeError(f"rules must be a list of (pattern, settings), such as {example}, got {rules!r}.")
+        raise TypeError(f"rules must be a list of (pattern, settings), such as {example}, got {_checks.shown(rules)}.")
     return list(rules)
 
 
 def _pair(i: int, rule) -> tuple:
     if not isinstance(rule, (tuple, list)) or len(rule) != 2:
-        raise TypeError(f"rules[{i}] must be a pair (pattern, settings), got {rule!r}.")
+        raise TypeError(f"rules[{i}] must be a pair (pattern, settings), got {_checks.shown(rule)}.")
     return tuple(rule)
 
 
 def _pattern(pattern) -> re.Pattern:
     if not isinstance(pattern, (str, re.Pattern)):
-        raise TypeError(f"by_path's pattern must be a string, got {pattern!r} of type {type(pattern).__name__}.")
+        raise TypeError(f"by_path's pattern must be a string, got {_checks.shown(pattern)}.")
     try:
         return re.compile(pattern)
     except re.error as error:
@@ -274,7 +279,9 @@ def _pattern(pattern) -> re.Pattern:
 
 def _settings(pattern: str, settings) -> dict:
     if not isinstance(settings, dict):
-        raise TypeError(f"by_path's settings of {pattern!r} must be a dict or jadam.FROZEN, got {settings!r}.")
+        raise TypeError(
+            f"by_path's settings of {pattern!r} must be a dict or jadam.FROZEN, got {_checks.shown(settings)}."
+        )
     for name in settings:
         if name not in SETTINGS:
             near = difflib.get_close_matches(str(name), SETTINGS, 1)

@@ -111,6 +111,7 @@ def plan(
         other                       6  0.00
         total             269,500,422  0.25
     """
+    _checks.transformation("plan needs", tx)
     mesh = _mesh(mesh_shape)
     _checks.trainable(shapes, "shapes")
     params = spread(shapes, mesh, params_axis)
@@ -130,7 +131,9 @@ def plan(
 def _mesh(shape) -> AbstractMesh:
     whole = isinstance(shape, Mapping) and all(isinstance(x, (int, np.integer)) and x > 0 for x in shape.values())
     if not whole or math.prod(shape.values()) >= 2**31:
-        raise ValueError(f"mesh_shape must be a dict of axes and sizes > 0, below 2**31 in all, got {shape!r}.")
+        raise ValueError(
+            f"mesh_shape must be a dict of axes and sizes > 0, below 2**31 in all, got {_checks.shown(shape)}."
+        )
     return AbstractMesh(tuple(map(int, shape.values())), tuple(shape))
 
 
@@ -142,6 +145,8 @@ def _here(x) -> int:
 def shapes_of(model: str, dtype=jnp.bfloat16) -> Any:
     """The parameters' shapes of a model by name: ``"gpt2"``, ``"llama-7b"`` or ``"llama-70b"``."""
     _checks.one_of("model", model, tuple(MODELS))
+    if (dtype := _checks.storage_dtype("dtype", dtype)) is None:
+        raise TypeError("dtype must be a floating dtype such as jnp.bfloat16, got None.")
     is_shape = lambda x: isinstance(x, tuple)
     return jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, dtype), MODELS[model](), is_leaf=is_shape)
 

@@ -11,6 +11,7 @@ import optax
 from jadam import _checks
 from jadam._describe import html_table
 from jadam._formats import leaf_name
+from jadam._numerics import apply_updates
 from jadam._transformation import Plan, Transformation
 from jadam.statistics import QUANTILES, Measures, in_rows, looked_into, steps_taken
 
@@ -85,13 +86,13 @@ def record(
         >>> print(history.steps, history.total["update_rms"].shape, list(history.leaves))
         [ 6  8 10] (3,) ["['w']"]
     """
-    for name, value, none in (("every", every, False), ("keep", keep, False), ("sample", sample, True)):
-        whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
-        if not whole and not (value is None and none):
-            raise ValueError(f"{name} must be a whole number > 0{' or None' * none}, got {value!r}.")
+    every, keep = _checks.whole("every", every), _checks.whole("keep", keep)
+    sample = _checks.whole("sample", sample, none=True)
     if not isinstance(tx, Transformation):
         remedy = "Take jadam.chain for optax.chain, and zero1(record(...)) for record(zero1(...))."
-        raise TypeError(f"record needs one of jadam's optimizers, such as jadam.adam(...), got {tx!r}. {remedy}")
+        raise TypeError(
+            f"record needs one of jadam's optimizers, such as jadam.adam(...), got {_checks.shown(tx)}. {remedy}"
+        )
     if isinstance(tx, Record):
         raise ValueError("record must not be around another record. Drop one.")
 
@@ -131,7 +132,7 @@ def record(
             raise ValueError("record needs params: call update(updates, state, params).")
         _checks.state_of(state, RecordState)
         updates, inner = tx.update(updates, state.inner_state, params, **extra_args)
-        return updates, observe(RecordState(inner, state.ring), optax.apply_updates(params, updates))
+        return updates, observe(RecordState(inner, state.ring), apply_updates(params, updates))
 
     def plan(updates, state, params) -> Plan:
         _checks.state_of(state, RecordState)

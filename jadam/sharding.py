@@ -15,7 +15,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jadam import _checks
 from jadam._describe import owners
@@ -100,8 +100,9 @@ def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[s
         state, and ``undivided``, a dict from a parameter's path to why its state is whole; print it for both in words.
 
     Raises:
-        ValueError: no such axis, one of size 1, or nothing that can be divided.
-        TypeError: ``tx`` is no transformation, or a parameter is not floating.
+        ValueError: no such axis, one of size 1, or nothing that can be divided; at ``init`` and ``update``, other
+            parameters or a mesh without devices.
+        TypeError: ``tx`` is no transformation, ``mesh`` no mesh, or a parameter is not floating.
 
     Example:
         >>> import jax, jax.numpy as jnp, jadam
@@ -114,8 +115,8 @@ def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[s
         >>> print(*tx.init(params)[0].mu["kernel"].sharding.spec)
         data
     """
-    if not (hasattr(tx, "init") and hasattr(tx, "update")):
-        raise TypeError(f"zero1 needs an Optax transformation, got {tx!r}. Pass jadam.adamw(...), for one.")
+    _checks.transformation("zero1 needs", tx)
+    _checks_mesh(mesh)
     axes = tuple(name for name in _axes(axis, mesh) if mesh.shape[name] > 1)
     if not axes:
         raise ValueError(f"axis {axis!r} has size 1 in the mesh {dict(mesh.shape)}: there is nothing to divide over.")
@@ -124,7 +125,16 @@ def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[s
     inner = optax.with_extra_args_support(optax.GradientTransformation(tx.init, tx.update))
     homes, parts = ([getattr(leaf, which) for leaf in layout.leaves] for which in ("home", "part"))
 
+    def values(tree, what):
+        _checks.values(tree, what)
+        if isinstance(mesh, AbstractMesh) and not all(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree)):
+            raise ValueError(
+                "mesh must be a jax.sharding.Mesh for init and update, got an AbstractMesh, which has no devices and "
+                "is for looking at shardings. Call zero1 again with jax.make_mesh(...)."
+            )
+
     def check(tree, what):
+        values(tree, what)
         shapes, known = [jnp.shape(x) for x in jax.tree.leaves(tree)], [x.shape for x in layout.leaves]
         if shapes != known:
             here, there = next(pair for pair in itertools.zip_longest(shapes, known) if pair[0] != pair[1])
@@ -133,8 +143,29 @@ def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[s
                 f"first that differs has shape {here} for {there}. Call zero1 again for other parameters."
             )
 
+    def checked(state):
+        """The state, which may come from elsewhere than the mesh, on it."""
+        values(state, "state")
+        here, there = len(jax.tree.leaves(state)), len(jax.tree.leaves(layout.state))
+        if here != there:
+            raise TypeError(
+                f"state must have the {there} arrays that init returns, got {type(state).__name__} of {here}. Was it "
+                "made by another transformation? The order is step(tx, grads, state, params)."
+            )
+        pairs = zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(layout.state), strict=True)
+        for (path, x), wanted in pairs:
+            try:
+                wanted.sharding.shard_shape(jnp.shape(x))
+            except ValueError:
+                raise ValueError(
+                    f"state{jax.tree_util.keystr(path)} has shape {jnp.shape(x)}, init returns {wanted.shape}. Was it "
+                    "made by another transformation, or for other parameters?"
+                ) from None
+        return _moved(state, [x.sharding for x in jax.tree.leaves(layout.state)])
+
     def init(params):
         check(params, "params")
+        _checks.trainable(params, "params")
 
         def whole(params):
             return list(map(_reshaped, jax.tree.leaves(tx.init(params)), wanted))
@@ -145,6 +176,7 @@ def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[s
 
     def update(updates, state, params=None, **extra_args):
         check(updates, "updates")
+        state = checked(state)
         updates = _put(updates, parts)
         if params is not None:
             check(params, "params")
@@ -164,8 +196,9 @@ def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[s
     def step(grads, state, params):
         check(params, "params")
         check(grads, "grads")
+        state = checked(state)
         concrete = not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(params))
-        return traced_step(grads, state, _put(params, homes) if concrete else params)
+        return traced_step(_moved(grads, parts), state, _put(params, homes) if concrete else params)
 
     update.layout, update.step, update.divides = layout, step, tx  # pyright: ignore[reportFunctionMemberAccess]
     return Zero1(init, update)
@@ -187,6 +220,7 @@ def spread(shapes, mesh, axis: str | Sequence[str] | None) -> Any:
 
     Raises:
         ValueError: no such axis.
+        TypeError: ``mesh`` is no mesh.
 
     Example:
         >>> import jax, jax.numpy as jnp, jadam
@@ -194,6 +228,8 @@ def spread(shapes, mesh, axis: str | Sequence[str] | None) -> Any:
         >>> print(*jadam.sharding.spread(jnp.ones((2, 8)), mesh, "model").sharding.spec)
         None model
     """
+    _checks.arrays(shapes, "shapes")
+    _checks_mesh(mesh)
     axes = () if axis is None else _axes(axis, mesh)
     n = math.prod(mesh.shape[name] for name in axes)
 
@@ -210,10 +246,16 @@ def spread(shapes, mesh, axis: str | Sequence[str] | None) -> Any:
     return jax.tree.map(place, shapes)
 
 
+def _checks_mesh(mesh) -> None:
+    if not isinstance(mesh, (Mesh, AbstractMesh)):
+        got = _checks.shown(mesh)
+        raise TypeError(f"mesh must be a jax.sharding.Mesh, got {got}. Make one: jax.make_mesh((8,), ('data',)).")
+
+
 def _axes(axis, mesh) -> tuple[str, ...]:
     axes = tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
-    if not axes or any(name not in mesh.shape for name in axes):
-        raise ValueError(f"axis must be of the mesh's {tuple(mesh.shape)}, got {axis!r}.")
+    if not axes or any(not isinstance(name, str) or name not in mesh.shape for name in axes):
+        raise ValueError(f"axis must be of the mesh's {tuple(mesh.shape)}, got {_checks.shown(axis)}.")
     if len(set(axes)) < len(axes):
         raise ValueError(f"axis must name each axis of the mesh once, got {axis!r}.")
     return axes
@@ -344,6 +386,20 @@ def _put(tree, shardings):
     """``tree`` where ``shardings`` say, by communication within a traced function."""
     leaves, structure = jax.tree.flatten(tree)
     return structure.unflatten([_put_one(x, s) for x, s in zip(leaves, shardings, strict=True)])
+
+
+def _moved(tree, shardings):
+    """``tree`` where ``shardings`` say, but for what is traced or on their devices already."""
+    leaves, structure = jax.tree.flatten(tree)
+
+    def moved(x, sharding):
+        if isinstance(x, jax.core.Tracer) or (
+            isinstance(x, jax.Array) and x.sharding.device_set == sharding.device_set
+        ):
+            return x
+        return jax.device_put(x, sharding)
+
+    return structure.unflatten([moved(x, s) for x, s in zip(leaves, shardings, strict=True)])
 
 
 def _put_one(x, sharding: NamedSharding):

@@ -106,13 +106,15 @@ def statistics(
         >>> print(f"{told.total.moment_rms:.3f} {told.total.update_rms:.3f} {told.total.snr:.3f}")
         3.536 0.100 1.000
     """
-    if sample is not None and not (isinstance(sample, int) and sample > 0):
-        raise ValueError(f"sample must be a whole number > 0 or None, got {sample!r}.")
+    sample = _checks.whole("sample", sample, none=True)
     tx = opened(tx)
     if params is None:
         raise ValueError("statistics needs params, the parameters after the step.")
     _checks.trainable(params, "params")
+    for tree, what in ((state, "state"), (params, "params"), (updates, "updates")):
+        _checks.values(tree, what)
     if updates is not None:
+        _checks.trainable(updates, "updates")
         _checks.same_tree(updates, params, "updates", "params")
     return _statistics(tx, sample, state, params, updates)
 
@@ -146,8 +148,8 @@ def opened(tx) -> Transformation:
     tx = getattr(getattr(tx, "update", None), "divides", tx)
     if not isinstance(tx, Transformation):
         raise TypeError(
-            f"statistics needs one of jadam's optimizers, such as jadam.adam(...), got {tx!r}. Optax's chain cannot be "
-            "looked into: take jadam.chain."
+            f"statistics needs one of jadam's optimizers, such as jadam.adam(...), got {_checks.shown(tx)}. Optax's "
+            "chain cannot be looked into: take jadam.chain."
         )
     return tx
 

@@ -38,7 +38,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jadam import _formats
+from jadam import _checks, _formats
 from jadam._checksum import checksum
 from jadam._numerics import at_least_float32
 from jadam._output import replacing
@@ -236,7 +236,8 @@ def _leaves(state, names) -> tuple[list[_Leaf], list[str]]:
     """The leaves that have a name, and what is wrong with the others."""
     if not isinstance(names, Mapping):
         raise TypeError(
-            f"names must be a dict from leaf paths to PyTorch's names, got {names!r} of type {type(names).__name__}."
+            f"names must be a dict from leaf paths to PyTorch's names, got {_checks.shown(names)} of type "
+            f"{type(names).__name__}."
         )
     leaves, problems, seen, owner = [], [], set(), {}
     for part in filter(has_moments, jax.tree.leaves(state, is_leaf=has_moments)):
@@ -372,7 +373,7 @@ def _safetensors_path(name: str, path) -> Path:
     """``path``, which could be a pickle if it did not end so."""
     if not isinstance(path, (str, os.PathLike)):
         kinds = "a dict of arrays or the path of a .safetensors file" if name == "source" else "a path"
-        raise TypeError(f"{name} must be {kinds}, got {path!r} of type {type(path).__name__}.")
+        raise TypeError(f"{name} must be {kinds}, got {_checks.shown(path)} of type {type(path).__name__}.")
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(

@@ -1,22 +1,59 @@
-"""Bad input: the exception and the whole of its message's sense, one row per wrong call."""
+"""Bad input, one table: every wrong call, the type of its exception and its text, which is one line.
+
+Each text tells the name, what it may be, what it was, and often what to do. `test_torch_state` has the errors that list
+all that is wrong with a file at once, a line each.
+"""
 
 import re
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 import jadam
+import jadam.flax
+from jadam import planning, torch_state
+from jadam.__main__ import main
+from jadam.sharding import spread, zero1
 
 W = {"w": jnp.ones((2, 3)), "b": {"c": jnp.zeros(3)}}
+HALF = optax.tree.cast(W, jnp.bfloat16)
+INT = {"w": jnp.ones(2), "ids": jnp.arange(3)}
+ADAM, EXACT, SGD = jadam.adam(1e-3), jadam.exact_bf16(jadam.adam(1e-3)), optax.sgd(1e-3)
+STATE = ADAM.init(W)
+RULES = [("", {})]
+MESH = Mesh(np.array(jax.devices()), ("data",))
+VECTOR = jnp.ones(16)
+DIVIDED = zero1(ADAM, VECTOR, MESH, "data")
+SHAPE = jax.ShapeDtypeStruct((2, 3), jnp.float32)
 
 
 def updated(tx=None, params=W, **changed):
     """Update with W's gradients, some leaves changed."""
     tx = tx or jadam.adam(1e-3)
-    return tx.update(changed.get("g", W), changed.get("state", tx.init(params)), changed.get("p", params))
+    return tx.update(changed.get("g", params), changed.get("state", tx.init(params)), changed.get("p", params))
+
+
+def stepped(tx=ADAM, params=W, **changed):
+    """The same in one pass."""
+    state = changed.get("state", tx.init(params))
+    return jadam.step(tx, changed.get("g", params), state, changed.get("p", params))
+
+
+def donated(tree=W):
+    """Arrays of which nothing is left."""
+    gone = jax.tree.map(jnp.copy, tree)
+    jax.tree.map(lambda x: x.delete(), gone)
+    return gone
+
+
+def on(device, tree=W):
+    return jax.device_put(tree, jax.devices()[device])
 
 
 HYPERPARAMETERS = [
@@ -69,9 +106,108 @@ HYPERPARAMETERS = [
         TypeError,
         "mu_dtype must be a floating dtype such as jnp.bfloat16",
     ),
+    (lambda: jadam.adam(0.1, eps_mode="tf"), ValueError, "eps_mode must be 'paper' or 'hat', got 'tf'."),
+    (lambda: jadam.adam(0.1, bias_correction=None), ValueError, "bias_correction must be True or False, got None."),
+    (lambda: jadam.adam(0.1, nesterov="yes"), ValueError, "nesterov must be True or False, got 'yes'."),
+    (
+        lambda: jadam.adamw(0.1, weight_decay=None),
+        TypeError,
+        "weight_decay must be a number or a schedule >= 0, got None of type NoneType.",
+    ),
+    (lambda: jadam.adamw(0.1, max_lr=0.0), ValueError, "max_lr must be > 0, got 0."),
+    (
+        lambda: jadam.adamw(0.1, max_lr=optax.constant_schedule(1.0)),
+        TypeError,
+        "max_lr must be a number > 0, got the callable <function",
+    ),
+    (lambda: jadam.adamw(0.1, mask="kernel"), TypeError, "mask must be True or False, got 'kernel'."),
+    (
+        lambda: jadam.adamw(0.1, mask={"w": True, "b": {"c": 1.0}}),
+        TypeError,
+        "mask['b']['c'] must be True or False, got 1.0.",
+    ),
+    (
+        lambda: jadam.adamw(0.1, mask={"w": True}).init(W),
+        ValueError,
+        "mask must have the parameters' tree or a part of it from the top, got PyTreeDef({'w': *}) for PyTreeDef(",
+    ),
+    (
+        lambda: jadam.adamw(0.1, mask=lambda params: params).init(W),
+        TypeError,
+        "mask['b']['c'] must be True or False, got Array([0., 0., 0.], dtype=float32).",
+    ),
+    (lambda: jadam.radam(0.1, threshold=3), ValueError, "threshold must be >= 4, got 3."),
+    (lambda: jadam.radam(0.1, nesterov=1), ValueError, "nesterov must be True or False, got 1."),
+    (lambda: jadam.amsgrad(0.1, max_of="nu"), ValueError, "max_of must be 'v_hat' or 'v', got 'nu'."),
+    (
+        lambda: jadam.nadam(0.1, b1=optax.constant_schedule(0.9), momentum_decay=4e-3),
+        ValueError,
+        "momentum_decay must be None unless b1 is a number",
+    ),
+    (lambda: jadam.nadam(0.1, momentum_decay=-1), ValueError, "momentum_decay must be >= 0, got -1."),
+    (
+        lambda: jadam.adam(W),
+        TypeError,
+        "learning_rate must be a number or a schedule >= 0, got {'w': Array([[1., 1., 1.], [1., 1., 1.]], dtype=float32), ",
+    ),
+    (lambda: updated(jadam.adam(lambda count: -1.0)), ValueError, "learning_rate must be >= 0, got -1."),
+    (
+        lambda: updated(jadam.adam(lambda count: None)),
+        TypeError,
+        "learning_rate must be a number >= 0, got None of type NoneType.",
+    ),
+    (
+        lambda: updated(jadam.adam(lambda count: jnp.ones(3))),
+        ValueError,
+        "learning_rate must be a scalar, got an array of shape (3,). Use jax.vmap",
+    ),
+    (
+        lambda: stepped(jadam.adam(lambda count: jnp.ones(3))),
+        ValueError,
+        "learning_rate must be a scalar, got an array of shape (3,). Use jax.vmap",
+    ),
+    (
+        lambda: updated(jadam.adamw(0.1, weight_decay=lambda count: "0.1")),
+        TypeError,
+        "weight_decay must be a number >= 0, got '0.1' of type str.",
+    ),
+    (
+        lambda: stepped(jadam.adamw(0.1, weight_decay=lambda count: jnp.ones(3))),
+        ValueError,
+        "weight_decay must be a scalar, got an array of shape (3,).",
+    ),
+    (
+        lambda: updated(jadam.by_path(RULES, lambda count: jnp.ones(3))),
+        ValueError,
+        "learning_rate must be a scalar, got an array of shape (3,).",
+    ),
+    (
+        lambda: stepped(jadam.by_path([("", {"weight_decay": lambda count: -0.1})], 0.1)),
+        ValueError,
+        "weight_decay must be >= 0, got -0.1.",
+    ),
+    (lambda: updated(jadam.adam(0.1, b2=lambda count: 1.0)), ValueError, "b2 must be in [0, 1), got 1."),
+    (
+        lambda: updated(jadam.adam(0.1, eps=lambda count: jnp.ones(3))),
+        ValueError,
+        "eps must be a scalar, got an array of shape (3,).",
+    ),
+    (
+        lambda: jax.jit(lambda on: jadam.adamw(0.1, mask=on).init(W))(True),
+        TypeError,
+        "mask must be True or False, got ",
+    ),
+    (lambda: jadam.clip(0), ValueError, "max_delta must be > 0, got 0."),
+    (lambda: jadam.clip(donated()), TypeError, "max_delta must be a number > 0, got <dict> of type dict."),
+    (lambda: jadam.clip_by_global_norm("1"), TypeError, "max_norm must be a number > 0, got '1' of type str."),
+    (lambda: jadam.average_params(1.0), ValueError, "decay must be in [0, 1), got 1."),
+    (lambda: jadam.average_params("0.9"), TypeError, "decay must be a number in [0, 1), got '0.9' of type str"),
+    (
+        lambda: jadam.average_params(optax.constant_schedule(0.9)),
+        TypeError,
+        "decay must be a number in [0, 1), got the callable",
+    ),
 ]
-
-INT = {"w": jnp.ones(2), "ids": jnp.arange(3)}
 
 TREES = [
     (
@@ -93,7 +229,11 @@ TREES = [
     (lambda: updated(jadam.scale_by_adam(), g=[W], p=None), ValueError, "updates[0]['b']['c'] has no counterpart"),
     (lambda: updated(p={**W, "w": jnp.ones(2)}), ValueError, "params['w'] has shape (2,), updates has (2, 3)"),
     (lambda: updated(g=jax.tree.map(lambda x: x.astype(int), W)), TypeError, "updates['b']['c'] must be floating"),
-    (lambda: updated(jadam.adamw(1e-3), p=None), ValueError, "requires the current value of parameters"),
+    (
+        lambda: updated(jadam.adamw(1e-3), p=None),
+        ValueError,
+        "weight_decay needs params: call update(updates, state, params).",
+    ),
     (
         lambda: updated(state=optax.adam(1e-3).init(optax.tree.cast(W, jnp.bfloat16))),
         TypeError,
@@ -109,16 +249,910 @@ TREES = [
         TypeError,
         "mu_dtype must be complex for complex gradients, got bfloat16 for updates. Leave it out.",
     ),
+    (lambda: updated(g={**W, "w": "one"}), TypeError, "updates['w'] must be an array, got 'one' of type str."),
+    (
+        lambda: updated(p={**W, "w": len}),
+        TypeError,
+        "params['w'] must be an array, got <built-in function len> of type builtin",
+    ),
+    (
+        lambda: updated(g={**W, "w": np.full((2, 3), None)}),
+        TypeError,
+        "updates['w'] must be an array, got array([[None",
+    ),
+    (lambda: ADAM.init("params"), TypeError, "params must be an array, got 'params' of type str."),
+    (
+        lambda: updated(g={**W, "w": SHAPE}),
+        TypeError,
+        "updates['w'] must be an array, got a ShapeDtypeStruct, which has no values.",
+    ),
+    (
+        lambda: updated(g=donated()),
+        ValueError,
+        "updates['b']['c'] must be there, but was donated to an earlier step or deleted. Go on with what that step returned.",
+    ),
+    (lambda: updated(p=donated()), ValueError, "params['b']['c'] must be there, but was donated"),
+    (lambda: updated(state=donated(STATE)), ValueError, "state[0].count must be there, but was donated"),
+    (
+        lambda: updated(jadam.adam(1e-3, moments="int8"), state=donated(jadam.adam(1e-3, moments="int8").init(W))),
+        ValueError,
+        "state[0].count must be there, but was donated",
+    ),
+    (
+        lambda: updated(jadam.by_path(RULES, 1e-3), p=donated()),
+        ValueError,
+        "params['b']['c'] must be there, but was donated",
+    ),
+    (lambda: updated(state=None), TypeError, "state must be the tuple of 2 that init returns, got NoneType."),
+    (
+        lambda: updated(state=W),
+        TypeError,
+        "state must be the tuple of 2 that init returns, got dict of 2. Was it made by another transformation?",
+    ),
+    (
+        lambda: updated(state=SGD.init(W)),
+        TypeError,
+        "state must be the ScaleByAdamState that init returns, got EmptyState. Was it made by another",
+    ),
+    (
+        lambda: updated(state=(STATE[0]._replace(count=3), STATE[1])),
+        TypeError,
+        "state.count must be int32, got int. Cast no state as a whole;",
+    ),
+    (
+        lambda: updated(state=(STATE[0]._replace(count=jnp.zeros(8, int)), STATE[1])),
+        ValueError,
+        "state.count must be a scalar, got shape (8,). Use jax.vmap for several states.",
+    ),
+    (
+        lambda: updated(state=(STATE[0]._replace(mu=None), STATE[1])),
+        ValueError,
+        "updates['b']['c'] has no counterpart in state.mu",
+    ),
+    (
+        lambda: updated(jadam.adam(1e-3, b1=optax.constant_schedule(0.9)), state=STATE),
+        TypeError,
+        "state must be the ScheduledBetasState that init returns, got ScaleByAdamState.",
+    ),
+    (
+        lambda: updated(jadam.chain(jadam.clip(1.0), ADAM), state=STATE[:1]),
+        TypeError,
+        "state must be the tuple of 2 that init returns, got tuple of 1.",
+    ),
+    (lambda: stepped(g=None), ValueError, "params['b']['c'] has no counterpart in updates"),
+    (lambda: stepped(p=None), ValueError, "step needs params: call step(tx, grads, state, params)."),
+    (lambda: stepped(g={**W, "w": jnp.ones(3)}), ValueError, "params['w'] has shape (2, 3), updates has (3,)."),
+    (
+        lambda: stepped(state=SGD.init(W)),
+        TypeError,
+        "state must be the ScaleByAdamState that init returns, got EmptyState.",
+    ),
+    (lambda: stepped(g={**W, "w": "one"}), TypeError, "grads['w'] must be an array, got 'one' of type str."),
+    (lambda: stepped(state="state"), TypeError, "state must be an array, got 'state' of type str."),
+    (lambda: stepped(p=donated()), ValueError, "params['b']['c'] must be there, but was donated to an earlier step"),
+    (
+        lambda: stepped(p={**W, "w": SHAPE}),
+        TypeError,
+        "params['w'] must be an array, got a ShapeDtypeStruct, which has no values. For shapes: jax.eval_shape.",
+    ),
+    (
+        lambda: stepped(g=on(1), p=on(2)),
+        ValueError,
+        "all must be on the same devices, got params['b']['c'] on [CpuDevice(id=2)] and grads['b']['c'] on [CpuDevice(id=1)]. Move one: jax.device_put(params, sharding).",
+    ),
+    (
+        lambda: jadam.step(None, 1, 2, 3),
+        TypeError,
+        "step needs an Optax transformation, got None. Pass jadam.adam(...), for one.",
+    ),
+    (lambda: jadam.step(jadam.adam, W, STATE, W), TypeError, "step needs an Optax transformation, got <function adam"),
+    (lambda: jadam.chain(ADAM, 3), TypeError, "chain's stage 1 must be an Optax transformation, got 3."),
+    (lambda: jadam.chain(), ValueError, "chain needs one stage at least, got none."),
+    (
+        lambda: jadam.chain(EXACT),
+        ValueError,
+        "chain's stage 0 is exact_bf16, which must be outermost: exact_bf16(chain(...)).",
+    ),
+    (
+        lambda: updated(jadam.average_params(), p=None),
+        ValueError,
+        "average_params needs params: call update(updates, state, params).",
+    ),
+    (
+        lambda: jadam.averaged_params(STATE),
+        ValueError,
+        "state must hold the average of one average_params, found 0. Chain it last",
+    ),
+    (
+        lambda: jadam.averaged_params(optax.chain(jadam.average_params(), jadam.average_params()).init(W)),
+        ValueError,
+        "state must hold the average of one average_params, found 2.",
+    ),
+    (
+        lambda: jadam.describe(ADAM, INT),
+        TypeError,
+        "params['ids'] must be floating or complex to be trained, got int32.",
+    ),
+    (lambda: jadam.describe(None, W), TypeError, "state_or_tx must be a transformation or its state, got None."),
+    (lambda: jadam.describe("adam", W), TypeError, "state_or_tx must be an array, got 'adam' of type str."),
+    (
+        lambda: jadam.flax.TrainState.create(apply_fn=None, params=W, tx=3),
+        TypeError,
+        "TrainState needs an Optax transformation, got 3.",
+    ),
+    (
+        lambda: jadam.flax.TrainState.create(apply_fn=None, params=len, tx=ADAM),
+        TypeError,
+        "params must be an array, got <built-in function len>",
+    ),
+    (
+        lambda: jadam.flax.Optimizer(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), jadam.adam, wrt=nnx.Param),
+        TypeError,
+        "Optimizer needs an Optax transformation, got <function adam",
+    ),
 ]
+
+DTYPES = [
+    (
+        lambda: updated(g={**W, "w": np.zeros((2, 3), jax.dtypes.float0)}),
+        TypeError,
+        "updates['w'] must be floating or complex to be trained, got float0, as the gradient of an integer is.",
+    ),
+    (
+        lambda: updated(g={**W, "w": jax.random.split(jax.random.key(0), 6).reshape(2, 3)}),
+        TypeError,
+        "updates['w'] must be floating or complex to be trained, got key<fry>.",
+    ),
+    (
+        lambda: updated(p={**W, "w": jnp.ones((2, 3), int)}),
+        TypeError,
+        "params['w'] must be floating or complex to be trained, got int32.",
+    ),
+    (
+        lambda: ADAM.init(jnp.ones(3, jnp.float8_e4m3fn)),
+        TypeError,
+        "params must have 16 bits or more to be trained, got float8_e4m3fn. Keep it in bfloat16, and cast in the model.",
+    ),
+    (
+        lambda: updated(g={**W, "w": jnp.ones((2, 3), jnp.float8_e5m2)}),
+        TypeError,
+        "updates['w'] must have 16 bits or more to be trained, got float8_e5m2.",
+    ),
+    (
+        lambda: updated(jadam.chain(jadam.clip(1.0), ADAM), g=jax.tree.map(lambda x: x.astype(int), W)),
+        TypeError,
+        "updates['b']['c'] must be floating or complex to be trained, got int32.",
+    ),
+    (
+        lambda: updated(EXACT, HALF, g=jax.tree.map(lambda x: x.astype(int), W)),
+        TypeError,
+        "updates['b']['c'] must be floating or complex to be trained, got int32.",
+    ),
+    (
+        lambda: updated(state=(STATE[0]._replace(nu=jax.tree.map(lambda x: x.astype(int), W)), STATE[1])),
+        TypeError,
+        "state.nu['b']['c'] must be float32 or wider, got int32",
+    ),
+    (
+        lambda: updated(state=(STATE[0]._replace(count=jnp.float32(3)), STATE[1])),
+        TypeError,
+        "state.count must be int32, got float32. Cast no state as a whole;",
+    ),
+    (
+        lambda: jadam.exact_bf16(0.1),
+        TypeError,
+        "exact_bf16 needs an Optax transformation, got 0.1. Pass jadam.adam(...), for one.",
+    ),
+    (
+        lambda: jadam.exact_bf16(optax.chain(EXACT)).init(W),
+        ValueError,
+        "exact_bf16 must be outermost, got it around another exact_bf16. Drop the inner one.",
+    ),
+    (lambda: updated(EXACT, HALF, p=None), ValueError, "exact_bf16 needs params: call update(updates, state, params)."),
+    (
+        lambda: updated(EXACT, HALF, state=STATE),
+        TypeError,
+        "state must be the ExactBF16State that init returns, got tuple.",
+    ),
+    (
+        lambda: updated(EXACT, HALF, state=EXACT.init(W)),
+        TypeError,
+        "params['b']['c'] was of another dtype than bfloat16 at init, got bfloat16 of shape (3,). Apply updates with",
+    ),
+    (
+        lambda: updated(EXACT, HALF, p=W),
+        TypeError,
+        "params['b']['c'] was bfloat16 of shape (3,) at init, got float32 of shape (3,). Apply updates with",
+    ),
+    (
+        lambda: updated(EXACT, HALF, g={**HALF, "w": "one"}),
+        TypeError,
+        "updates['w'] must be an array, got 'one' of type str.",
+    ),
+    (
+        lambda: jadam.from_float32(W, ADAM),
+        TypeError,
+        "from_float32 needs what jadam.exact_bf16 returned, got jadam.adam(learning_rate=0.001). Wrap it: exact_bf16(tx).",
+    ),
+    (
+        lambda: jadam.from_float32(INT, EXACT),
+        TypeError,
+        "params32['ids'] must be floating or complex to be trained, got int32.",
+    ),
+    (
+        lambda: jadam.from_float32({"w": SHAPE}, EXACT),
+        TypeError,
+        "params32['w'] must be an array, got a ShapeDtypeStruct",
+    ),
+    (
+        lambda: jadam.from_float32(W, EXACT, keep="norm"),
+        TypeError,
+        "keep must be a function f(path, leaf) to True or False, got 'norm'.",
+    ),
+    (
+        lambda: jadam.float32_params(HALF, STATE),
+        ValueError,
+        "state must hold one ExactBF16State, found 0. Train with jadam.exact_bf16(...)",
+    ),
+    (
+        lambda: jadam.float32_params({"w": HALF["w"]}, EXACT.init(HALF)),
+        ValueError,
+        "params['b']['c'] is missing (or None), state.remainder has it.",
+    ),
+    (
+        lambda: jadam.float32_params(W, EXACT.init(HALF)),
+        TypeError,
+        "params['b']['c'] was bfloat16 of shape (3,) at init, got float32",
+    ),
+    (
+        lambda: jadam.float32_params(donated(HALF), EXACT.init(HALF)),
+        ValueError,
+        "params['b']['c'] must be there, but was donated",
+    ),
+    (
+        lambda: planning.shapes_of("gpt2", "half-ish"),
+        TypeError,
+        "dtype must be a floating dtype such as jnp.bfloat16, got 'half-ish'.",
+    ),
+    (
+        lambda: planning.shapes_of("gpt2", None),
+        TypeError,
+        "dtype must be a floating dtype such as jnp.bfloat16, got None.",
+    ),
+    (lambda: planning.shapes_of("gpt5"), ValueError, "model must be 'gpt2' or 'llama-7b' or 'llama-70b', got 'gpt5'."),
+]
+
+MATRIX = jnp.zeros((64, 128))
+INT8 = jadam.adam(1e-3, moments="int8")
+CODES = INT8.init(MATRIX)
+FORMAT = "moments must be 'bfloat16' or 'float32' or 'int8' or a function f(path, leaf) to one of these, got "
+
+FORMATS = [
+    (lambda: jadam.adam(0.1, moments="int4"), ValueError, FORMAT + "'int4'."),
+    (lambda: jadam.adam(0.1, moments=None), ValueError, FORMAT + "None."),
+    (lambda: jadam.adam(0.1, moments=jnp.bfloat16), ValueError, FORMAT + "<class 'jax.numpy.bfloat16'>."),
+    (
+        lambda: jadam.adam(0.1, moments=W),
+        ValueError,
+        FORMAT + "{'w': Array([[1., 1., 1.], [1., 1., 1.]], dtype=float32), ",
+    ),
+    (
+        lambda: jadam.adam(0.1, moments=lambda path, leaf: "int4").init(W),
+        ValueError,
+        "moments(\"['b']['c']\", leaf) must be 'bfloat16' or 'float32' or 'int8', got 'int4'.",
+    ),
+    (
+        lambda: jadam.adam(0.1, mu_dtype=jnp.bfloat16, moments="int8"),
+        ValueError,
+        "mu_dtype must be None with moments='int8', got bfloat16. Drop mu_dtype.",
+    ),
+    (
+        lambda: jadam.adam(0.1, mu_dtype=jnp.bfloat16, moments="bfloat16"),
+        ValueError,
+        "mu_dtype must be None with moments='bfloat16', got bfloat16. Drop mu_dtype.",
+    ),
+    (
+        lambda: jadam.adam(0.1, mu_dtype=jnp.bfloat16, moments=lambda path, leaf: "int8"),
+        ValueError,
+        "mu_dtype must be None where moments is a function, got bfloat16. Drop mu_dtype.",
+    ),
+    (
+        lambda: jadam.adam(0.1, 0.9, 0.81, moments="int8"),
+        ValueError,
+        "moments='int8' needs b1*b1 < b2, got b1 = 0.9 and b2 = 0.81: m / sqrt(v) would have no bound.",
+    ),
+    (
+        lambda: jadam.adam(0.1, 0.9, 0.5, moments="int8"),
+        ValueError,
+        "moments='int8' needs b1*b1 < b2, got b1 = 0.9 and b2 = 0.5: m / sqrt(v) would have no bound.",
+    ),
+    (
+        lambda: jadam.adam(0.1, 0.9, 0.5, moments=lambda path, leaf: "int8").init(MATRIX),
+        ValueError,
+        "moments='int8' needs b1*b1 < b2, got b1 = 0.9 and b2 = 0.5",
+    ),
+    (
+        lambda: jadam.amsgrad(0.1, moments="int8"),
+        ValueError,
+        "moments must be 'bfloat16' or 'float32' here, got 'int8', whose codes",
+    ),
+    (
+        lambda: updated(ADAM, MATRIX, state=CODES),
+        TypeError,
+        "state must be the ScaleByAdamState that init returns, got QuantizedAdamState. Was it made by another transformation? If with other moments: jadam.convert_moments.",
+    ),
+    (
+        lambda: updated(INT8, MATRIX, state=ADAM.init(MATRIX)),
+        TypeError,
+        "state must be the QuantizedAdamState that init returns, got ScaleByAdamState.",
+    ),
+    (
+        lambda: updated(ADAM, MATRIX, state=jadam.adam(1e-3, moments="bfloat16").init(MATRIX)),
+        TypeError,
+        "state.mu must be float32 or wider, got bfloat16",
+    ),
+    (
+        lambda: updated(jadam.adam(1e-3, moments="bfloat16"), MATRIX, state=ADAM.init(MATRIX)),
+        TypeError,
+        "state.mu must be bfloat16 with moments='bfloat16', got float32.",
+    ),
+    (
+        lambda: updated(INT8, MATRIX, state=(CODES[0]._replace(mu=MATRIX, nu=MATRIX), CODES[1])),
+        TypeError,
+        "state.mu must be int8, for it has scales. Cast no state as a whole;",
+    ),
+    (
+        lambda: updated(INT8, MATRIX, state=(CODES[0]._replace(version=jnp.zeros(2)), CODES[1])),
+        ValueError,
+        "state.version must be 1, got 2: a QuantizedAdamState saved by another version of jadam.",
+    ),
+    (
+        lambda: updated(INT8, MATRIX, state=(CODES[0]._replace(version=2), CODES[1])),
+        ValueError,
+        "state.version must be 1, got 2: a QuantizedAdamState saved by another version of jadam.",
+    ),
+]
+
+RECORD = jadam.record(ADAM)
+ZERO1 = zero1(ADAM, VECTOR, MESH, "data")
+WHOLE = "must be a whole number > 0 and < 2**31, got "
+
+TOLD = [  # statistics and records
+    (
+        lambda: jadam.statistics(optax.adam(1e-3), STATE, W),
+        TypeError,
+        "statistics needs one of jadam's optimizers, such as jadam.adam(...), got GradientTransformation",
+    ),
+    (
+        lambda: jadam.statistics(optax.chain(ADAM), STATE, W),
+        TypeError,
+        "Optax's chain cannot be looked into: take jadam.chain.",
+    ),
+    (
+        lambda: jadam.statistics(None, None, W),
+        TypeError,
+        "statistics needs one of jadam's optimizers, such as jadam.adam(...), got None.",
+    ),
+    (
+        lambda: jadam.statistics(jadam.chain(optax.clip(1.0), ADAM), (optax.EmptyState(), STATE), W),
+        ValueError,
+        "statistics cannot look into the transformation: jadam.chain's stage 0",
+    ),
+    (
+        lambda: jadam.statistics(ADAM, STATE, None),
+        ValueError,
+        "statistics needs params, the parameters after the step.",
+    ),
+    (
+        lambda: jadam.statistics(ADAM, STATE, W, {**W, "w": jnp.ones(4)}),
+        ValueError,
+        "updates['w'] has shape (4,), params has (2, 3).",
+    ),
+    (
+        lambda: jadam.statistics(ADAM, STATE, W, jax.tree.map(lambda x: x.astype(int), W)),
+        TypeError,
+        "updates['b']['c'] must be floating or complex",
+    ),
+    (
+        lambda: jadam.statistics(ADAM, STATE, {**W, "w": jnp.ones(4)}),
+        ValueError,
+        "updates['w'] has shape (4,), state.mu has (2, 3).",
+    ),
+    (
+        lambda: jadam.statistics(ADAM, jadam.amsgrad(1e-3).init(W), W),
+        TypeError,
+        "state must be the ScaleByAdamState that init returns, got ScaleByAmsgradState.",
+    ),
+    (lambda: jadam.statistics(ADAM, "state", W), TypeError, "state must be an array, got 'state' of type str."),
+    (lambda: jadam.statistics(ADAM, donated(STATE), W), ValueError, "state[0].count must be there, but was donated"),
+    (
+        lambda: jadam.statistics(jadam.by_path(RULES, 1e-3), jadam.by_path(RULES, 1e-3).init(W), [W]),
+        ValueError,
+        "state.moments must be of the gradients' tree, got another.",
+    ),
+    (
+        lambda: jadam.statistics(ADAM, STATE, W, sample=0),
+        ValueError,
+        "sample must be a whole number > 0 and < 2**31 or None, got 0.",
+    ),
+    (
+        lambda: jadam.statistics(ADAM, STATE, W, sample=1e3),
+        ValueError,
+        "sample must be a whole number > 0 and < 2**31 or None, got 1000.0.",
+    ),
+    (
+        lambda: jadam.record(optax.adam(1e-3)),
+        TypeError,
+        "record needs one of jadam's optimizers, such as jadam.adam(...), got GradientTransformation",
+    ),
+    (
+        lambda: jadam.record(None),
+        TypeError,
+        "record needs one of jadam's optimizers, such as jadam.adam(...), got None. Take jadam.chain for optax.chain",
+    ),
+    (
+        lambda: jadam.record(ZERO1),
+        TypeError,
+        "got zero1: the state of 1 of 1 parameters divided by 8 ('data'). Take jadam.chain for optax.chain, and zero1(record(...)) for record(zero1(...)).",
+    ),
+    (lambda: jadam.record(RECORD), ValueError, "record must not be around another record. Drop one."),
+    (
+        lambda: jadam.chain(jadam.clip(1.0), RECORD),
+        ValueError,
+        "chain's stage 1 is record, which must be outermost: record(chain(...)).",
+    ),
+    (
+        lambda: jadam.exact_bf16(RECORD),
+        ValueError,
+        "exact_bf16 must not be around record, whose records would be of other weights: record(exact_bf16(tx)).",
+    ),
+    (
+        lambda: jadam.record(jadam.chain(optax.clip(1.0), ADAM)).init(W),
+        ValueError,
+        "statistics cannot look into the transformation: jadam.chain's stage 0",
+    ),
+    (lambda: updated(RECORD, p=None), ValueError, "record needs params: call update(updates, state, params)."),
+    (lambda: updated(RECORD, state=STATE), TypeError, "state must be the RecordState that init returns, got tuple."),
+    (lambda: jadam.record(ADAM, every=0), ValueError, f"every {WHOLE}0."),
+    (lambda: jadam.record(ADAM, every=None), ValueError, f"every {WHOLE}None."),
+    (lambda: jadam.record(ADAM, every=True), ValueError, f"every {WHOLE}True."),
+    (lambda: jadam.record(ADAM, every=2**40), ValueError, f"every {WHOLE}1099511627776."),
+    (lambda: jadam.record(ADAM, keep=-3), ValueError, f"keep {WHOLE}-3."),
+    (lambda: jadam.record(ADAM, keep=10.0), ValueError, f"keep {WHOLE}10.0."),
+    (lambda: jadam.record(ADAM, sample=0), ValueError, "sample must be a whole number > 0 and < 2**31 or None, got 0."),
+    (
+        lambda: jadam.history(STATE),
+        ValueError,
+        "state must hold the records of one record, found 0. Train with jadam.record(...).",
+    ),
+    (lambda: jadam.plot(RECORD.init(W)), TypeError, "plot needs what jadam.history returned, got RecordState."),
+    (
+        lambda: jadam.plot(jadam.history(RECORD.init(W))),
+        ValueError,
+        "plot needs a history of one record at least, got none.",
+    ),
+]
+
+GROUPS = [
+    (lambda: jadam.by_path("", 1e-3), TypeError, "rules must be a list of (pattern, settings), such as"),
+    (lambda: jadam.by_path([], 1e-3), TypeError, "rules must be a list of (pattern, settings), such as"),
+    (lambda: jadam.by_path({"bias": {}}, 1e-3), TypeError, "rules must be a list of (pattern, settings), such as"),
+    (lambda: jadam.by_path(["bias"], 1e-3), TypeError, "rules[0] must be a pair (pattern, settings), got 'bias'."),
+    (lambda: jadam.by_path([(3, {})], 1e-3), TypeError, "by_path's pattern must be a string, got 3."),
+    (
+        lambda: jadam.by_path([("['a", {})], 1e-3),
+        ValueError,
+        "by_path's pattern \"['a\" is no regular expression: unterminated character set",
+    ),
+    (
+        lambda: jadam.by_path([("", 1.0)], 1e-3),
+        TypeError,
+        "by_path's settings of '' must be a dict or jadam.FROZEN, got 1.0.",
+    ),
+    (
+        lambda: jadam.by_path([("", {"weight_dcay": 1})], 1e-3),
+        ValueError,
+        "got 'weight_dcay'. Did you mean weight_decay?",
+    ),
+    (lambda: jadam.by_path([("", {"lr_mult": -1.0})], 1e-3), ValueError, "lr_mult must be >= 0, got -1."),
+    (lambda: jadam.by_path([("", {"b2": 1.0})], 1e-3), ValueError, "b2 must be in [0, 1), got 1."),
+    (
+        lambda: jadam.by_path([("", {"moments": "int4"})], 1e-3),
+        ValueError,
+        "moments must be 'bfloat16' or 'float32' or 'int8'",
+    ),
+    (
+        lambda: jadam.by_path([("", {"moments": "int8", "b1": 0.99, "b2": 0.9})], 1e-3),
+        ValueError,
+        "moments='int8' needs b1*b1 < b2",
+    ),
+    (lambda: jadam.by_path(RULES, -1.0), ValueError, "learning_rate must be >= 0, got -1."),
+    (lambda: jadam.by_path(RULES, 1e-3, max_lr=0.0), ValueError, "max_lr must be > 0, got 0."),
+    (lambda: jadam.by_path(RULES, 1e-3, nesterov=2), ValueError, "nesterov must be True or False, got 2."),
+    (
+        lambda: jadam.by_path([("kernal", {}), *RULES], 1e-3).init({"kernel": VECTOR}),
+        ValueError,
+        "by_path's pattern 'kernal' is found in no path. Near: ['kernel'].",
+    ),
+    (
+        lambda: jadam.by_path([("w", {})], 1e-3).init(W),
+        ValueError,
+        "by_path has no rule for ['b']['c']; nearest pattern: 'w'. End the rules with",
+    ),
+    (
+        lambda: jadam.by_path([("b", {}), ("c", jadam.FROZEN), *RULES], 1e-3).init(W),
+        ValueError,
+        "by_path's pattern 'c' comes too late: all that it is found in follows 'b' or another before it. Put it first.",
+    ),
+    (
+        lambda: updated(jadam.by_path(RULES, 1e-3), p=None),
+        ValueError,
+        "by_path needs params: call update(updates, state, params).",
+    ),
+    (
+        lambda: updated(jadam.by_path(RULES, 1e-3), state=STATE),
+        TypeError,
+        "state must be the ByPathState that init returns, got tuple.",
+    ),
+]
+
+ABSTRACT = zero1(ADAM, VECTOR, AbstractMesh((8,), ("data",)), "data")
+LIKE_NO_OTHER = "must have the leaves of the params given to zero1, got "
+
+SHARDINGS = [
+    (
+        lambda: zero1(3, VECTOR, MESH, "data"),
+        TypeError,
+        "zero1 needs an Optax transformation, got 3. Pass jadam.adam(...), for one.",
+    ),
+    (
+        lambda: zero1(ADAM, VECTOR, {"data": 8}, "data"),
+        TypeError,
+        "mesh must be a jax.sharding.Mesh, got {'data': 8}. Make one: jax.make_mesh((8,), ('data',)).",
+    ),
+    (lambda: zero1(ADAM, VECTOR, None, "data"), TypeError, "mesh must be a jax.sharding.Mesh, got None."),
+    (
+        lambda: zero1(ADAM, VECTOR, jax.devices()[:1], "data"),
+        TypeError,
+        "mesh must be a jax.sharding.Mesh, got [CpuDevice(id=0)].",
+    ),
+    (lambda: zero1(ADAM, VECTOR, MESH, "model"), ValueError, "axis must be of the mesh's ('data',), got 'model'."),
+    (lambda: zero1(ADAM, VECTOR, MESH, None), ValueError, "axis must be of the mesh's ('data',), got None."),
+    (
+        lambda: zero1(ADAM, VECTOR, MESH, {"data": 8}),
+        ValueError,
+        "axis must be of the mesh's ('data',), got {'data': 8}.",
+    ),
+    (lambda: zero1(ADAM, VECTOR, MESH, ()), ValueError, "axis must be of the mesh's ('data',), got ()."),
+    (
+        lambda: zero1(ADAM, VECTOR, MESH, ("data", "data")),
+        ValueError,
+        "axis must name each axis of the mesh once, got ('data', 'data').",
+    ),
+    (
+        lambda: zero1(ADAM, VECTOR, AbstractMesh((1, 8), ("one", "x")), "one"),
+        ValueError,
+        "axis 'one' has size 1 in the mesh {'one': 1, 'x': 8}: there is nothing to divide over.",
+    ),
+    (
+        lambda: zero1(ADAM, {"a": jnp.ones((3, 5))}, MESH, "data"),
+        ValueError,
+        "zero1 can divide no parameter's state by 8 (('data',)): ['a']: no axis of (3, 5) is a multiple of 8.",
+    ),
+    (
+        lambda: zero1(SGD, VECTOR, MESH, "data"),
+        ValueError,
+        "zero1 can divide no parameter's state by 8 (('data',)): there is none.",
+    ),
+    (
+        lambda: zero1(ADAM, {"a": jnp.ones(8, int)}, MESH, "data"),
+        TypeError,
+        "params['a'] must be floating or complex to be trained, got int32.",
+    ),
+    (
+        lambda: zero1(ADAM, {"a": "kernel"}, MESH, "data"),
+        TypeError,
+        "params['a'] must be an array, got 'kernel' of type str.",
+    ),
+    (
+        lambda: zero1(
+            ADAM,
+            jax.device_put(VECTOR, NamedSharding(Mesh(np.array(jax.devices()), ("x",)), PartitionSpec("x"))),
+            MESH,
+            "data",
+        ),
+        ValueError,
+        "is sharded over {'x': 8}, which the mesh {'data': 8} has not. Pass the parameters' own mesh.",
+    ),
+    (
+        lambda: ABSTRACT.init(VECTOR),
+        ValueError,
+        "mesh must be a jax.sharding.Mesh for init and update, got an AbstractMesh, which has no devices",
+    ),
+    (
+        lambda: stepped(ABSTRACT, VECTOR, state=DIVIDED.init(VECTOR)),
+        ValueError,
+        "mesh must be a jax.sharding.Mesh for init and update, got an AbstractMesh",
+    ),
+    (
+        lambda: updated(ABSTRACT, VECTOR, state=DIVIDED.init(VECTOR)),
+        ValueError,
+        "mesh must be a jax.sharding.Mesh for init and update, got an AbstractMesh",
+    ),
+    (
+        lambda: DIVIDED.init(jnp.ones(8)),
+        ValueError,
+        f"params {LIKE_NO_OTHER}1 of 1; the first that differs has shape (8,) for (16,). Call zero1 again for other parameters.",
+    ),
+    (
+        lambda: stepped(DIVIDED, VECTOR, g=(VECTOR, VECTOR)),
+        ValueError,
+        f"grads {LIKE_NO_OTHER}2 of 1; the first that differs has shape (16,) for None.",
+    ),
+    (
+        lambda: updated(DIVIDED, VECTOR, g=None),
+        ValueError,
+        f"updates {LIKE_NO_OTHER}0 of 1; the first that differs has shape None for (16,).",
+    ),
+    (lambda: stepped(DIVIDED, VECTOR, p=None), ValueError, f"params {LIKE_NO_OTHER}0 of 1"),
+    (
+        lambda: stepped(DIVIDED, VECTOR, g=SHAPE),
+        TypeError,
+        "grads must be an array, got a ShapeDtypeStruct, which has no values.",
+    ),
+    (
+        lambda: stepped(DIVIDED, VECTOR, state=VECTOR),
+        TypeError,
+        "state must have the 3 arrays that init returns, got ArrayImpl of 1. Was it made by another transformation?",
+    ),
+    (
+        lambda: stepped(DIVIDED, VECTOR, state=ADAM.init(jnp.ones(3))),
+        ValueError,
+        "state[0].mu has shape (3,), init returns (16,). Was it made by another transformation, or for other parameters?",
+    ),
+    (
+        lambda: stepped(DIVIDED, VECTOR, p=donated(VECTOR)),
+        ValueError,
+        "params must be there, but was donated to an earlier step",
+    ),
+    (lambda: spread(VECTOR, {"data": 8}, "data"), TypeError, "mesh must be a jax.sharding.Mesh, got {'data': 8}."),
+    (lambda: spread(VECTOR, MESH, "model"), ValueError, "axis must be of the mesh's ('data',), got 'model'."),
+    (
+        lambda: spread({"a": "kernel"}, MESH, "data"),
+        TypeError,
+        "shapes['a'] must be an array, got 'kernel' of type str.",
+    ),
+    (lambda: jadam.plan(None, VECTOR, {"data": 8}, "data"), TypeError, "plan needs an Optax transformation, got None."),
+    (
+        lambda: jadam.plan(ADAM, VECTOR, 8, "data"),
+        ValueError,
+        "mesh_shape must be a dict of axes and sizes > 0, below 2**31 in all, got 8.",
+    ),
+    (
+        lambda: jadam.plan(ADAM, VECTOR, {"data": 0}, "data"),
+        ValueError,
+        "mesh_shape must be a dict of axes and sizes > 0, below 2**31 in all, got {'data': 0}.",
+    ),
+    (
+        lambda: jadam.plan(ADAM, VECTOR, {"data": 2.5}, "data"),
+        ValueError,
+        "mesh_shape must be a dict of axes and sizes > 0, below 2**31 in all, got {'data': 2.5}.",
+    ),
+    (
+        lambda: jadam.plan(ADAM, VECTOR, {"data": "8"}, "data"),
+        ValueError,
+        "mesh_shape must be a dict of axes and sizes > 0, below 2**31 in all, got {'data': '8'}.",
+    ),
+    (
+        lambda: jadam.plan(ADAM, VECTOR, {"a": 2**20, "b": 2**20}, "a"),
+        ValueError,
+        "mesh_shape must be a dict of axes and sizes > 0, below 2**31 in all, got {'a': 1048576, 'b': 1048576}.",
+    ),
+    (
+        lambda: jadam.plan(ADAM, VECTOR, {"data": 8}, "model"),
+        ValueError,
+        "axis must be of the mesh's ('data',), got 'model'.",
+    ),
+    (
+        lambda: jadam.plan(ADAM, "gpt2", {"data": 8}, "data"),
+        TypeError,
+        "shapes must be an array, got 'gpt2' of type str.",
+    ),
+]
+
+SMALL = ADAM.init(jnp.zeros(2))
+
+STATES = [  # conversions and checkpoints
+    (
+        lambda: jadam.convert_moments(SGD.init(W), "int8"),
+        ValueError,
+        "state must hold the moments of an Adam (count, mu, nu), got tuple.",
+    ),
+    (
+        lambda: jadam.convert_moments(None, "int8"),
+        ValueError,
+        "state must hold the moments of an Adam (count, mu, nu), got NoneType.",
+    ),
+    (lambda: jadam.convert_moments(STATE, "int4"), ValueError, "moments must be 'bfloat16' or 'float32' or 'int8'"),
+    (lambda: jadam.convert_moments("int8", STATE), TypeError, "state must be an array, got 'int8' of type str."),
+    (
+        lambda: jadam.convert_moments(jadam.amsgrad(1e-3).init(W), "int8"),
+        ValueError,
+        "moments must be 'bfloat16' or 'float32' here, got 'int8'",
+    ),
+    (
+        lambda: jadam.convert_moments(donated(STATE), "int8"),
+        ValueError,
+        "state[0].count must be there, but was donated",
+    ),
+    (
+        lambda: jadam.convert_moments(jax.eval_shape(ADAM.init, W), "int8"),
+        TypeError,
+        "state[0].count must be an array, got a ShapeDtypeStruct, which has no values.",
+    ),
+    (
+        lambda: torch_state.from_torch({}, SMALL, ["w"]),
+        TypeError,
+        "names must be a dict from leaf paths to PyTorch's names, got ['w'] of type list.",
+    ),
+    (
+        lambda: torch_state.from_torch(1, SMALL, {"": "w"}),
+        TypeError,
+        "source must be a dict of arrays or the path of a .safetensors file, got 1 of type int.",
+    ),
+    (
+        lambda: torch_state.from_torch(W["w"], SMALL, {"": "w"}),
+        TypeError,
+        "source must be a dict of arrays or the path of a .safetensors file, got Array([[1., 1., 1.], [1., 1., 1.]]",
+    ),
+    (
+        lambda: torch_state.from_torch("adam.pt", SMALL, {"": "w"}),
+        ValueError,
+        "source must end in .safetensors, got 'adam.pt'. Nothing is unpickled here",
+    ),
+    (lambda: torch_state.from_torch("no/such.safetensors", SMALL, {"": "w"}), FileNotFoundError, "no/such.safetensors"),
+    (lambda: torch_state.to_torch(SMALL, {"": "w"}, 1), TypeError, "path must be a path, got 1 of type int."),
+    (
+        lambda: torch_state.to_torch(SMALL, {"": "w"}, "adam.pth"),
+        ValueError,
+        "path must end in .safetensors, got 'adam.pth'. Nothing is unpickled here",
+    ),
+]
+
+TABLES = {
+    "hyperparameters": HYPERPARAMETERS,
+    "trees": TREES,
+    "dtypes": DTYPES,
+    "formats": FORMATS,
+    "statistics and records": TOLD,
+    "groups": GROUPS,
+    "shardings": SHARDINGS,
+    "states": STATES,
+}
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "text"), HYPERPARAMETERS + TREES, ids=lambda x: x if isinstance(x, str) else ""
+    ("call", "error", "text"),
+    [pytest.param(*row, id=f"{group}-{i}") for group, rows in TABLES.items() for i, row in enumerate(rows)],
 )
 def test_bad_input(call, error, text):
     with pytest.raises(error, match=re.escape(text)) as caught:
         call()
+    assert type(caught.value) is error
     assert "\n" not in str(caught.value)
+
+
+AXES = "error: argument --mesh: must be axes with their sizes, got "
+NUMBER = "must be a number > 0, got "
+MANY = "9" * 5000  # more digits than Python reads
+
+COMMAND_LINE = [
+    ([], "jadam: error: the following arguments are required: COMMAND"),
+    (["train"], "jadam: error: argument COMMAND: invalid choice: 'train' (choose from "),
+    (["plan", "gpt2"], "jadam: error: unrecognized arguments: gpt2"),
+    (["plan", "--mesh", "data"], f"{AXES}'data'; try data=4,model=64"),
+    (["plan", "--mesh", ""], f"{AXES}''; try data=4,model=64"),
+    (["plan", "--mesh", "data=0"], f"{AXES}'data=0'; try data=4,model=64"),
+    (["plan", "--mesh", "data=4.5"], f"{AXES}'data=4.5'; try data=4,model=64"),
+    (["plan", "--mesh", "data=8,"], f"{AXES}'data=8,'; try data=4,model=64"),
+    (["plan", "--mesh", "da\nta=8"], f"{AXES}'da\\nta=8'; try data=4,model=64"),
+    (["plan", "--mesh", f"data={MANY}"], f"{AXES}'data={MANY}'; try data=4,model=64"),
+    (["plan", "--mesh", "data=2,data=4"], "error: argument --mesh: must name each axis once, got 'data=2,data=4'"),
+    (["plan", "--mesh"], "error: argument --mesh: expected one argument"),
+    (
+        ["plan", "--mesh", "data=1"],
+        "error: axis 'data' has size 1 in the mesh {'data': 1}: there is nothing to divide over.",
+    ),
+    (["plan", "--mesh", "data=1000003"], "error: zero1 can divide no parameter's state by 1000003 (('data',)): "),
+    (
+        ["plan", "--mesh", f"data={10**12}"],
+        "error: mesh_shape must be a dict of axes and sizes > 0, below 2**31 in all, got {'data': 1000000000000}.",
+    ),
+    (["plan", "--model", "gpt5"], "error: argument --model: invalid choice: 'gpt5' (choose from "),
+    (["plan", "--axis", "model"], "error: axis must be of the mesh's ('data',), got 'model'."),
+    (["plan", "--axis", ""], "error: axis must be of the mesh's ('data',), got ''."),
+    (["plan", "--params-axis", "model"], "error: axis must be of the mesh's ('data',), got 'model'."),
+    (["plan", "--out", "plan.txt"], "error: --out must end in one of ."),
+    (["plan", "--out", ""], "error: --out must end in one of ."),
+    (["plan", "--out", "a\0b.png"], "error: --out must be a file's name, got 'a\\x00b.png': "),
+    (["plan", "--out", "/dev/null/x.png"], "error: --out: cannot write x.png into /dev/null: Not a directory"),
+    (["demo", "--lr", "-1"], f"error: argument --lr: {NUMBER}'-1'; try 1e-3"),
+    (["demo", "--lr", "nan"], f"error: argument --lr: {NUMBER}'nan'; try 1e-3"),
+    (["demo", "--lr", "1e400"], f"error: argument --lr: {NUMBER}'1e400'; try 1e-3"),
+    (["demo", "--lr", "fast"], f"error: argument --lr: {NUMBER}'fast'; try 1e-3"),
+    (["demo", "--sgd-lr", "0"], f"error: argument --sgd-lr: {NUMBER}'0'; try 1e-3"),
+    (["demo", "--steps", "0"], "error: argument --steps: must be a whole number in [1, 1000000], got '0'"),
+    (["demo", "--steps", "1e3"], "error: argument --steps: must be a whole number in [1, 1000000], got '1e3'"),
+    (["demo", "--steps", MANY], f"error: argument --steps: must be a whole number in [1, 1000000], got '{MANY}'"),
+    (["demo", "--seed", "-3"], "error: argument --seed: must be a whole number in [0, 2147483647], got '-3'"),
+    (
+        ["demo", "--seed", "2147483648"],
+        "error: argument --seed: must be a whole number in [0, 2147483647], got '2147483648'",
+    ),
+    (
+        ["demo", "--out", "no/such/folder/x.png"],
+        "error: --out: cannot write x.png into no/such/folder: No such file or directory",
+    ),
+    (["demo", "--out", "x.digits"], "error: --out must end in one of ."),
+    (["demo", "--out", "folder.png"], "error: --out must be a file, folder.png is a folder"),
+    (["demo", "--out", f"{'x' * 250}.png"], f"error: --out: cannot write {'x' * 250}.png into .: File name too long"),
+    (["demo", "--speed", "3"], "error: unrecognized arguments: --speed 3"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "text"), COMMAND_LINE, ids=range(len(COMMAND_LINE)))
+def test_command_line(arguments, text, tmp_path, monkeypatch, capsys):
+    """Exit code 2, one line on standard error, and nothing written."""
+    (tmp_path / "folder.png").mkdir()
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = main(arguments)
+    except SystemExit as stop:  # argparse's
+        code = stop.code
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, "")
+    assert err.startswith("jadam")
+    assert text in err
+    assert len(err.splitlines()) == 1
+    assert [x.name for x in tmp_path.iterdir()] == ["folder.png"]
+
+
+def test_what_looks_wrong_and_is_not():
+    """NumPy's integers for whole numbers, numbers for arrays, and a mask that is an Equinox module."""
+    assert (
+        jadam.history(jadam.record(ADAM, every=np.int64(2), keep=np.int32(3), sample=np.uint8(9)).init(W)).steps.size
+        == 0
+    )
+    assert jadam.record(ADAM, sample=None).init(W).ring.steps.shape == (1000,)
+    updates, _ = ADAM.update(2.0, ADAM.init(1.0), 1.0)
+    np.testing.assert_array_equal(updates, ADAM.update(jnp.float32(2), ADAM.init(jnp.float32(1)))[0])
+    params, _ = jadam.step(ADAM, {"a": 2.0}, ADAM.init({"a": 1.0}), {"a": 1.0})
+    assert params["a"] == 1 + updates
+
+
+def test_a_mask_that_is_a_module():
+    """Of booleans, and callable itself, as an Equinox model is."""
+    model = eqx.filter(eqx.nn.MLP(3, 1, 4, 1, key=jax.random.key(0)), eqx.is_inexact_array)
+    matrices = lambda params: jax.tree.map(lambda x: x.ndim > 1, params)
+    txs = [jadam.adamw(0.1, weight_decay=0.5, mask=mask) for mask in (matrices, matrices(model))]
+    function, module = (jadam.step(tx, model, tx.init(model), model)[0] for tx in txs)
+    jax.tree.map(np.testing.assert_array_equal, module, function)
+    updates = txs[1].update(model, txs[1].init(model), model)[0]
+    jax.tree.map(np.testing.assert_array_equal, updates, txs[0].update(model, txs[0].init(model), model)[0])
+
+
+@pytest.mark.parametrize("wrong", ["grads", "state", "both"])
+def test_zero1_s_eager_step_takes_what_is_elsewhere(wrong):
+    """Committed to one device, as a checkpoint or another program leaves it: moved, the same bits."""
+    state = DIVIDED.init(VECTOR)
+    expected = jadam.step(DIVIDED, 2 * VECTOR, state, VECTOR)
+    grads = on(3, 2 * VECTOR) if wrong != "state" else 2 * VECTOR
+    state = on(3, state) if wrong != "grads" else state
+    found = jadam.step(DIVIDED, grads, state, VECTOR)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert jax.tree.map(lambda x: x.sharding, found[1]) == jax.tree.map(lambda x: x.sharding, expected[1])
+    if wrong != "grads":
+        jax.tree.map(np.testing.assert_array_equal, DIVIDED.update(grads, state, VECTOR)[1], expected[1])
 
 
 def test_the_same_under_jit():

@@ -88,20 +88,6 @@ def test_non_finite_moments_stay_so():
         assert not jnp.isfinite(nu[3, 5])
 
 
-WRONG = [
-    (optax.sgd(1e-3), "int8", "state must hold the moments of an Adam (count, mu, nu), got tuple."),
-    (jadam.adam(1e-3), "int4", "moments must be 'bfloat16' or 'float32' or 'int8'"),
-    (jadam.amsgrad(1e-3), "int8", "moments must be 'bfloat16' or 'float32' here, got 'int8'"),
-]
-
-
-@pytest.mark.parametrize(("tx", "to", "text"), WRONG, ids=range(len(WRONG)))
-def test_wrong_calls(tx, to, text):
-    with pytest.raises(ValueError) as error:  # noqa: PT011
-        jadam.convert_moments(tx.init(params()), to)
-    assert text in str(error.value)
-
-
 @pytest.mark.parametrize("wrap", [lambda tx: tx, jadam.exact_bf16], ids=["int8", "exact_bf16"])
 def test_a_version_that_is_not_known(wrap):
     """Under jit too, and where a state is only read."""

@@ -115,35 +115,6 @@ def test_ctrl_c_stops_cleanly(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        (["--lr", "-1"], "argument --lr: must be a number > 0, got -1; try 1e-3"),
-        (["--lr", "nan"], "argument --lr: must be a number > 0, got nan; try 1e-3"),
-        (["--lr", "fast"], "argument --lr: must be a number > 0, got fast; try 1e-3"),
-        (["--steps", "0"], "argument --steps: must be a whole number in [1, 1000000], got 0"),
-        (["--steps", "1e3"], "argument --steps: must be a whole number in [1, 1000000], got 1e3"),
-        (["--seed", "-3"], "argument --seed: must be a whole number in [0, 2147483647], got -3"),
-        (["--out", "no/such/folder/x.png"], "--out: cannot write into no/such/folder: No such file or directory"),
-        (["--out", "x.digits"], "--out must end in one of ."),
-        (["--out", "folder.png"], "--out must be a file, folder.png is a folder"),
-        (["--speed", "3"], "unrecognized arguments: --speed 3"),
-    ],
-)
-def test_bad_arguments_are_one_line_and_exit_2(arguments, text, tmp_path, monkeypatch, capsys):
-    (tmp_path / "folder.png").mkdir()
-    monkeypatch.chdir(tmp_path)
-    try:
-        code = main(["demo", *arguments])
-    except SystemExit as stop:
-        code = stop.code
-    out, err = capsys.readouterr()
-    assert code == 2
-    assert out == ""
-    assert len(err.splitlines()) == 1
-    assert text in err
-
-
 def test_missing_extras_are_one_line_and_exit_2(tmp_path):
     script = "import sys; sys.modules['flax'] = None; from jadam.__main__ import main; sys.exit(main(['demo']))"
     result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)

@@ -217,23 +217,6 @@ def test_eight_devices():
     jax.tree.map(np.testing.assert_array_equal, jadam.float32_params(*result), jadam.float32_params(*expected))
 
 
-def test_bad_calls():
-    with pytest.raises(TypeError, match=r"exact_bf16 needs an Optax transformation, got 0\.1"):
-        jadam.exact_bf16(0.1)
-    with pytest.raises(TypeError, match=r"from_float32 needs what jadam\.exact_bf16 returned"):
-        jadam.from_float32(jnp.ones(1), jadam.adam(0.1))
-    tx = jadam.exact_bf16(jadam.adam(0.1))
-    p = jnp.ones(1, jnp.bfloat16)
-    with pytest.raises(ValueError, match="exact_bf16 needs params"):
-        tx.update(p, tx.init(p))
-    with pytest.raises(ValueError, match="state must hold one ExactBF16State, found 0"):
-        jadam.float32_params(p, jadam.adam(0.1).init(p))
-    with pytest.raises(TypeError, match="state must be the ExactBF16State that init returns, got tuple"):
-        tx.update(p, jadam.adam(0.1).init(p), p)
-    with pytest.raises(TypeError, match="params was of another dtype than bfloat16 at init"):
-        tx.update(p, tx.init(p.astype(jnp.float32)), p)
-
-
 @pytest.mark.parametrize("make", [optax.sgd, jadam.adam])
 def test_extreme_masters_stay_what_they_are(make):
     """No step, no change: at -0.0, at infinity, and between bfloat16's largest number and float32's."""
@@ -263,8 +246,3 @@ def test_from_float32_leaves_others_alone():
     narrow, state = jadam.from_float32(params, tx)
     assert [x.dtype for x in narrow.values()] == [jnp.bfloat16, jnp.bfloat16, jnp.float16]
     assert jax.tree.structure(state) == jax.tree.structure(tx.init(narrow))
-
-
-def test_twice_is_refused():
-    with pytest.raises(ValueError, match=r"exact_bf16 must be outermost, got it around another"):
-        jadam.exact_bf16(optax.chain(jadam.exact_bf16(jadam.adam(1e-3)))).init(jnp.ones(3))

@@ -183,41 +183,8 @@ def test_paths_of_linen_nnx_and_equinox():
     ]
 
 
-WRONG = [
-    ("", {}, TypeError, "rules must be a list of (pattern, settings)"),
-    ([], {}, TypeError, "rules must be a list of (pattern, settings)"),
-    (["bias"], {}, TypeError, "rules[0] must be a pair (pattern, settings), got 'bias'."),
-    ([(3, {})], {}, TypeError, "by_path's pattern must be a string, got 3 of type int."),
-    ([("['a", {})], {}, ValueError, "by_path's pattern \"['a\" is no regular expression: unterminated character set"),
-    ([("", 1.0)], {}, TypeError, "by_path's settings of '' must be a dict or jadam.FROZEN, got 1.0."),
-    ([("", {"weight_dcay": 1})], {}, ValueError, "got 'weight_dcay'. Did you mean weight_decay?"),
-    ([("", {"lr_mult": -1.0})], {}, ValueError, "lr_mult must be >= 0, got -1."),
-    ([("", {"b2": 1.0})], {}, ValueError, "b2 must be in [0, 1), got 1."),
-    ([("", {"moments": "int4"})], {}, ValueError, "moments must be 'bfloat16' or 'float32' or 'int8'"),
-    ([("", {"moments": "int8", "b1": 0.99, "b2": 0.9})], {}, ValueError, "moments='int8' needs b1*b1 < b2"),
-    ([("", {})], {"learning_rate": -1.0}, ValueError, "learning_rate must be >= 0, got -1."),
-    ([("", {})], {"max_lr": 0.0}, ValueError, "max_lr must be > 0, got 0."),
-]
-
-
-@pytest.mark.parametrize(("rules", "more", "kind", "text"), WRONG, ids=range(len(WRONG)))
-def test_wrong_calls(rules, more, kind, text):
-    with pytest.raises(kind) as error:
-        jadam.by_path(rules, **{"learning_rate": 1e-3, **more})
-    assert text in str(error.value)
-
-
-def test_rules_and_paths_that_miss_each_other():
-    with pytest.raises(ValueError, match=r"'kernal' is found in no path. Near: \['layers'\]\[0\]\['kernel'\]"):
-        jadam.by_path([("kernal", {}), ("", {})], 1e-3).init(params())
-    with pytest.raises(ValueError, match=r"no rule for \['norm'\]\['scale'\]; nearest pattern: 'bias'. End the rules"):
-        jadam.by_path([("bias", {}), ("kernel|embed|head", {})], 1e-3).init(params())
-    tx = jadam.by_path([("", {})], 1e-3)
-    assert jax.tree.leaves(tx.init({}))  # no path, no complaint
-    with pytest.raises(ValueError, match="by_path needs params"):
-        tx.update(params(), tx.init(params()))
-    with pytest.raises(TypeError, match="state must be the ByPathState"):
-        tx.update(params(), jadam.adam(1e-3).init(params()), params())
+def test_no_path_and_no_complaint():
+    assert jax.tree.leaves(jadam.by_path([("", {})], 1e-3).init({}))
 
 
 def test_a_rule_behind_one_that_takes_all():

@@ -66,37 +66,3 @@ def test_command_line(tmp_path, capsys, monkeypatch):
         68_976_648_192 / 256 * 2 / 2**30, abs=0.005
     )
     assert (tmp_path / "jadam-plan.png").read_bytes().startswith(b"\x89PNG")
-
-
-WRONG = [
-    (["--mesh", "data"], "argument --mesh: must be axes with their sizes, got data; try data=4,model=64"),
-    (["--mesh", "data=0"], "argument --mesh: must be axes with their sizes, got data=0; try data=4,model=64"),
-    (["--mesh", "data=2,data=4"], "argument --mesh: must name each axis once, got data=2,data=4"),
-    (["--model", "gpt5"], "argument --model: invalid choice: 'gpt5'"),
-    (["--axis", "model"], "error: axis must be of the mesh's ('data',), got 'model'."),
-    (["--params-axis", "model"], "error: axis must be of the mesh's ('data',), got 'model'."),
-    (["--mesh", "data=1"], "error: axis 'data' has size 1"),
-    (["--mesh", f"data={10**20}"], "error: mesh_shape must be a dict of axes and sizes > 0, below 2**31 in all"),
-    (["--out", "plan.txt"], "error: --out must end in one of "),
-]
-
-
-@pytest.mark.parametrize(("arguments", "text"), WRONG, ids=range(len(WRONG)))
-def test_wrong_arguments(arguments, text, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    try:
-        code = main(["plan", *arguments])
-    except SystemExit as stop:
-        code = stop.code
-    assert code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("jadam plan: ")
-    assert text in error
-    assert len(error.splitlines()) == 1
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("mesh", [8, {"data": 0}, {"data": 2.5}, {"data": "8"}, {"data": 2**20, "model": 2**20}])
-def test_wrong_meshes(mesh):
-    with pytest.raises(ValueError, match="mesh_shape must be a dict of axes and sizes > 0, below"):
-        jadam.plan(jadam.adam(1e-3), jnp.ones(8), mesh, "data")

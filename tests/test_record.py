@@ -14,7 +14,6 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jadam
-from jadam.recording import Record
 
 MESH = Mesh(np.array(jax.devices()), ("data",))
 
@@ -231,29 +230,3 @@ def test_without_pandas(monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ImportError, match="frame needs pandas: pip install pandas"):
         jadam.history(jadam.record(jadam.adam(1e-3)).init(jnp.ones(2))).frame()
-
-
-def test_where_it_does_not_go():
-    tx = jadam.adam(1e-3)
-    p = jnp.ones(2)
-    for wrong in (optax.adam(1e-3), None, jadam.sharding.zero1(tx, jnp.ones(8), MESH, "data")):
-        with pytest.raises(TypeError, match="record needs one of jadam's optimizers"):
-            jadam.record(wrong)
-    with pytest.raises(ValueError, match="record must not be around another record"):
-        jadam.record(jadam.record(tx))
-    with pytest.raises(ValueError, match="chain's stage 1 is record, which must be outermost"):
-        jadam.chain(jadam.clip(1.0), jadam.record(tx))
-    with pytest.raises(ValueError, match="exact_bf16 must not be around record"):
-        jadam.exact_bf16(jadam.record(tx))
-    with pytest.raises(ValueError, match=r"cannot look into the transformation: jadam\.chain's stage 0"):
-        jadam.record(jadam.chain(optax.clip(1.0), tx)).init(p)
-    with pytest.raises(ValueError, match="record needs params"):
-        jadam.record(tx).update(p, jadam.record(tx).init(p))
-    with pytest.raises(TypeError, match="state must be the RecordState"):
-        jadam.record(tx).update(p, tx.init(p), p)
-    for name in ("every", "keep", "sample"):
-        with pytest.raises(ValueError, match=f"{name} must be a whole number > 0"):
-            jadam.record(tx, **{name: 0})
-    with pytest.raises(ValueError, match="every must be a whole number > 0, got None"):
-        jadam.record(tx, every=None)
-    assert isinstance(jadam.record(tx, sample=None), Record)

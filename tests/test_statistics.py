@@ -304,22 +304,3 @@ def test_complex_and_float64():
     for name in p:
         wanted = expected(p[name], np.abs(p[name]), u[name], np.asarray(p[name]), 1e-8)
         check(told.leaves[f"['{name}']"], wanted, u[name], p[name].size)
-
-
-def test_what_cannot_be_looked_into():
-    p = jnp.ones(3)
-    for tx in (optax.adam(1e-3), optax.chain(jadam.adam(1e-3)), None):
-        with pytest.raises(TypeError, match=r"statistics needs one of jadam's optimizers, such as jadam\.adam"):
-            jadam.statistics(tx, None, p)
-    tx = jadam.chain(optax.clip(1.0), jadam.adam(1e-3))
-    with pytest.raises(ValueError, match=r"statistics cannot look into the transformation: jadam.chain's stage 0"):
-        jadam.statistics(tx, tx.init(p), p)
-    tx = jadam.adam(1e-3)
-    with pytest.raises(ValueError, match="statistics needs params"):
-        jadam.statistics(tx, tx.init(p), None)
-    with pytest.raises(ValueError, match="updates has shape"):
-        jadam.statistics(tx, tx.init(p), p, jnp.ones(4))
-    with pytest.raises(ValueError, match="sample must be a whole number > 0 or None, got 0"):
-        jadam.statistics(tx, tx.init(p), p, sample=0)
-    with pytest.raises(TypeError, match="state must be the ScaleByAdamState"):
-        jadam.statistics(tx, jadam.amsgrad(1e-3).init(p), p)

@@ -528,33 +528,3 @@ def test_the_handler_refuses_a_wrong_alias():
         jax.block_until_ready(
             call(GOOD["scalars"], GOOD["count"], *GOOD["inputs"], leaves=np.array(GOOD["leaves"], np.int64))
         )
-
-
-WRONG_CALLS = [
-    (lambda: jadam.step(None, 1, 2, 3), TypeError, "step needs an Optax transformation, got None"),
-    (
-        lambda: jadam.step(jadam.adam(1e-3), jnp.ones(2), jadam.adam(1e-3).init(jnp.ones(2)), None),
-        ValueError,
-        "step needs params",
-    ),
-    (
-        lambda: jadam.step(jadam.adam(1e-3), jnp.ones(3), jadam.adam(1e-3).init(jnp.ones(2)), jnp.ones(2)),
-        ValueError,
-        "has shape",
-    ),
-    (
-        lambda: jadam.step(jadam.adam(1e-3), jnp.ones(2), optax.sgd(0.1).init(jnp.ones(2)), jnp.ones(2)),
-        TypeError,
-        "state must be",
-    ),
-    (lambda: jadam.chain(jadam.adam(1e-3), 3), TypeError, "chain's stage 1 must be an Optax transformation, got 3"),
-    (lambda: jadam.chain(jadam.exact_bf16(jadam.adam(1e-3))), ValueError, "exact_bf16, which must be outermost"),
-    (lambda: jadam.clip(0), ValueError, "max_delta must be > 0, got 0"),
-    (lambda: jadam.clip_by_global_norm("1"), TypeError, "max_norm must be a number > 0, got '1'"),
-]
-
-
-@pytest.mark.parametrize(("call", "kind", "message"), WRONG_CALLS)
-def test_wrong_calls(call, kind, message):
-    with pytest.raises(kind, match=message):
-        call()
