@@ -95,7 +95,7 @@ def scale_by_adam(
     or float64 where gradient or state are; see the README for the error bound. Two consequences of float32's
     range: a coordinate with :math:`|g|` below about 1e-19 is squared to less than float32 can hold and moves by
     at most :math:`\hat m` / ``eps`` (by :math:`\hat m` if ``eps`` is 0); one above 1e19 makes ``nu`` infinite,
-    the update 0, and from the next step on NaN.
+    the update 0, and from the next step on NaN; NaN at once if ``b2`` is below 1/2.
 
     Args:
         b1: decay rate of the first moment, in [0, 1).

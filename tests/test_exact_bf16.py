@@ -7,8 +7,8 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from hypothesis import given, settings
 from hypothesis import strategies as st
+from properties import holds
 
 import jadam
 from jadam import _exact_bf16
@@ -78,8 +78,7 @@ def test_against_numpy():
 SPECIAL = [0.0, -0.0, 1.0, -1.5, 3.0e38, 3.4028235e38, -3.4028235e38, 1e-38, 1.1e-45, -1e-40, np.inf, -np.inf, np.nan]
 
 
-@settings(max_examples=300, derandomize=True, deadline=None, database=None)
-@given(st.integers(0, 2**32 - 1))
+@holds(few=300, bits=st.integers(0, 2**32 - 1))
 def test_split_and_join(bits):
     x = np.uint32(bits).view(np.float32)
     p, remainder = _exact_bf16.split(jnp.asarray(x))

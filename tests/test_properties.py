@@ -151,7 +151,7 @@ def same(a, b):
             np.testing.assert_array_equal(*(np.float64(part(np.asarray(z))) for z in (x, y)))
 
 
-@holds(few=15, tree=trees(leaves()), member=st.sampled_from(family.FAMILY), b1=RATES, b2=RATES, eps=EPS)
+@holds(few=8, tree=trees(leaves()), member=st.sampled_from(family.FAMILY), b1=RATES, b2=RATES, eps=EPS)
 def test_leaves_and_coordinates_do_not_see_each_other(tree, member, b1, b2, eps):
     """Whatever the gradients: each leaf moves as if alone, each coordinate as it would elsewhere among others."""
     is_row = lambda x: isinstance(x, tuple) and len(x) == 3 and all(isinstance(y, jax.Array) for y in x)
@@ -162,11 +162,11 @@ def test_leaves_and_coordinates_do_not_see_each_other(tree, member, b1, b2, eps)
     moments = [optax.tree.get(state, x) for x in ("mu", "nu")]
     rows = [jax.tree.leaves(x) for x in (params, *gradients, *updates, *moments)]
     for p, g, h, *results in zip(*rows, strict=True):
-        turned = lambda x: np.asarray(x)[::-1] if x.ndim else x
+        turned = lambda x: np.asarray(x)[::-1] if x.ndim else np.asarray(x)
         kept = np.arange(p.size).reshape(p.shape) % 2 == 0
         alone, own = nudges(tx, *(jnp.asarray(turned(jnp.where(kept, x, 1))) for x in (p, g, h)))
         alone += [optax.tree.get(own, x) for x in ("mu", "nu")]
-        same([turned(x)[turned(kept)] for x in results], [x[turned(kept)] for x in alone])
+        same([turned(x)[turned(kept)] for x in results], [np.asarray(x)[turned(kept)] for x in alone])
 
 
 # -- the numbers -------------------------------------------------------------------------------------------------------
@@ -190,8 +190,9 @@ def bound(b1, b2, t):
         return (1 - b1) / -np.expm1(t * np.log(b1)) * np.sqrt(total * -np.expm1(t * np.log(b2)) / (1 - b2))
 
 
-# Below 1 - 2**-24 the oracle's own 1 - b**t is good to 2**-29. Products with 1 - b must stay normal: |g| >= 2e-15.
-PLAIN_RATES = RATES.filter(lambda b: b <= 1 - 2.0**-24)
+# float32 has 0 for rates below 2**-126. Below 1 - 2**-24 the oracle's own 1 - b**t is good to 2**-29, and products with
+# 1 - b are normal, as |g| >= 2e-15.
+PLAIN_RATES = RATES.filter(lambda b: b == 0 or 2.0**-126 <= b <= 1 - 2.0**-24)
 
 
 @holds(seeds=st.lists(SEEDS, min_size=STEPS, max_size=STEPS), pattern=st.sampled_from(["any", "constant", "worst"]),
@@ -287,7 +288,9 @@ def nudged(examples, name, moments, settings, params, *gradients):
     return compiled_nudges(name, moments)(settings, params, *gradients)
 
 
-@holds(case=cases(), eps=EPS, seeds=st.lists(SEEDS, min_size=3, max_size=3), numbers=st.lists(NUMBERS, max_size=5))
+@holds(
+    few=12, case=cases(), eps=EPS, seeds=st.lists(SEEDS, min_size=3, max_size=3), numbers=st.lists(NUMBERS, max_size=5)
+)
 def test_sign_flip(case, eps, seeds, numbers, examples):
     """Parameter and gradients negated, whatever they are: update and first moment negated, the second the same."""
     name, moments, shape, betas = case
@@ -404,7 +407,7 @@ def test_above_the_range(size, sign, b1, b2, seed):
     assert np.isfinite(u)[~bad].all()
 
 
-@holds(bad=st.sampled_from([np.nan, np.inf, -np.inf]), case=cases(), seed=SEEDS)
+@holds(few=12, bad=st.sampled_from([np.nan, np.inf, -np.inf]), case=cases(), seed=SEEDS)
 def test_not_finite(bad, case, seed, examples):
     """A NaN or infinity is seen from then on where it came, and with int8 in its block; nowhere else."""
     name, moments, shape, betas = case
@@ -507,7 +510,7 @@ def parts(draw):
     return whole, starts, sizes
 
 
-@holds(few=60, part=parts())
+@holds(few=20, part=parts())
 def test_indices_of_a_part(part):
     """Those it has in the whole, and where they are runs, these runs."""
     whole, starts, sizes = part
@@ -678,21 +681,21 @@ def ulps_of(name, moments):
 
 @pytest.mark.skipif(jadam.backends()["cpu"].kernel is None, reason="no CPU kernel")
 @every_way
-@holds(few=8, many=MANY, how=settings_of())
+@holds(few=5, many=MANY, how=settings_of())
 def test_kernel_is_xla(name, moments, how):
     _, step, calls, _ = compiled(name, moments)
     compare(how, name, moments, ODD, calls, step, ulps_of(name, moments) * ULPS // 2)
 
 
 @every_way
-@holds(few=8, many=MANY, how=settings_of())
+@holds(few=5, many=MANY, how=settings_of())
 def test_jit_is_eager(name, moments, how):
     _, _, calls, eagerly = compiled(name, moments)
     compare(how, name, moments, ODD, calls, eagerly, ulps_of(name, moments))
 
 
 @every_way
-@holds(few=8, many=MANY, how=settings_of())
+@holds(few=5, many=MANY, how=settings_of())
 def test_eight_devices_are_one(name, moments, how):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     rows = lambda x: NamedSharding(mesh, P("x") if x.ndim and x.shape[0] == 16 else P())
