@@ -44,7 +44,7 @@ def test_bytes_per_parameter(moments, shape, most):
     assert total / math.prod(shape) <= most
 
 
-# The four cases are of issue and README; gradients are N(0, 1) times a lognormal scale of each coordinate's own.
+# Gradients are N(0, 1) times a lognormal scale of each coordinate's own.
 @pytest.mark.parametrize(
     ("sigma", "shift", "settings", "most"),
     [

@@ -1,0 +1,151 @@
+"""`_adam`'s lines on one array, each against the same line in float64; and what its public functions pass on."""
+
+import inspect
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jadam
+from jadam import _adam, _checks
+from jadam._numerics import constant_beta
+from jadam._transformation import Step
+
+B1, B2, EPS, EPS_ROOT, T = 0.9, 0.99, 1e-3, 1e-2, 3
+G, M, V = np.array([0.5, -2.0, 0.0, 1e-3]), np.array([0.25, 1.0, 0.0, -3e-3]), np.array([0.1, 4.0, 0.0, 2e-4])
+# Some ten roundings of numbers that do not cancel.
+CLOSE = {"rtol": 10 * 2.0**-24, "atol": 0}
+DTYPE = np.dtype("float32")
+
+
+def step(**more):
+    betas = {name: constant_beta(b, jnp.float32(T), DTYPE) for name, b in (("b1", B1), ("b2", B2))}
+    return Step(t=jnp.float32(T), **betas, eps=DTYPE.type(EPS), eps_root=DTYPE.type(EPS_ROOT), **more)
+
+
+def arrays(*xs):
+    return [jnp.asarray(x, jnp.float32) for x in xs]
+
+
+def moments():
+    return B1 * M + (1 - B1) * G, B2 * V + (1 - B2) * G**2
+
+
+def expected_direction(m_hat, v_hat, eps=EPS):
+    return m_hat / (np.sqrt(v_hat + EPS_ROOT) + eps)
+
+
+def test_adam_rule():
+    m, v = moments()
+    u, new_m, new_v = _adam.adam_rule(step(), *arrays(G, M, V))
+    np.testing.assert_allclose(new_m, m, **CLOSE)
+    np.testing.assert_allclose(new_v, v, **CLOSE)
+    np.testing.assert_allclose(u, expected_direction(m / (1 - B1**T), v / (1 - B2**T)), **CLOSE)
+
+
+def test_direction():
+    m_hat, v_hat = arrays(M, V)
+    np.testing.assert_allclose(_adam.direction(step(), m_hat, v_hat), expected_direction(M, V), **CLOSE)
+    nothing = step().replace(eps=DTYPE.type(0), eps_root=DTYPE.type(0))
+    assert _adam.direction(nothing, jnp.zeros(1), jnp.zeros(1)) == 0
+
+
+def look_ahead_of(m, g, momentum=B1):
+    return momentum * m / (1 - momentum ** (T + 1)) + (1 - momentum) * g / (1 - momentum**T)
+
+
+def test_nadam_rule():
+    m, v = moments()
+    u, new_m, new_v = _adam.nadam_rule(step(), *arrays(G, M, V))
+    np.testing.assert_allclose(new_m, m, **CLOSE)
+    np.testing.assert_allclose(new_v, v, **CLOSE)
+    np.testing.assert_allclose(u, expected_direction(look_ahead_of(m, G), v / (1 - B2**T)), rtol=20 * 2.0**-24)
+
+
+@pytest.mark.parametrize("momentum", [None, 0.6])
+def test_look_ahead(momentum):
+    given = {} if momentum is None else {"momentum": constant_beta(momentum, jnp.float32(T), DTYPE)}
+    found = _adam.look_ahead(step(**given), *arrays(M, G))
+    # m and g have other signs in two places: relative to the larger term
+    exact = look_ahead_of(M, G, momentum or B1)
+    assert (np.abs(found - exact) <= 10 * 2.0**-24 * (np.abs(M) + np.abs(G)) * 2).all()
+
+
+def test_with_eps_hat():
+    """The paper's section 2: alpha * sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps_hat)."""
+    hat = _adam.with_eps_hat(step())
+    np.testing.assert_allclose(hat.eps, EPS / np.sqrt(1 - B2**T), **CLOSE)
+    assert {**vars(hat), "eps": 0} == {**vars(step()), "eps": 0}
+
+
+def test_without_correction():
+    plain = _adam.without_correction(step(), "b2")
+    assert plain.b1 == step().b1
+    assert plain.b2 == step().b2._replace(correction=1, next_correction=1)
+    assert plain.b2.correction.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("bias_correction", [True, False])
+@pytest.mark.parametrize("eps_mode", ["paper", "hat"])
+def test_adjustment(eps_mode, bias_correction):
+    adjusted = _adam.adjustment(eps_mode, bias_correction)(step())
+    for beta in (adjusted.b1, adjusted.b2):
+        assert (beta.correction == 1) != bias_correction
+    hat = EPS / np.sqrt(1 - B2**T) if bias_correction else EPS
+    np.testing.assert_allclose(adjusted.eps, hat if eps_mode == "hat" else EPS, **CLOSE)
+    assert _adam.adjustment(eps_mode)(step()).b1.correction != 1
+
+
+@pytest.mark.parametrize(("make", "theirs"), [(f, getattr(optax, f.__name__)) for f in (jadam.adam, jadam.adamw)])
+def test_defaults(make, theirs):
+    """Optax's, and of what Optax lacks Algorithm 1's."""
+    ours, other = (inspect.signature(f).parameters for f in (make, theirs))
+    for name, parameter in other.items():
+        assert ours[name].default == parameter.default
+    assert ours["eps_mode"].default == "paper"
+    assert ours["bias_correction"].default is True
+    assert ours["nesterov"].default is False
+    assert ours["moments"].default == "float32"
+
+
+SETTINGS = {"b1": 0.8, "b2": 0.95, "eps": 0.1, "eps_root": 0.01, "nesterov": True, "eps_mode": "hat"}
+
+
+@pytest.mark.parametrize("bias_correction", [True, False])
+def test_public_functions_pass_on_what_they_are_given(bias_correction):
+    """Two steps of each, against one another to the bit."""
+    settings = {**SETTINGS, "bias_correction": bias_correction}
+    p, rate, decay = jnp.array([1.0, -2.0]), 0.5, 0.25
+    sides = [jadam.scale_by_adam(**settings), jadam.adam(rate, **settings)]
+    sides += [jadam.adamw(rate, weight_decay=decay, mask=mask, **settings) for mask in (None, False)]
+    sides += [jadam.adamw(rate, weight_decay=decay, max_lr=2.0, **settings)]
+    found = []
+    for tx in sides:
+        state = tx.init(p)
+        for g in (jnp.array([0.3, -4.0]), jnp.array([1.0, 2.0])):
+            u, state = tx.update(g, state, p)
+        found.append(np.asarray(u))
+    direction, adam, adamw, masked, decoupled = found
+    np.testing.assert_array_equal(adam, -np.float32(rate) * direction)
+    np.testing.assert_array_equal(masked, adam)
+    np.testing.assert_allclose(adamw, adam - rate * decay * np.asarray(p), rtol=4 * 2.0**-24)
+    np.testing.assert_allclose(decoupled, adam - rate / 2.0 * decay * np.asarray(p), rtol=4 * 2.0**-24)
+
+
+@pytest.mark.parametrize(
+    "make", [jadam.scale_by_adam, lambda **k: jadam.adam(1.0, **k), lambda **k: jadam.adamw(1.0, **k)]
+)
+def test_public_functions_pass_on_how_moments_are_stored(make):
+    p = jnp.zeros((64, 64))
+    inner = lambda state: state if hasattr(state, "mu") else state[0]
+    assert inner(make(mu_dtype=jnp.bfloat16).init(p)).mu.dtype == jnp.bfloat16
+    assert inner(make(moments="int8").init(p)).mu.dtype == jnp.int8
+    assert inner(make(moments="bfloat16").init(p)).nu.dtype == jnp.bfloat16
+
+
+def test_switches_are_checked():
+    for name, value in (("eps_mode", "Hat"), ("bias_correction", 1), ("bias_correction", "yes"), ("nesterov", 2)):
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            jadam.adam(1e-3, **{name: value})
+    _checks.one_of("eps_mode", "paper", ("paper", "hat"))
