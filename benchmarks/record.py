@@ -19,7 +19,7 @@ import jadam
 from benchmarks.speed import TOY, one_pass, shapes, two_calls
 
 EVERY = 100
-CYCLES = {"GPT-2": 4, "2^25": 8, "2^22": 20, "toy": 100}
+CYCLES = {"GPT-2": 6, "2^25": 12, "2^22": 80, "toy": 200}
 BAR = 1.02  # of a step without it
 
 
