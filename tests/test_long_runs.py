@@ -141,7 +141,12 @@ def expected_square(mean, stream):
 
 
 @pytest.mark.parametrize(
-    ("moments", "steps"), [("float32", 20_000), ("int8", 3_000), pytest.param("float32", STEPS, marks=soak)]
+    ("moments", "steps"),
+    [
+        ("float32", 20_000),
+        pytest.param("int8", 3_000, marks=pytest.mark.long),
+        pytest.param("float32", STEPS, marks=soak),
+    ],
 )
 def test_exact_bf16_masters_stay_those_of_float32(moments, steps):
     """Noisy descent, the gradient being each side's own: were a bit ever lost, the paths would part."""
