@@ -15,7 +15,7 @@ import flax.nnx as nnx
 import optax
 import pytest
 
-from jadam import _demo
+from jadam import _demo, _output
 from jadam.__main__ import main
 
 pytestmark = pytest.mark.xdist_group("demo")  # one process: they share a run of the demo
@@ -140,3 +140,21 @@ def test_help():
     assert result.returncode == 0
     for option in ("--lr", "--steps", "--seed", "--out"):
         assert option in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "text"),
+    [
+        (ModuleNotFoundError(name="sklearn.datasets"), 2, "error: sklearn is missing; pip install 'jadam[demo]'"),
+        (_output.CommandError("no\nroom"), 2, "error: no room"),
+        (OSError(28, "No space left on device"), 2, "error: cannot print: No space left on device"),
+        (KeyboardInterrupt(), 130, "interrupted, no picture written"),
+    ],
+)
+def test_what_stops_it_is_one_line_and_an_exit_code(raised, code, text, monkeypatch, capsys):
+    def run(*options):
+        raise raised
+
+    monkeypatch.setattr(_demo, "run", run)
+    assert main(["demo"]) == code
+    assert capsys.readouterr().err == f"jadam demo: {text}\n"

@@ -367,8 +367,14 @@ def test_derivative_through_two_steps_is_finite():
     assert np.isfinite(jax.grad(twice)(p)).all()
 
 
-@pytest.mark.parametrize("moments", ["float32", *NARROW])
-@pytest.mark.parametrize("wrap", [lambda tx: tx, jadam.exact_bf16], ids=["float32", "exact_bf16"])
+@pytest.mark.parametrize(
+    ("wrap", "moments"),
+    [
+        pytest.param(wrap, moments, id=f"{name}-{moments}", marks=[pytest.mark.long] * (name + moments != "exactint8"))
+        for name, wrap in (("plain", lambda tx: tx), ("exact", jadam.exact_bf16))
+        for moments in ("float32", *NARROW)
+    ],
+)
 def test_strict_promotion_changes_no_bit(moments, wrap, strict):
     """Of both ways to take a step, of `jadam.statistics` and of `jadam.convert_moments`."""
     tx = wrap(jadam.adamw(1e-2, moments=moments))

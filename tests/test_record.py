@@ -169,6 +169,7 @@ def test_exact_bf16_from_float32():
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.long
 def test_vmap_and_lowering_for_an_accelerator():
     tx = jadam.record(jadam.adam(1e-2), every=2, keep=2)
     p = jnp.ones((3, 5))

@@ -230,7 +230,9 @@ TRACED = {
 }
 
 
-@pytest.mark.parametrize("name", TRACED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[pytest.mark.long] * (x in ("beta, bfloat16", "groups"))) for x in TRACED]
+)
 def test_hyperparameters_traced_where_the_step_is(name):
     """In one pass, and on the bits of the same numbers known beforehand."""
     make = TRACED[name]
@@ -528,3 +530,38 @@ def test_the_handler_refuses_a_wrong_alias():
         jax.block_until_ready(
             call(GOOD["scalars"], GOOD["count"], *GOOD["inputs"], leaves=np.array(GOOD["leaves"], np.int64))
         )
+
+
+P32, P16, C64 = jnp.ones((4, 4)), jnp.ones((4, 4), jnp.bfloat16), jnp.ones((4, 4), jnp.complex64)
+CLIP, NORM, ADAM = jadam.clip(0.5), jadam.clip_by_global_norm(0.5), jadam.adam(0.1)
+OBSTACLES = [
+    (jadam.chain(NORM, CLIP, ADAM), P32, "jadam.clip comes after another clipping"),
+    (jadam.chain(CLIP, CLIP, ADAM), P32, "jadam.clip comes after another clipping"),
+    (jadam.chain(NORM, NORM, ADAM), P32, "two jadam.clip_by_global_norm in one chain"),
+    (jadam.chain(ADAM, CLIP), P32, "jadam.chain's last stage is none of jadam's optimizers"),
+    (jadam.chain(optax.trace(0.9), ADAM), P32, "trace"),
+    (jadam.chain(CLIP, ADAM), P16, "16-bit gradients are clipped in 16 bits; wrap the chain in jadam.exact_bf16"),
+    (jadam.chain(CLIP, ADAM), C64, "complex gradients are clipped"),
+    (jadam.exact_bf16(optax.adam(0.1)), P16, "jadam.exact_bf16 is around none of jadam's optimizers nor jadam.chain"),
+    (optax.adam(0.1), P32, "none of jadam's optimizers; a chain must be jadam.chain"),
+]
+
+
+@pytest.mark.parametrize(("tx", "p", "reason"), OBSTACLES)
+def test_what_makes_two_calls_of_it(tx, p, reason):
+    """Is told, and the two calls' results are what `step` gives."""
+    state = tx.init(p)
+    if reason != "trace":
+        assert _step.obstacle(tx, p, state, p) == reason
+    assert (_step.obstacle(tx, p, state, p) or "none") != "none"
+    found, expected = jadam.step(tx, p, state, p), _step.two_calls(tx, p, state, p)
+    for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_what_the_cpu_s_kernel_leaves_to_xla():
+    tell = lambda tx, p: _step.outlook("cpu", tx, p, tx.init(p), p)[0][1]
+    assert tell(ADAM, P32) is None
+    assert tell(jadam.adam(0.1, mu_dtype=jnp.bfloat16), P32) == "mu_dtype is XLA's"
+    assert tell(ADAM, jnp.ones((0, 4))) == "no elements"
+    assert "complex64" in tell(ADAM, C64)
