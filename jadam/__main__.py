@@ -116,6 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
         problem(f"error: cannot print: {error.strerror or error}")
         return 2
     except KeyboardInterrupt:
+        sys.unraisablehook = lambda _: None  # what was torn up in the middle may complain when it is collected
         problem("interrupted, no picture written")
         return 130
     return 0

@@ -37,7 +37,7 @@ class Optimizer(nnx.Optimizer):
         ...     grads = nnx.grad(lambda model: jnp.sum(model(x)))(model)
         ...     optimizer.update(model, grads)
         >>> train_step(model, optimizer, jnp.ones((1, 2)))
-        >>> print(model.bias[...], optimizer.step[...])
+        >>> print(model.bias[...].round(3), optimizer.step[...])
         [-0.1 -0.1 -0.1] 1
     """
 
@@ -82,7 +82,7 @@ class TrainState(train_state.TrainState):
         >>> state = jadam.flax.TrainState.create(apply_fn=None, params={"w": jnp.ones(2)}, tx=jadam.adam(0.1))
         >>> train_step = jax.jit(lambda state: state.apply_gradients(grads=state.params), donate_argnums=0)
         >>> state = train_step(state)
-        >>> print(state.params["w"], state.step)
+        >>> print(state.params["w"].round(3), state.step)
         [0.9 0.9] 1
     """
 

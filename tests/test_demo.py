@@ -156,5 +156,6 @@ def test_what_stops_it_is_one_line_and_an_exit_code(raised, code, text, monkeypa
         raise raised
 
     monkeypatch.setattr(_demo, "run", run)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # restored
     assert main(["demo"]) == code
     assert capsys.readouterr().err == f"jadam demo: {text}\n"
