@@ -37,8 +37,8 @@ class Optimizer(nnx.Optimizer):
         ...     grads = nnx.grad(lambda model: jnp.sum(model(x)))(model)
         ...     optimizer.update(model, grads)
         >>> train_step(model, optimizer, jnp.ones((1, 2)))
-        >>> print(model.bias[...].round(3), optimizer.step[...])
-        [-0.1 -0.1 -0.1] 1
+        >>> print(*(f"{x:.3f}" for x in model.bias[...]), optimizer.step[...])
+        -0.100 -0.100 -0.100 1
     """
 
     def __init__(self, model, tx, *, wrt, **kwargs):
@@ -82,8 +82,8 @@ class TrainState(train_state.TrainState):
         >>> state = jadam.flax.TrainState.create(apply_fn=None, params={"w": jnp.ones(2)}, tx=jadam.adam(0.1))
         >>> train_step = jax.jit(lambda state: state.apply_gradients(grads=state.params), donate_argnums=0)
         >>> state = train_step(state)
-        >>> print(state.params["w"].round(3), state.step)
-        [0.9 0.9] 1
+        >>> print(*(f"{x:.3f}" for x in state.params["w"]), state.step)
+        0.900 0.900 1
     """
 
     @classmethod
