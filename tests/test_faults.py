@@ -119,9 +119,8 @@ def test_no_numbers(leaf, text):
 # ---------------------------------------------------------------- damaged checkpoints
 
 
-@pytest.mark.parametrize(
-    "name", ["float32", *(pytest.param(x, marks=pytest.mark.long) for x in ("exact_bf16", "int8"))]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["float32", "exact_bf16", "int8"])
 def test_a_damaged_checkpoint_is_an_error(name, tmp_path):
     """Or what was damaged has no part in what is restored: no array ever has other bits."""
     flips, result = FLIPS // len(damage_program.CONFIGURATIONS), tmp_path / "damages.json"

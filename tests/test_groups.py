@@ -52,7 +52,7 @@ def one_pass(tx, g, state, p):
 
 
 @pytest.mark.parametrize("take", [two_calls, one_pass])
-@pytest.mark.parametrize("rate", [1e-2, optax.cosine_decay_schedule(1e-2, 10)])
+@pytest.mark.parametrize("rate", [optax.cosine_decay_schedule(1e-2, 10), pytest.param(1e-2, marks=pytest.mark.long)])
 def test_each_leaf_is_trained_by_its_own_adamw(take, rate):
     """Bit for bit: the same rule with the same scalars; only Optax's stages round -lr * u in another order."""
     p = params()
@@ -96,7 +96,9 @@ def test_frozen_leaves_cost_nothing_and_stay():
         assert jnp.signbit(take(tx, params(1), state, p)[0]["embed"]).all() == (take is one_pass)
 
 
-@pytest.mark.parametrize("moments", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize(
+    "moments", ["int8", *(pytest.param(x, marks=pytest.mark.long) for x in ("float32", "bfloat16"))]
+)
 def test_one_pass_under_exact_bf16_and_clipping(moments):
     """The kernel is held to the two calls elsewhere; here each leaf must get its own scalars."""
     tx = jadam.chain(jadam.clip_by_global_norm(1.0), jadam.by_path(RULES, 1e-2, moments=moments))

@@ -55,7 +55,7 @@ TRANSFORMATIONS = {
 }
 
 
-@pytest.mark.parametrize("take", [one_pass, two_calls])
+@pytest.mark.parametrize("take", [one_pass, pytest.param(two_calls, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
 def test_what_is_kept(name, take):
     """Every second step's statistics, the last three; the training's bits are those without."""
