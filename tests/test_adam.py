@@ -100,16 +100,6 @@ def test_small_b1_survives_a_spike(b1, traced):
         np.testing.assert_allclose(u, e, rtol=1e-6)  # 8 roundings of 2**-24, halved below the root, and m's own
 
 
-@pytest.mark.parametrize("b", [0.0, 1e-3, 0.3, 0.5, 0.9, 0.999, 0.9999999, 1 - 1e-12])
-@pytest.mark.parametrize("t", [1, 2, 10, 1000, 2**31 - 1])
-def test_one_minus_power(b, t):
-    # expm1 is good to 2 ulp, its argument to 1.5 (log b, t, their product), which the result at most repeats.
-    with np.errstate(divide="ignore"):
-        expected = -np.expm1(t * np.log1p(-(1 - b)))
-    found = _numerics.one_minus_power(b, jnp.float32(t), jnp.float32)
-    np.testing.assert_allclose(found, expected, rtol=4 * 2**-23)
-
-
 def test_ema_keeps_a_constant():
     # b*v + (1-b)*g in float32 settles 1.3e-5 off g at b = 0.999; here g is a fixed point, to the bit.
     g = jnp.float32(0.7)
