@@ -137,6 +137,7 @@ def test_nnx_takes_flax_s_steps(name, monkeypatch):
     assert traces == [nnx.Optimizer] + [jadam.flax.Optimizer] * len(pairs)
 
 
+@pytest.mark.long
 def test_nnx_trains_as_flax_does(monkeypatch):
     """Losses of ten steps and evaluations between them are equal, and fall; donated, and traced once."""
     monkeypatch.setenv("JADAM_KERNELS", "xla")
@@ -303,6 +304,7 @@ def test_linen_donated():
     assert_equal(donated(copies(state), grads), expected)
 
 
+@pytest.mark.long
 def test_linen_overwrite_with_gradient(monkeypatch):
     """fp8 layers pass their scales as gradients: kept as they are, and unknown to the optimizer."""
     monkeypatch.setenv("JADAM_KERNELS", "xla")

@@ -54,7 +54,7 @@ def run_program(*args, timeout, **env):
     ("calls", "calls_by_xla", "messages"),
     [
         (120, 15, 15),
-        pytest.param(2_000, 150, 35, marks=pytest.mark.long),
+        pytest.param(2_000, 150, 35, marks=soak),
         pytest.param(100_000, 5_000, 40, marks=soak),
     ],
 )

@@ -24,6 +24,7 @@ def test_digits():
 
 
 @pytest.mark.long
+@pytest.mark.soak
 def test_transformer():
     ratios = over_float32(lean.text(40), 1e-3)
     assert ratios.pop("optax on bf16 weights") > 1.003

@@ -37,7 +37,9 @@ STREAMS = {
     "random": lambda mean, t: mean + jax.random.normal(jax.random.key(t), mean.shape, jnp.float32),
 }
 streams = pytest.mark.parametrize("stream", STREAMS)
-lengths = pytest.mark.parametrize("steps", [16_000, pytest.param(STEPS, marks=soak)])
+lengths = pytest.mark.parametrize(
+    "steps", [pytest.param(16_000, marks=pytest.mark.long), pytest.param(STEPS, marks=soak)]
+)
 
 
 @lengths

@@ -129,6 +129,7 @@ def test_every_format(how, moments):
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(told))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("moments", ["bfloat16", "int8"])
 def test_exact_bf16(moments):
     """The masters' numbers."""
@@ -147,6 +148,7 @@ def test_by_path_leaves_frozen_ones_out():
     check_all(told, state.moments, p, ["kernel", "scale", "empty"])
 
 
+@pytest.mark.long
 def test_zero1():
     """Divided over eight devices, the numbers of one: sums in another order."""
     p = tree()
