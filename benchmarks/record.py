@@ -20,7 +20,7 @@ import jadam
 from benchmarks.speed import TOY, one_pass, shapes, two_calls
 
 EVERY = 100
-CYCLES = {"GPT-2": 6, "2^25": 12, "2^22": 60, "toy": 200}
+CYCLES = {"GPT-2": 4, "2^25": 8, "2^22": 40, "toy": 200}
 BAR = 1.02  # of a step without it
 
 

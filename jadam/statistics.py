@@ -214,17 +214,17 @@ def _sums(job: Job, made, p, update, sample) -> _Sums:
     own = root - eps if job.rule is adamax_rule else root
     zero = (job.stored[0] == 0) & (job.stored[1] != 0) if job.format.name == "int8" else jnp.zeros([], bool)
     weight = whole / max(1, p.size)  # of a coordinate that stands for several
-    total = lambda x: jnp.sum(x.astype(jnp.float32)) * weight
-    return _Sums(
-        jnp.float32(whole),
-        total(jnp.where(made, jnp.square(root), 0)),
-        total(jnp.square(size)),
-        total(abs_sq(p)),
-        total(divide(jnp.abs(m_hat), root)),
-        total((eps > own) & made),
-        total(zero),
-        _histogram(size) * weight,
-    )
+    of_each = [
+        jnp.where(made, jnp.square(root), 0),
+        jnp.square(size),
+        abs_sq(p),
+        divide(jnp.abs(m_hat), root),
+        (eps > own) & made,
+        jnp.broadcast_to(zero, p.shape),
+    ]
+    # One sum for all: XLA on a CPU allocates scalars for each at every step, also in a branch that is not taken.
+    sums = jnp.sum(jnp.stack([x.astype(jnp.float32) for x in of_each]), range(1, 1 + p.ndim)) * weight
+    return _Sums(jnp.float32(whole), *sums, _histogram(size) * weight)
 
 
 def _few(shape, sample):
