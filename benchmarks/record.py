@@ -1,9 +1,11 @@
-"""What `jadam.record` costs at every=100: cycles of 100 steps with it and without, by turns, in one process.
+"""What `jadam.record` costs at every=100: cycles of 100 steps with it and without, ten by turns, in one process.
 
-Given is the ratio of their times, a cycle holding one record: the median over pairs of cycles, and the quartiles. A
-step is the optimizer's alone, but the toy is a network of five layers trained on batches of 128: the optimizer's step
-alone takes it no longer than the call. Programs run on the calling thread: XLA else would run the side without, a
-program of few operations, there and the other in the background, which costs int8 a tenth of a step of 2 ms.
+Given is the ratio of their times, a cycle holding one record: the median over pairs of cycles, and the quartiles.
+Every four cycles both sides are laid out in memory anew, by turns first: where arrays lie makes a few per cent. GPT-2,
+2^25 and 2^22 are the optimizer's step alone, the harshest measure; the others are whole training steps: `lean`'s two,
+and a network of five narrow layers, all of whose arithmetic takes no longer than the calls. Programs run on the calling
+thread: XLA else would run the side without, a program of few operations, there and the other in the background, which
+costs int8 a tenth of 2 ms.
 """
 
 import statistics
@@ -17,30 +19,26 @@ from rich.progress import track
 from rich.table import Table
 
 import jadam
+from benchmarks.lean import digits, text
 from benchmarks.speed import TOY, one_pass, shapes, two_calls
 
 EVERY = 100
-CYCLES = {"GPT-2": 4, "2^25": 8, "2^22": 40, "toy": 200}
+TURN = 10  # steps of one side, then of the other
+CYCLES = {"GPT-2": 6, "2^25": 8, "2^22": 40, "transformer": 12, "digits": 40, "toy": 40}
+TRAININGS = {"transformer": text, "digits": digits}
 BAR = 1.02  # of a step without it
 
 
-def cycle(tx, make, params, grads):
-    """A function that takes ``EVERY`` steps, in place, and returns their seconds."""
-    take = make(tx)
-    if len(grads) == len(TOY):
-        take = lambda params, state, x: make(tx)(params, state, jax.grad(toy_loss)(params, x))
-        grads = jnp.ones((128, TOY[0][0]))
-    step = jax.jit(take, donate_argnums=(0, 1))
-    held = [jax.tree.map(jnp.copy, params), tx.init(params)]
-
-    def run():
-        start = time.perf_counter()
-        for _ in range(EVERY):
-            held[:] = step(*held, grads)
-        jax.block_until_ready(held)
-        return time.perf_counter() - start
-
-    return run
+def problem(case):
+    """Parameters, the gradient as a function of them and of an array, that array."""
+    if case in TRAININGS:
+        params, batches, loss, _ = TRAININGS[case](steps=1)
+        return params, jax.grad(loss), jnp.asarray(batches[0])
+    if case == "toy":
+        return [jnp.zeros(shape) for shape in TOY], jax.grad(toy_loss), jnp.ones((128, TOY[0][0]))
+    rng = np.random.default_rng(0)
+    grads = [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes(case)]
+    return [jnp.zeros_like(g) for g in grads], lambda params, grads: grads, grads
 
 
 def toy_loss(params, x):
@@ -50,19 +48,39 @@ def toy_loss(params, x):
     return jnp.mean((x - 1) ** 2)
 
 
+def steps(tx, make, gradient, x):
+    """A function that takes ``TURN`` steps of what it holds, in place, and returns their seconds."""
+    take = make(tx)
+    step = jax.jit(lambda params, state, x: take(params, state, gradient(params, x)), donate_argnums=(0, 1))
+
+    def run(held):
+        start = time.perf_counter()
+        for _ in range(TURN):
+            held[:] = step(*held, x)
+        jax.block_until_ready(held)
+        return time.perf_counter() - start
+
+    return run
+
+
 def measure(case, moments, make) -> dict:
     """Ratios for one case."""
-    rng = np.random.default_rng(0)
-    grads = [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes(case)]
-    params = [jnp.zeros_like(g) for g in grads]
+    params, gradient, x = problem(case)
     tx = jadam.adam(1e-3, moments=moments)
-    runs = [cycle(x, make, params, grads) for x in (tx, jadam.record(tx, every=EVERY))]
-    for run in runs:
-        run()
+    both = [tx, jadam.record(tx, every=EVERY)]
+    runs = [steps(side, make, gradient, x) for side in both]
     pairs = []
     for i in range(CYCLES[case]):
-        seconds = {k: runs[k]() for k in ((0, 1) if i % 2 else (1, 0))}
-        pairs.append((seconds[0], seconds[1]))
+        if i % 4 == 0:
+            order = (0, 1) if i % 8 else (1, 0)
+            held = {k: [jax.tree.map(jnp.copy, params), both[k].init(params)] for k in order}
+            for k in 2 * order:
+                runs[k](held[k])
+        seconds = [0.0, 0.0]
+        for turn in range(EVERY // TURN):
+            for k in order if turn % 2 else order[::-1]:
+                seconds[k] += runs[k](held[k])
+        pairs.append(seconds)
     ratios = [b / a for a, b in pairs]
     low, _, high = statistics.quantiles(ratios, n=4)
     return {
