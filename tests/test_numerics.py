@@ -116,6 +116,12 @@ def test_ema_corrects_the_larger_term(b, slow):
         np.testing.assert_array_equal(_numerics.ema(known, average, x), of_average if slow else of_newest)
 
 
+def test_ema_with_a_traced_rate():
+    beta = constant_beta(0.75, jnp.float32(1), np.dtype("float32"))
+    found = jax.jit(lambda b: _numerics.ema(beta._replace(b=b), jnp.float32(4), jnp.float32(8)))(jnp.float32(0.75))
+    assert found == 5
+
+
 @pytest.mark.parametrize("x", [0.0, 1e-30, 0.25, 1.0, 4.0, 1e30])
 def test_sqrt_and_its_derivative(x):
     x = jnp.float32(x)
@@ -123,8 +129,13 @@ def test_sqrt_and_its_derivative(x):
     slope = jax.grad(_numerics.sqrt)(x)
     if x == 0:
         assert slope == 0
+        assert jax.jvp(_numerics.sqrt, (x,), (jnp.float32(3),))[1] == 0
     else:  # a quotient and a square root
         np.testing.assert_allclose(slope, 0.5 / np.sqrt(np.float64(x)), rtol=2 * ULP)
+
+
+def test_sqrt_of_what_is_negative_is_nan_and_so_is_its_derivative():
+    assert all(jnp.isnan(x) for x in jax.jvp(_numerics.sqrt, (jnp.float32(-1),), (jnp.float32(1),)))
 
 
 def test_abs_sq():
@@ -134,7 +145,7 @@ def test_abs_sq():
 
 
 def test_divide():
-    assert list(_numerics.divide(jnp.array([6.0, 0.0, 5.0]), jnp.array([2.0, 0.0, 0.0]))) == [3, 0, 5]
+    assert list(_numerics.divide(jnp.array([6.0, 0.0, 5.0, 6.0]), jnp.array([2.0, 0.0, 0.0, -2.0]))) == [3, 0, 5, -3]
     assert jax.grad(lambda x: _numerics.divide(x, 0 * x))(1.0) == 1
 
 
@@ -237,14 +248,15 @@ def test_round_to_bfloat16_of_what_is_not_finite():
     assert jnp.signbit(down[5])
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
-def test_applied(dtype):
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, np.float64])
+def test_applied(dtype, x64):
     rng = np.random.default_rng(0)
+    wide = dtype if dtype == np.float64 else np.float32
     p = jnp.asarray(rng.standard_normal(1000), dtype)
-    u = jnp.asarray(rng.standard_normal(1000) * 1e-2, jnp.float32)
+    u = jnp.asarray(rng.standard_normal(1000) * 1e-2, wide)
     found = jax.jit(lambda p, u: _numerics.applied(p, u, dtype))(p, u)
-    assert found.dtype == jnp.float32
-    exact = (np.asarray(p, np.float32) + np.asarray(u)).astype(dtype).astype(np.float32)
+    assert found.dtype == wide
+    exact = (np.asarray(p, wide) + np.asarray(u)).astype(dtype).astype(wide)
     np.testing.assert_array_equal(found, exact)
 
 

@@ -44,6 +44,8 @@ def test_float32_decodes_and_encodes():
     new = Float32().encode((jnp.float32([1 + 2**-9, 7]), jnp.float32([5, 6])), stored, None)
     assert [x.dtype for x in new] == [jnp.bfloat16, jnp.float32]
     assert [x.tolist() for x in new] == [[1.0, 7.0], [5.0, 6.0]]  # to nearest
+    with pytest.raises(ValueError, match="zip"):
+        Float32().encode(new[:1], stored, None)
 
 
 def test_bfloat16():
