@@ -6,6 +6,7 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
 
+import collections
 import contextlib
 
 import jax
@@ -22,6 +23,18 @@ def _config(**values):
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of a test marked ``every(n)`` each n-th case is always run, the others are `long`."""
+    met = collections.Counter()
+    for item in items:
+        if mark := item.get_closest_marker("every"):
+            name = item.nodeid.partition("[")[0]
+            if met[name] % mark.args[0]:
+                item.add_marker("long")
+            met[name] += 1
 
 
 @pytest.fixture

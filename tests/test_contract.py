@@ -96,6 +96,7 @@ def test_state_is_optax_s(member):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
 
 
+@pytest.mark.every(3)
 @every_member
 def test_an_optax_state_goes_on_in_jadam_and_back(member):
     params, gradients = tree(), [tree(seed) for seed in range(1, 11)]
@@ -126,6 +127,7 @@ def test_dtypes_are_a_fixed_point(member, p_dtype, g_dtype):
         assert u.dtype == jnp.promote_types(p_dtype, g_dtype)
 
 
+@pytest.mark.every(5)
 @every_member
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_one_trace_whatever_the_schedule(member, name):
@@ -187,6 +189,7 @@ def test_abstract_init(member):
         assert (a.shape, a.dtype, a.weak_type) == (b.shape, b.dtype, b.weak_type)
 
 
+@pytest.mark.every(3)
 @every_member
 def test_scan_equals_a_loop(member):
     gradients = [tree(seed) for seed in range(1, 9)]
@@ -212,6 +215,7 @@ def test_eager_equals_jit(member):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=8 * 1e-8)
 
 
+@pytest.mark.every(3)
 @every_member
 def test_vmap_over_models_and_hyperparameters(member):
     rates, b2s = jnp.array([1e-3, 1e-2]), jnp.array([0.9, 0.99])
@@ -226,6 +230,7 @@ def test_vmap_over_models_and_hyperparameters(member):
         np.testing.assert_allclose(together[i], one(rates[i], b2s[i], g[i]), rtol=1e-6)
 
 
+@pytest.mark.every(3)
 @every_member
 @pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -248,6 +253,7 @@ WRAPPERS = {
 }
 
 
+@pytest.mark.every(5)
 @every_member
 @pytest.mark.parametrize("p_dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("wrapper", WRAPPERS)
@@ -266,6 +272,7 @@ def test_inside_optax_s_wrappers(member, wrapper, p_dtype):
         )
 
 
+@pytest.mark.every(3)
 @every_member
 def test_apply_if_finite_leaves_the_state_alone(member):
     params = tree()
@@ -315,6 +322,7 @@ def test_inject_hyperparams_on_float32(member):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(p))
 
 
+@pytest.mark.every(3)
 @every_member
 def test_inject_hyperparams_on_bf16(member):
     params = tree(dtype=jnp.bfloat16)

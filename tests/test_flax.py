@@ -110,6 +110,7 @@ def params_and_state(model, optimizer):
     return copies((nnx.state(model, optimizer.wrt), optimizer.opt_state))
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("name", ALL)
 def test_nnx_takes_flax_s_steps(name, monkeypatch):
     """From the same start, and the state of one is the state of the other."""
@@ -270,6 +271,7 @@ def linen_params(dtype=jnp.float32):
     return {"dense": params, "scale": jnp.ones(())}
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("name", ALL)
 def test_linen_takes_flax_s_steps(name, monkeypatch):
     fields = {"apply_fn": None, "params": linen_params(dtype_for(name)), "tx": ALL[name]()}
@@ -365,6 +367,7 @@ EVERY |= {
 }
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", EVERY)
 def test_flax_s_own_classes(name):
     """Each trains as the other, to the bit; a step of Linen's is Optax's two calls on the arrays themselves."""

@@ -182,6 +182,7 @@ def test_betas_that_are_1_in_float32_have_a_bound():
     np.testing.assert_allclose(tx.update(g, tx.init(g))[0], jnp.sign(g), rtol=1e-6)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("moments", NARROW)
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf, 1e20])
 def test_nothing_not_finite_is_laundered(moments, bad):
@@ -257,6 +258,7 @@ def test_blocks_fit_shards(under_jit):
     np.testing.assert_allclose(update(jnp.sign(g), state)[0], np.sign(g), rtol=1e-6)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("make", ADAMS)
 def test_jit_is_eager(make):
     # Under jit a multiplication and an addition may be one operation, so a value may round to the neighbouring code.
@@ -272,6 +274,7 @@ def test_jit_is_eager(make):
         assert (codes != others).mean() < 1e-3
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("member", family.FAMILY, ids=str)
 def test_bfloat16_throughout_the_family(member):
     p = {"w": jnp.ones((8, 16), jnp.bfloat16), "b": jnp.ones(3), "none": None, "empty": jnp.zeros((0, 3))}

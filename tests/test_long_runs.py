@@ -224,6 +224,7 @@ def taken(name, call):
     return tx, five
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("call", ["step", "two calls"])
 @pytest.mark.parametrize("name", AT_THE_END)
 def test_count_stops_and_steps_go_on(name, call):

@@ -59,6 +59,7 @@ def trained(tx, p, state, steps=3):
     return p, state
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", ALL)
 def test_one_device_s_bits(name):
     """Parameters, moments, codes and scales, from the same state and gradients."""

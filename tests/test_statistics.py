@@ -111,6 +111,7 @@ def adamw(moments, b1=B1, **kwargs):
 HOW = [*(("alone", x) for x in FORMATS), ("chain", "int8"), ("mask", "float32"), ("scheduled betas", "int8")]
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("how", "moments"), [*HOW, ("record", "bfloat16")])
 def test_every_format(how, moments):
     tx = {
@@ -160,6 +161,7 @@ def test_zero1():
         np.testing.assert_allclose(a, b, rtol=2 * 8729 * 2.0**-24)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("member", FAMILY, ids=str)
 def test_the_family(member):
     """Against the oracles, which start from gradients: the implied update is the real one, but for NAdam's."""

@@ -71,6 +71,7 @@ def custom_calls(f, *args):
     return jax.jit(f).lower(*args).as_text().count("@jadam_step")
 
 
+@pytest.mark.every(5)
 @needs_kernel
 @pytest.mark.parametrize(("rule", "moments"), CASES)
 def test_kernel_against_the_two_calls(rule, moments):
@@ -230,6 +231,7 @@ TRACED = {
 }
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     "name", [pytest.param(x, marks=[pytest.mark.long] * (x in ("beta, bfloat16", "groups"))) for x in TRACED]
 )

@@ -133,6 +133,7 @@ def distances(name, params, state):
     return found
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("wrap", WRAPPED)
 @pytest.mark.parametrize("name", MAKE)
 def test_training_goes_on_where_pytorch_was(name, wrap):
