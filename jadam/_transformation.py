@@ -132,7 +132,8 @@ class Job(NamedTuple):
     def __call__(self, g):
         """``(u, stored)``: the rule on the decoded moments."""
         decoded = self.format.decode(self.stored, self.dtype)
-        u, *new = self.rule(self.step, g.astype(self.dtype), *decoded)
+        with jax.numpy_dtype_promotion("standard"):  # complex numbers times real ones
+            u, *new = self.rule(self.step, g.astype(self.dtype), *decoded)
         index = self.part.indices(g.shape) if self.index is None and self.part is not None else self.index
         random = _formats.random_for(g.shape, self.salt, self.count, index)
         return u, self.format.encode(new, self.stored, random)
@@ -413,7 +414,8 @@ def descend(direction: Transformation, learning_rate, *decaying) -> Transformati
             raise ValueError("weight_decay needs params: call update(updates, state, params).")
         narrow = result_dtypes(updates, params)
         wide_params = None if params is None else jax.tree.map(widen, params)
-        updates, state = chain.update(jax.tree.map(widen, updates), state, wide_params, **extra_args)
+        with jax.numpy_dtype_promotion("standard"):  # complex updates times a real rate
+            updates, state = chain.update(jax.tree.map(widen, updates), state, wide_params, **extra_args)
         return jax.tree.map(lambda u, dtype: u.astype(dtype), updates, narrow), state
 
     def plan(updates, state, params):

@@ -131,11 +131,12 @@ def in_rows(tx: Transformation, sample, state, params, updates=None) -> tuple[li
     count, jobs = looked_into(tx, state, params)
     given = [None] * len(jobs) if updates is None else jax.tree.leaves(updates)
     named = jax.tree_util.tree_leaves_with_path(params)
-    sums = {
-        leaf_name(path): _sums(job, count > 0, jnp.asarray(p), u, sample)
-        for job, (path, p), u in zip(jobs, named, given, strict=True)
-        if not job.frozen
-    }
+    with jax.numpy_dtype_promotion("standard"):  # complex numbers over real ones
+        sums = {
+            leaf_name(path): _sums(job, count > 0, jnp.asarray(p), u, sample)
+            for job, (path, p), u in zip(jobs, named, given, strict=True)
+            if not job.frozen
+        }
     if not sums:
         return [], _measures(jax.tree.map(lambda x: x[None], _nothing()))
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *sums.values())

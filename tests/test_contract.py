@@ -230,15 +230,16 @@ def test_vmap_over_models_and_hyperparameters(member):
         np.testing.assert_allclose(together[i], one(rates[i], b2s[i], g[i]), rtol=1e-6)
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(5)
 @every_member
 @pytest.mark.usefixtures("strict")
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.complex64])
 def test_strict_promotion(member, dtype):
     params = tree(dtype=dtype)
     for rate in (1e-3, lambda count: jnp.float32(1e-3), jnp.float32(1e-3)):  # Optax's schedules promote
         tx = member.make(rate, b1=jnp.float32(0.9), b2=0.99)
-        jax.jit(tx.update)(params, tx.init(params), params)
+        _, state = jax.jit(tx.update)(params, tx.init(params), params)
+        jadam.statistics(tx, state, params)
 
 
 WRAPPERS = {
