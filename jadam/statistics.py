@@ -225,7 +225,7 @@ def _sums(job: Job, made, p, update, sample) -> _Sums:
     ]
     # One sum for all: XLA on a CPU allocates scalars for each at every step, also in a branch that is not taken.
     sums = jnp.sum(jnp.stack([x.astype(jnp.float32) for x in of_each]), range(1, 1 + p.ndim)) * weight
-    return _Sums(jnp.float32(whole), *sums, _histogram(size) * weight)
+    return _Sums._make([jnp.float32(whole), *sums, _histogram(size) * weight])
 
 
 def _few(shape, sample):
