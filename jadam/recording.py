@@ -63,8 +63,8 @@ def record(
         tx: what `jadam.statistics` can look into.
         every: record when the number of steps taken is a multiple of this; >= 1.
         keep: how many records, >= 1; later ones overwrite the oldest. Each takes 44 bytes a parameter array.
-        sample: of how many coordinates of each parameter, see `jadam.statistics`; None: of all, which costs a few
-            steps' time on a CPU. As many drawn at random would tell a share to 0.3 %, standard deviation.
+        sample: of how many coordinates of each parameter, see `jadam.statistics`; None: of all, which takes a CPU
+            as long as some fifty steps. As many drawn at random would tell a share to 0.3 %, standard deviation.
 
     Returns:
         A transformation with state `RecordState`; ``update`` needs ``params``.

@@ -215,17 +215,17 @@ def _sums(job: Job, made, p, update, sample) -> _Sums:
     own = root - eps if job.rule is adamax_rule else root
     zero = (job.stored[0] == 0) & (job.stored[1] != 0) if job.format.name == "int8" else jnp.zeros([], bool)
     weight = whole / max(1, p.size)  # of a coordinate that stands for several
-    of_each = [
-        jnp.where(made, jnp.square(root), 0),
-        jnp.square(size),
-        abs_sq(p),
-        divide(jnp.abs(m_hat), root),
-        (eps > own) & made,
-        jnp.broadcast_to(zero, p.shape),
-    ]
+    of_each = {
+        "v_hat": jnp.where(made, jnp.square(root), 0),
+        "update": jnp.square(size),
+        "param": abs_sq(p),
+        "snr": divide(jnp.abs(m_hat), root),
+        "eps": (eps > own) & made,
+        "zero": jnp.broadcast_to(zero, p.shape),
+    }
     # One sum for all: XLA on a CPU allocates scalars for each at every step, also in a branch that is not taken.
-    sums = jnp.sum(jnp.stack([x.astype(jnp.float32) for x in of_each]), range(1, 1 + p.ndim)) * weight
-    return _Sums._make([jnp.float32(whole), *sums, _histogram(size) * weight])
+    sums = jnp.sum(jnp.stack([x.astype(jnp.float32) for x in of_each.values()]), range(1, 1 + p.ndim)) * weight
+    return _Sums(jnp.float32(whole), histogram=_histogram(size) * weight, **dict(zip(of_each, sums, strict=True)))
 
 
 def _few(shape, sample):
