@@ -22,11 +22,10 @@ COLUMNS = len(SCALARS) + len(QUANTILES)
 class Ring(NamedTuple):
     """The last records, the oldest overwritten; its size never changes.
 
-    ``written`` int32 is how many there were; ``steps`` int32 at which, -1 where none is yet; ``values`` float32
-    ``[keep, 1 + leaves, 11]`` the `Measures` in total and of each parameter; ``names`` uint8 the paths, one a line.
+    ``steps`` int32 tells of which, -1 where none is yet; ``values`` float32 ``[keep, 1 + leaves, 11]`` are the
+    `Measures` in total and of each parameter; ``names`` uint8 the paths, one a line.
     """
 
-    written: jax.Array
     steps: jax.Array
     values: jax.Array
     names: jax.Array
@@ -108,24 +107,28 @@ def record(
         names = "\n".join(["total", *(path for path, on in zip(paths, found, strict=True) if on)])
         values = jnp.zeros((keep, 1 + sum(found), COLUMNS), jnp.float32)
         text = jnp.asarray(np.frombuffer(names.encode(), np.uint8))
-        return RecordState(state, Ring(jnp.zeros([], jnp.int32), jnp.full(keep, -1, jnp.int32), values, text))
+        return RecordState(state, Ring(jnp.full(keep, -1, jnp.int32), values, text))
 
     def observe(state, params):
         """The new state with a record in it of itself and the new parameters, if it is time."""
-        inner, ring = state
-        count = steps_taken(inner)
-        due = count % every == 0
-        look = lambda inner, params: _row(in_rows(tx, sample, inner, params)[1])
-        none = lambda inner, params: jnp.zeros(ring.values.shape[1:], jnp.float32)
-        rows = jax.lax.cond(due, look, none, inner, params)  # small, where the ring would be copied at every step
-        slot = jax.lax.rem(ring.written, jnp.int32(ring.steps.shape[0]))
+        inner, ring, params = *jax.lax.stop_gradient(state), jax.lax.stop_gradient(params)
 
-        def put(array, row):
-            row = jnp.where(due, row, jax.lax.dynamic_index_in_dim(array, slot, keepdims=False))
-            return jax.lax.dynamic_update_index_in_dim(array, row, slot, 0)
+        def due(carry):
+            rounds, *_ = carry
+            return (rounds == 0) & (steps_taken(inner) % every == 0)
 
-        written = ring.written + due.astype(jnp.int32)
-        return RecordState(inner, Ring(written, put(ring.steps, count), put(ring.values, rows), ring.names))
+        def look(carry):
+            rounds, steps, values = carry
+            # What is looked at comes with the number of the round: XLA else takes the look ahead of the loop, always.
+            rounds, seen, count = jax.lax.optimization_barrier((rounds, (inner, params), steps_taken(inner)))
+            row = _row(in_rows(tx, sample, *seen)[1])
+            slot = (count // every - 1) % steps.shape[0]
+            put = lambda array, x: jax.lax.dynamic_update_index_in_dim(array, x, slot, 0)
+            return rounds + 1, put(steps, count), put(values, row)
+
+        # A loop of no round or one, not a condition, out of which XLA would copy the ring at every step.
+        _, steps, values = jax.lax.while_loop(due, look, (jnp.int32(0), ring.steps, ring.values))
+        return RecordState(state.inner_state, Ring(steps, values, ring.names))
 
     def update(updates, state, params=None, **extra_args) -> Any:
         if params is None:
@@ -219,10 +222,8 @@ def history(state) -> History:
         raise ValueError(
             f"state must hold the records of one record, found {len(found)}. Train with jadam.record(...)."
         )
-    written, steps, values, names = (np.asarray(x) for x in found[0].ring)
-    keep = len(steps)
-    order = (np.arange(keep) + (written if written > keep else 0)) % keep
-    order = order[steps[order] >= 0]
+    steps, values, names = (np.asarray(x) for x in found[0].ring)
+    order = np.argsort(steps)[np.sum(steps < 0) :]
     steps, values = steps[order], values[order]
 
     def columns(x):
