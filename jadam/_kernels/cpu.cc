@@ -154,8 +154,8 @@ INLINE float ema(float b, float one_minus_b, float average, float x) {
   return x + b * (average - x);
 }
 
-// NaN if either is, and x below 0: where g * g overflows, v is NaN as written but -infinity contracted.
-INLINE float maximum(float x, float y) { return !(x >= 0.0f) || x > y ? x : y; }
+// NaN if either is, -infinity if x is: where g * g overflows, v is NaN as written but -infinity contracted.
+INLINE float maximum(float x, float y) { return !(x >= std::numeric_limits<float>::lowest()) || x > y ? x : y; }
 
 // The rule on one element: from gradient and moments, which it updates, to the direction. kUsual: b1 and b2 are at least
 // 1/2 and eps_root is 0. Multiplies by the reciprocals of what Python divides by, where that is a scalar.
