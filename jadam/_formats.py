@@ -102,7 +102,7 @@ class BFloat16(Float32):
     """Moments in bfloat16, rounded stochastically: 2 bytes each per parameter.
 
     To nearest, a second moment stops where a step changes it by less than half of bfloat16's spacing: at b2 = 0.999
-    it is off by up to a half. Stochastic rounding has no bias, and 2 bytes hold a moment to 0.3 % root mean square.
+    it is off by up to a half. A stochastic rounding has no bias, and 2 bytes hold a moment to 0.3 % root mean square.
     """
 
     name = "bfloat16"

@@ -14,8 +14,9 @@ for every sequence of gradients: 7.27 at 0.9 and 0.999. So no error of a code ca
 was not.
 
 Both are scaled to [0, 1] by the largest of their block, a run along the last axis, and rounded stochastically to
-levels that are dense near 0: :math:`(a/127)^2` for :math:`|r|`, :math:`(c/255)^4` for :math:`s`. The rounding is
-unbiased in :math:`r` and in :math:`v`. To nearest, an :math:`r` whose gradient died would never get from level 1 to 0.
+levels that are dense near 0: :math:`(a/127)^2` for :math:`|r|`, :math:`(c/255)^4` for :math:`s`. A rounding is
+unbiased in :math:`r` and in :math:`v`; what many of them leave, see `jadam._numerics.dither`. To nearest, an :math:`r`
+whose gradient died would never get from level 1 to 0.
 """
 
 import jax

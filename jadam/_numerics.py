@@ -149,7 +149,10 @@ def dither(index: jax.Array, salt: int, t: jax.Array, k: int) -> jax.Array:
 
     A hash of the place starts a walk round the circle of uint32 by the golden ratio, ``t`` steps long: over any run
     of steps an element's bits are spread more evenly than independent ones would be, so rounding errors cancel
-    sooner.
+    sooner: under random gradients the root mean square error of int8's v is 13 % less, of bfloat16's 30 %. The price:
+    bits that follow from those before leave v low in the mean, by a thousandth in bfloat16, in int8 by 0.3 % for the
+    largest of a block and 1.4 % for the smallest, far below that error (measured, on standard deviations from 1 to
+    0.001).
 
     Args:
         index: uint32, the elements' linear indices in the whole (global) array.
