@@ -40,11 +40,11 @@ from jadam.averaging import averaged_params as averaged_params
 from jadam.convert import convert_moments as convert_moments
 from jadam.groups import FROZEN as FROZEN
 from jadam.groups import by_path as by_path
+from jadam.measuring import Statistics as Statistics
+from jadam.measuring import statistics as statistics
 from jadam.planning import plan as plan
 from jadam.recording import history as history
 from jadam.recording import plot as plot
 from jadam.recording import record as record
-from jadam.statistics import Statistics as Statistics
-from jadam.statistics import statistics as statistics
 
 __version__ = "0.1.0"

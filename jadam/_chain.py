@@ -127,7 +127,10 @@ def chain(*stages: optax.GradientTransformation) -> Transformation:
         if isinstance(stage, ExactBF16):
             raise ValueError(f"chain's stage {i} is exact_bf16, which must be outermost: exact_bf16(chain(...)).")
         if hasattr(stage.update, "observe"):
-            raise ValueError(f"chain's stage {i} is record, which must be outermost: record(chain(...)).")
+            raise ValueError(
+                f"chain's stage {i} is record, which must be outermost: record(chain(...)). With other stages than "
+                "clipping: optax.chain(record(...), ...)."
+            )
     if not stages:
         raise ValueError("chain needs one stage at least, got none. optax.identity() changes nothing.")
     inner = optax.with_extra_args_support(optax.chain(*stages))

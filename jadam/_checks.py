@@ -228,12 +228,12 @@ def gradients(updates, state, params, *, planning: bool = False) -> None:
         same_tree(params, updates, "params", "updates")
 
 
-def state_of(state, state_type) -> None:
+def state_of(state, state_type, remedy: str = "If with other moments: jadam.convert_moments.") -> None:
     """Raise unless ``state`` has the fields of ``state_type``."""
     if getattr(state, "_fields", None) != state_type._fields:
         raise TypeError(
             f"state must be the {state_type.__name__} that init returns, got {type(state).__name__}. Was it made by "
-            "another transformation? If with other moments: jadam.convert_moments."
+            f"another transformation? {remedy}"
         )
 
 

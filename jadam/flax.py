@@ -13,7 +13,7 @@ from flax.training import train_state
 from jadam import _checks
 from jadam._step import step
 
-_pure = getattr(nnx, "as_pure", None) or nnx.pure  # the older name of the same function
+pure = getattr(nnx, "as_pure", None) or nnx.pure  # the older name of the same function
 
 
 class Optimizer(nnx.Optimizer):
@@ -65,8 +65,8 @@ class Optimizer(nnx.Optimizer):
             super().update(model, grads, **kwargs)
             return
         state_of = functools.partial(nnx.state, **({"graph": self.graph} if hasattr(self, "graph") else {}))
-        params, grads = _pure(state_of(model, self.wrt)), _pure(state_of(grads, self.wrt))
-        params, opt_state = step(self.tx, grads, _pure(self.opt_state), params)
+        params, grads = pure(state_of(model, self.wrt)), pure(state_of(grads, self.wrt))
+        params, opt_state = step(self.tx, grads, pure(self.opt_state), params)
         nnx.update(model, params)
         nnx.update(self.opt_state, state_of(opt_state))
         self.step[...] += 1

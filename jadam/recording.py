@@ -1,6 +1,7 @@
 """`jadam.statistics` every so many steps, kept in the optimizer's state; and a look at them afterwards."""
 
 import dataclasses
+import io
 from typing import Any, NamedTuple
 
 import jax
@@ -13,10 +14,11 @@ from jadam._describe import html_table
 from jadam._formats import leaf_name
 from jadam._numerics import apply_updates
 from jadam._transformation import Plan, Transformation
-from jadam.statistics import QUANTILES, Measures, in_rows, looked_into, steps_taken
+from jadam.measuring import QUANTILES, Measures, in_rows, looked_into, steps_taken
 
 SCALARS = Measures._fields[:-1]
 COLUMNS = len(SCALARS) + len(QUANTILES)
+BEGUN = "To record training that has begun: record(tx).init(params)._replace(inner_state=state)."
 
 
 class Ring(NamedTuple):
@@ -56,12 +58,15 @@ def record(
     ring of fixed size, so that nothing is compiled anew and nothing grows; it is part of the state, so that it works
     under `jax.lax.scan`, on a mesh and with donation, and is saved and restored with it. Read it with `history`.
 
-    It goes outside of `jadam.exact_bf16` and `jadam.chain`, and inside of `jadam.sharding.zero1`.
+    It goes outside of `jadam.exact_bf16` and `jadam.chain`, and inside of `jadam.sharding.zero1` and of Optax's own,
+    such as `optax.chain` and `optax.MultiSteps`. Training that has begun without it goes on with
+    ``record(tx).init(params)._replace(inner_state=state)``, and without it again with ``state.inner_state``.
 
     Args:
         tx: what `jadam.statistics` can look into.
         every: record when the number of steps taken is a multiple of this; >= 1.
-        keep: how many records, >= 1; later ones overwrite the oldest. Each takes 44 bytes a parameter array.
+        keep: how many records, >= 1; later ones overwrite the oldest. Each takes 44 bytes a parameter array. A state
+            keeps as many as where it was made.
         sample: of how many coordinates of each parameter, see `jadam.statistics`; None: of all, which takes a CPU
             as long as some fifty steps. As many drawn at random would tell a share to 0.3 %, standard deviation.
 
@@ -88,7 +93,7 @@ def record(
     every, keep = _checks.whole("every", every), _checks.whole("keep", keep)
     sample = _checks.whole("sample", sample, none=True)
     if not isinstance(tx, Transformation):
-        remedy = "Take jadam.chain for optax.chain, and zero1(record(...)) for record(zero1(...))."
+        remedy = "Optax's own and jadam.sharding.zero1 go around it: optax.MultiSteps(jadam.record(...), 4)."
         raise TypeError(
             f"record needs one of jadam's optimizers, such as jadam.adam(...), got {_checks.shown(tx)}. {remedy}"
         )
@@ -109,6 +114,7 @@ def record(
         text = jnp.asarray(np.frombuffer(names.encode(), np.uint8))
         return RecordState(state, Ring(jnp.full(keep, -1, jnp.int32), values, text))
 
+    @jax.jit  # or eager calls would compile the loop at every step
     def observe(state, params):
         """The new state with a record in it of itself and the new parameters, if it is time."""
         inner, ring, params = *jax.lax.stop_gradient(state), jax.lax.stop_gradient(params)
@@ -122,7 +128,7 @@ def record(
             # What is looked at comes with the number of the round: XLA else takes the look ahead of the loop, always.
             rounds, seen, count = jax.lax.optimization_barrier((rounds, (inner, params), steps_taken(inner)))
             row = _row(in_rows(tx, sample, *seen)[1])
-            slot = (count // every - 1) % steps.shape[0]
+            slot = jnp.argmin(steps)
             put = lambda array, x: jax.lax.dynamic_update_index_in_dim(array, x, slot, 0)
             return rounds + 1, put(steps, count), put(values, row)
 
@@ -133,12 +139,12 @@ def record(
     def update(updates, state, params=None, **extra_args) -> Any:
         if params is None:
             raise ValueError("record needs params: call update(updates, state, params).")
-        _checks.state_of(state, RecordState)
+        _checks.state_of(state, RecordState, BEGUN)
         updates, inner = tx.update(updates, state.inner_state, params, **extra_args)
         return updates, observe(RecordState(inner, state.ring), apply_updates(params, updates))
 
     def plan(updates, state, params) -> Plan:
-        _checks.state_of(state, RecordState)
+        _checks.state_of(state, RecordState, BEGUN)
         jobs, finish = tx.plan(updates, state.inner_state, params)
         return Plan(jobs, lambda stored: RecordState(finish(stored), state.ring))
 
@@ -156,7 +162,7 @@ def _row(measures: Measures) -> jax.Array:
 class History:
     """What `record` kept, oldest first, as NumPy arrays.
 
-    ``total`` and each of ``leaves`` map the names of `jadam.statistics.Measures` to arrays of a value for each of
+    ``total`` and each of ``leaves`` map the names of `jadam.measuring.Measures` to arrays of a value for each of
     ``steps``; ``step_quantiles`` has a row of five.
     """
 
@@ -205,7 +211,9 @@ def history(state) -> History:
         where pandas is installed; draw it with `plot`.
 
     Raises:
-        ValueError: no `RecordState` in ``state``, or several.
+        ValueError: no `RecordState` in ``state``, or several; one that `jax.vmap` made, for many trainings; arrays that
+            were donated or deleted.
+        TypeError: called within `jax.jit`.
 
     Example:
         >>> import jax.numpy as jnp, jadam
@@ -220,9 +228,19 @@ def history(state) -> History:
     found = [x for x in jax.tree.leaves(state, is_leaf=is_record) if is_record(x)]
     if len(found) != 1:
         raise ValueError(
-            f"state must hold the records of one record, found {len(found)}. Train with jadam.record(...)."
+            f"state must hold the records of one record, found {len(found)} in {_checks.shown(state)}. Train with "
+            "jadam.record(...), and give its state."
         )
-    steps, values, names = (np.asarray(x) for x in found[0].ring)
+    ring = found[0].ring
+    _checks.values(ring, "state.ring")
+    if any(isinstance(x, jax.core.Tracer) for x in ring):
+        raise TypeError("state must have values, got tracers. Call history outside of jax.jit.")
+    if jnp.ndim(ring.steps) != 1:
+        raise ValueError(
+            f"state must be of one training, got steps of shape {ring.steps.shape}, as jax.vmap makes them. The first "
+            "one's: history(jax.tree.map(lambda x: x[0], state))."
+        )
+    steps, values, names = map(np.asarray, ring)
     order = np.argsort(steps)[np.sum(steps < 0) :]
     steps, values = steps[order], values[order]
 
@@ -245,6 +263,7 @@ def plot(history: History) -> Any:
     Raises:
         ValueError: no record.
         TypeError: no `History`.
+        ImportError: no matplotlib.
 
     Example:
         >>> import jax.numpy as jnp, jadam
@@ -259,13 +278,23 @@ def plot(history: History) -> Any:
         raise TypeError(f"plot needs what jadam.history returned, got {type(history).__name__}.")
     if not len(history.steps):
         raise ValueError("plot needs a history of one record at least, got none. Train for `every` steps.")
-    from matplotlib.colors import LogNorm
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    try:
+        from matplotlib.colors import LogNorm
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import FuncFormatter, NullFormatter
+    except ImportError:
+        raise ImportError("plot needs matplotlib: pip install matplotlib.") from None
+
+    class Shown(Figure):
+        """A figure that a notebook shows also where matplotlib was not told so by ``%matplotlib inline``."""
+
+        def _repr_png_(self):
+            self.savefig(png := io.BytesIO(), format="png")
+            return png.getvalue()
 
     plain = FuncFormatter(lambda x, _: f"{x:g}")  # powers of ten need mathtext, which old versions run with warnings
     names = list(history.leaves)
-    figure = Figure(figsize=(9, 6 + 0.16 * min(len(names), 40)), layout="constrained")
+    figure = Shown(figsize=(9, 6 + 0.16 * min(len(names), 40)), layout="constrained")
     top, low = figure.subplots(2, 1, height_ratios=[1, 1 + 0.05 * min(len(names), 40)])
     grid = top.get_gridspec()
     top.remove()

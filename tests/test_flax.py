@@ -406,3 +406,19 @@ def test_flax_s_own_classes(name):
     if "exact" in name:
         masters = jadam.float32_params(variables, optimizer.opt_state)
         leaves_equal(masters, jadam.float32_params(linen.params, linen.opt_state))
+
+
+@pytest.mark.parametrize("make", [nnx.Optimizer, jadam.flax.Optimizer])
+def test_statistics_of_what_nnx_holds(make):
+    """Of its optimizer's state and the model's parameters as they are: the numbers of plain arrays."""
+    model, tx = nnx.Linear(2, 3, rngs=nnx.Rngs(0)), jadam.adam(0.1)
+    optimizer = make(model, tx, wrt=nnx.Param)
+    optimizer.update(model, nnx.grad(lambda model: jnp.sum(model(jnp.ones((1, 2))) ** 2))(model))
+    told = jadam.statistics(tx, optimizer.opt_state, nnx.state(model, nnx.Param))
+    plain = jax.tree.map(jnp.asarray, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    state = tx.init(plain)
+    pure = jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(optimizer.opt_state))
+    expected = jadam.statistics(tx, pure, plain)
+    assert list(told.leaves) == list(expected.leaves) == ["['bias']", "['kernel']"]
+    for a, b in zip(jax.tree.leaves(told), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -107,6 +108,20 @@ def test_it_never_grows():
     np.testing.assert_array_equal(jadam.history(state).steps, [39, 42, 45, 48])
 
 
+def test_eager_steps_do_not_compile_either(caplog):
+    """After the first, whose loop is all that a record adds."""
+    tx, p = jadam.record(jadam.adam(1e-2), every=3), jnp.ones(5)
+    state = tx.init(p)
+    counts = []
+    for _ in range(4):
+        caplog.clear()
+        with jax.log_compiles():
+            p, state = two_calls(tx, p, state, p)
+        counts.append(sum("Finished XLA compilation" in record.message for record in caplog.records))
+    assert counts[0] > 0
+    assert counts[1:] == [0, 0, 0]
+
+
 @pytest.mark.parametrize("keep", [10, 1000])
 def test_the_steps_between_do_next_to_nothing(keep):
     """A loop of one round at most, with all that is looked at in it; no copy of a parameter or of the ring."""
@@ -161,6 +176,22 @@ def test_sharded():
     np.testing.assert_allclose(state.ring.values, alone.ring.values, rtol=2 * 8392 * 2.0**-24)  # sums in another order
 
 
+def test_recording_of_training_that_has_begun():
+    """Goes on at its count; another ``every`` overwrites the oldest as well; and without it as before."""
+    plain, p = jadam.adam(1e-2), tree()
+    p, inner = trained(plain, p, 3)
+    with pytest.raises(TypeError, match=r"RecordState.*_replace\(inner_state=state\)"):
+        jadam.step(jadam.record(plain), p, inner, p)
+    often, seldom = jadam.record(plain, every=1, keep=3), jadam.record(plain, every=4, keep=3)
+    state = often.init(p)._replace(inner_state=inner)
+    for tx, n, steps in ((often, 3, [4, 5, 6]), (seldom, 6, [6, 8, 12])):
+        for _ in range(n):
+            p, state = jadam.step(tx, p, state, p)
+        np.testing.assert_array_equal(jadam.history(state).steps, steps)
+    _, inner = jadam.step(plain, p, state.inner_state, p)
+    assert inner[0].count == 13
+
+
 def test_exact_bf16_from_float32():
     tx = jadam.record(jadam.exact_bf16(jadam.adam(1e-4)), every=1, keep=5)
     w = tree()
@@ -212,6 +243,16 @@ def test_history_and_its_errors():
     with pytest.raises(ValueError, match="the records of one record, found 0"):
         jadam.history(jadam.adam(1e-3).init(p))
     assert "<table>" in empty._repr_html_()
+    batched = jax.vmap(tx.init)(jnp.ones((2, 5)))
+    with pytest.raises(ValueError, match=r"of one training, got steps of shape \(2, 3\)"):
+        jadam.history(batched)
+    assert len(jadam.history(jax.tree.map(lambda x: x[1], batched)).steps) == 0
+    with pytest.raises(TypeError, match=r"got tracers\. Call history outside of jax\.jit"):
+        jax.jit(lambda state: jadam.history(state).steps)(tx.init(p))
+    state = tx.init(p)
+    state.ring.steps.delete()
+    with pytest.raises(ValueError, match=r"state\.ring\.steps must be there, but was donated"):
+        jadam.history(state)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
@@ -225,7 +266,7 @@ def test_plot_and_table(steps):
     assert "no unit" in snr.get_ylabel()
     assert "no unit" in bar.get_ylabel()
     assert low.collections[0].get_array().shape == (13, min(steps, 3))
-    figure.savefig("/dev/null", format="png")  # nothing warns
+    assert figure._repr_png_().startswith(b"\x89PNG")  # nothing warns
     table = history._repr_html_()
     assert table.count("<tr>") == 1 + 1 + 13
     assert f"{history.total['snr'][-1]:.3g}" in table
@@ -242,9 +283,12 @@ def test_a_pandas_frame():
     assert list(frame.columns[-5:]) == ["step_5%", "step_25%", "step_50%", "step_75%", "step_95%"]
 
 
-def test_without_pandas(monkeypatch):
-    import sys
-
-    monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(ImportError, match="frame needs pandas: pip install pandas"):
-        jadam.history(jadam.record(jadam.adam(1e-3)).init(jnp.ones(2))).frame()
+@pytest.mark.parametrize(
+    ("package", "call"), [("pandas", lambda history: history.frame()), ("matplotlib.figure", jadam.plot)]
+)
+def test_without_pandas_or_matplotlib(monkeypatch, package, call):
+    _, state = trained(jadam.record(jadam.adam(1e-2), every=1), tree(), 1)
+    monkeypatch.setitem(sys.modules, package, None)
+    name = package.split(".")[0]
+    with pytest.raises(ImportError, match=f"needs {name}: pip install {name}"):
+        call(jadam.history(state))

@@ -12,7 +12,7 @@ from family import FAMILY
 from jax.sharding import Mesh
 
 import jadam
-from jadam.statistics import QUANTILES
+from jadam.measuring import QUANTILES
 
 B1, B2, EPS, RATE, DECAY, STEPS = 0.8, 0.95, 0.3, 0.01, 0.1, 5  # an eps that dominates here and there
 MESH = Mesh(np.array(jax.devices()), ("data",))

@@ -6,6 +6,7 @@ the less certain the direction, and the smaller the step.
 
 import functools
 import math
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -83,8 +84,8 @@ def statistics(
     Args:
         tx: the transformation: one of jadam's optimizers, also by `jadam.by_path`, in `jadam.chain` (after clipping),
             `jadam.exact_bf16`, `jadam.record` and `jadam.sharding.zero1`.
-        state: its state.
-        params: the parameters after the step.
+        state: its state; with Flax NNX ``optimizer.opt_state``.
+        params: the parameters after the step; with Flax NNX ``nnx.state(model, nnx.Param)``.
         updates: what ``tx.update`` returned. Default: what the moments imply, learning rate and weight decay included.
             For NAdam, whose step has a share of the last gradient, that is taken to be :math:`\hat m`.
         sample: look at no more than about so many coordinates of each parameter: evenly spaced indices of all axes but
@@ -108,6 +109,10 @@ def statistics(
     """
     sample = _checks.whole("sample", sample, none=True)
     tx = opened(tx)
+    if "flax.nnx" in sys.modules:
+        from jadam.flax import pure
+
+        state, params, updates = pure((state, params, updates))
     if params is None:
         raise ValueError("statistics needs params, the parameters after the step.")
     _checks.trainable(params, "params")
@@ -161,7 +166,10 @@ def looked_into(tx: Transformation, state, params) -> tuple[jax.Array, list[Job]
     try:
         jobs = tx.plan(none_new, _rewound(state), params).jobs
     except NotOnePass as reason:
-        raise ValueError(f"statistics cannot look into the transformation: {reason}.") from None
+        raise ValueError(
+            f"statistics and record cannot look into the transformation: {reason}. Take the optimizer alone and its "
+            "state, or optax.chain(..., record(...), ...)."
+        ) from None
     return steps_taken(state), jobs
 
 
