@@ -259,7 +259,10 @@ def _eager(**how):
     return jax.jit(functools.partial(step_p.bind, **how))
 
 
-step_p.def_impl(lambda *args, **how: _eager(**how)(*args))
+@step_p.def_impl
+def _(*args, **how):
+    with jax.disable_jit(False):  # else what is compiled would come back here for ever
+        return _eager(**how)(*args)
 
 
 def _lowering(platform="", kernel=None):

@@ -259,6 +259,18 @@ def test_hyperparameters_traced_where_the_step_is(name):
     assert_steps_agree((several[0], state), (expected[0]["a"], state), (params["a"], state))
 
 
+@pytest.mark.parametrize("moments", ["float32", "int8"])
+def test_with_jit_disabled(moments):
+    """As one debugs: the eager step's bits, eagerly and through a function that would be compiled."""
+    tx, p = jadam.adamw(0.1, moments=moments), jnp.linspace(-1, 1, 4096).reshape(32, 128)
+    state = tx.init(p)
+    expected = jadam.step(tx, p, state, p)
+    with jax.disable_jit():
+        for step in (jadam.step, jax.jit(jadam.step, static_argnums=0)):
+            for a, b in zip(*map(jax.tree.leaves, (step(tx, p, state, p), expected)), strict=True):
+                np.testing.assert_array_equal(a, b)
+
+
 def test_nothing_traced_outlives_its_trace():
     params = trees(0)
     make = lambda x: jadam.chain(jadam.clip(x), jadam.adamw(x, b1=x, weight_decay=x))
