@@ -257,8 +257,8 @@ def _implied(job: Job, m_hat, m, others, p):
 
 
 def _nothing() -> _Sums:
-    none = jnp.zeros([])
-    return _Sums(none, none, none, none, none, none, none, jnp.zeros(BINS))
+    none = jnp.zeros([], jnp.float32)
+    return _Sums(none, none, none, none, none, none, none, jnp.zeros(BINS, jnp.float32))
 
 
 def _histogram(sizes) -> jax.Array:

@@ -131,7 +131,7 @@ def record(
             row = _row(in_rows(tx, sample, *seen)[1])
             slot = jnp.argmin(steps)
             put = lambda array, x: jax.lax.dynamic_update_index_in_dim(array, x, slot, 0)
-            return rounds + 1, put(steps, count), put(values, row)
+            return rounds + 1, put(steps, count.astype(steps.dtype)), put(values, row)
 
         # A loop of no round or one, not a condition, out of which XLA would copy the ring at every step.
         _, steps, values = jax.lax.while_loop(due, look, (jnp.int32(0), ring.steps, ring.values))

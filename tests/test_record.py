@@ -192,6 +192,22 @@ def test_recording_of_training_that_has_begun():
     assert inner[0].count == 13
 
 
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", ["no parameters", "all frozen", "a wide count"])
+def test_the_rings_dtypes_under_x64(name):
+    """Are those it began with, whatever `jnp.zeros` means and whatever the count was restored as."""
+    inner = jadam.by_path([("", jadam.FROZEN)], 0.1) if name == "all frozen" else jadam.adam(0.1)
+    p = {} if name == "no parameters" else {"w": jnp.ones(3, jnp.float32)}
+    tx = jadam.record(inner, every=1, keep=2)
+    state = tx.init(p)
+    if name == "a wide count":
+        first, *rest = state.inner_state
+        state = state._replace(inner_state=(first._replace(count=jnp.int64(5)), *rest))
+    _, new = jadam.step(tx, p, state, p)
+    assert [x.dtype for x in new.ring] == [x.dtype for x in state.ring] == [jnp.int32, jnp.float32, jnp.uint8]
+    assert len(jadam.history(new).steps) == 1
+
+
 def test_exact_bf16_from_float32():
     tx = jadam.record(jadam.exact_bf16(jadam.adam(1e-4)), every=1, keep=5)
     w = tree()
