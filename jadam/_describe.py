@@ -198,10 +198,10 @@ def owners(state, params) -> list[tuple[str | None, str | None]]:
 
 def _owners(path, x, params) -> dict[tuple[str, ...], tuple[str, str | None]]:
     """For each tree of the state in which ``x`` lies at a parameter's path: that parameter, and the tree's field."""
-    if any(getattr(key, "name", None) == "ring" for key in path):  # of jadam.record
-        return {}
     keys, found = _keys(path), {}
     for i in range(len(keys) + 1):
+        if ".ring" in keys[:i]:  # a tree within what jadam.record keeps
+            break
         name, p = params.get(keys[i:], (None, None))
         field = _field(path[:i])
         if name is not None and jnp.ndim(p) == jnp.ndim(x) and field not in ("count", "version"):

@@ -227,7 +227,7 @@ def _sums(job: Job, made, p, update, sample) -> _Sums:
         "v_hat": jnp.where(made, jnp.square(root), 0),
         "update": jnp.square(size),
         "param": abs_sq(p),
-        "snr": divide(jnp.abs(m_hat), root),
+        "snr": jnp.where(made, divide(jnp.abs(m_hat), root), 0),
         "eps": (eps > own) & made,
         "zero": jnp.broadcast_to(zero, p.shape),
     }

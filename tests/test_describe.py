@@ -1,5 +1,7 @@
 """`describe` counts every byte of a state and says why."""
 
+from typing import NamedTuple
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -128,3 +130,16 @@ def test_a_bare_array_has_neither_count_nor_version():
     for p in (jnp.ones(5), jnp.ones(())):
         described = jadam.describe(jadam.scale_by_adam(moments="int8"), p)
         assert (described.leaves[0].bytes, described.other_bytes) == (8 * p.size + 2, 4 + 1)  # two unused scales
+
+
+class RingShaped(NamedTuple):
+    """Parameters under the name of what `jadam.record` keeps."""
+
+    ring: jax.Array
+    other: jax.Array
+
+
+@pytest.mark.parametrize("tx", [jadam.adam(1e-3), jadam.record(jadam.adam(1e-3), keep=2)])
+def test_a_parameter_called_ring(tx):
+    described = jadam.describe(tx, RingShaped(jnp.ones((64, 128)), jnp.ones((8, 8))))
+    assert [(leaf.name, leaf.bytes) for leaf in described.leaves] == [(".ring", 8 * 64 * 128), (".other", 8 * 64)]

@@ -208,9 +208,10 @@ def test_radam_before_it_trusts():
     np.testing.assert_allclose(jadam.statistics(tx, state, p).total.update_rms, np.sqrt(np.mean(u**2)), rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["int8", "exact_bf16", "adamax", "amsgrad", "radam"])
+@pytest.mark.parametrize("name", ["int8", "exact_bf16", "adamax", "amsgrad", "radam", "scheduled"])
 def test_before_the_first_step_all_is_zero(name):
     made = {"int8": lambda: adamw("int8"), "exact_bf16": lambda: jadam.exact_bf16(adamw("bfloat16"))}
+    made["scheduled"] = lambda: jadam.adam(1e-3, lambda count: B1)
     tx, p = made.get(name, lambda: getattr(jadam, name)(1e-3))(), tree()
     told = jadam.statistics(tx, tx.init(p), p)
     assert all((x == 0).all() for x in jax.tree.leaves(told))
