@@ -527,17 +527,17 @@ def resident():
         return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def memory(name, first, last):
+def memory(name, *ends):
     """Prints the least resident bytes of the 1,000 steps up to each of these; they go up and down a little."""
-    least = {first: 2**63, last: 2**63}
+    least = dict.fromkeys(ends, 2**63)
 
     def at(step, params):
         jax.block_until_ready(params)  # else steps are queued, some more and some fewer each time
-        for end in (first, last):
+        for end in ends:
             if end - 1000 <= step <= end and step % 20 == 0:
                 least[end] = min(least[end], resident())
 
-    trained(name, last + 1, at=at)
+    trained(name, ends[-1] + 1, at=at)
     print(*least.values())
 
 
@@ -645,8 +645,8 @@ if __name__ == "__main__":
             print(fuzz_directly(int(first), int(n)))
         case "by_xla", first, n:
             print(fuzz_by_xla(int(first), int(n)))
-        case "memory", name, first, last:
-            memory(name, int(first), int(last))
+        case "memory", name, *ends:
+            memory(name, *map(int, ends))
         case "forked", *names:
             forked(names)
         case ("huge",):
