@@ -20,7 +20,7 @@ from jadam._adamax import adamax_rule
 from jadam._amsgrad import amsgrad_of_v_rule, amsgrad_rule
 from jadam._exact_bf16 import join
 from jadam._formats import leaf_name
-from jadam._numerics import Beta, Reached, abs_sq, at_least_float32, divide, real
+from jadam._numerics import Beta, Reached, at_least_float32, divide, real
 from jadam._radam import radam_of_nadam_rule
 from jadam._transformation import Job, NotOnePass, ScheduledBetasState, Transformation
 from jadam.convert import has_moments
@@ -29,8 +29,10 @@ from jadam.groups import ByPathState
 QUANTILES = np.array([0.05, 0.25, 0.5, 0.75, 0.95], np.float32)
 CUT = 21  # of a float32's bits, those that tell no bin: four bins an octave
 BINS = 1 << 31 - CUT
-EDGES = np.minimum(np.arange(BINS + 1) << CUT, 0x7F800000).astype(np.uint32).view(np.float32)  # infinity at the end
-EDGES[np.finfo(np.float32).tiny > EDGES] = 0  # subnormal numbers count as 0
+EDGES = (np.arange(BINS + 1) << CUT).astype(np.uint32).view(np.float32)
+LOWER = np.where(np.finfo(np.float32).tiny > EDGES[:-1], 0, EDGES[:-1])  # subnormal numbers count as 0
+UPPER = np.fmin(EDGES[1:], np.finfo(np.float32).max)
+UPPER[np.isinf(LOWER)] = np.inf  # a bin of its own
 ROOTS = {  # of what is called v_hat, from this step's scalars and the second moments
     adamax_rule: lambda step, u: u,
     amsgrad_rule: lambda step, v, v_max: jnp.sqrt(v_max),
@@ -89,7 +91,8 @@ def statistics(
         updates: what ``tx.update`` returned. Default: what the moments imply, learning rate and weight decay included.
             For NAdam, whose step has a share of the last gradient, that is taken to be :math:`\hat m`.
         sample: look at no more than about so many coordinates of each parameter: evenly spaced indices of all axes but
-            the last, or of a vector. A row of the last axis is looked at whole. Default: all.
+            the last, or of a vector. A row of the last axis is looked at whole. Default: all, which takes some 40 bytes
+            each for as long as it looks.
 
     Returns:
         ``Statistics(total, leaves)``: `Measures` in total, and a dict of them by path, such as ``"['w']"``.
@@ -133,20 +136,51 @@ def _statistics(tx, sample, state, params, updates) -> Statistics:
 
 def in_rows(tx: Transformation, sample, state, params, updates=None) -> tuple[list[str], Measures]:
     """The parameters' paths, and `Measures` whose arrays have a row for the total, then one for each of these."""
-    count, jobs = looked_into(tx, state, params)
-    given = [None] * len(jobs) if updates is None else jax.tree.leaves(updates)
-    named = jax.tree_util.tree_leaves_with_path(params)
+    names, sizes = [], []
+
+    def measured(state, params, updates) -> Measures:
+        count, jobs = looked_into(tx, state, params)
+        given = [None] * len(jobs) if updates is None else jax.tree.leaves(updates)
+        means, histograms = [], []
+        for job, (path, p), u in zip(jobs, jax.tree_util.tree_leaves_with_path(params), given, strict=True):
+            if not job.frozen:
+                of_each, sizes_of_steps = _of_coordinates(job, count > 0, jnp.asarray(p), u, sample)
+                names.append(leaf_name(path))
+                sizes.append(np.size(p))
+                means.append(_means(of_each, 1 / max(1, math.prod(of_each.shape[1:]))))
+                histograms.append(_histogram(sizes_of_steps) * (np.size(p) / max(1, sizes_of_steps.size)))
+        if not names:
+            none = jnp.zeros(1, jnp.float32)
+            return Measures(none, none, none, none, none, none, jnp.zeros((1, len(QUANTILES)), jnp.float32))
+        leaves = jnp.stack(means, axis=1)
+        total = _means(leaves, np.float32(np.array([sizes]) / max(1, sum(sizes))))
+        v_hat, update, param, snr, eps, zero = jnp.concatenate([total[:, None], leaves], axis=1)
+        ratio = jnp.where(param == 0, 0, divide(update, param))
+        rows = jnp.stack(histograms)
+        quantiles = _quantiles(jnp.concatenate([jnp.sum(rows, axis=0, keepdims=True), rows]))
+        measures = Measures(v_hat, update, ratio, snr, eps, zero, quantiles)
+        return jax.tree.map(lambda x: x.astype(jnp.float32), measures)
+
     with jax.numpy_dtype_promotion("standard"):  # complex numbers over real ones
-        sums = {
-            leaf_name(path): _sums(job, count > 0, jnp.asarray(p), u, sample)
-            for job, (path, p), u in zip(jobs, named, given, strict=True)
-            if not job.frozen
-        }
-    if not sums:
-        return [], _measures(jax.tree.map(lambda x: x[None], _nothing()))
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *sums.values())
-    total = jax.tree.map(lambda x: jnp.sum(x, 0, keepdims=True), stacked)
-    return list(sums), _measures(jax.tree.map(lambda *x: jnp.concatenate(x), total, stacked))
+        measures = inferring_shardings(measured)(state, params, updates)
+    return names, measures
+
+
+def inferring_shardings(f):
+    """``f``, whose result every device has, also where a mesh's axes are `jax.sharding.AxisType.Explicit`.
+
+    There JAX wants to be told the sharding of sums and of what is gathered from arrays of several shardings.
+    """
+
+    def inferring(*args) -> Any:
+        meshes = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(args)]
+        mesh = next((mesh for mesh in meshes if mesh.explicit_axes), None)
+        if mesh is None:
+            return f(*args)
+        everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        return jax.sharding.auto_axes(f, axes=mesh.explicit_axes, out_sharding=everywhere)(*args)
+
+    return inferring
 
 
 def opened(tx) -> Transformation:
@@ -197,21 +231,9 @@ def _rewound(state):
     return jax.tree.map(one, state, is_leaf=has_its_own)
 
 
-class _Sums(NamedTuple):
-    """Over the coordinates of one parameter or several, of what `Measures` are made of."""
-
-    number: Any
-    v_hat: Any
-    update: Any  # squares
-    param: Any  # squares
-    snr: Any
-    eps: Any
-    zero: Any
-    histogram: Any
-
-
-def _sums(job: Job, made, p, update, sample) -> _Sums:
-    whole, few = p.size, _few(p.shape, sample)
+def _of_coordinates(job: Job, made, p, update, sample) -> tuple[jax.Array, jax.Array]:
+    """What `_means` takes, ``[6, *shape]``, of the coordinates looked at; and the sizes of their steps."""
+    few = _few(p.shape, sample)
     p = p[few] if job.remainder is None else join(p[few], job.remainder[few])
     job = job._replace(stored=tuple(x[few] for x in job.stored))
     m, *others = job.format.decode(job.stored, job.dtype)
@@ -222,18 +244,23 @@ def _sums(job: Job, made, p, update, sample) -> _Sums:
     eps = jnp.maximum(job.step.eps, jnp.sqrt(getattr(job.step, "eps_root", 0 * job.step.eps)))
     own = root - eps if job.rule is adamax_rule else root
     zero = (job.stored[0] == 0) & (job.stored[1] != 0) if job.format.name == "int8" else jnp.zeros([], bool)
-    weight = whole / max(1, p.size)  # of a coordinate that stands for several
-    of_each = {
-        "v_hat": jnp.where(made, jnp.square(root), 0),
-        "update": jnp.square(size),
-        "param": abs_sq(p),
-        "snr": jnp.where(made, divide(jnp.abs(m_hat), root), 0),
-        "eps": (eps > own) & made,
-        "zero": jnp.broadcast_to(zero, p.shape),
-    }
-    # One sum for all: XLA on a CPU allocates scalars for each at every step, also in a branch that is not taken.
-    sums = jnp.sum(jnp.stack([x.astype(jnp.float32) for x in of_each.values()]), range(1, 1 + p.ndim)) * weight
-    return _Sums(jnp.float32(whole), histogram=_histogram(size) * weight, **dict(zip(of_each, sums, strict=True)))
+    snr = jnp.where(made, divide(jnp.abs(m_hat), root), 0)
+    of_each = (jnp.where(made, root, 0), size, jnp.abs(p), snr, (eps > own) & made, jnp.broadcast_to(zero, p.shape))
+    return jnp.stack(of_each), size
+
+
+def _means(x, weights) -> jax.Array:
+    """Of ``x``, ``[6, ...]``, each over all but the first axis: three root mean squares and three means.
+
+    Squares are of parts of the largest number, so that they neither overflow nor vanish. They and the others are one
+    sum: XLA on a CPU allocates scalars for each at every step, also in a branch that is not taken.
+    """
+    axes = tuple(range(1, x.ndim))
+    largest = jnp.max(x[:3], axes, initial=0, keepdims=True)
+    most = float(jnp.finfo(x.dtype).max) / 4  # XLA multiplies by the reciprocal, which must not vanish either
+    unit = jnp.where((largest > 0) & (largest < jnp.inf), jnp.minimum(largest, most), 1)
+    sums = jnp.sum(jnp.concatenate([jnp.square(x[:3] / unit), x[3:]]) * weights, axes)
+    return jnp.concatenate([jnp.ravel(unit) * jnp.sqrt(sums[:3]), sums[3:]])
 
 
 def _few(shape, sample):
@@ -256,32 +283,20 @@ def _implied(job: Job, m_hat, m, others, p):
     return job.descended(job.rule(step, g, m, *others)[0], p)
 
 
-def _nothing() -> _Sums:
-    none = jnp.zeros([], jnp.float32)
-    return _Sums(none, none, none, none, none, none, none, jnp.zeros(BINS, jnp.float32))
-
-
 def _histogram(sizes) -> jax.Array:
     """How many of ``sizes``, which are >= 0, are in each bin."""
     sizes = sizes.astype(jnp.float32)
     sizes = jnp.where(sizes < np.finfo(np.float32).tiny, 0, sizes)
     bins = jax.lax.bitcast_convert_type(sizes, jnp.uint32) >> CUT
-    return jnp.zeros(BINS, jnp.int32).at[bins].add(1).astype(jnp.float32)
+    return jnp.zeros(BINS, jnp.uint32).at[bins].add(1).astype(jnp.float32)
 
 
 def _quantiles(histogram) -> jax.Array:
-    """Where ``QUANTILES`` of each row, a histogram, lie, by linear interpolation in the bin."""
-    reached = jnp.cumsum(histogram, axis=1)
-    rank = jnp.asarray(QUANTILES)[None, :] * reached[:, -1:]
+    """Where ``QUANTILES`` of each row, a histogram, lie, by linear interpolation in the first bin that reaches them."""
+    reached = jnp.where(histogram > 0, jnp.cumsum(histogram, axis=1), 0)  # a sum's roundings may reach an empty bin
+    rank = jnp.asarray(QUANTILES)[None, :] * jnp.max(reached, axis=1, keepdims=True)
     i = jnp.argmax(reached[:, None, :] >= rank[:, :, None], axis=2)
     inside, until = (jnp.take_along_axis(x, i, axis=1) for x in (histogram, reached))
-    lower, upper = jnp.asarray(EDGES)[i], jnp.asarray(EDGES)[i + 1]
-    return lower + divide(rank - (until - inside), inside) * (upper - lower)
-
-
-def _measures(x: _Sums) -> Measures:
-    """Of sums that are rows."""
-    n = jnp.maximum(x.number, 1)
-    rms = lambda squares: jnp.sqrt(squares / n)
-    ratio = jnp.where(x.param == 0, 0, divide(rms(x.update), rms(x.param)))
-    return Measures(rms(x.v_hat), rms(x.update), ratio, x.snr / n, x.eps / n, x.zero / n, _quantiles(x.histogram))
+    lower, upper = jnp.asarray(LOWER)[i], jnp.asarray(UPPER)[i]
+    share = jnp.clip(divide(rank - (until - inside), inside), 0, 1)
+    return jnp.where(lower == upper, lower, lower + share * (upper - lower))

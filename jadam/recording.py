@@ -15,7 +15,7 @@ from jadam._describe import html_table
 from jadam._formats import leaf_name
 from jadam._numerics import apply_updates
 from jadam._transformation import Plan, Transformation
-from jadam.measuring import QUANTILES, Measures, in_rows, looked_into, steps_taken
+from jadam.measuring import QUANTILES, Measures, in_rows, inferring_shardings, looked_into, steps_taken
 
 SCALARS = Measures._fields[:-1]
 COLUMNS = len(SCALARS) + len(QUANTILES)
@@ -119,6 +119,11 @@ def record(
     def observe(state, params):
         """The new state with a record in it of itself and the new parameters, if it is time."""
         inner, ring, params = *jax.lax.stop_gradient(state), jax.lax.stop_gradient(params)
+        return RecordState(state.inner_state, Ring(*written(inner, params, ring.steps, ring.values), ring.names))
+
+    @inferring_shardings
+    def written(inner, params, steps, values):
+        """What the ring holds after this step."""
 
         def due(carry):
             rounds, *_ = carry
@@ -134,8 +139,7 @@ def record(
             return rounds + 1, put(steps, count.astype(steps.dtype)), put(values, row)
 
         # A loop of no round or one, not a condition, out of which XLA would copy the ring at every step.
-        _, steps, values = jax.lax.while_loop(due, look, (jnp.int32(0), ring.steps, ring.values))
-        return RecordState(state.inner_state, Ring(steps, values, ring.names))
+        return jax.lax.while_loop(due, look, (jnp.int32(0), steps, values))[1:]
 
     def update(updates, state, params=None, **extra_args) -> Any:
         if params is None:

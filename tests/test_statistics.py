@@ -1,5 +1,6 @@
 """`jadam.statistics` against NumPy in float64, from the state's own arrays."""
 
+import contextlib
 import functools
 
 import jax
@@ -9,10 +10,11 @@ import optax
 import oracle
 import pytest
 from family import FAMILY
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jadam
-from jadam.measuring import QUANTILES
+from jadam.measuring import LOWER, QUANTILES, UPPER, _quantiles
 
 B1, B2, EPS, RATE, DECAY, STEPS = 0.8, 0.95, 0.3, 0.01, 0.1, 5  # an eps that dominates here and there
 MESH = Mesh(np.array(jax.devices()), ("data",))
@@ -161,6 +163,54 @@ def test_zero1():
         np.testing.assert_allclose(a, b, rtol=2 * 8729 * 2.0**-24)
 
 
+EXPLICIT = {
+    "float32": lambda: adamw("float32"),
+    "int8": lambda: adamw("int8"),
+    "chain": lambda: jadam.exact_bf16(jadam.chain(jadam.clip_by_global_norm(2.0), adamw("int8"))),
+    "amsgrad": lambda: jadam.amsgrad(1e-2, moments="bfloat16"),
+    "by_path": lambda: jadam.by_path([("bias", jadam.FROZEN), ("", {"b1": lambda count: B1})], 1e-2),
+}
+
+
+@pytest.mark.every(3)
+@pytest.mark.parametrize("context", [True, False], ids=["in set_mesh", "bare"])
+@pytest.mark.parametrize("axis", [0, 1], ids=["rows", "columns"])
+@pytest.mark.parametrize("name", EXPLICIT)
+def test_explicit_axes(name, axis, context):
+    """Where JAX infers no sharding: the numbers of one device, also of what record keeps, and one compilation."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    tx = jadam.record(EXPLICIT[name](), every=2, keep=2, sample=None)
+    dtype = jnp.bfloat16 if name == "chain" else jnp.float32
+    p, gradients = ({"kernel": x["kernel"], "bias": x["bias"]} for x in (tree(dtype=dtype), tree(1, dtype)))
+    p["kernel"] = p["kernel"][:, :128]
+    gradients["kernel"] = gradients["kernel"][:, :128]
+    spec = {"kernel": P("data", None) if axis == 0 else P(None, "data"), "bias": P()}
+    divide = lambda tree: {name: jax.device_put(x, NamedSharding(mesh, spec[name])) for name, x in tree.items()}
+
+    with jax.set_mesh(mesh) if context else contextlib.nullcontext():
+        p, gradients = divide(p), divide(gradients)
+        state = tx.init(p)
+        step = jax.jit(lambda p, state: jadam.step(tx, gradients, state, p))
+        for _ in range(3):  # the state comes to be on the mesh
+            p, state = step(p, state)
+        compiled = step._cache_size()
+        for _ in range(3):
+            p, state = step(p, state)
+        assert step._cache_size() == compiled
+        told = [jadam.statistics(tx, state, p), jadam.statistics(tx, state, p, gradients)]
+    assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves((told, state.ring)))
+    alone, alone_p, alone_gradients = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), (state, p, gradients))
+    wanted = [jadam.statistics(tx, alone, alone_p), jadam.statistics(tx, alone, alone_p, alone_gradients)]
+    for a, b in zip(jax.tree.leaves(told), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2 * 8216 * 2.0**-24)  # sums in another order
+    kept = jadam.history(state)
+    np.testing.assert_array_equal(kept.steps, [4, 6])
+    for name, x in {"total": told[0].total, **told[0].leaves}.items():
+        for field, value in x._asdict().items():
+            found = kept.total if name == "total" else kept.leaves[name]
+            np.testing.assert_allclose(found[field][-1], value, rtol=4212 * 2.0**-24)  # as in test_record
+
+
 @pytest.mark.every(3)
 @pytest.mark.parametrize("member", FAMILY, ids=str)
 def test_the_family(member):
@@ -258,6 +308,59 @@ def test_quantiles_of_what_is_in_one_bin_or_not_finite():
     assert (quantiles(half)[3:] > 1).all()
 
 
+def test_quantiles_are_in_order_and_where_something_is():
+    """Whatever roundings the sums of a histogram take: of counts beyond 2**24, of fractions, with gaps between."""
+    rng = np.random.default_rng(0)
+    histograms = np.zeros((500, 1020))  # the bins of finite numbers
+    for row in histograms:
+        modes = rng.choice(20, rng.integers(1, 5), replace=False)
+        for mode in modes:  # of 5, 20, ... % of all, so that what is told often lies at the end of a mode
+            width = rng.integers(1, 40)
+            parts = rng.random(width) ** rng.integers(1, 20)
+            row[51 * mode : 51 * mode + width] = rng.choice([1, 4, 5, 10]) * parts / parts.sum()
+        row *= rng.choice([1e-3, 1e3, 1e9])
+    histograms = np.pad(histograms, ((0, 0), (0, 4)))
+    told = np.asarray(_quantiles(jnp.asarray(histograms, jnp.float32)))
+    assert (np.diff(told) >= 0).all()
+    for row, values in zip(histograms, told, strict=True):
+        bins = np.flatnonzero(row)
+        within = (LOWER[bins] <= values[:, None]) & (values[:, None] <= UPPER[bins])
+        assert within.any(1).all() or (not bins.size and not values.any())
+        # 1,024 sums, each off by a rounding of all: the true rank is next to the one that is told
+        reached = np.cumsum(row) / max(row.sum(), 1e-30)
+        for value, q in zip(values[: 5 * (bins.size > 0)], QUANTILES, strict=False):
+            first = np.searchsorted(reached, q - 2.0**-14)
+            last = min(np.searchsorted(reached, q + 2.0**-14), bins[-1])
+            assert LOWER[first] <= value <= UPPER[last]
+
+
+@pytest.mark.parametrize("k", [-100, -70, 70, 118])
+def test_squares_neither_overflow_nor_vanish(k):
+    """A power of two before parameters and updates is before their root mean squares, to the bit."""
+    tx, p = jadam.adamax(1e-2, eps=0.0), tree()
+    _, (state, *rest), _ = trained(tx, p)
+    u = jax.tree.map(lambda p: p[..., ::-1] if p.ndim else p, p)
+    scaled = lambda tree: jax.tree.map(lambda x: x * 2.0**k, tree)
+    told = jadam.statistics(tx, (state, *rest), p, u)
+    beyond = state._replace(mu=scaled(state.mu), nu=scaled(state.nu))
+    far = jadam.statistics(tx, (beyond, *rest), scaled(p), scaled(u))
+    for a, b in zip([far.total, *far.leaves.values()], [told.total, *told.leaves.values()], strict=True):
+        for name in ("moment_rms", "update_rms"):
+            assert getattr(a, name) == getattr(b, name) * 2.0**k
+        np.testing.assert_array_equal(a.step_quantiles, b.step_quantiles * 2.0**k)
+        assert (a.update_ratio, a.snr) == (b.update_ratio, b.snr)
+    assert told.total.update_ratio == 1
+
+
+def test_the_largest_steps():
+    """Of the last finite bin, which ends at the largest finite number."""
+    tx, p = jadam.adam(1e-2), jnp.full(100, 3.4e38)
+    told = jadam.statistics(tx, tx.update(p, tx.init(p), p)[1], p, p).total
+    np.testing.assert_allclose([told.update_rms, told.update_ratio], [3.4e38, 1], rtol=100 * 2.0**-24)
+    assert ((told.step_quantiles >= 2.97e38) & (told.step_quantiles < jnp.inf)).all()
+    assert told.moment_rms == jnp.inf  # as v is
+
+
 def test_a_sample():
     """Every k-th row, or element of a vector; what differs between rows only in its order is told alike."""
     rows = jnp.asarray(np.random.default_rng(0).standard_normal((1, 128)), jnp.float32)
@@ -309,3 +412,5 @@ def test_complex_and_float64():
     for name in p:
         wanted = expected(p[name], np.abs(p[name]), u[name], np.asarray(p[name]), 1e-8)
         check(told.leaves[f"['{name}']"], wanted, u[name], p[name].size)
+    far = jadam.statistics(tx, state, *({"z": p["z"], "x": 1e-300 * x["x"]} for x in (p, u))).leaves["['x']"]
+    np.testing.assert_allclose(far.update_ratio, told.leaves["['x']"].update_ratio, rtol=2.0**-23)
