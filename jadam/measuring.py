@@ -33,6 +33,7 @@ EDGES = (np.arange(BINS + 1) << CUT).astype(np.uint32).view(np.float32)
 LOWER = np.where(np.finfo(np.float32).tiny > EDGES[:-1], 0, EDGES[:-1])  # subnormal numbers count as 0
 UPPER = np.fmin(EDGES[1:], np.finfo(np.float32).max)
 UPPER[np.isinf(LOWER)] = np.inf  # a bin of its own
+MOST = 2**20  # coordinates that are looked at at once
 ROOTS = {  # of what is called v_hat, from this step's scalars and the second moments
     adamax_rule: lambda step, u: u,
     amsgrad_rule: lambda step, v, v_max: jnp.sqrt(v_max),
@@ -124,40 +125,51 @@ def statistics(
     if updates is not None:
         _checks.trainable(updates, "updates")
         _checks.same_tree(updates, params, "updates", "params")
-    return _statistics(tx, sample, state, params, updates)
+    names, rows = _statistics(tx, sample, state, params, updates)
+    total, *leaves = map(Measures._make, zip(*map(list, rows), strict=True))
+    return Statistics(total, dict(zip(names, leaves, strict=True)))
+
+
+@jax.tree_util.register_static
+class _Names(tuple):
+    """Paths, which are no arrays, on their way out of `jax.jit`."""
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _statistics(tx, sample, state, params, updates) -> Statistics:
-    names, stacked = in_rows(tx, sample, state, params, updates)
-    total, *leaves = (jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(1 + len(names)))
-    return Statistics(total, dict(zip(names, leaves, strict=True)))
+def _statistics(tx, sample, state, params, updates) -> tuple[_Names, Measures]:
+    names, rows = in_rows(tx, sample, state, params, updates)
+    return _Names(names), rows
 
 
 def in_rows(tx: Transformation, sample, state, params, updates=None) -> tuple[list[str], Measures]:
     """The parameters' paths, and `Measures` whose arrays have a row for the total, then one for each of these."""
-    names, sizes = [], []
+    names = []
 
     def measured(state, params, updates) -> Measures:
         count, jobs = looked_into(tx, state, params)
         given = [None] * len(jobs) if updates is None else jax.tree.leaves(updates)
-        means, histograms = [], []
+        looked_at, numbers = [], []
         for job, (path, p), u in zip(jobs, jax.tree_util.tree_leaves_with_path(params), given, strict=True):
             if not job.frozen:
-                of_each, sizes_of_steps = _of_coordinates(job, count > 0, jnp.asarray(p), u, sample)
                 names.append(leaf_name(path))
-                sizes.append(np.size(p))
-                means.append(_means(of_each, 1 / max(1, math.prod(of_each.shape[1:]))))
-                histograms.append(_histogram(sizes_of_steps) * (np.size(p) / max(1, sizes_of_steps.size)))
+                numbers.append(np.size(p))
+                looked_at.append(_of_coordinates(job, count > 0, jnp.asarray(p), u, sample))
         if not names:
             none = jnp.zeros(1, jnp.float32)
             return Measures(none, none, none, none, none, none, jnp.zeros((1, len(QUANTILES)), jnp.float32))
-        leaves = jnp.stack(means, axis=1)
-        total = _means(leaves, np.float32(np.array([sizes]) / max(1, sum(sizes))))
-        v_hat, update, param, snr, eps, zero = jnp.concatenate([total[:, None], leaves], axis=1)
+        sizes, shares, histograms = zip(*map(_of_leaves, _batches(looked_at)), strict=True)
+        weights = np.array(numbers, np.float32)[None, None] / max(1, sum(numbers))
+
+        def with_total(mean, parts):
+            each = jnp.concatenate(parts, axis=1)
+            return jnp.concatenate([mean(each[:, None], weights), each], axis=1)
+
+        v_hat, update, param = with_total(_root_mean_square, sizes)
+        snr, eps, zero = with_total(_mean, shares)
         ratio = jnp.where(param == 0, 0, divide(update, param))
-        rows = jnp.stack(histograms)
-        quantiles = _quantiles(jnp.concatenate([jnp.sum(rows, axis=0, keepdims=True), rows]))
+        stand_for = np.array(numbers) / np.maximum(1, [math.prod(x.shape[1:]) for x in looked_at])
+        counts = jnp.concatenate(histograms) * stand_for.astype(np.float32)[:, None]
+        quantiles = _quantiles(jnp.concatenate([jnp.sum(counts, axis=0, keepdims=True), counts]))
         measures = Measures(v_hat, update, ratio, snr, eps, zero, quantiles)
         return jax.tree.map(lambda x: x.astype(jnp.float32), measures)
 
@@ -231,8 +243,8 @@ def _rewound(state):
     return jax.tree.map(one, state, is_leaf=has_its_own)
 
 
-def _of_coordinates(job: Job, made, p, update, sample) -> tuple[jax.Array, jax.Array]:
-    """What `_means` takes, ``[6, *shape]``, of the coordinates looked at; and the sizes of their steps."""
+def _of_coordinates(job: Job, made, p, update, sample) -> jax.Array:
+    """Three sizes and three shares, ``[6, 1, *shape]``, of the coordinates of a leaf that are looked at."""
     few = _few(p.shape, sample)
     p = p[few] if job.remainder is None else join(p[few], job.remainder[few])
     job = job._replace(stored=tuple(x[few] for x in job.stored))
@@ -240,27 +252,59 @@ def _of_coordinates(job: Job, made, p, update, sample) -> tuple[jax.Array, jax.A
     m_hat = m / job.step.b1.correction
     root = ROOTS.get(job.rule, lambda step, v: jnp.sqrt(v / step.b2.correction))(job.step, *others)
     update = _implied(job, m_hat, m, others, p) if update is None else update[few]
-    size = jnp.where(made, jnp.abs(update), 0)
     eps = jnp.maximum(job.step.eps, jnp.sqrt(getattr(job.step, "eps_root", 0 * job.step.eps)))
     own = root - eps if job.rule is adamax_rule else root
     zero = (job.stored[0] == 0) & (job.stored[1] != 0) if job.format.name == "int8" else jnp.zeros([], bool)
     snr = jnp.where(made, divide(jnp.abs(m_hat), root), 0)
-    of_each = (jnp.where(made, root, 0), size, jnp.abs(p), snr, (eps > own) & made, jnp.broadcast_to(zero, p.shape))
-    return jnp.stack(of_each), size
+    sizes = (jnp.where(made, root, 0), jnp.where(made, jnp.abs(update), 0), jnp.abs(p))
+    shares = (snr, (eps > own) & made, jnp.broadcast_to(zero, p.shape))
+    return jnp.stack([x[None] for x in (*sizes, *shares)])
 
 
-def _means(x, weights) -> jax.Array:
-    """Of ``x``, ``[6, ...]``, each over all but the first axis: three root mean squares and three means.
+def _batches(leaves) -> list[list]:
+    """Of arrays ``[6, 1, *shape]``, neighbours that fit into one of `MOST` coordinates, or one alone.
 
-    Squares are of parts of the largest number, so that they neither overflow nor vanish. They and the others are one
-    sum: XLA on a CPU allocates scalars for each at every step, also in a branch that is not taken.
+    By itself each would take XLA a tenth of a second to compile, and every step, whether it records or not, the time
+    to allocate scalars for its sums.
     """
-    axes = tuple(range(1, x.ndim))
-    largest = jnp.max(x[:3], axes, initial=0, keepdims=True)
+    batches, widest = [[]], 0
+    for leaf in leaves:
+        n = math.prod(leaf.shape[1:])
+        widest = max(widest, n)
+        if batches[-1] and widest * (1 + len(batches[-1])) > MOST:
+            batches.append([])
+            widest = n
+        batches[-1].append(leaf)
+    return batches
+
+
+def _of_leaves(batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Root mean squares and means, ``[3, leaves]``, and ``[leaves, BINS]``, how many of the steps are in each bin."""
+    numbers = np.array([math.prod(x.shape[1:]) for x in batch])
+    unused = numbers.max() - numbers
+    if len(batch) == 1:
+        (side_by_side,) = batch  # in its shape, for it may be divided over devices
+    else:
+        flat = (jnp.pad(x.reshape(6, 1, -1), ((0, 0), (0, 0), (0, n))) for x, n in zip(batch, unused, strict=True))
+        side_by_side = jnp.concatenate(list(flat), axis=1)
+    sizes, shares = side_by_side[:3], side_by_side[3:]
+    weights = np.float32(1 / np.maximum(1, numbers)).reshape(1, -1, *(1,) * (sizes.ndim - 2))
+    filled = np.where(np.arange(BINS) == 0, unused[:, None], 0).astype(np.float32)
+    return _root_mean_square(sizes, weights), _mean(shares, weights), _histograms(sizes[1]) - filled
+
+
+def _root_mean_square(x, weights) -> jax.Array:
+    """Over all but two axes. Squares are of parts of the largest, so that they neither overflow nor vanish."""
+    axes = tuple(range(2, x.ndim))
+    largest = jnp.max(x, axes, initial=0, keepdims=True)
     most = float(jnp.finfo(x.dtype).max) / 4  # XLA multiplies by the reciprocal, which must not vanish either
     unit = jnp.where((largest > 0) & (largest < jnp.inf), jnp.minimum(largest, most), 1)
-    sums = jnp.sum(jnp.concatenate([jnp.square(x[:3] / unit), x[3:]]) * weights, axes)
-    return jnp.concatenate([jnp.ravel(unit) * jnp.sqrt(sums[:3]), sums[3:]])
+    return jnp.squeeze(unit, axes) * jnp.sqrt(_mean(jnp.square(x / unit), weights))
+
+
+def _mean(x, weights) -> jax.Array:
+    """Over all but two axes, by weights that sum to 1."""
+    return jnp.sum(x * weights, range(2, x.ndim))
 
 
 def _few(shape, sample):
@@ -283,12 +327,14 @@ def _implied(job: Job, m_hat, m, others, p):
     return job.descended(job.rule(step, g, m, *others)[0], p)
 
 
-def _histogram(sizes) -> jax.Array:
-    """How many of ``sizes``, which are >= 0, are in each bin."""
+def _histograms(sizes) -> jax.Array:
+    """How many of each row's ``sizes``, which are >= 0, are in each bin."""
     sizes = sizes.astype(jnp.float32)
     sizes = jnp.where(sizes < np.finfo(np.float32).tiny, 0, sizes)
     bins = jax.lax.bitcast_convert_type(sizes, jnp.uint32) >> CUT
-    return jnp.zeros(BINS, jnp.uint32).at[bins].add(1).astype(jnp.float32)
+    row = jax.lax.broadcasted_iota(jnp.uint32, sizes.shape, 0)
+    counts = jnp.zeros(BINS * len(sizes), jnp.uint32).at[BINS * row + bins].add(1)
+    return counts.reshape(-1, BINS).astype(jnp.float32)
 
 
 def _quantiles(histogram) -> jax.Array:

@@ -14,6 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jadam
+from jadam import measuring
 from jadam.measuring import LOWER, QUANTILES, UPPER, _quantiles
 
 B1, B2, EPS, RATE, DECAY, STEPS = 0.8, 0.95, 0.3, 0.01, 0.1, 5  # an eps that dominates here and there
@@ -172,7 +173,7 @@ EXPLICIT = {
 }
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(7)
 @pytest.mark.parametrize("context", [True, False], ids=["in set_mesh", "bare"])
 @pytest.mark.parametrize("axis", [0, 1], ids=["rows", "columns"])
 @pytest.mark.parametrize("name", EXPLICIT)
@@ -373,11 +374,25 @@ def test_a_sample():
         # the total weighs a leaf by all its coordinates; each is a sum of 65,536 + 8,192 + 1,000 terms at most
         np.testing.assert_allclose(a, b, rtol=74728 * 2.0**-24)
     program = jax.make_jaxpr(lambda s, p: jadam.statistics(tx, s, p, sample=256))(state, p)
-    (program,) = program.eqns  # of the jitted function
-    adds = [e for e in program.params["jaxpr"].eqns if e.primitive.name == "scatter-add"]
-    assert [e.outvars[0].aval.shape for e in adds] == [(1024,)] * 3
-    counted = [e.invars[1].aval.shape[:-1] for e in adds]
-    assert sorted(counted) == [(2, 128), (2, 128), (250,)]
+    program = program.eqns[0]  # the jitted function; behind it the rows of its results
+    (adds,) = [e for e in program.params["jaxpr"].eqns if e.primitive.name == "scatter-add"]
+    assert adds.outvars[0].aval.shape == (3 * 1024,)
+    assert adds.invars[1].aval.shape[:-1] == (3, 256)  # of two rows of two matrices, and of 250 with some filled in
+
+
+@pytest.mark.parametrize("most", [1, 4096])
+def test_leaves_by_themselves_and_together(monkeypatch, most):
+    """How many are looked at at once changes nothing: the sums of the filled ones may be in another order."""
+    p, state, _ = trained(tx := adamw("int8"), tree())
+    told = jadam.statistics(tx, state, p)
+    monkeypatch.setattr(measuring, "MOST", most)
+    _, rows = measuring.in_rows(tx, None, state, p)
+    for name, total, *leaves in zip(
+        measuring.Measures._fields, *map(list, zip(*map(list, rows), strict=True)), strict=True
+    ):
+        np.testing.assert_allclose(total, getattr(told.total, name), rtol=8729 * 2.0**-24)
+        for x, path in zip(leaves, told.leaves, strict=True):
+            np.testing.assert_allclose(x, getattr(told.leaves[path], name), rtol=8729 * 2.0**-24)
 
 
 def test_one_trace_and_pure():
