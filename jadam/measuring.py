@@ -289,7 +289,7 @@ def _of_leaves(batch) -> tuple[jax.Array, jax.Array, jax.Array]:
         side_by_side = jnp.concatenate(list(flat), axis=1)
     sizes, shares = side_by_side[:3], side_by_side[3:]
     weights = np.float32(1 / np.maximum(1, numbers)).reshape(1, -1, *(1,) * (sizes.ndim - 2))
-    filled = np.where(np.arange(BINS) == 0, unused[:, None], 0).astype(np.float32)
+    filled = jnp.where(jnp.arange(BINS)[None, :] == 0, unused.astype(np.float32)[:, None], 0)
     return _root_mean_square(sizes, weights), _mean(shares, weights), _histograms(sizes[1]) - filled
 
 
