@@ -239,7 +239,7 @@ def test_strict_promotion(member, dtype):
     for rate in (1e-3, lambda count: jnp.float32(1e-3), jnp.float32(1e-3)):  # Optax's schedules promote
         tx = member.make(rate, b1=jnp.float32(0.9), b2=0.99)
         _, state = jax.jit(tx.update)(params, tx.init(params), params)
-        jadam.statistics(tx, state, params)
+    jadam.statistics(tx, state, params)
 
 
 WRAPPERS = {
