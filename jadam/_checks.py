@@ -239,6 +239,11 @@ def state_of(state, state_type, remedy: str = "If with other moments: jadam.conv
 
 def stages(state, n: int) -> None:
     """Raise unless ``state`` is a tuple of the states of so many stages."""
+    if hasattr(state, "inner_state"):
+        raise TypeError(
+            f"state must be the tuple of {n} that init returns, got {type(state).__name__} of a transformation around "
+            "this one. Take what is within: state.inner_state."
+        )
     if not (isinstance(state, tuple) and len(state) == n):
         got = (
             f"{type(state).__name__} of {len(state)}"

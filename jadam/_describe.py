@@ -72,6 +72,8 @@ class Description:
             each = f"{leaf.bytes / leaf.size:.2f}" if leaf.size else "-"
             shape = "x".join(map(str, leaf.shape)) or "scalar"
             rows.append((leaf.name, shape, str(leaf.dtype), leaf.format, f"{leaf.bytes:,}", each, leaf.reason))
+        if self.other_bytes > 100:  # more than counts
+            rows.append(("records, numbers of steps", "", "", "", f"{self.other_bytes:,}", "", ""))
         rows.append(("total", "", "", "", f"{self.bytes:,}", f"{self.bytes_per_parameter:.2f}", ""))
         return rows
 

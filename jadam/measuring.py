@@ -80,9 +80,9 @@ def statistics(
     for AMSGrad the largest so far, as its ``max_of`` has it; for AdaMax :math:`\sqrt{\hat v}` is the infinity norm
     :math:`\nu`, and eps dominates where it is more than half of that. Before the first step all are 0.
 
-    Quantiles are read off a histogram of fixed bins, a quarter of an octave each ([1, 1.25), [1.25, 1.5), ... times a
-    power of two), by linear interpolation within a bin: they are off by less than a bin, a fifth. Sorting would
-    cost many steps.
+    Quantiles are read off a histogram of fixed bins, four in each octave ([1, 1.25), [1.25, 1.5), ... times a power of
+    two), by linear interpolation within a bin: they are off by less than the bin, up to a quarter. Sorting would cost
+    many steps.
 
     Args:
         tx: the transformation: one of jadam's optimizers, also by `jadam.by_path`, in `jadam.chain` (after clipping),
@@ -91,9 +91,9 @@ def statistics(
         params: the parameters after the step; with Flax NNX ``nnx.state(model, nnx.Param)``.
         updates: what ``tx.update`` returned. Default: what the moments imply, learning rate and weight decay included.
             For NAdam, whose step has a share of the last gradient, that is taken to be :math:`\hat m`.
-        sample: look at no more than about so many coordinates of each parameter: evenly spaced indices of all axes but
-            the last, or of a vector. A row of the last axis is looked at whole. Default: all, which takes some 40 bytes
-            each for as long as it looks.
+        sample: look at about so many coordinates of each parameter: evenly spaced indices of all axes but the last, or
+            of a vector. A row of the last axis is looked at whole, and one at least. Default: all, which takes some 50
+            bytes each for as long as it looks.
 
     Returns:
         ``Statistics(total, leaves)``: `Measures` in total, and a dict of them by path, such as ``"['w']"``.
@@ -158,11 +158,11 @@ def in_rows(tx: Transformation, sample, state, params, updates=None) -> tuple[li
             none = jnp.zeros(1, jnp.float32)
             return Measures(none, none, none, none, none, none, jnp.zeros((1, len(QUANTILES)), jnp.float32))
         sizes, shares, histograms = zip(*map(_of_leaves, _batches(looked_at)), strict=True)
-        weights = np.array(numbers, np.float32)[None, None] / max(1, sum(numbers))
+        weights = np.array(numbers, np.float32)[None, None]
 
         def with_total(mean, parts):
             each = jnp.concatenate(parts, axis=1)
-            return jnp.concatenate([mean(each[:, None], weights), each], axis=1)
+            return jnp.concatenate([mean(each[:, None], np.array([sum(numbers)]), weights), each], axis=1)
 
         v_hat, update, param = with_total(_root_mean_square, sizes)
         snr, eps, zero = with_total(_mean, shares)
@@ -216,6 +216,11 @@ def looked_into(tx: Transformation, state, params) -> tuple[jax.Array, list[Job]
             f"statistics and record cannot look into the transformation: {reason}. Take the optimizer alone and its "
             "state, or optax.chain(..., record(...), ...)."
         ) from None
+    except ValueError as error:
+        if not str(error).startswith("updates"):
+            raise
+        text = str(error).removeprefix("updates")
+        raise ValueError(f"params{text} With Flax NNX: nnx.state(model, nnx.Param).") from None
     return steps_taken(state), jobs
 
 
@@ -255,7 +260,7 @@ def _of_coordinates(job: Job, made, p, update, sample) -> jax.Array:
     eps = jnp.maximum(job.step.eps, jnp.sqrt(getattr(job.step, "eps_root", 0 * job.step.eps)))
     own = root - eps if job.rule is adamax_rule else root
     zero = (job.stored[0] == 0) & (job.stored[1] != 0) if job.format.name == "int8" else jnp.zeros([], bool)
-    snr = jnp.where(made, divide(jnp.abs(m_hat), root), 0)
+    snr = jnp.where(made & (root != 0), divide(jnp.abs(m_hat), root), 0)
     sizes = (jnp.where(made, root, 0), jnp.where(made, jnp.abs(update), 0), jnp.abs(p))
     shares = (snr, (eps > own) & made, jnp.broadcast_to(zero, p.shape))
     return jnp.stack([x[None] for x in (*sizes, *shares)])
@@ -288,23 +293,22 @@ def _of_leaves(batch) -> tuple[jax.Array, jax.Array, jax.Array]:
         flat = (jnp.pad(x.reshape(6, 1, -1), ((0, 0), (0, 0), (0, n))) for x, n in zip(batch, unused, strict=True))
         side_by_side = jnp.concatenate(list(flat), axis=1)
     sizes, shares = side_by_side[:3], side_by_side[3:]
-    weights = np.float32(1 / np.maximum(1, numbers)).reshape(1, -1, *(1,) * (sizes.ndim - 2))
     filled = jnp.where(jnp.arange(BINS)[None, :] == 0, unused.astype(np.float32)[:, None], 0)
-    return _root_mean_square(sizes, weights), _mean(shares, weights), _histograms(sizes[1]) - filled
+    return _root_mean_square(sizes, numbers), _mean(shares, numbers), _histograms(sizes[1]) - filled
 
 
-def _root_mean_square(x, weights) -> jax.Array:
-    """Over all but two axes. Squares are of parts of the largest, so that they neither overflow nor vanish."""
+def _root_mean_square(x, numbers, weights=1) -> jax.Array:
+    """As `_mean`. Squares are of parts of the largest, so that they neither overflow nor vanish."""
     axes = tuple(range(2, x.ndim))
     largest = jnp.max(x, axes, initial=0, keepdims=True)
     most = float(jnp.finfo(x.dtype).max) / 4  # XLA multiplies by the reciprocal, which must not vanish either
     unit = jnp.where((largest > 0) & (largest < jnp.inf), jnp.minimum(largest, most), 1)
-    return jnp.squeeze(unit, axes) * jnp.sqrt(_mean(jnp.square(x / unit), weights))
+    return jnp.squeeze(unit, axes) * jnp.sqrt(_mean(jnp.square(x / unit), numbers, weights))
 
 
-def _mean(x, weights) -> jax.Array:
-    """Over all but two axes, by weights that sum to 1."""
-    return jnp.sum(x * weights, range(2, x.ndim))
+def _mean(x, numbers, weights=1) -> jax.Array:
+    """Of ``[3, leaves, ...]``, over all but two axes: of each leaf so many numbers, or what weighs as much."""
+    return jnp.sum(x * weights, range(2, x.ndim)) / np.maximum(1, numbers).astype(np.float32)[None, :]
 
 
 def _few(shape, sample):

@@ -19,7 +19,10 @@ from jadam.measuring import QUANTILES, Measures, in_rows, inferring_shardings, l
 
 SCALARS = Measures._fields[:-1]
 COLUMNS = len(SCALARS) + len(QUANTILES)
-BEGUN = "To record training that has begun: record(tx).init(params)._replace(inner_state=state)."
+BEGUN = (
+    "To record training that has begun: record(tx).init(params)._replace(inner_state=state); with Flax NNX "
+    "optimizer.opt_state = optimizer.opt_state._replace(inner_state=earlier.opt_state)."
+)
 
 
 class Ring(NamedTuple):
@@ -61,15 +64,20 @@ def record(
 
     It goes outside of `jadam.exact_bf16` and `jadam.chain`, and inside of `jadam.sharding.zero1` and of Optax's own,
     such as `optax.chain` and `optax.MultiSteps`. Training that has begun without it goes on with
-    ``record(tx).init(params)._replace(inner_state=state)``, and without it again with ``state.inner_state``.
+    ``record(tx).init(params)._replace(inner_state=state)``, and without it again with ``state.inner_state``. With Flax
+    NNX that is ``optimizer.opt_state = optimizer.opt_state._replace(inner_state=earlier.opt_state)`` of an optimizer
+    made with ``record(tx)``. Steps are the inner optimizer's: within `optax.MultiSteps` one for all its mini-batches;
+    what an `optax.chain` does to the updates afterwards is not seen. XLA takes about as long to compile a record as a
+    small model.
 
     Args:
         tx: what `jadam.statistics` can look into.
         every: record when the number of steps taken is a multiple of this; >= 1.
-        keep: how many records, >= 1; later ones overwrite the oldest. Each takes 44 bytes a parameter array. A state
-            keeps as many as where it was made.
-        sample: of how many coordinates of each parameter, see `jadam.statistics`; None: of all, which takes a CPU
-            as long as some fifty steps. As many drawn at random would tell a share to 0.3 %, standard deviation.
+        keep: how many records, >= 1; later ones overwrite the oldest. Each takes 44 bytes a parameter array. ``init``
+            fixes it: restore a saved state into one of the same ``keep``.
+        sample: of how many coordinates of each parameter, see `jadam.statistics`. The default, were they drawn at
+            random, would tell a share to 0.3 %, standard deviation. None: of all, which takes a CPU as long as some
+            fifty steps.
 
     Returns:
         A transformation with state `RecordState`; ``update`` needs ``params``.
@@ -94,7 +102,10 @@ def record(
     every, keep = _checks.whole("every", every), _checks.whole("keep", keep)
     sample = _checks.whole("sample", sample, none=True)
     if not isinstance(tx, Transformation):
-        remedy = "Optax's own and jadam.sharding.zero1 go around it: optax.MultiSteps(jadam.record(...), 4)."
+        remedy = (
+            "Take jadam's for Optax's optimizer; Optax's wrappers and jadam.sharding.zero1 go around it: "
+            "optax.MultiSteps(jadam.record(...), 4)."
+        )
         raise TypeError(
             f"record needs one of jadam's optimizers, such as jadam.adam(...), got {_checks.shown(tx)}. {remedy}"
         )
@@ -234,7 +245,8 @@ def history(state) -> History:
     if len(found) != 1:
         raise ValueError(
             f"state must hold the records of one record, found {len(found)} in {_checks.shown(state)}. Train with "
-            "jadam.record(...), and give its state."
+            "jadam.record(...), and give its state; a saved one restored into what init returns, with Flax NNX "
+            "optimizer.opt_state, and of several records one's state."
         )
     ring = found[0].ring
     _checks.values(ring, "state.ring")
@@ -298,6 +310,7 @@ def plot(history: History) -> Any:
             return png.getvalue()
 
     plain = FuncFormatter(lambda x, _: f"{x:g}")  # powers of ten need mathtext, which old versions run with warnings
+    minor = lambda x: plain if x.size and np.nanmax(x) < 10 * np.nanmin(x) else NullFormatter()  # less than a decade
     names = list(history.leaves)
     figure = Shown(figsize=(9, 6 + 0.16 * min(len(names), 40)), layout="constrained")
     top, low = figure.subplots(2, 1, height_ratios=[1, 1 + 0.05 * min(len(names), 40)])
@@ -314,7 +327,7 @@ def plot(history: History) -> Any:
     if np.isfinite(shown).any():
         sizes.set_yscale("log")
         sizes.yaxis.set_major_formatter(plain)
-        sizes.yaxis.set_minor_formatter(NullFormatter())
+        sizes.yaxis.set_minor_formatter(minor(shown))
     sizes.legend(frameon=False, fontsize="small")
     for name in names:
         snr.plot(history.steps, history.leaves[name]["snr"], color="0.7", lw=0.7)
@@ -338,5 +351,5 @@ def plot(history: History) -> Any:
     low.invert_yaxis()
     low.set(xlabel="step", title="update over parameter, root mean squares")
     bar = figure.colorbar(mesh, ax=low, label="ratio (no unit)", format=plain)
-    bar.ax.yaxis.set_minor_formatter(NullFormatter())
+    bar.ax.yaxis.set_minor_formatter(minor(ratio.compressed()))
     return figure

@@ -656,7 +656,7 @@ TOLD = [  # statistics and records
     (
         lambda: jadam.statistics(ADAM, STATE, {**W, "w": jnp.ones(4)}),
         ValueError,
-        "updates['w'] has shape (4,), state.mu has (2, 3).",
+        "params['w'] has shape (4,), state.mu has (2, 3).",
     ),
     (
         lambda: jadam.statistics(ADAM, jadam.amsgrad(1e-3).init(W), W),
@@ -688,12 +688,12 @@ TOLD = [  # statistics and records
     (
         lambda: jadam.record(None),
         TypeError,
-        "record needs one of jadam's optimizers, such as jadam.adam(...), got None. Optax's own and jadam.sharding.zero1 go around it",
+        "record needs one of jadam's optimizers, such as jadam.adam(...), got None. Take jadam's for Optax's optimizer; Optax's wrappers and jadam.sharding.zero1 go around it",
     ),
     (
         lambda: jadam.record(ZERO1),
         TypeError,
-        "got zero1: the state of 1 of 1 parameters divided by 8 ('data'). Optax's own and jadam.sharding.zero1 go around it: optax.MultiSteps(jadam.record(...), 4).",
+        "got zero1: the state of 1 of 1 parameters divided by 8 ('data'). Take jadam's for Optax's optimizer; Optax's wrappers and jadam.sharding.zero1 go around it: optax.MultiSteps(jadam.record(...), 4).",
     ),
     (lambda: jadam.record(RECORD), ValueError, "record must not be around another record. Drop one."),
     (
@@ -713,6 +713,11 @@ TOLD = [  # statistics and records
     ),
     (lambda: updated(RECORD, p=None), ValueError, "record needs params: call update(updates, state, params)."),
     (lambda: updated(RECORD, state=STATE), TypeError, "state must be the RecordState that init returns, got tuple."),
+    (
+        lambda: updated(ADAM, state=RECORD.init(W)),
+        TypeError,
+        "state must be the tuple of 2 that init returns, got RecordState of a transformation around this one. Take what is within: state.inner_state.",
+    ),
     (lambda: jadam.record(ADAM, every=0), ValueError, f"every {WHOLE}0."),
     (lambda: jadam.record(ADAM, every=None), ValueError, f"every {WHOLE}None."),
     (lambda: jadam.record(ADAM, every=True), ValueError, f"every {WHOLE}True."),

@@ -409,6 +409,20 @@ def test_flax_s_own_classes(name):
 
 
 @pytest.mark.parametrize("make", [nnx.Optimizer, jadam.flax.Optimizer])
+def test_recording_of_training_that_has_begun(make):
+    """The optimizer's state of before is put into that of one that records."""
+    model, tx = nnx.Linear(2, 3, rngs=nnx.Rngs(0)), jadam.adam(0.1)
+    loss = nnx.grad(lambda model: jnp.sum(model(jnp.ones((1, 2))) ** 2))
+    earlier = make(model, tx, wrt=nnx.Param)
+    earlier.update(model, loss(model))
+    optimizer = make(model, jadam.record(tx, every=1), wrt=nnx.Param)
+    optimizer.opt_state = optimizer.opt_state._replace(inner_state=earlier.opt_state)
+    for _ in range(2):
+        optimizer.update(model, loss(model))
+    np.testing.assert_array_equal(jadam.history(optimizer.opt_state).steps, [2, 3])
+
+
+@pytest.mark.parametrize("make", [nnx.Optimizer, jadam.flax.Optimizer])
 def test_statistics_of_what_nnx_holds(make):
     """Of its optimizer's state and the model's parameters as they are: the numbers of plain arrays."""
     model, tx = nnx.Linear(2, 3, rngs=nnx.Rngs(0)), jadam.adam(0.1)

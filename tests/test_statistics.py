@@ -268,6 +268,17 @@ def test_before_the_first_step_all_is_zero(name):
     assert all((x == 0).all() for x in jax.tree.leaves(told))
 
 
+def test_snr_where_v_is_zero():
+    """0, also where m is not: a gradient of 0 with b2=0, or one whose square vanishes."""
+    p, g = {"a": jnp.ones(3)}, {"a": jnp.full(3, 1e6)}
+    tx = jadam.adam(1e-2, b2=0.0)
+    _, state = tx.update(g, tx.init(p), p)
+    _, state = tx.update({"a": jnp.array([0.0, 1e-30, 1e6])}, state, p)
+    assert (state[0].mu["a"] != 0).all()
+    # of the last coordinate alone: m is 0.19e6, its correction 0.19, by a few roundings
+    np.testing.assert_allclose(jadam.statistics(tx, state, p).total.snr, 1 / 3, rtol=2.0**-21)
+
+
 def test_what_int8_rounds_to_zero():
     """A second gradient of -b1 times the first leaves m at 0 but for rounding, in every fourth column."""
     tx = jadam.adam(1e-2, 0.5, 0.999, moments="int8")  # 0.5, so that m is 0
