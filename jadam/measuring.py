@@ -34,6 +34,7 @@ LOWER = np.where(np.finfo(np.float32).tiny > EDGES[:-1], 0, EDGES[:-1])  # subno
 UPPER = np.fmin(EDGES[1:], np.finfo(np.float32).max)
 UPPER[np.isinf(LOWER)] = np.inf  # a bin of its own
 MOST = 2**20  # coordinates that are looked at at once
+SMALL = 2**10  # leaves up to here are of like size
 ROOTS = {  # of what is called v_hat, from this step's scalars and the second moments
     adamax_rule: lambda step, u: u,
     amsgrad_rule: lambda step, v, v_max: jnp.sqrt(v_max),
@@ -157,18 +158,21 @@ def in_rows(tx: Transformation, sample, state, params, updates=None) -> tuple[li
         if not names:
             none = jnp.zeros(1, jnp.float32)
             return Measures(none, none, none, none, none, none, jnp.zeros((1, len(QUANTILES)), jnp.float32))
-        sizes, shares, histograms = zip(*map(_of_leaves, _batches(looked_at)), strict=True)
-        weights = np.array(numbers, np.float32)[None, None]
+        few = np.array([math.prod(x.shape[1:]) for x in looked_at])
+        batches = _batches(few)
+        back = np.argsort([i for batch in batches for i in batch])
+        told = zip(*(_of_leaves([looked_at[i] for i in batch]) for batch in batches), strict=True)
+        sizes, shares, counts = (jnp.concatenate(x)[back] for x in told)
 
-        def with_total(mean, parts):
-            each = jnp.concatenate(parts, axis=1)
-            return jnp.concatenate([mean(each[:, None], np.array([sum(numbers)]), weights), each], axis=1)
+        def with_total(mean, each):
+            each = each.T
+            total = mean(each[:, None], np.array([sum(numbers)]), np.array(numbers, np.float32)[None, None])
+            return jnp.concatenate([total, each], axis=1)
 
         v_hat, update, param = with_total(_root_mean_square, sizes)
         snr, eps, zero = with_total(_mean, shares)
         ratio = jnp.where(param == 0, 0, divide(update, param))
-        stand_for = np.array(numbers) / np.maximum(1, [math.prod(x.shape[1:]) for x in looked_at])
-        counts = jnp.concatenate(histograms) * stand_for.astype(np.float32)[:, None]
+        counts *= (np.array(numbers) / np.maximum(1, few)).astype(np.float32)[:, None]
         quantiles = _quantiles(jnp.concatenate([jnp.sum(counts, axis=0, keepdims=True), counts]))
         measures = Measures(v_hat, update, ratio, snr, eps, zero, quantiles)
         return jax.tree.map(lambda x: x.astype(jnp.float32), measures)
@@ -266,25 +270,23 @@ def _of_coordinates(job: Job, made, p, update, sample) -> jax.Array:
     return jnp.stack([x[None] for x in (*sizes, *shares)])
 
 
-def _batches(leaves) -> list[list]:
-    """Of arrays ``[6, 1, *shape]``, neighbours that fit into one of `MOST` coordinates, or one alone.
+def _batches(numbers) -> list[list[int]]:
+    """Which leaves, of so many coordinates, are looked at together: of like sizes, within `MOST`; or one alone.
 
     By itself each would take XLA a tenth of a second to compile, and every step, whether it records or not, the time
     to allocate scalars for its sums.
     """
-    batches, widest = [[]], 0
-    for leaf in leaves:
-        n = math.prod(leaf.shape[1:])
-        widest = max(widest, n)
-        if batches[-1] and widest * (1 + len(batches[-1])) > MOST:
+    batches, widest = [], 0
+    for i in np.argsort(-numbers, kind="stable"):
+        if not batches or 2 * numbers[i] < widest > SMALL or widest * (1 + len(batches[-1])) > MOST:
             batches.append([])
-            widest = n
-        batches[-1].append(leaf)
+            widest = numbers[i]
+        batches[-1].append(i)
     return batches
 
 
 def _of_leaves(batch) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Root mean squares and means, ``[3, leaves]``, and ``[leaves, BINS]``, how many of the steps are in each bin."""
+    """Root mean squares and means, ``[leaves, 3]``, and ``[leaves, BINS]``, how many of the steps are in each bin."""
     numbers = np.array([math.prod(x.shape[1:]) for x in batch])
     unused = numbers.max() - numbers
     if len(batch) == 1:
@@ -294,7 +296,7 @@ def _of_leaves(batch) -> tuple[jax.Array, jax.Array, jax.Array]:
         side_by_side = jnp.concatenate(list(flat), axis=1)
     sizes, shares = side_by_side[:3], side_by_side[3:]
     filled = jnp.where(jnp.arange(BINS)[None, :] == 0, unused.astype(np.float32)[:, None], 0)
-    return _root_mean_square(sizes, numbers), _mean(shares, numbers), _histograms(sizes[1]) - filled
+    return _root_mean_square(sizes, numbers).T, _mean(shares, numbers).T, _histograms(sizes[1]) - filled
 
 
 def _root_mean_square(x, numbers, weights=1) -> jax.Array:
