@@ -34,7 +34,7 @@ soak = [pytest.mark.long, pytest.mark.soak]
 def run_program(*args, timeout, **env):
     """The last line that `kernel_program` prints; a crash is reported with the call that caused it."""
     path = str(Path(jadam.__file__).parents[1])
-    command = [sys.executable, "-W", "error", "-W", "ignore:.*fork:", program.__file__, *map(str, args)]
+    command = [sys.executable, "-W", "error", program.__file__, *map(str, args)]
     done = subprocess.run(
         command,
         env={**os.environ, "PYTHONPATH": path, **env},
