@@ -295,8 +295,9 @@ def _of_leaves(batch) -> tuple[jax.Array, jax.Array, jax.Array]:
         flat = (jnp.pad(x.reshape(6, 1, -1), ((0, 0), (0, 0), (0, n))) for x, n in zip(batch, unused, strict=True))
         side_by_side = jnp.concatenate(list(flat), axis=1)
     sizes, shares = side_by_side[:3], side_by_side[3:]
-    filled = jnp.where(jnp.arange(BINS)[None, :] == 0, unused.astype(np.float32)[:, None], 0)
-    return _root_mean_square(sizes, numbers).T, _mean(shares, numbers).T, _histograms(sizes[1]) - filled
+    zeros, counts = jnp.split(_histograms(sizes[1]), [1], axis=1)
+    counts = jnp.concatenate([zeros - unused.astype(np.float32)[:, None], counts], axis=1)
+    return _root_mean_square(sizes, numbers).T, _mean(shares, numbers).T, counts
 
 
 def _root_mean_square(x, numbers, weights=1) -> jax.Array:
@@ -338,7 +339,8 @@ def _histograms(sizes) -> jax.Array:
     sizes = sizes.astype(jnp.float32)
     sizes = jnp.where(sizes < np.finfo(np.float32).tiny, 0, sizes)
     bins = jax.lax.bitcast_convert_type(sizes, jnp.uint32) >> CUT
-    row = jax.lax.broadcasted_iota(jnp.uint32, sizes.shape, 0)
+    row = jnp.arange(len(sizes), dtype=jnp.uint32).reshape(-1, *[1] * (sizes.ndim - 1))
+    bins, row = jax.lax.optimization_barrier((bins, row))  # or XLA multiplies ahead of record's loop, at every step
     counts = jnp.zeros(BINS * len(sizes), jnp.uint32).at[BINS * row + bins].add(1)
     return counts.reshape(-1, BINS).astype(jnp.float32)
 

@@ -146,6 +146,20 @@ def test_the_steps_between_do_next_to_nothing(keep):
     assert program.memory_analysis().temp_size_in_bytes <= alone + 16 * 4 * 2**15
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("moments", ["float32", "int8"])
+def test_nothing_of_the_look_is_ahead_of_its_loop(moments, dtype):
+    """XLA takes out of a loop what is the same in every round, here into every step; constants cost nothing there."""
+    tx, p = jadam.adamw(1e-3, moments=moments), tree(dtype=dtype)
+    tx = jadam.record(jadam.exact_bf16(tx) if dtype == jnp.bfloat16 else tx)
+    step = jax.jit(lambda p, state, g: jadam.step(tx, g, state, p), donate_argnums=(0, 1))
+    text = step.lower(p, tx.init(p), p).compile().as_text()
+    entry = text[text.index("ENTRY") :].splitlines()
+    of_the_look = [line for line in entry if "/while/body/" in line]
+    assert any("/while/body/" in line for line in text.splitlines())
+    assert [line for line in of_the_look if not re.search(r" constant\(", line)] == []
+
+
 def test_describe_says_one_pass():
     p = tree()
     for tx in (jadam.adamw(1e-3, moments="int8"), jadam.chain(jadam.clip(1.0), jadam.adam(1e-3))):
