@@ -158,8 +158,8 @@ def in_rows(tx: Transformation, sample, state, params, updates=None) -> tuple[li
         if not names:
             none = jnp.zeros(1, jnp.float32)
             return Measures(none, none, none, none, none, none, jnp.zeros((1, len(QUANTILES)), jnp.float32))
-        few = np.array([math.prod(x.shape[1:]) for x in looked_at])
-        batches = _batches(few)
+        seen = np.array([math.prod(x.shape[1:]) for x in looked_at])
+        batches = _batches(seen)
         back = np.argsort([i for batch in batches for i in batch])
         told = zip(*(_of_leaves([looked_at[i] for i in batch]) for batch in batches), strict=True)
         sizes, shares, counts = (jnp.concatenate(x)[back] for x in told)
@@ -172,7 +172,7 @@ def in_rows(tx: Transformation, sample, state, params, updates=None) -> tuple[li
         v_hat, update, param = with_total(_root_mean_square, sizes)
         snr, eps, zero = with_total(_mean, shares)
         ratio = jnp.where(param == 0, 0, divide(update, param))
-        counts *= (np.array(numbers) / np.maximum(1, few)).astype(np.float32)[:, None]
+        counts *= (np.array(numbers) / np.maximum(1, seen)).astype(np.float32)[:, None]
         quantiles = _quantiles(jnp.concatenate([jnp.sum(counts, axis=0, keepdims=True), counts]))
         measures = Measures(v_hat, update, ratio, snr, eps, zero, quantiles)
         return jax.tree.map(lambda x: x.astype(jnp.float32), measures)

@@ -174,7 +174,7 @@ def _row(measures: Measures) -> jax.Array:
     return jnp.concatenate([jnp.stack(measures[:-1], axis=1), measures[-1]], axis=1)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class History:
     """What `record` kept, oldest first, as NumPy arrays.
 
@@ -271,6 +271,8 @@ def history(state) -> History:
 def plot(history: History) -> Any:
     """Draw a `History`: step sizes, signal-to-noise ratio, and each parameter's update-to-parameter ratio.
 
+    A dotted line marks the first record whose update is not finite; curves end there.
+
     Args:
         history: what `history` returned, of one record at least.
 
@@ -328,6 +330,9 @@ def plot(history: History) -> Any:
         sizes.set_yscale("log")
         sizes.yaxis.set_major_formatter(plain)
         sizes.yaxis.set_minor_formatter(minor(shown))
+    lost = history.steps[~np.isfinite(history.total["update_rms"])]
+    for axes in (sizes, snr) if len(lost) else ():
+        axes.axvline(lost[0], color="0.3", ls=":", label="first record not finite")
     sizes.legend(frameon=False, fontsize="small")
     for name in names:
         snr.plot(history.steps, history.leaves[name]["snr"], color="0.7", lw=0.7)

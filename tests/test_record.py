@@ -302,6 +302,29 @@ def test_plot_and_table(steps):
     assert f"{history.total['snr'][-1]:.3g}" in table
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_plot_tells_where_training_was_lost(bad, tmp_path):
+    tx, p = jadam.record(jadam.adam(1e-2), every=1), tree()
+    state = tx.init(p)
+    for i in range(5):
+        g = jax.tree.map(lambda x, i=i: jnp.full_like(x, bad if i == 3 else 1), p)
+        p, state = jadam.step(tx, g, state, p)
+    figure = jadam.plot(jadam.history(state))
+    _, sizes, snr, _ = figure.axes
+    for axes in (sizes, snr):
+        (line,) = [line for line in axes.lines if line.get_label() == "first record not finite"]
+        assert line.get_xdata()[0] == 4
+    assert "first record not finite" in [text.get_text() for text in snr.get_legend().get_texts()]
+    figure.savefig(tmp_path / "lost.png")  # nothing warns
+
+
+def test_a_history_is_equal_to_itself():
+    _, state = trained(jadam.record(jadam.adam(1e-2), every=1, keep=3), tree(), 1)
+    history = jadam.history(state)
+    assert history == history
+    assert history != jadam.history(state)
+
+
 def test_a_pandas_frame():
     _, state = trained(jadam.record(jadam.adam(1e-2), every=2, keep=3), tree(), 5)
     history = jadam.history(state)
