@@ -33,6 +33,7 @@ EDGES = (np.arange(BINS + 1) << CUT).astype(np.uint32).view(np.float32)
 LOWER = np.where(np.finfo(np.float32).tiny > EDGES[:-1], 0, EDGES[:-1])  # subnormal numbers count as 0
 UPPER = np.fmin(EDGES[1:], np.finfo(np.float32).max)
 UPPER[np.isinf(LOWER)] = np.inf  # a bin of its own
+NANS = 1 + np.flatnonzero(np.isinf(LOWER))[0]  # the bins from here on
 MOST = 2**20  # coordinates that are looked at at once
 SMALL = 2**10  # leaves up to here are of like size
 ROOTS = {  # of what is called v_hat, from this step's scalars and the second moments
@@ -92,9 +93,9 @@ def statistics(
         params: the parameters after the step; with Flax NNX ``nnx.state(model, nnx.Param)``.
         updates: what ``tx.update`` returned. Default: what the moments imply, learning rate and weight decay included.
             For NAdam, whose step has a share of the last gradient, that is taken to be :math:`\hat m`.
-        sample: look at about so many coordinates of each parameter: evenly spaced indices of all axes but the last, or
-            of a vector. A row of the last axis is looked at whole, and one at least. Default: all, which takes some 50
-            bytes each for as long as it looks.
+        sample: look at about so many coordinates of each parameter: evenly spaced indices of all axes but the last,
+            fewest of the longest of these, or of a vector. A row of the last axis is looked at whole, and one at least.
+            Default: all, which takes some 50 bytes each for as long as it looks.
 
     Returns:
         ``Statistics(total, leaves)``: `Measures` in total, and a dict of them by path, such as ``"['w']"``.
@@ -317,11 +318,12 @@ def _mean(x, numbers, weights=1) -> jax.Array:
 def _few(shape, sample):
     """The index of at most about ``sample`` elements, for every array whose axes but the last are ``shape``'s."""
     fewer = 1 if sample is None else -(-math.prod(shape) // sample)
-    index = []
-    for size in shape[: max(1, len(shape) - 1)]:
-        stride = max(1, min(fewer, size))
+    leading = shape[: max(1, len(shape) - 1)]
+    index = [slice(None)] * len(leading)
+    for axis in sorted(range(len(leading)), key=lambda axis: -leading[axis]):  # of stacked layers each, if it can be
+        stride = max(1, min(fewer, leading[axis]))
         fewer = -(-fewer // stride)
-        index.append(slice((stride - 1) // 2, None, stride))
+        index[axis] = slice((stride - 1) // 2, None, stride)
     return tuple(index)
 
 
@@ -346,11 +348,15 @@ def _histograms(sizes) -> jax.Array:
 
 
 def _quantiles(histogram) -> jax.Array:
-    """Where ``QUANTILES`` of each row, a histogram, lie, by linear interpolation in the first bin that reaches them."""
+    """Where ``QUANTILES`` of each row, a histogram, lie, by linear interpolation in the first bin that reaches them.
+
+    NaN where anything is, as a mean would be.
+    """
     reached = jnp.where(histogram > 0, jnp.cumsum(histogram, axis=1), 0)  # a sum's roundings may reach an empty bin
     rank = jnp.asarray(QUANTILES)[None, :] * jnp.max(reached, axis=1, keepdims=True)
     i = jnp.argmax(reached[:, None, :] >= rank[:, :, None], axis=2)
     inside, until = (jnp.take_along_axis(x, i, axis=1) for x in (histogram, reached))
     lower, upper = jnp.asarray(LOWER)[i], jnp.asarray(UPPER)[i]
     share = jnp.clip(divide(rank - (until - inside), inside), 0, 1)
-    return jnp.where(lower == upper, lower, lower + share * (upper - lower))
+    told = jnp.where(lower == upper, lower, lower + share * (upper - lower))
+    return jnp.where(jnp.any(histogram[:, NANS:] > 0, axis=1, keepdims=True), jnp.nan, told)

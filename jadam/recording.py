@@ -76,8 +76,8 @@ def record(
         keep: how many records, >= 1; later ones overwrite the oldest. Each takes 44 bytes a parameter array. ``init``
             fixes it: restore a saved state into one of the same ``keep``.
         sample: of how many coordinates of each parameter, see `jadam.statistics`. The default, were they drawn at
-            random, would tell a share to 0.3 %, standard deviation. None: of all, which takes a CPU as long as some
-            fifty steps.
+            random, would tell a share to 0.3 %, standard deviation; a single NaN may lie between them. None: of all,
+            which takes a CPU as long as some fifty steps.
 
     Returns:
         A transformation with state `RecordState`; ``update`` needs ``params``.
@@ -176,7 +176,7 @@ def _row(measures: Measures) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class History:
-    """What `record` kept, oldest first, as NumPy arrays.
+    """What `record` kept, oldest first, as NumPy arrays. Equal to itself alone.
 
     ``total`` and each of ``leaves`` map the names of `jadam.measuring.Measures` to arrays of a value for each of
     ``steps``; ``step_quantiles`` has a row of five.
@@ -271,7 +271,8 @@ def history(state) -> History:
 def plot(history: History) -> Any:
     """Draw a `History`: step sizes, signal-to-noise ratio, and each parameter's update-to-parameter ratio.
 
-    A dotted line marks the first record whose update is not finite; curves end there.
+    A dotted line marks the first record whose update is not finite, in whatever parameter; a number that is not
+    finite is not drawn, a band from a quantile of 0 on starts at the smallest size that is.
 
     Args:
         history: what `history` returned, of one record at least.
@@ -280,7 +281,7 @@ def plot(history: History) -> Any:
         A `matplotlib.figure.Figure`; needs matplotlib.
 
     Raises:
-        ValueError: no record.
+        ValueError: no record, or none of a parameter.
         TypeError: no `History`.
         ImportError: no matplotlib.
 
@@ -297,6 +298,8 @@ def plot(history: History) -> Any:
         raise TypeError(f"plot needs what jadam.history returned, got {type(history).__name__}.")
     if not len(history.steps):
         raise ValueError("plot needs a history of one record at least, got none. Train for `every` steps.")
+    if not history.leaves:
+        raise ValueError("plot needs a history of one parameter at least, got none: there is none that is trained.")
     try:
         from matplotlib.colors import LogNorm
         from matplotlib.figure import Figure
@@ -320,23 +323,32 @@ def plot(history: History) -> Any:
     top.remove()
     sizes, snr = (figure.add_subplot(part) for part in grid[0].subgridspec(1, 2))
     blue, orange = "#0072b2", "#d55e00"  # Okabe & Ito's, which the colour-blind tell apart
-    shown = np.where(history.total["step_quantiles"] > 0, history.total["step_quantiles"], np.nan).T  # log has no 0
-    marker = "o" if len(history.steps) == 1 else None
+    shown = history.total["step_quantiles"].T
+    shown = np.where((shown > 0) & np.isfinite(shown), shown, np.nan)  # log has no 0
+    drawn = np.isfinite(shown[2:]).any()
+    for low_end, high_end in ((0, 4), (1, 3)) if drawn else ():
+        reaches = np.isfinite(shown[high_end]) & np.isnan(shown[low_end])
+        shown[low_end, reaches] = np.nanmin(shown)
+    marker = lambda x: "o" if np.isfinite(x).sum() == 1 else None  # a line of one point is none
     sizes.fill_between(history.steps, shown[0], shown[4], color=blue, alpha=0.2, lw=0, label="5 to 95 %")
     sizes.fill_between(history.steps, shown[1], shown[3], color=blue, alpha=0.4, lw=0, label="25 to 75 %")
-    sizes.plot(history.steps, shown[2], color=blue, marker=marker, label="median")
+    sizes.plot(history.steps, shown[2], color=blue, marker=marker(shown[2]), label="median")
     sizes.set(xlabel="step", ylabel="|update| of a coordinate\n(parameters' unit)", title="step sizes")
-    if np.isfinite(shown).any():
+    if drawn:
         sizes.set_yscale("log")
         sizes.yaxis.set_major_formatter(plain)
         sizes.yaxis.set_minor_formatter(minor(shown))
     lost = history.steps[~np.isfinite(history.total["update_rms"])]
-    for axes in (sizes, snr) if len(lost) else ():
-        axes.axvline(lost[0], color="0.3", ls=":", label="first record not finite")
+    for axes in (sizes, snr):
+        axes.margins(x=0.03)
+        axes.update_datalim([(step, 1) for step in history.steps[[0, -1]]], updatey=False)
+        if len(lost):
+            axes.axvline(lost[0], color="0.3", ls=":", label="first record not finite")
     sizes.legend(frameon=False, fontsize="small")
     for name in names:
         snr.plot(history.steps, history.leaves[name]["snr"], color="0.7", lw=0.7)
-    snr.plot(history.steps, history.total["snr"], color=orange, marker=marker, label="all coordinates")
+    overall = history.total["snr"]
+    snr.plot(history.steps, overall, color=orange, marker=marker(overall), label="all coordinates")
     snr.plot([], [], color="0.7", lw=0.7, label="each parameter")
     snr.set(xlabel="step", ylabel="mean |m̂| / √v̂ (no unit)", title="signal-to-noise ratio", ylim=(0, None))
     snr.legend(frameon=False, fontsize="small")

@@ -318,6 +318,43 @@ def test_plot_tells_where_training_was_lost(bad, tmp_path):
     figure.savefig(tmp_path / "lost.png")  # nothing warns
 
 
+CURVES = {
+    "some are lost": lambda i: (1.0, np.nan),
+    "most are 0": lambda i: (1.0, 0.0),
+    "nearly all are 0": lambda i: (1.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+    "most are infinite": lambda i: (1.0, np.inf),
+    "all are lost": lambda i: (np.nan,),
+    "all but the first are lost": lambda i: (1.0 if i == 0 else np.nan,),
+    "all are 0": lambda i: (0.0,),
+}
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_plot_of_hard_curves(name, tmp_path):
+    """It draws, without a warning, over all the records' steps."""
+    tx = jadam.record(jadam.adam(optax.constant_schedule(1e-2)), every=1)
+    p = [jnp.ones(40 * (1 + i)) for i in range(len(CURVES[name](0)))]
+    state = tx.init(p)
+    for i in range(4):
+        p, state = jadam.step(tx, [jnp.full_like(x, g) for x, g in zip(p, CURVES[name](i), strict=True)], state, p)
+    figure = jadam.plot(jadam.history(state))
+    figure.savefig(tmp_path / "hard.png")
+    _, sizes, snr, _ = figure.axes
+    for axes in (sizes, snr):
+        left, right = axes.get_xlim()
+        assert left < 1
+        assert 4 < right < 4.5
+    if name == "all but the first are lost":
+        assert sizes.lines[0].get_marker() == "o"
+
+
+def test_plot_of_no_parameters():
+    tx = jadam.record(jadam.adam(1e-2), every=1)
+    _, state = jadam.step(tx, {}, tx.init({}), {})
+    with pytest.raises(ValueError, match="plot needs a history of one parameter at least"):
+        jadam.plot(jadam.history(state))
+
+
 def test_a_history_is_equal_to_itself():
     _, state = trained(jadam.record(jadam.adam(1e-2), every=1, keep=3), tree(), 1)
     history = jadam.history(state)

@@ -315,6 +315,8 @@ def test_quantiles_of_what_is_in_one_bin_or_not_finite():
     np.testing.assert_allclose(quantiles(p - 2.25), 2 + QUANTILES * 0.5, rtol=2.0**-22)
     assert not np.isfinite(quantiles(p + jnp.inf)).any()
     assert not np.isfinite(jadam.statistics(tx, state, p, p + jnp.nan).total.update_rms)
+    assert np.isnan(quantiles(p.at[1, 7].set(jnp.nan))).all()
+    np.testing.assert_array_equal(quantiles(p.at[1, :20].set(jnp.inf)), [0, 0, 0, 0, np.inf])
     half = jnp.concatenate([p[:1], p[1:] + 1.0])  # half are 0, half in [1, 1.25)
     assert (quantiles(half)[:3] == 0).all()
     assert (quantiles(half)[3:] > 1).all()
@@ -389,6 +391,24 @@ def test_a_sample():
     (adds,) = [e for e in program.params["jaxpr"].eqns if e.primitive.name == "scatter-add"]
     assert adds.outvars[0].aval.shape == (3 * 1024,)
     assert adds.invars[1].aval.shape[:-1] == (3, 256)  # of two rows of two matrices, and of 250 with some filled in
+
+
+@pytest.mark.parametrize(
+    ("shape", "wanted"),
+    [
+        ((12, 64, 1024), (12, 3, 1024)),  # a few rows of each of the stacked layers
+        ((3, 3, 128, 128), (3, 3, 26, 128)),
+        ((768, 12, 64), (43, 12, 64)),
+        ((20, 2, 2**15), (1, 1, 2**15)),
+        ((2, 2**16), (1, 2**16)),
+        ((10**6,), (32258,)),
+        ((), ()),
+        ((5, 0), (5, 0)),
+    ],
+)
+def test_what_a_sample_is_of(shape, wanted):
+    """About ``2**15``, fewest of the longest axis; more where a row has more."""
+    assert np.empty(shape)[measuring._few(shape, 2**15)].shape == wanted
 
 
 @pytest.mark.parametrize("most", [1, 4096])
