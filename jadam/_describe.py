@@ -78,13 +78,10 @@ class Description:
         return rows
 
 
-NUMBERS = ("bytes", "each", "bytes on a device", "GiB")
-
-
 def table(rows) -> str:
     """Rows of text, the first one the titles, in columns, those of numbers aligned to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    align = [str.rjust if title in NUMBERS else str.ljust for title in rows[0]]
+    align = [str.rjust if _is_number_column(column) else str.ljust for column in zip(*rows, strict=True)]
     lines = ("  ".join(put(x, n) for put, x, n in zip(align, row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
 

@@ -10,6 +10,7 @@ import sys
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -18,6 +19,7 @@ from jadam import _checks
 from jadam._adam import nadam_rule
 from jadam._adamax import adamax_rule
 from jadam._amsgrad import amsgrad_of_v_rule, amsgrad_rule
+from jadam._describe import html_table, table
 from jadam._exact_bf16 import join
 from jadam._formats import leaf_name
 from jadam._numerics import Beta, Reached, at_least_float32, divide, real
@@ -57,10 +59,30 @@ class Measures(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """What `statistics` returns: `Measures` of all parameters together, and of each by its path."""
+    """What `statistics` returns: `Measures` of all parameters together, and of each by its path. Prints as a table."""
 
     total: Measures
     leaves: dict[str, Measures]
+
+    def __str__(self):
+        return table(in_words({"total": self.total, **self.leaves})) if self._has_numbers() else repr(self)
+
+    def _repr_html_(self):
+        """The table, for notebooks."""
+        return html_table(in_words({"total": self.total, **self.leaves})) if self._has_numbers() else None
+
+    def _has_numbers(self) -> bool:
+        """Whether each is one number: not what `jax.jit` traces, nor of many trainings by `jax.vmap`."""
+        number = lambda x: isinstance(x, (np.ndarray, np.generic, jax.Array)) and not isinstance(x, jax.core.Tracer)
+        return all(number(x) and np.ndim(x) == 0 for x in self.total[:-1])
+
+
+def in_words(each: dict[str, Measures]) -> list[tuple[str, ...]]:
+    """Rows of text, the first one the titles, for `table`."""
+    rows: list[tuple[str, ...]] = [("parameter", *Measures._fields[:-1], "median step")]
+    for name, (*numbers, quantiles) in zip(each, jax.device_get(list(each.values())), strict=True):
+        rows.append((name, *(f"{x:.3g}" for x in (*numbers, quantiles[len(QUANTILES) // 2]))))
+    return rows
 
 
 def statistics(
@@ -98,7 +120,8 @@ def statistics(
             Default: all, which takes some 50 bytes each for as long as it looks.
 
     Returns:
-        ``Statistics(total, leaves)``: `Measures` in total, and a dict of them by path, such as ``"['w']"``.
+        ``Statistics(total, leaves)``: `Measures` in total, and a dict of them by path, such as ``"['w']"``. Print it
+        for a table, which a notebook shows by itself.
 
     Raises:
         TypeError: ``tx`` is none of the above, or ``state`` not its state.
@@ -110,8 +133,12 @@ def statistics(
         >>> params = {"w": jnp.array([1.0, 2.0])}
         >>> params, state = jadam.step(tx, {"w": jnp.array([3.0, -4.0])}, tx.init(params), params)
         >>> told = jadam.statistics(tx, state, params)
-        >>> print(f"{told.total.moment_rms:.3f} {told.total.update_rms:.3f} {told.total.snr:.3f}")
-        3.536 0.100 1.000
+        >>> print(f"{told.total.moment_rms:.3f}")
+        3.536
+        >>> print(told)
+        parameter  moment_rms  update_rms  update_ratio  snr  eps_share  zero_share  median step
+        total            3.54         0.1        0.0619    1          0           0        0.102
+        ['w']            3.54         0.1        0.0619    1          0           0        0.102
     """
     sample = _checks.whole("sample", sample, none=True)
     tx = opened(tx)
@@ -121,6 +148,10 @@ def statistics(
         state, params, updates = pure((state, params, updates))
     if params is None:
         raise ValueError("statistics needs params, the parameters after the step.")
+    if any(map(has_moments, jax.tree.leaves(params, is_leaf=has_moments))):
+        raise TypeError(
+            "params must be parameters, got an optimizer's state. The order is statistics(tx, state, params)."
+        )
     _checks.trainable(params, "params")
     for tree, what in ((state, "state"), (params, "params"), (updates, "updates")):
         _checks.values(tree, what)

@@ -15,7 +15,7 @@ from jadam._describe import html_table
 from jadam._formats import leaf_name
 from jadam._numerics import apply_updates
 from jadam._transformation import Plan, Transformation
-from jadam.measuring import QUANTILES, Measures, in_rows, inferring_shardings, looked_into, steps_taken
+from jadam.measuring import QUANTILES, Measures, in_rows, in_words, inferring_shardings, looked_into, steps_taken
 
 SCALARS = Measures._fields[:-1]
 COLUMNS = len(SCALARS) + len(QUANTILES)
@@ -209,11 +209,9 @@ class History:
         """The last record as a table, for notebooks."""
         if not len(self.steps):
             return html_table([("parameter",)], [repr(self)])
-        rows: list[tuple[str, ...]] = [("parameter", *SCALARS, "median step")]
-        for name, x in {"total": self.total, **self.leaves}.items():
-            numbers = [*(x[key][-1] for key in SCALARS), x["step_quantiles"][-1, len(QUANTILES) // 2]]
-            rows.append((name, *(f"{number:.3g}" for number in numbers)))
-        return html_table(rows, [f"{self!r}; the last one"])
+        each = {"total": self.total, **self.leaves}
+        last = {name: Measures(*(x[key][-1] for key in Measures._fields)) for name, x in each.items()}
+        return html_table(in_words(last), [f"{self!r}; the last one"])
 
 
 def history(state) -> History:

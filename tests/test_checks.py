@@ -644,6 +644,11 @@ TOLD = [  # statistics and records
         "statistics needs params, the parameters after the step.",
     ),
     (
+        lambda: jadam.statistics(ADAM, W, STATE),
+        TypeError,
+        "params must be parameters, got an optimizer's state. The order is statistics(tx, state, params).",
+    ),
+    (
         lambda: jadam.statistics(ADAM, STATE, W, {**W, "w": jnp.ones(4)}),
         ValueError,
         "updates['w'] has shape (4,), params has (2, 3).",

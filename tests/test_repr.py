@@ -1,5 +1,6 @@
-"""Transformations print as the call that made them; descriptions, plans and histories as tables in a notebook."""
+"""Transformations print as the call that made them; what is told of them as tables, in a notebook too."""
 
+import jax
 import jax.numpy as jnp
 import optax
 import treescope
@@ -60,3 +61,24 @@ def test_tables():
     assert planned.count("<tr>") == 7
     assert "8,195 parameters on 2 devices" in planned
     assert "undivided" in planned
+
+
+def test_statistics_are_a_table_where_they_are_numbers():
+    tx, params = jadam.adam(0.1), {"<b>": jnp.ones(3), "c": jnp.ones(2)}
+    params, state = jadam.step(tx, {"<b>": jnp.ones(3), "c": -jnp.ones(2)}, tx.init(params), params)
+    told = jadam.statistics(tx, state, params)
+    titles, *rows = (line.split() for line in str(told).splitlines())
+    assert titles[:2] == ["parameter", "moment_rms"]
+    assert [row[0] for row in rows] == ["total", "['<b>']", "['c']"]
+    for row, measures in zip(rows, (told.total, *told.leaves.values()), strict=True):
+        assert row[1:] == [f"{float(x):.3g}" for x in (*measures[:-1], measures.step_quantiles[2])]
+    assert told._repr_html_().count("<tr>") == 4
+    assert "&lt;b&gt;" in told._repr_html_()
+    assert str(jax.device_get(told)) == str(told)
+    seen = []
+    jax.jit(lambda *of: seen.append(jadam.statistics(tx, *of)))(state, params)
+    many = jax.tree.map(lambda x: x[None], (state, params))
+    batched = jax.vmap(lambda *of: jadam.statistics(tx, *of))(*many)
+    for other in (batched, *seen, jax.eval_shape(lambda *of: jadam.statistics(tx, *of), state, params)):
+        assert str(other) == repr(other)
+        assert other._repr_html_() is None
