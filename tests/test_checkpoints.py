@@ -55,7 +55,7 @@ def restored(tree, path):
         return checkpointer.restore(path, abstract(tree))
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(5)
 @pytest.mark.parametrize("place", [lambda tree: tree, sharded], ids=["one device", "eight devices"])
 @pytest.mark.parametrize("name", STATES)
 def test_save_and_restore(name, place, tmp_path):

@@ -254,7 +254,7 @@ WRAPPERS = {
 }
 
 
-@pytest.mark.every(5)
+@pytest.mark.every(7)
 @every_member
 @pytest.mark.parametrize("p_dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("wrapper", WRAPPERS)

@@ -26,7 +26,7 @@ def state_of(tx, steps=3):
     return state
 
 
-@pytest.mark.every(4)
+@pytest.mark.every(7)
 @pytest.mark.parametrize("wrap", ["alone", "chain", "exact_bf16"])
 @pytest.mark.parametrize("old", FORMATS)
 @pytest.mark.parametrize("new", FORMATS)

@@ -173,7 +173,7 @@ EXPLICIT = {
 }
 
 
-@pytest.mark.every(7)
+@pytest.mark.every(11)
 @pytest.mark.parametrize("context", [True, False], ids=["in set_mesh", "bare"])
 @pytest.mark.parametrize("axis", [0, 1], ids=["rows", "columns"])
 @pytest.mark.parametrize("name", EXPLICIT)
@@ -411,7 +411,7 @@ def test_what_a_sample_is_of(shape, wanted):
     assert np.empty(shape)[measuring._few(shape, 2**15)].shape == wanted
 
 
-@pytest.mark.parametrize("most", [1, 4096])
+@pytest.mark.parametrize("most", [pytest.param(1, marks=pytest.mark.long), 4096])
 def test_leaves_by_themselves_and_together(monkeypatch, most):
     """How many are looked at at once changes nothing: the sums of the filled ones may be in another order."""
     p, state, _ = trained(tx := adamw("int8"), tree())
