@@ -251,8 +251,8 @@ def stages(state, n: int) -> None:
             else type(state).__name__
         )
         raise TypeError(
-            f"state must be the tuple of {n} that init returns, got {got}. Was it made by another transformation? The "
-            "order is step(tx, grads, state, params)."
+            f"state must be the tuple of {n} that init returns, got {got}. Was it made by another transformation? It "
+            "goes before params."
         )
 
 

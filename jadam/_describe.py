@@ -71,7 +71,9 @@ class Description:
         for leaf in self.leaves:
             each = f"{leaf.bytes / leaf.size:.2f}" if leaf.size else "-"
             shape = "x".join(map(str, leaf.shape)) or "scalar"
-            rows.append((leaf.name, shape, str(leaf.dtype), leaf.format, f"{leaf.bytes:,}", each, leaf.reason))
+            rows.append(
+                (leaf.name or "params", shape, str(leaf.dtype), leaf.format, f"{leaf.bytes:,}", each, leaf.reason)
+            )
         if self.other_bytes > 100:  # more than counts
             rows.append(("records, numbers of steps", "", "", "", f"{self.other_bytes:,}", "", ""))
         rows.append(("total", "", "", "", f"{self.bytes:,}", f"{self.bytes_per_parameter:.2f}", ""))
@@ -97,7 +99,7 @@ def html_table(rows, notes=()) -> str:
 
 
 def _is_number_column(column) -> bool:
-    return any(column[1:]) and all(re.fullmatch(r"[\d.,e+-]*|nan|inf", x) for x in column[1:])
+    return any(column[1:]) and all(re.fullmatch(r"[\d.,e+-]*|nan|-?inf", x) for x in column[1:])
 
 
 def describe(state_or_tx, params) -> Description:
@@ -120,11 +122,13 @@ def describe(state_or_tx, params) -> Description:
         >>> params = {"kernel": jnp.zeros((512, 512)), "bias": jnp.zeros(512)}
         >>> print(jadam.describe(jadam.adam(1e-3, moments="int8").init(params), params))
         parameter   shape    dtype    moments    bytes  each  why
-        ['bias']    512      float32  float32    4,098  8.00  1 dimensions, int8 needs 2
+        ['bias']    512      float32  float32    4,098  8.00  1-dimensional, int8 needs 2 axes
         ['kernel']  512x512  float32  int8     540,672  2.06
         total                                  544,775  2.07
         step: unknown, a state does not tell; describe the transformation
     """
+    if params is None or hasattr(params, "init"):
+        raise TypeError(f"params must be parameters, got {_checks.shown(params)}. The order is describe(tx, params).")
     _checks.trainable(params, "params")
     if state_or_tx is None:
         raise TypeError("state_or_tx must be a transformation or its state, got None.")

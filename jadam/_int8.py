@@ -94,7 +94,7 @@ class Int8:
         if dtype != np.float32:
             return f"{dtype} is never stored narrower than itself"
         if jnp.ndim(p) < 2:
-            return f"{jnp.ndim(p)} dimensions, int8 needs 2"
+            return f"{jnp.ndim(p)}-dimensional, int8 needs 2 axes"
         if p.size < SMALLEST:
             return f"{p.size} elements, int8 needs {SMALLEST}"
         block = _block_for(p)

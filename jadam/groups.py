@@ -96,7 +96,7 @@ def by_path(
         >>> tx = jadam.by_path(rules, learning_rate=1e-3, moments="int8")
         >>> for leaf in jadam.describe(tx, params).leaves:
         ...     print(leaf.name, leaf.bytes, leaf.reason)
-        ['dense']['bias'] 514 'bias' weight_decay=0.0 lr_mult=2.0 moments='int8': 1 dimensions, int8 needs 2
+        ['dense']['bias'] 514 'bias' weight_decay=0.0 lr_mult=2.0 moments='int8': 1-dimensional, int8 needs 2 axes
         ['dense']['kernel'] 17408 '' moments='int8'
         ['embed'] 0 'embed' jadam.FROZEN
     """

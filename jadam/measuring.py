@@ -72,16 +72,24 @@ class Statistics(NamedTuple):
         return html_table(in_words({"total": self.total, **self.leaves})) if self._has_numbers() else None
 
     def _has_numbers(self) -> bool:
-        """Whether each is one number: not what `jax.jit` traces, nor of many trainings by `jax.vmap`."""
-        number = lambda x: isinstance(x, (np.ndarray, np.generic, jax.Array)) and not isinstance(x, jax.core.Tracer)
-        return all(number(x) and np.ndim(x) == 0 for x in self.total[:-1])
+        """Whether each is what `statistics` tells: not traced by `jax.jit`, nor of many trainings by `jax.vmap`."""
+        shapes = [[_shape(x) for x in measures or ()] for measures in (self.total, *self.leaves.values())]
+        return all(each == [()] * len(Measures._fields[:-1]) + [QUANTILES.shape] for each in shapes)
+
+
+def _shape(x) -> tuple[int, ...] | None:
+    """An array's, None of what has no values."""
+    return (
+        x.shape if isinstance(x, (np.ndarray, np.generic, jax.Array)) and not isinstance(x, jax.core.Tracer) else None
+    )
 
 
 def in_words(each: dict[str, Measures]) -> list[tuple[str, ...]]:
     """Rows of text, the first one the titles, for `table`."""
-    rows: list[tuple[str, ...]] = [("parameter", *Measures._fields[:-1], "median step")]
+    rows: list[tuple[str, ...]] = [("parameter", *Measures._fields[:-1], "median step, to 25 %")]
     for name, (*numbers, quantiles) in zip(each, jax.device_get(list(each.values())), strict=True):
-        rows.append((name, *(f"{x:.3g}" for x in (*numbers, quantiles[len(QUANTILES) // 2]))))
+        median = quantiles[len(QUANTILES) // 2]
+        rows.append((name or "params", *(f"{x:.3g}" for x in numbers), f"{median:.2g}"))
     return rows
 
 
@@ -90,7 +98,8 @@ def statistics(
 ) -> Statistics:
     r"""Tell what an optimizer of jadam's is doing, from the state after a step.
 
-    Costs nothing unless called; it is pure, and compiled once for each ``tx``. For each parameter that is not frozen,
+    Costs nothing unless called; it is pure, and compiled once for each ``tx`` and tree, which takes XLA as long as a
+    small model and for many hundreds of parameters some 20 seconds. For each parameter that is not frozen,
     and in total, it gives (in the gradient's or the parameter's unit, or none)
 
     * ``moment_rms``: root mean square of the gradient, as the moments remember it, :math:`\sqrt{\text{mean}\,\hat v}`;
@@ -109,8 +118,8 @@ def statistics(
     many steps.
 
     Args:
-        tx: the transformation: one of jadam's optimizers, also by `jadam.by_path`, in `jadam.chain` (after clipping),
-            `jadam.exact_bf16`, `jadam.record` and `jadam.sharding.zero1`.
+        tx: the transformation: one of jadam's optimizers, also by `jadam.by_path`, as the last stage of `jadam.chain`,
+            in `jadam.exact_bf16`, `jadam.record` and `jadam.sharding.zero1`.
         state: its state; with Flax NNX ``optimizer.opt_state``.
         params: the parameters after the step; with Flax NNX ``nnx.state(model, nnx.Param)``.
         updates: what ``tx.update`` returned. Default: what the moments imply, learning rate and weight decay included.
@@ -136,9 +145,9 @@ def statistics(
         >>> print(f"{told.total.moment_rms:.3f}")
         3.536
         >>> print(told)
-        parameter  moment_rms  update_rms  update_ratio  snr  eps_share  zero_share  median step
-        total            3.54         0.1        0.0619    1          0           0        0.102
-        ['w']            3.54         0.1        0.0619    1          0           0        0.102
+        parameter  moment_rms  update_rms  update_ratio  snr  eps_share  zero_share  median step, to 25 %
+        total            3.54         0.1        0.0619    1          0           0                   0.1
+        ['w']            3.54         0.1        0.0619    1          0           0                   0.1
     """
     sample = _checks.whole("sample", sample, none=True)
     tx = opened(tx)
@@ -236,8 +245,8 @@ def opened(tx) -> Transformation:
     tx = getattr(getattr(tx, "update", None), "divides", tx)
     if not isinstance(tx, Transformation):
         raise TypeError(
-            f"statistics needs one of jadam's optimizers, such as jadam.adam(...), got {_checks.shown(tx)}. Optax's "
-            "chain cannot be looked into: take jadam.chain."
+            f"statistics needs one of jadam's optimizers, such as jadam.adam(...), got {_checks.shown(tx)}. The order "
+            "is statistics(tx, state, params); instead of optax.chain take jadam.chain."
         )
     return tx
 

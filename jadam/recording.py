@@ -331,7 +331,7 @@ def plot(history: History) -> Any:
     sizes.fill_between(history.steps, shown[0], shown[4], color=blue, alpha=0.2, lw=0, label="5 to 95 %")
     sizes.fill_between(history.steps, shown[1], shown[3], color=blue, alpha=0.4, lw=0, label="25 to 75 %")
     sizes.plot(history.steps, shown[2], color=blue, marker=marker(shown[2]), label="median")
-    sizes.set(xlabel="step", ylabel="|update| of a coordinate\n(parameters' unit)", title="step sizes")
+    sizes.set(xlabel="step", ylabel="|update| of a coordinate\n(parameters' unit)", title="step sizes, to 25 %")
     if drawn:
         sizes.set_yscale("log")
         sizes.yaxis.set_major_formatter(plain)
@@ -362,7 +362,7 @@ def plot(history: History) -> Any:
     at = np.unique(np.linspace(0, len(history.steps) - 1, 8).astype(int))
     low.set_xticks(at + 0.5, history.steps[at])
     every = -(-len(names) // 40)
-    low.set_yticks(np.arange(0, len(names), every) + 0.5, names[::every], fontsize="small")
+    low.set_yticks(np.arange(0, len(names), every) + 0.5, names[::every], fontsize="small", parse_math=False)
     low.invert_yaxis()
     low.set(xlabel="step", title="update over parameter, root mean squares")
     bar = figure.colorbar(mesh, ax=low, label="ratio (no unit)", format=plain)

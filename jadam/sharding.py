@@ -150,7 +150,7 @@ def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[s
         if here != there:
             raise TypeError(
                 f"state must have the {there} arrays that init returns, got {type(state).__name__} of {here}. Was it "
-                "made by another transformation? The order is step(tx, grads, state, params)."
+                "made by another transformation? It goes before params."
             )
         pairs = zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(layout.state), strict=True)
         for (path, x), wanted in pairs:

@@ -373,6 +373,16 @@ TREES = [
         TypeError,
         "params['ids'] must be floating or complex to be trained, got int32.",
     ),
+    (
+        lambda: jadam.describe(ADAM, None),
+        TypeError,
+        "params must be parameters, got None. The order is describe(tx, params).",
+    ),
+    (
+        lambda: jadam.describe(W, ADAM),
+        TypeError,
+        "params must be parameters, got jadam.adam(learning_rate=0.001). The order",
+    ),
     (lambda: jadam.describe(None, W), TypeError, "state_or_tx must be a transformation or its state, got None."),
     (lambda: jadam.describe("adam", W), TypeError, "state_or_tx must be an array, got 'adam' of type str."),
     (
@@ -626,7 +636,12 @@ TOLD = [  # statistics and records
     (
         lambda: jadam.statistics(optax.chain(ADAM), STATE, W),
         TypeError,
-        "Optax's chain cannot be looked into: take jadam.chain.",
+        "instead of optax.chain take jadam.chain.",
+    ),
+    (
+        lambda: jadam.statistics(ADAM, W, W),
+        TypeError,
+        "got dict of 2. Was it made by another transformation? It goes before params.",
     ),
     (
         lambda: jadam.statistics(None, None, W),

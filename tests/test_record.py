@@ -382,3 +382,11 @@ def test_without_pandas_or_matplotlib(monkeypatch, package, call):
     name = package.split(".")[0]
     with pytest.raises(ImportError, match=f"needs {name}: pip install {name}"):
         call(jadam.history(state))
+
+
+def test_plot_takes_names_as_they_are(tmp_path):
+    tx, p = jadam.record(jadam.adam(1e-2), every=1), {"$\\oops{$": jnp.ones(3)}  # no formula of matplotlib's
+    _, state = jadam.step(tx, p, tx.init(p), p)
+    figure = jadam.plot(jadam.history(state))
+    figure.savefig(tmp_path / "names.png")
+    assert [x.get_text() for x in figure.axes[0].get_yticklabels()] == list(jadam.history(state).leaves)

@@ -71,7 +71,7 @@ def test_statistics_are_a_table_where_they_are_numbers():
     assert titles[:2] == ["parameter", "moment_rms"]
     assert [row[0] for row in rows] == ["total", "['<b>']", "['c']"]
     for row, measures in zip(rows, (told.total, *told.leaves.values()), strict=True):
-        assert row[1:] == [f"{float(x):.3g}" for x in (*measures[:-1], measures.step_quantiles[2])]
+        assert row[1:] == [*(f"{float(x):.3g}" for x in measures[:-1]), f"{float(measures.step_quantiles[2]):.2g}"]
     assert told._repr_html_().count("<tr>") == 4
     assert "&lt;b&gt;" in told._repr_html_()
     assert str(jax.device_get(told)) == str(told)
@@ -79,6 +79,8 @@ def test_statistics_are_a_table_where_they_are_numbers():
     jax.jit(lambda *of: seen.append(jadam.statistics(tx, *of)))(state, params)
     many = jax.tree.map(lambda x: x[None], (state, params))
     batched = jax.vmap(lambda *of: jadam.statistics(tx, *of))(*many)
-    for other in (batched, *seen, jax.eval_shape(lambda *of: jadam.statistics(tx, *of), state, params)):
+    shapes = jax.eval_shape(lambda *of: jadam.statistics(tx, *of), state, params)
+    means, none = jax.tree.map(jnp.mean, told), told._replace(leaves={"a": None})
+    for other in (batched, shapes, means, none, told._replace(total=None), *seen):
         assert str(other) == repr(other)
         assert other._repr_html_() is None
