@@ -331,7 +331,9 @@ def plot(history: History) -> Any:
     sizes.fill_between(history.steps, shown[0], shown[4], color=blue, alpha=0.2, lw=0, label="5 to 95 %")
     sizes.fill_between(history.steps, shown[1], shown[3], color=blue, alpha=0.4, lw=0, label="25 to 75 %")
     sizes.plot(history.steps, shown[2], color=blue, marker=marker(shown[2]), label="median")
-    sizes.set(xlabel="step", ylabel="|update| of a coordinate\n(parameters' unit)", title="step sizes, to 25 %")
+    sizes.set(
+        xlabel="step", ylabel="|update| of a coordinate\n(parameters' unit)", title="step sizes (quantiles within 25 %)"
+    )
     if drawn:
         sizes.set_yscale("log")
         sizes.yaxis.set_major_formatter(plain)
