@@ -58,6 +58,9 @@ class Measures(NamedTuple):
     step_quantiles: jax.Array  # of |update|, at QUANTILES
 
 
+SCALARS = Measures._fields[:-1]
+
+
 class Statistics(NamedTuple):
     """What `statistics` returns: `Measures` of all parameters together, and of each by its path. Prints as a table."""
 
@@ -74,7 +77,7 @@ class Statistics(NamedTuple):
     def _has_numbers(self) -> bool:
         """Whether each is what `statistics` tells: not traced by `jax.jit`, nor of many trainings by `jax.vmap`."""
         shapes = [[_shape(x) for x in measures or ()] for measures in (self.total, *self.leaves.values())]
-        return all(each == [()] * len(Measures._fields[:-1]) + [QUANTILES.shape] for each in shapes)
+        return all(each == [()] * len(SCALARS) + [QUANTILES.shape] for each in shapes)
 
 
 def _shape(x) -> tuple[int, ...] | None:
@@ -86,7 +89,7 @@ def _shape(x) -> tuple[int, ...] | None:
 
 def in_words(each: dict[str, Measures]) -> list[tuple[str, ...]]:
     """Rows of text, the first one the titles, for `table`."""
-    rows: list[tuple[str, ...]] = [("parameter", *Measures._fields[:-1], "median step, to 25 %")]
+    rows: list[tuple[str, ...]] = [("parameter", *SCALARS, "median step, to 25 %")]
     for name, (*numbers, quantiles) in zip(each, jax.device_get(list(each.values())), strict=True):
         median = quantiles[len(QUANTILES) // 2]
         rows.append((name or "params", *(f"{x:.3g}" for x in numbers), f"{median:.2g}"))

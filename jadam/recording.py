@@ -15,9 +15,17 @@ from jadam._describe import html_table
 from jadam._formats import leaf_name
 from jadam._numerics import apply_updates
 from jadam._transformation import Plan, Transformation
-from jadam.measuring import QUANTILES, Measures, in_rows, in_words, inferring_shardings, looked_into, steps_taken
+from jadam.measuring import (
+    QUANTILES,
+    SCALARS,
+    Measures,
+    in_rows,
+    in_words,
+    inferring_shardings,
+    looked_into,
+    steps_taken,
+)
 
-SCALARS = Measures._fields[:-1]
 COLUMNS = len(SCALARS) + len(QUANTILES)
 BEGUN = (
     "To record training that has begun: record(tx).init(params)._replace(inner_state=state); with Flax NNX "
