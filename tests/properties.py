@@ -11,7 +11,7 @@ ALWAYS = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_ba
 
 
 def holds(few=25, many=10_000, **strategies):
-    """The decorated body, which asserts, as a test of ``few`` examples and another, `long` and `soak`, of ``many``.
+    """The decorated body, which asserts, as a test of ``few`` examples and another, `nightly`, of ``many``.
 
     Arguments of the body without a strategy are pytest's; ``examples`` is how many there will be. A failure of the
     second test prints the line that repeats it.
@@ -35,8 +35,8 @@ def holds(few=25, many=10_000, **strategies):
         examples = inspect.Parameter("examples", inspect.Parameter.POSITIONAL_OR_KEYWORD)
         test.__signature__ = inspect.Signature([examples, *others])
         test.__name__, test.__doc__, test.__module__ = body.__name__, body.__doc__, body.__module__
-        soak = pytest.param(many, marks=[pytest.mark.long, pytest.mark.soak])
-        return pytest.mark.parametrize("examples", [few, soak])(test)
+        nightly = pytest.param(many, marks=pytest.mark.nightly)
+        return pytest.mark.parametrize("examples", [few, nightly])(test)
 
     return as_tests
 

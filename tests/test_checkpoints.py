@@ -105,7 +105,7 @@ def test_between_optax_and_jadam(name, back, tmp_path):
         np.testing.assert_allclose(x, y, rtol=2e-5)  # Optax's distance from the paper is 1.3e-5, see test_adam.py
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_optax_s_checkpoint_into_int8(tmp_path):
     p = params()
     tx = jadam.adamw(1e-3, moments="int8")

@@ -190,7 +190,7 @@ def test_what_is_said_of_a_side(fully, monkeypatch):
     assert list(sides["RMSProp"]["other_variants"]) == ["decay 0.99"]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_training_and_pictures(tmp_path):
     alone = FEW._replace(sides={"Adam": claims.SIDES["Adam"]})
     reviews = claims.measure(claims.tasks(alone)["reviews"], alone)
@@ -207,7 +207,7 @@ def test_training_and_pictures(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"claims-{name}.png" for name in names]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     done = {name: problem() for name in claims.TITLES} | {"rescaling": rescaled()}
     (tmp_path / "claims.partial.json").write_text(json.dumps({"settings": claims.fingerprint(FEW), **done}))

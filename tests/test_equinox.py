@@ -123,7 +123,7 @@ def test_the_kernel_takes_the_step(moments):
     assert test_step.custom_calls(step, grads, state, params) == kernel
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_exact_bf16_leaves_the_rounded_masters():
     """``eqx.apply_updates`` leaves float32 parameters, of the values that `optax.apply_updates` has in bfloat16."""
     tx = jadam.exact_bf16(jadam.adam(1e-2))

@@ -119,7 +119,7 @@ def test_no_numbers(leaf, text):
 # ---------------------------------------------------------------- damaged checkpoints
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["float32", "exact_bf16", "int8"])
 def test_a_damaged_checkpoint_is_an_error(name, tmp_path):
     """Or what was damaged has no part in what is restored: no array ever has other bits."""

@@ -138,7 +138,7 @@ def test_nnx_takes_flax_s_steps(name, monkeypatch):
     assert traces == [nnx.Optimizer] + [jadam.flax.Optimizer] * len(pairs)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_nnx_trains_as_flax_does(monkeypatch):
     """Losses of ten steps and evaluations between them are equal, and fall; donated, and traced once."""
     monkeypatch.setenv("JADAM_KERNELS", "xla")
@@ -306,7 +306,7 @@ def test_linen_donated():
     assert_equal(donated(copies(state), grads), expected)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_linen_overwrite_with_gradient(monkeypatch):
     """fp8 layers pass their scales as gradients: kept as they are, and unknown to the optimizer."""
     monkeypatch.setenv("JADAM_KERNELS", "xla")

@@ -351,7 +351,7 @@ def test_a_first_state_can_be_donated(wrap):
     assert step(state, params) is not None
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_scheduled_betas_without_a_bound_are_nan():
     tx = jadam.adam(1e-2, b1=lambda count: 0.99, b2=0.9, moments="int8")
     p = jnp.ones((64, 128))
@@ -373,7 +373,7 @@ def test_derivative_through_two_steps_is_finite():
 @pytest.mark.parametrize(
     ("wrap", "moments"),
     [
-        pytest.param(wrap, moments, id=f"{name}-{moments}", marks=pytest.mark.long)
+        pytest.param(wrap, moments, id=f"{name}-{moments}", marks=pytest.mark.slow)
         for name, wrap in (("plain", lambda tx: tx), ("exact", jadam.exact_bf16))
         for moments in ("float32", *NARROW)
     ],

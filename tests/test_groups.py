@@ -52,7 +52,7 @@ def one_pass(tx, g, state, p):
 
 
 @pytest.mark.parametrize("take", [two_calls, one_pass])
-@pytest.mark.parametrize("rate", [optax.cosine_decay_schedule(1e-2, 10), pytest.param(1e-2, marks=pytest.mark.long)])
+@pytest.mark.parametrize("rate", [optax.cosine_decay_schedule(1e-2, 10), pytest.param(1e-2, marks=pytest.mark.slow)])
 def test_each_leaf_is_trained_by_its_own_adamw(take, rate):
     """Bit for bit: the same rule with the same scalars; only Optax's stages round -lr * u in another order."""
     p = params()
@@ -97,7 +97,7 @@ def test_frozen_leaves_cost_nothing_and_stay():
 
 
 @pytest.mark.parametrize(
-    "moments", ["int8", *(pytest.param(x, marks=pytest.mark.long) for x in ("float32", "bfloat16"))]
+    "moments", ["int8", *(pytest.param(x, marks=pytest.mark.slow) for x in ("float32", "bfloat16"))]
 )
 def test_one_pass_under_exact_bf16_and_clipping(moments):
     """The kernel is held to the two calls elsewhere; here each leaf must get its own scalars."""

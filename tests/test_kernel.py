@@ -27,7 +27,7 @@ from jadam._transformation import Part
 CPU = jadam.backends()["cpu"]
 pytestmark = pytest.mark.skipif(CPU.kernel is None, reason=f"no CPU kernel: {CPU.reason}")
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads ELF, /proc or maps memory as Linux does")
-soak = [pytest.mark.long, pytest.mark.soak]
+nightly = pytest.mark.nightly
 
 
 def run_program(*args, timeout, **env):
@@ -54,8 +54,8 @@ def run_program(*args, timeout, **env):
     ("calls", "calls_by_xla", "messages"),
     [
         (120, 15, 15),
-        pytest.param(2_000, 150, 35, marks=soak),
-        pytest.param(100_000, 5_000, 40, marks=soak),
+        pytest.param(2_000, 150, 35, marks=nightly),
+        pytest.param(100_000, 5_000, 40, marks=nightly),
     ],
 )
 def test_every_call_gives_the_right_result_or_says_what_is_wrong(calls, calls_by_xla, messages):
@@ -163,7 +163,7 @@ def test_forked_children():
     assert run_program("forked", "int8", "few", timeout=120) == "forked"
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_children_of_other_start_methods(method):
     """Whose parent has trained before: they train, to the same bits."""
@@ -174,7 +174,7 @@ def test_children_of_other_start_methods(method):
 
 
 @on_linux
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("name", program.TRAINED)
 def test_memory_is_flat(name):
     """The process grows by less than 1 % in 20,000 steps: by less than some 120 bytes a step."""
@@ -238,7 +238,7 @@ ROW = 1000  # of int8's leaf: blocks of 128, the last of 104
 
 
 @on_linux
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize(("format", "shape"), [("bfloat16", (2**32 + 54321,)), ("int8", (2**32 // ROW + 999, ROW))])
 def test_more_than_2_to_the_32_elements(format, shape):
     """At the beginning, around 2**31 and 2**32 and at the end, to the bit the step of small leaves that lie there."""
@@ -263,8 +263,7 @@ def test_more_than_2_to_the_32_elements(format, shape):
 
 
 @on_linux
-@pytest.mark.long
-@pytest.mark.soak
+@pytest.mark.nightly
 def test_a_real_step_of_more_than_2_to_the_31_elements():
     """Through `jadam.step` and XLA: 14 GB of new weights and codes, the old ones in little memory as above."""
     assert run_program("huge", timeout=1800) == "huge"

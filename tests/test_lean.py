@@ -15,7 +15,7 @@ def over_float32(problem, rate):
     return {name: loss / losses["float32"] for name, loss in losses.items()}
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_digits():
     ratios = over_float32(lean.digits(1000), 1e-4)
     assert ratios.pop("optax on bf16 weights") > 1.2  # what the others are spared
@@ -23,8 +23,7 @@ def test_digits():
     assert all(0.98 < ratio < 1.02 for ratio in ratios.values()), ratios
 
 
-@pytest.mark.long
-@pytest.mark.soak
+@pytest.mark.nightly
 def test_transformer():
     ratios = over_float32(lean.text(40), 1e-3)
     assert ratios.pop("optax on bf16 weights") > 1.003

@@ -14,7 +14,7 @@ B1, B2 = 0.9, 0.999
 STEPS = 1_000_000
 CHUNK = 1000
 LAST = 2**31 - 1
-soak = [pytest.mark.long, pytest.mark.soak]
+nightly = pytest.mark.nightly
 
 
 def run(step, carry, n):
@@ -38,7 +38,7 @@ STREAMS = {
 }
 streams = pytest.mark.parametrize("stream", STREAMS)
 lengths = pytest.mark.parametrize(
-    "steps", [pytest.param(16_000, marks=pytest.mark.long), pytest.param(STEPS, marks=soak)]
+    "steps", [pytest.param(16_000, marks=pytest.mark.slow), pytest.param(STEPS, marks=nightly)]
 )
 
 
@@ -149,8 +149,8 @@ def expected_square(mean, stream):
     ("moments", "steps"),
     [
         ("float32", 20_000),
-        pytest.param("int8", 3_000, marks=pytest.mark.long),
-        pytest.param("float32", STEPS, marks=soak),
+        pytest.param("int8", 3_000, marks=pytest.mark.slow),
+        pytest.param("float32", STEPS, marks=nightly),
     ],
 )
 def test_exact_bf16_masters_stay_those_of_float32(moments, steps):

@@ -17,7 +17,7 @@ def pictures(notebook):
     return sum("image/png" in output.get("data", {}) for output in outputs(notebook))
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs(path, monkeypatch):
     for name in ("MPLBACKEND", "XLA_FLAGS"):  # the tests' own

@@ -16,7 +16,7 @@ MODULES += ["optax.contrib._common_test"]
 EXPECTED = {"test_rms_match_adam": 1, "test_explicit_dtype": 2}
 
 
-@pytest.mark.optax_suite
+@pytest.mark.slow
 def test_optax_s_own_tests_pass_with_jadam_in_optax_s_place(tmp_path):
     here = Path(__file__).parent
     env = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}

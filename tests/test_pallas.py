@@ -39,7 +39,7 @@ def calls(platform, tx, grads, state, params):
     return str(jax.make_jaxpr(interpreted(platform, tx)[0])(grads, state, params)).count("pallas_call[")
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize(("platform", "rule", "moments"), CASES)
 def test_kernel_against_the_two_calls(platform, rule, moments):
     tx = RULES[rule](moments=moments)
@@ -55,7 +55,7 @@ def test_kernel_against_the_two_calls(platform, rule, moments):
     assert calls(platform, tx, grads, state, params) == (3 if platform == "cuda" else 2)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("platform", pallas.PLATFORMS)
 @pytest.mark.parametrize("moments", ["float32", "bfloat16", "int8"])
 def test_bf16_weights_with_remainder(platform, moments):
@@ -89,7 +89,7 @@ def test_the_comparison_bites():
         assert_steps_agree(new, interpreted("cuda", tx)[1](trees(1), state, params), (params, state))
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("platform", pallas.PLATFORMS)
 def test_not_finite(platform):
     """A block whose values an integer cannot hold is not finite afterwards, as by the two calls."""

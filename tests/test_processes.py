@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 import jadam
 
 # one worker: they share two trainings
-pytestmark = [pytest.mark.long, pytest.mark.xdist_group("processes")]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]
 
 MESH = program.mesh()
 WHOLE = NamedSharding(MESH, P())

@@ -568,7 +568,7 @@ def test_int8_codes(seed, spread, zeros):
 WAYS = [("adamw", "float32"), ("adamw", "int8"), ("amsgrad", "bfloat16")]
 MORE_WAYS = [("adamw", "bfloat16"), ("nadamw", "float32"), ("nadamw", "int8"), ("amsgrad", "float32")]
 MORE_WAYS += [("adamax", "float32")]
-EVERY_WAY = WAYS + [pytest.param(*x, marks=[pytest.mark.long, pytest.mark.soak]) for x in MORE_WAYS]
+EVERY_WAY = WAYS + [pytest.param(*x, marks=pytest.mark.nightly) for x in MORE_WAYS]
 every_way = pytest.mark.parametrize(("name", "moments"), EVERY_WAY)
 MANY = 10_000 // len(EVERY_WAY)  # examples of each
 ODD = {"a": (16, 257), "b": (7,), "c": ()}

@@ -56,7 +56,7 @@ TRANSFORMATIONS = {
 }
 
 
-@pytest.mark.parametrize("take", [one_pass, pytest.param(two_calls, marks=pytest.mark.long)])
+@pytest.mark.parametrize("take", [one_pass, pytest.param(two_calls, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
 def test_what_is_kept(name, take):
     """Every second step's statistics, the last three; the training's bits are those without."""
@@ -247,7 +247,7 @@ def test_training_is_differentiated(take):
     np.testing.assert_array_equal(*(jax.jvp(f, (p,), (p,))[1] for f in (with_it, without)))
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_vmap_and_lowering_for_an_accelerator():
     tx = jadam.record(jadam.adam(1e-2), every=2, keep=2)
     p = jnp.ones((3, 5))

@@ -19,7 +19,7 @@ from resume_program import CONFIGURATIONS, SAVE_EVERY, STEPS
 import jadam
 
 # one process: they share the runs that were let alone
-pytestmark = [pytest.mark.long, pytest.mark.xdist_group("resume")]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("resume")]
 
 MOMENTS = ["training", "saving", "starting", "saving", "training", "saving"]
 SOAK = 9  # seeds, for 54 kills of each configuration
@@ -140,7 +140,7 @@ def let_alone(request, tmp_path_factory):
     return request.param, end, start_up
 
 
-@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(2, SOAK + 1))])
+@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.nightly) for seed in range(2, SOAK + 1))])
 def test_killed_and_resumed(seed, let_alone, tmp_path):
     configuration, expected, start_up = let_alone
     rng = np.random.default_rng(seed)

@@ -133,7 +133,7 @@ def test_every_format(how, moments):
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(told))
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("moments", ["bfloat16", "int8"])
 def test_exact_bf16(moments):
     """The masters' numbers."""
@@ -152,7 +152,7 @@ def test_by_path_leaves_frozen_ones_out():
     check_all(told, state.moments, p, ["kernel", "scale", "empty"])
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_zero1():
     """Divided over eight devices, the numbers of one: sums in another order."""
     p = tree()
@@ -411,7 +411,7 @@ def test_what_a_sample_is_of(shape, wanted):
     assert np.empty(shape)[measuring._few(shape, 2**15)].shape == wanted
 
 
-@pytest.mark.parametrize("most", [pytest.param(1, marks=pytest.mark.long), 4096])
+@pytest.mark.parametrize("most", [pytest.param(1, marks=pytest.mark.slow), 4096])
 def test_leaves_by_themselves_and_together(monkeypatch, most):
     """How many are looked at at once changes nothing: the sums of the filled ones may be in another order."""
     p, state, _ = trained(tx := adamw("int8"), tree())

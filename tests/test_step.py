@@ -233,7 +233,7 @@ TRACED = {
 
 @pytest.mark.every(2)
 @pytest.mark.parametrize(
-    "name", [pytest.param(x, marks=[pytest.mark.long] * (x in ("beta, bfloat16", "groups"))) for x in TRACED]
+    "name", [pytest.param(x, marks=[pytest.mark.slow] * (x in ("beta, bfloat16", "groups"))) for x in TRACED]
 )
 def test_hyperparameters_traced_where_the_step_is(name):
     """In one pass, and on the bits of the same numbers known beforehand."""
@@ -458,7 +458,7 @@ def test_a_source_folder_finds_the_installed_extension(tmp_path):
 
 
 @needs_kernel
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("instructions", ["portable", "avx2"])
 def test_other_instructions(instructions, tmp_path):
     """Processors without this one's instructions get the same step."""

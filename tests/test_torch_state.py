@@ -173,7 +173,7 @@ def test_there_and_back_to_the_bit(name, tmp_path):
     assert all(x.flags.c_contiguous for x in back.values())
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rule", "moments"),
     [("adam", "int8"), ("adam", "bfloat16"), ("amsgrad", "bfloat16"), ("amsgrad", lambda path, leaf: "bfloat16")],
