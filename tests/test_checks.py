@@ -4,6 +4,8 @@ Each text tells the name, what it may be, what it was, and often what to do. `te
 all that is wrong with a file at once, a line each.
 """
 
+import contextlib
+import io
 import re
 
 import equinox as eqx
@@ -13,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from golden import texts
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 import jadam
@@ -1056,15 +1059,17 @@ TABLES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("call", "error", "text"),
-    [pytest.param(*row, id=f"{group}-{i}") for group, rows in TABLES.items() for i, row in enumerate(rows)],
-)
-def test_bad_input(call, error, text):
+CALLS = {f"{group}-{i}": row for group, rows in TABLES.items() for i, row in enumerate(rows)}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_bad_input(name):
+    call, error, text = CALLS[name]
     with pytest.raises(error, match=re.escape(text)) as caught:
         call()
     assert type(caught.value) is error
     assert "\n" not in str(caught.value)
+    assert texts.plain(str(caught.value)) == texts.remembered(name)
 
 
 AXES = "error: argument --mesh: must be axes with their sizes, got "
@@ -1125,16 +1130,24 @@ COMMAND_LINE = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "text"), COMMAND_LINE, ids=range(len(COMMAND_LINE)))
-def test_command_line(arguments, text, tmp_path, monkeypatch, capsys):
+def command_line(arguments, folder):
+    """What ``jadam`` returns and prints in a folder with another in it."""
+    (folder / "folder.png").mkdir(exist_ok=True)
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main(arguments)
+        except SystemExit as stop:  # argparse's
+            code = stop.code
+    return code, out.getvalue(), err.getvalue()
+
+
+@pytest.mark.parametrize("row", range(len(COMMAND_LINE)))
+def test_command_line(row, tmp_path):
     """Exit code 2, one line on standard error, and nothing written."""
-    (tmp_path / "folder.png").mkdir()
-    monkeypatch.chdir(tmp_path)
-    try:
-        code = main(arguments)
-    except SystemExit as stop:  # argparse's
-        code = stop.code
-    out, err = capsys.readouterr()
+    arguments, text = COMMAND_LINE[row]
+    code, out, err = command_line(arguments, tmp_path)
+    assert texts.plain(err) == texts.remembered(f"command line-{row}")
     assert (code, out) == (2, "")
     assert err.startswith("jadam")
     assert text in err

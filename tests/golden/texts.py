@@ -1,0 +1,47 @@
+"""The text of every error in ``test_checks``, remembered word for word but for what other versions print otherwise."""
+
+import functools
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+
+FOLDER = Path(os.environ.get("JADAM_GOLDEN", Path(__file__).parent))
+VARYING = {
+    r"0x[0-9a-f]+": "0x...",  # addresses
+    r"\(choose from .*\)": "(choose from ...)",  # argparse quotes the choices before Python 3.12
+}
+
+
+def plain(text: str) -> str:
+    """``text`` without what depends on versions or addresses."""
+    for pattern, replacement in VARYING.items():
+        text = re.sub(pattern, replacement, text)
+    return text
+
+
+@functools.cache
+def _remembered() -> dict[str, str]:
+    return json.loads((FOLDER / "errors.json").read_text())
+
+
+def remembered(name: str) -> str:
+    """The text of the call of that name."""
+    return _remembered()[name]
+
+
+def every() -> dict[str, str]:
+    """The texts of today."""
+    import test_checks
+
+    found = {}
+    for name, (call, error, _) in test_checks.CALLS.items():
+        try:
+            call()
+        except error as caught:
+            found[name] = plain(str(caught))
+    with tempfile.TemporaryDirectory() as folder:
+        for i, (arguments, _) in enumerate(test_checks.COMMAND_LINE):
+            found[f"command line-{i}"] = plain(test_checks.command_line(arguments, Path(folder))[2])
+    return found

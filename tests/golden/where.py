@@ -1,0 +1,59 @@
+"""Where golden files are made and what is in them beside trajectories: the machine, saved states, public names."""
+
+import inspect
+import platform
+from pathlib import Path
+
+import jax
+import jaxlib
+import ml_dtypes
+import numpy as np
+
+import jadam
+
+SUBMODULES = ("sharding", "flax", "torch_state")
+
+
+def here() -> dict[str, str]:
+    """What decides the bits of a step by the CPU's kernel: the processor, its instructions, and XLA for the scalars."""
+    kernel = jadam.backends()["cpu"].kernel
+    return {"processor": _processor(), "instructions": kernel or "XLA", "jaxlib": jaxlib.__version__}
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    rows = dict(x.split(":", 1) for x in info.read_text().splitlines() if ":" in x) if info.is_file() else {}
+    rows = {key.strip(): value.strip() for key, value in rows.items()}
+    fields = ("vendor_id", "cpu family", "model", "stepping", "model name")
+    return " ".join(rows[x] for x in fields if x in rows) or platform.processor() or platform.machine()
+
+
+def named(state) -> dict[str, np.ndarray]:
+    """The arrays of a state by their paths, as one saves them with `numpy.savez`; bfloat16 as its bits."""
+    arrays = {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(state)}
+    return {path: x.view(np.uint16) if x.dtype == ml_dtypes.bfloat16 else x for path, x in arrays.items()}
+
+
+def unnamed(arrays, like):
+    """`named` undone, for a state like ``like``."""
+
+    def one(path, x):
+        found = arrays[jax.tree_util.keystr(path)]
+        return found.view(x.dtype) if x.dtype == ml_dtypes.bfloat16 else found
+
+    return jax.tree_util.tree_map_with_path(one, like)
+
+
+def public_names() -> dict[str, list[str] | None]:
+    """Every public name of jadam and, where it is a function, those of its arguments."""
+    import jadam.flax
+    import jadam.torch_state
+
+    found = {}
+    for module in (jadam, *(getattr(jadam, name) for name in SUBMODULES)):
+        own = lambda x, module=module: module is jadam or getattr(x, "__module__", "") == module.__name__
+        for name, value in sorted(vars(module).items()):
+            if name.startswith("_") or inspect.ismodule(value) or not own(value):
+                continue
+            found[f"{module.__name__}.{name}"] = list(inspect.signature(value).parameters) if callable(value) else None
+    return found

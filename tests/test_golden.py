@@ -1,0 +1,157 @@
+"""The numbers, texts and names of jadam are those that ``tests/golden`` remembers.
+
+Bits are compared where the golden files were made: on the same processor, with the same instructions and jaxlib.
+Elsewhere, and on XLA's path always, one step from each remembered state is compared within rounding: 2 ulp of the
+larger of the old value and the increment, and one code in ten thousand. A float32 that differs by 2 ulp crosses an edge
+of bfloat16's roundings with a chance of 2**-15, and of int8's with a smaller one.
+"""
+
+import functools
+import json
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from golden import cases, where
+from helpers import rows
+
+import jadam
+
+FOLDER = Path(os.environ.get("JADAM_GOLDEN", Path(__file__).parent / "golden"))
+MADE = json.loads((FOLDER / "made.json").read_text())
+SAVED = sorted(path.stem for path in (FOLDER / "states").glob("*.npz"))
+
+
+def ulps(name):
+    """2; 4 where rounded numbers are used once more.
+
+    A norm, whose sum may be in another order, scales a gradient that is then squared; 1 - b of a scheduled b is a
+    difference of rounded numbers; NAdam's direction is a sum of two terms of either sign.
+    """
+    return 4 if any(x in name for x in ("chain", "scheduled", "nadam", "nesterov")) else 2
+
+
+@functools.cache
+def stored():
+    with np.load(FOLDER / "trajectories.npz") as file:
+        return dict(file)
+
+
+def comparable(case, params, state):
+    """Named arrays; of bfloat16 parameters with a remainder the float32 masters, which hold both."""
+    if hasattr(state, "remainder"):
+        params, state = jadam.float32_params(params, state), state.inner_state
+    leaves = jax.tree_util.tree_leaves_with_path((params, state))
+    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}
+
+
+def differences(found, expected, old, ulps):
+    """Lines about floats that are too far off, and how many codes differ of how many."""
+    lines, differ, codes = [], 0, 0
+    for name, a in found.items():
+        b, c = expected[name], old[name]
+        assert (a.shape, a.dtype) == (b.shape, b.dtype), name
+        if a.dtype == np.complex64:
+            a, b, c = (np.stack([x.real, x.imag]) for x in (a, b, c))
+        if a.dtype != np.float32:
+            differ, codes = differ + np.sum(a != b), codes + a.size
+            continue
+        a, b, c = (x.astype(np.float64) for x in (a, b, c))
+        far = np.abs(a - b) / (ulps * 2.0**-23 * np.maximum(np.abs(c), np.abs(b - c)) + 1e-44)
+        if np.max(far, initial=0) > 1:
+            lines.append(f"{name} is off by {ulps * np.max(far):.1f} ulp")
+    return lines, differ, codes
+
+
+def check_steps(name, step, remembered, transitions):
+    """``step(g, state, params)`` from each remembered state leads to the next."""
+    case = cases.CASES[name]
+    _, gradients = cases.inputs(case, stored())
+    lines, differ, codes = [], 0, 0
+    for t in transitions:
+        params, state = remembered[t - 1]
+        result = step(jax.tree.map(lambda g, t=t: g[t - 1], gradients), state, params)
+        rows = [comparable(case, *x) for x in (result, remembered[t], remembered[t - 1])]
+        more, *counts = differences(*rows, ulps(name))
+        lines += [f"{name}, step {t}: {line}" for line in more]
+        differ, codes = differ + counts[0], codes + counts[1]
+    # of fewer than 10,000 codes one may differ
+    return lines + [f"{name}: {differ} codes of {codes} differ"] * bool(differ > max(1, 1e-4 * codes))
+
+
+def start(name):
+    """The remembered states, that before the first step besides."""
+    case = cases.CASES[name]
+    params, _ = cases.inputs(case, stored())
+    return {0: (params, case.make().init(params)), **cases.from_arrays(name, case, stored())}
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_step(name):
+    """All 20 steps, to the bit where they were made; else each within rounding."""
+    remembered, case = start(name), cases.CASES[name]
+    if where.here() == {key: MADE[key] for key in where.here()}:
+        for t, kept in cases.trajectory(case, stored()).items():
+            for (path, a), b in zip(
+                jax.tree_util.tree_leaves_with_path(kept), jax.tree.leaves(remembered[t]), strict=True
+            ):
+                np.testing.assert_array_equal(a, b, f"{name}, step {t}, {jax.tree_util.keystr(path)}")
+        return
+    step = jax.jit(functools.partial(jadam.step, case.make()))
+    assert check_steps(name, step, remembered, [t for t in remembered if t - 1 in remembered]) == []
+
+
+TWO_CALLS = ["adam, float32", "adam, bfloat16", "adam, int8", "amsgrad, float32", "radam, bfloat16", "adam, complex"]
+TWO_CALLS += ["nadamw, int8", "adamax, float32", "adamw, mask", "by_path", "chain, clip_by_global_norm"]
+TWO_CALLS += ["exact_bf16, int8"]
+
+
+@rows("name", list(cases.CASES), default=TWO_CALLS)
+def test_two_calls(name):
+    """Under jit, all remembered steps at once by `jax.vmap`."""
+    remembered, case = start(name), cases.CASES[name]
+    _, gradients = cases.inputs(case, stored())
+    transitions = [t for t in remembered if t - 1 in remembered]
+    stack = lambda trees: jax.tree.map(lambda *x: jnp.stack(list(map(jnp.asarray, x))), *trees)
+    before = stack([remembered[t - 1] for t in transitions])
+    g = jax.tree.map(lambda g: g[np.array(transitions) - 1], gradients)
+    step = jax.jit(jax.vmap(functools.partial(cases.two_calls, case.make())))
+    after = step(g, before[1], before[0])
+    rows = {t: jax.tree.map(lambda x, i=i: x[i], after) for i, t in enumerate(transitions)}
+    results = iter(rows.values())
+    assert check_steps(name, lambda *_: next(results), remembered, transitions) == []
+
+
+@rows("name", list(cases.CASES), default=["adam, float32"])
+def test_eager(name):
+    """The last step, outside of jit."""
+    step = functools.partial(cases.two_calls, cases.CASES[name].make())
+    assert check_steps(name, step, start(name), [cases.STEPS]) == []
+
+
+@pytest.mark.parametrize("name", SAVED)
+@pytest.mark.parametrize("kind", ["npz", "orbax"])
+def test_saved_states_load(name, kind):
+    """And are those of the tenth step."""
+    (case,) = (x for x in cases.CASES if x.replace(", ", "-").replace(" ", "_") == name)
+    params, state = start(case)[10]
+    if kind == "npz":
+        with np.load(FOLDER / "states" / f"{name}.npz") as file:
+            again = where.unnamed(file, state)
+    else:
+        with ocp.StandardCheckpointer() as checkpointer:
+            like = jax.tree.map(ocp.utils.to_shape_dtype_struct, jax.tree.map(jnp.asarray, state))
+            again = checkpointer.restore((FOLDER / "states" / name).resolve(), like)
+    assert jax.tree.structure(again) == jax.tree.structure(state)
+    for x, y in zip(jax.tree.leaves(again), jax.tree.leaves(state), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+    jax.eval_shape(cases.CASES[case].make().update, params, again, params)
+
+
+def test_public_names():
+    assert where.public_names() == json.loads((FOLDER / "names.json").read_text())
