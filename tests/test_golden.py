@@ -2,8 +2,9 @@
 
 Bits are compared where the golden files were made: on the same processor, with the same instructions and jaxlib.
 Elsewhere, and on XLA's path always, one step from each remembered state is compared within rounding: 2 ulp of the
-larger of the old value and the increment, and one code in ten thousand. A float32 that differs by 2 ulp crosses an edge
-of bfloat16's roundings with a chance of 2**-15, and of int8's with a smaller one.
+larger of the old value and the increment, for parameters 5e-7 of the update besides, and one code in ten thousand. A
+float32 that differs by 2 ulp crosses an edge of bfloat16's roundings with a chance of 2**-15, and of int8's with a
+smaller one.
 """
 
 import functools
@@ -24,15 +25,16 @@ import jadam
 FOLDER = Path(os.environ.get("JADAM_GOLDEN", Path(__file__).parent / "golden"))
 MADE = json.loads((FOLDER / "made.json").read_text())
 SAVED = sorted(path.stem for path in (FOLDER / "states").glob("*.npz"))
+UPDATE = 5e-7  # how far the kernel's updates and XLA's may differ, relatively: see agreement.py
 
 
 def ulps(name):
     """2; 4 where rounded numbers are used once more.
 
     A norm, whose sum may be in another order, scales a gradient that is then squared; 1 - b of a scheduled b is a
-    difference of rounded numbers; NAdam's direction is a sum of two terms of either sign.
+    difference of rounded numbers; AMSGrad keeps a quotient of two of them.
     """
-    return 4 if any(x in name for x in ("chain", "scheduled", "nadam", "nesterov")) else 2
+    return 4 if any(x in name for x in ("chain", "scheduled", "amsgrad")) else 2
 
 
 @functools.cache
@@ -61,9 +63,11 @@ def differences(found, expected, old, ulps):
             differ, codes = differ + np.sum(a != b), codes + a.size
             continue
         a, b, c = (x.astype(np.float64) for x in (a, b, c))
-        far = np.abs(a - b) / (ulps * 2.0**-23 * np.maximum(np.abs(c), np.abs(b - c)) + 1e-44)
+        close = ulps * 2.0**-23 * np.maximum(np.abs(c), np.abs(b - c)) + 1e-44
+        close += UPDATE * np.abs(b - c) * name.startswith("[0]")
+        far = np.abs(a - b) / close
         if np.max(far, initial=0) > 1:
-            lines.append(f"{name} is off by {ulps * np.max(far):.1f} ulp")
+            lines.append(f"{name} is off by {np.max(far):.2f} of what is allowed")
     return lines, differ, codes
 
 

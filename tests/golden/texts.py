@@ -11,6 +11,10 @@ FOLDER = Path(os.environ.get("JADAM_GOLDEN", Path(__file__).parent))
 VARYING = {
     r"0x[0-9a-f]+": "0x...",  # addresses
     r"\(choose from .*\)": "(choose from ...)",  # argparse quotes the choices before Python 3.12
+    r"Tracer[<(](.*?)[>)]\.": r"Tracer(\1).",
+    r'directory: "(.*)"': r"directory: \1",  # safetensors
+    r"one of \.[., a-z]+, got": "one of ..., got",  # matplotlib's kinds of pictures
+    r"(x00b\.png'): .*": r"\1: ...",  # Python's words for a null byte
 }
 
 
