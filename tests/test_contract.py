@@ -410,7 +410,7 @@ def after_one_bad_coordinate(bad):
     g = tree(1)
     values = np.array(matrix(g))
     values[0, 1] = bad
-    g["layers"] = [(values, None)]
+    g["layers"] = [(jnp.asarray(values), None)]
     return family().step(g, dict.fromkeys(MEMBERS, tree()), family().init(tree()))[1]
 
 
