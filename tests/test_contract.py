@@ -486,7 +486,7 @@ SHARDING = jax.sharding.PartitionSpec("data")
 @functools.cache
 def on_devices(n):
     """Parameters and states of all members after three steps on ``n`` devices, and the parameters' sharding."""
-    mesh = jax.make_mesh((n,), ("data",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:n])
+    mesh = jax.make_mesh((n,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:n])
     sharding = jax.sharding.NamedSharding(mesh, SHARDING)
     program = stepper(every(lambda m: m.make(1e-2)))
     p = jax.device_put(np.random.default_rng(0).standard_normal((16, 3)).astype(np.float32), sharding)
