@@ -264,9 +264,9 @@ def test_narrow_gradients_are_computed_in_float32(dtype):
 
 def test_the_learning_rate_is_not_rounded_to_bf16():
     # Optax's stages would round lr = 1.003e-3 to bf16 first; only the final update may be rounded.
-    p = np.zeros(1, jnp.bfloat16)
+    p, g = np.zeros(1, jnp.bfloat16), np.ones(1, jnp.bfloat16)
     tx = jadam.adamw(1.003e-3, weight_decay=0.0)
-    u, _ = jax.jit(tx.update)(p + 1, tx.init(p), p)
+    u, _ = jax.jit(tx.update)(g, tx.init(p), p)
     assert u[0] == jnp.bfloat16(-1.003e-3)
 
 

@@ -370,7 +370,7 @@ def test_inside_optax_s_wrappers(wrapper, member):
     params = {(whose, dtype): start[dtype] for whose in both for dtype in dtypes}
     states = {(whose, dtype): both[whose].init(p) for (whose, dtype), p in params.items()}
     for k in range(4):
-        g = {key: jax.tree.map(lambda x, k=k: x + k, start[key[1]]) for key in params}
+        g = {key: jax.tree.map(lambda x, k=k: (x + k).astype(x.dtype), start[key[1]]) for key in params}
         params, states, _ = program.step(g, params, states)
     for dtype in dtypes:
         a, b = params["ours", dtype], params["theirs", dtype]
