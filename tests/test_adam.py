@@ -1,6 +1,6 @@
 """The numerical contract of Adam itself: how close to the paper, and where floating point is hardest."""
 
-import itertools
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,21 +12,25 @@ import pytest
 import jadam
 from jadam import _numerics
 
+DEFAULT = jadam.scale_by_adam()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def scan(tx, gradients, params):
+    def step(state, g):
+        u, state = tx.update(g, state, params)
+        return state, u
+
+    return jax.lax.scan(step, tx.init(gradients[0] if params is None else params), gradients)[1]
+
 
 def directions(tx, gradients, params=None):
-    """The directions a ``scale_by_*`` gives for these gradients, one jitted step each."""
-    state = tx.init(jnp.asarray(gradients[0] if params is None else params))
-    step = jax.jit(tx.update)
-    out = []
-    for g in gradients:
-        u, state = step(jnp.asarray(g), state, params)
-        out.append(np.asarray(u))
-    return out
+    """The directions a ``scale_by_*`` gives for these gradients, as one scan."""
+    return np.asarray(scan(tx, np.stack(gradients), params))
 
 
-def largest_error(tx, gradients, **settings):
-    expected = oracle.adam(gradients, **settings)
-    return max(np.abs(u - e).max() for u, e in zip(directions(tx, gradients), expected, strict=True))
+def largest_error(found, expected):
+    return np.abs(found - expected).max()
 
 
 def normal(steps, shape, scale=1.0, seed=0):
@@ -48,17 +52,47 @@ def rounding_floor(gradients, b2):
     return worst
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e-6, 1e6])
-@pytest.mark.parametrize("b2", [0.95, 0.999, 0.9999])
+B2, SCALES = (0.95, 0.999, 0.9999), (1.0, 1e-6, 1e6)
+FEW, MANY = slice(16), slice(16, 1016)
+
+
+@functools.cache
+def long_gradients(scale):
+    """1500 steps of 16 and of 1000 coordinates, side by side."""
+    return [np.concatenate(g) for g in zip(normal(1500, 16, scale), normal(1500, 1000, scale), strict=True)]
+
+
+@functools.cache
+def long_directions():
+    """Those for every b2 and scale."""
+
+    @jax.jit
+    def run(gradients):
+        txs = {b2: jadam.scale_by_adam(b2=b2) for b2 in B2}
+
+        def step(states, g):
+            found = {b2: tx.update(g, states[b2]) for b2, tx in txs.items()}
+            return {b2: state for b2, (_, state) in found.items()}, {b2: u for b2, (u, _) in found.items()}
+
+        return jax.lax.scan(step, {b2: tx.init(gradients[0]) for b2, tx in txs.items()}, gradients)[1]
+
+    found = run(np.stack([long_gradients(scale) for scale in SCALES], axis=1))
+    return {(b2, scale): np.asarray(u)[:, i] for b2, u in found.items() for i, scale in enumerate(SCALES)}
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("b2", B2)
 def test_error_against_float64_over_1500_steps(b2, scale):
     # Storing v in float32 rounds it once a step. The roundings add up like a random walk over 1/(1-b2) steps, each
     # 0.29 ulp rms; at b2 = 0.9999, v growing all the while, sqrt(1500/3) * 0.29 * 2**-23.5 / 2 = 2.7e-7 rms in
     # sqrt(v). That is the floor for this state. 7e-7 is what the README states, for 16 coordinates.
-    assert largest_error(jadam.scale_by_adam(b2=b2), normal(1500, 16, scale), b2=b2) <= 7e-7
+    gradients, found = long_gradients(scale), long_directions()[b2, scale]
+    expected = np.array(oracle.adam(gradients, b2=b2))
+    assert largest_error(found[:, FEW], expected[:, FEW]) <= 7e-7
     # The largest of many is larger. All that jadam adds to the floor: some 5 roundings of the direction (|u| <= 4 in
     # the first steps, 2**-24 each, in quadrature 5e-7 there), and m's, 1e-7.
-    gradients = normal(1500, 1000, scale)
-    assert largest_error(jadam.scale_by_adam(b2=b2), gradients, b2=b2) <= rounding_floor(gradients, b2) + 3e-7
+    floor = rounding_floor([g[MANY] for g in gradients], b2)
+    assert largest_error(found[:, MANY], expected[:, MANY]) <= floor + 3e-7
 
 
 @pytest.mark.parametrize(
@@ -72,8 +106,8 @@ def test_error_against_float64_over_1500_steps(b2, scale):
 def test_the_oracle_bites(wrong):
     gradients = normal(5, 64)
     expected = oracle.adam(gradients)
-    found = directions(jadam.scale_by_adam(), gradients)
-    assert max(np.abs(u - e).max() for u, e in zip(found, expected, strict=True)) <= 7e-7
+    found = directions(DEFAULT, gradients)
+    assert largest_error(found, expected) <= 7e-7
     assert max(np.abs(wrong(u, t) - e).max() for t, (u, e) in enumerate(zip(found, expected, strict=True), 1)) > 7e-7
 
 
@@ -83,29 +117,55 @@ def test_invariant_to_powers_of_two(k, nesterov):
     # Kingma & Ba 2015, section 2.1: with eps = 0 the step does not depend on the gradients' scale. A power of two
     # changes exponents only, so not one bit may differ while every product stays normal.
     gradients = [np.where(np.abs(g) < 0.01, np.float32(0.01), g) for g in normal(100, 1000)]
-    tx = jadam.scale_by_adam(eps=0.0, nesterov=nesterov)
+    tx = scale_free(nesterov)
     scaled = [np.ldexp(g, k) for g in gradients]
     for u, v in zip(directions(tx, gradients), directions(tx, scaled), strict=True):
         np.testing.assert_array_equal(u.view(np.int32), v.view(np.int32))
 
 
-@pytest.mark.parametrize("b1", [0.0, 0.1, 0.5])
+@functools.cache
+def scale_free(nesterov):
+    return jadam.scale_by_adam(eps=0.0, nesterov=nesterov)
+
+
+B1 = (0.0, 0.1, 0.5)
+
+
+@functools.cache
+def after_a_spike():
+    """The gradients, and the directions for every ``b1``, a Python number and traced."""
+
+    @jax.jit
+    def run(gradients, traced):
+        known = {(b1, False): scan(jadam.scale_by_adam(b1=b1, b2=0.5), gradients, None) for b1 in B1}
+        return known | {(b1, True): scan(jadam.scale_by_adam(b1=traced[b1], b2=0.5), gradients, None) for b1 in B1}
+
+    gradients = [np.full(3, g, np.float32) for g in (1e8, 1.0, -1.0, 1.0)]
+    return gradients, run(np.stack(gradients), {b1: np.float32(b1) for b1 in B1})
+
+
+@pytest.mark.parametrize("b1", B1)
 @pytest.mark.parametrize("traced", [False, True])
 def test_small_b1_survives_a_spike(b1, traced):
     # After 1e8, m + (1-b1)*(g-m) would return m's rounding error, up to 4, in place of g = 1.
-    gradients = [np.full(3, g, np.float32) for g in (1e8, 1.0, -1.0, 1.0)]
+    gradients, found = after_a_spike()
     expected = oracle.adam(gradients, b1=float(np.float32(b1)) if traced else b1, b2=0.5)
-    found = directions(jadam.scale_by_adam(b1=jnp.float32(b1) if traced else b1, b2=0.5), gradients)
-    for u, e in zip(found, expected, strict=True):
+    for u, e in zip(found[b1, traced], expected, strict=True):
         np.testing.assert_allclose(u, e, rtol=1e-6)  # 8 roundings of 2**-24, halved below the root, and m's own
 
 
 def test_ema_keeps_a_constant():
     # b*v + (1-b)*g in float32 settles 1.3e-5 off g at b = 0.999; here g is a fixed point, to the bit.
-    g = jnp.float32(0.7)
-    for b, traced in itertools.product([0.0, 0.3, 0.9, 0.999], [False, True]):
-        beta = _numerics.constant_beta(jnp.float32(b) if traced else b, jnp.float32(1), np.dtype("float32"))
-        assert _numerics.ema(beta, g, g) == g
+    known = (0.0, 0.3, 0.9, 0.999)
+
+    @jax.jit
+    def averages(g, t, traced):
+        beta = lambda b: _numerics.constant_beta(b, t, np.dtype("float32"))
+        return [[_numerics.ema(beta(b), g, g) for b in values] for values in (known, traced)]
+
+    g = np.float32(0.7)
+    found = averages(g, np.float32(1), [np.float32(b) for b in known])
+    np.testing.assert_array_equal(found, np.full((2, 4), g), err_msg=f"known, then traced b of {known}")
 
 
 @pytest.mark.usefixtures("x64")
@@ -118,11 +178,11 @@ def test_float64_equals_the_oracle(dtype):
     params = jnp.zeros(50, dtype)
     settings = {"b1": 0.8, "b2": 0.95, "eps": 1e-4, "eps_root": 1e-6}
     tx = jadam.scale_by_adam(**settings)
-    state = tx.init(params)
+    state, update = tx.init(params), jax.jit(tx.update)
     # One complex coordinate is Adam on |g|: the oracle runs on g / |g| per part with the modulus's second moment.
     m = v = np.zeros(50)
     for t, g in enumerate(gradients, start=1):
-        u, state = tx.update(jnp.asarray(g), state, params)
+        u, state = update(g, state, params)
         assert u.dtype == dtype
         g = g.astype(np.promote_types(dtype, np.float64))
         m = 0.8 * m + 0.2 * g
@@ -132,10 +192,10 @@ def test_float64_equals_the_oracle(dtype):
 
 
 def test_complex_has_a_real_second_moment():
-    params = jnp.ones(3, jnp.complex64)
+    params = np.ones(3, np.complex64)
     tx = jadam.scale_by_adam()
     state = tx.init(params)
-    u, state = jax.jit(tx.update)(jnp.array([3 + 4j, 1j, 0]), state, params)
+    u, state = jax.jit(tx.update)(np.array([3 + 4j, 1j, 0], np.complex64), state, params)
     assert (u.dtype, state.mu.dtype, state.nu.dtype) == (jnp.complex64, jnp.complex64, jnp.float32)
     np.testing.assert_allclose(u, [0.6 + 0.8j, 1j, 0], rtol=1e-6)  # one step: g / |g|
 
@@ -152,7 +212,7 @@ class TestMaml:
             params = optax.apply_updates(params, updates)
         return jnp.sum(params**2)
 
-    slopes = jnp.array([1.0, 0.0, 3.0, -2.0, 0.0], jnp.float32)
+    slopes = np.array([1.0, 0.0, 3.0, -2.0, 0.0], np.float32)
     start = np.array([1.0, 2.0, -0.5, 0.3, 0.0])
 
     def oracle_outer(self, start):
@@ -174,43 +234,47 @@ class TestMaml:
 
     def test_at_zero_gradient_the_slope_is_one_over_eps(self):
         direction = lambda g: jadam.scale_by_adam(eps=0.5).update(g, jadam.scale_by_adam().init(g))[0]
-        np.testing.assert_allclose(jax.grad(direction)(jnp.float32(0.0)), 2.0, rtol=1e-6)  # m_hat's two roundings
+        slope = jax.jit(jax.grad(direction))(np.float32(0.0))
+        np.testing.assert_allclose(slope, 2.0, rtol=1e-6)  # m_hat's two roundings
 
     @pytest.mark.parametrize("eps", [0.0, 1e-8])
     def test_finite_where_everything_is_zero(self, eps):
         tx = jadam.scale_by_adam(eps=eps)
-        g = jnp.zeros(3)
-        u, vjp = jax.vjp(lambda g: tx.update(g, tx.init(g))[0], g)
+
+        @jax.jit
+        def direction_and_derivative(g, tangent):
+            u, vjp = jax.vjp(lambda g: tx.update(g, tx.init(g))[0], g)
+            return u, vjp(tangent)[0]
+
+        u, derivative = direction_and_derivative(np.zeros(3, np.float32), np.ones(3, np.float32))
         np.testing.assert_array_equal(u, 0)
-        assert np.isfinite(vjp(jnp.ones(3))[0]).all()
+        assert np.isfinite(derivative).all()
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_narrow_gradients_are_computed_in_float32(dtype):
-    gradients = [jnp.asarray(g, dtype) for g in normal(50, 200)]
-    tx, params = jadam.scale_by_adam(), jnp.zeros(200, jnp.float32)
-    narrow = directions(tx, gradients, params)
-    wide = directions(tx, [np.asarray(g, np.float32) for g in gradients])
-    for a, b in zip(narrow, wide, strict=True):
-        np.testing.assert_array_equal(a, b)
-    zero, _ = tx.update(jnp.zeros(200, dtype), tx.init(params))
-    assert zero.dtype == dtype
-    np.testing.assert_array_equal(zero, 0)
+    narrow = np.stack(normal(50, 200)).astype(dtype)
+    gradients = {"narrow": narrow, "wide": narrow.astype(np.float32), "zero": np.zeros_like(narrow)}
+    params = {"narrow": np.zeros(200, np.float32), "wide": np.zeros(200, np.float32), "zero": np.zeros(200, dtype)}
+    found = scan(DEFAULT, gradients, params)
+    np.testing.assert_array_equal(found["narrow"], found["wide"])
+    assert found["zero"].dtype == dtype
+    np.testing.assert_array_equal(found["zero"], 0)
 
 
 def test_the_learning_rate_is_not_rounded_to_bf16():
     # Optax's stages would round lr = 1.003e-3 to bf16 first; only the final update may be rounded.
-    p = jnp.zeros(1, jnp.bfloat16)
+    p, g = np.zeros(1, jnp.bfloat16), np.ones(1, jnp.bfloat16)
     tx = jadam.adamw(1.003e-3, weight_decay=0.0)
-    u, _ = jax.jit(tx.update)(p + 1, tx.init(p), p)
+    u, _ = jax.jit(tx.update)(g, tx.init(p), p)
     assert u[0] == jnp.bfloat16(-1.003e-3)
 
 
 def test_count_saturates():
     tx = jadam.scale_by_adam(nesterov=True)
-    g = jnp.ones(2)
+    g = np.ones(2, np.float32)
     last = 2**31 - 1
-    state = optax.ScaleByAdamState(jnp.int32(last), g, g)
+    state = optax.ScaleByAdamState(np.int32(last), g, g)
     u, state = jax.jit(tx.update)(g, state)
     assert state.count == last
     np.testing.assert_allclose(u, 1, rtol=1e-6)  # m = v = 1, corrections 1
@@ -218,11 +282,11 @@ def test_count_saturates():
 
 def test_outside_the_range_of_squares():
     # As the docstring of scale_by_adam says: below 1e-19 at most m_hat / eps; above 1e19 an infinite nu, then NaN.
-    tiny, huge = np.float32(1e-25), np.float32(1e30)
+    tiny, huge = np.float32([1e-25]), np.float32([1e30])
     for eps, bound in ((0.0, 1e-25), (1e-8, 1e-17)):
-        (u,) = directions(jadam.scale_by_adam(eps=eps), [np.array([tiny])])
+        (u,) = directions(jadam.scale_by_adam(eps=eps), [tiny])
         assert 0 < u[0] <= bound * 1.001
-    tx = jadam.scale_by_adam()
-    u, state = tx.update(jnp.array([huge]), tx.init(jnp.zeros(1)))
+    update, state = jax.jit(DEFAULT.update), DEFAULT.init(tiny)
+    u, state = update(huge, state)
     assert (u[0], state.nu[0]) == (0, np.inf)
-    assert np.isnan(tx.update(jnp.ones(1), state)[0])
+    assert np.isnan(update(np.ones(1, np.float32), state)[0])

@@ -13,6 +13,7 @@ import pytest
 import safetensors.numpy
 import torch_states
 from flax import nnx
+from helpers import grid, rows
 
 import jadam
 from jadam import torch_state
@@ -38,6 +39,7 @@ WRAPPED = {
     "jadam.chain": lambda make: jadam.chain(jadam.clip(1e3), make(torch_states.LR)),
     "exact_bf16": lambda make: jadam.exact_bf16(make(torch_states.LR)),
 }
+SHAPE = (64, 256)  # two blocks of int8 in a row; `from_torch` is not jitted, so each new shape is compiled for
 W = {"w.exp_avg": np.zeros(2), "w.exp_avg_sq": np.zeros(2), "w.step": 1}
 STATE = jadam.adam(1e-3).init(jnp.zeros(2))
 MOMENTS = {"mu": "exp_avg", "nu": "exp_avg_sq", "nu_max": "max_exp_avg_sq"}
@@ -79,22 +81,36 @@ def equal(a, b):
 # ---------------------------------------------------------------- training goes on
 
 
-def continued(name, wrap, step=torch_states.BEFORE, make=None):
-    """Parameters and the state with moments after the fixture's steps, from PyTorch's state at ``step``."""
+@functools.cache
+def programs(name, wrap, make=None):
+    """The fixture's first parameters, the state made of them, and jitted a step and what gives float32 parameters."""
     tx = WRAPPED[wrap](make or MAKE[name])
     params = tree(part(f"{name}/before/params/"))
-    exact = wrap == "exact_bf16"
-    start = (lambda p: jadam.from_float32(p, tx)) if exact else (lambda p: (p, tx.init(p)))
-    params, state = jax.jit(start)(params)
+    if wrap == "exact_bf16":
+        return *jax.jit(lambda p: jadam.from_float32(p, tx))(params), jitted(tx), jax.jit(jadam.float32_params)
+    params = jax.tree.map(jnp.asarray, params)
+    return params, tx.init(params), jitted(tx), lambda params, state: params
+
+
+def jitted(tx):
+    @jax.jit
+    def step(g, params, state):
+        updates, state = tx.update(g, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def continued(name, wrap, step=torch_states.BEFORE, make=None):
+    """Parameters and the state with moments after the fixture's steps, from PyTorch's state at ``step``."""
+    params, state, update, float32 = programs(name, wrap, make)
     flat = part(f"{name}/before/state/")
     flat |= {key: np.float32(step) for key in flat if key.endswith(".step")}
     state = torch_state.from_torch(flat, state, NAMES)
-    gradients = jax.tree.map(list, tree(part(f"{name}/gradients/")))
-    update = jax.jit(tx.update)
-    for g in zip(*jax.tree.leaves(gradients, is_leaf=lambda x: isinstance(x, list)), strict=True):
-        updates, state = update(jax.tree.unflatten(jax.tree.structure(params), g), state, params)
-        params = optax.apply_updates(params, updates)
-    return jax.jit(jadam.float32_params)(params, state) if exact else params, moments_in(state)
+    gradients = tree(part(f"{name}/gradients/"))
+    for t in range(torch_states.STEPS):
+        params, state = update(jax.tree.map(lambda g, t=t: g[t], gradients), params, state)
+    return float32(params, state), moments_in(state)
 
 
 def distances(name, params, state):
@@ -133,9 +149,10 @@ def distances(name, params, state):
     return found
 
 
-@pytest.mark.every(4)
-@pytest.mark.parametrize("wrap", WRAPPED)
-@pytest.mark.parametrize("name", MAKE)
+@grid(
+    {"name": list(MAKE), "wrap": list(WRAPPED)},
+    default=["adam-plain", "adam-exact_bf16", "adamw-schedule", "adamw-jadam.chain", "amsgrad-optax.chain"],
+)
 def test_training_goes_on_where_pytorch_was(name, wrap):
     params, state = continued(name, wrap)
     assert state.count == torch_states.BEFORE + torch_states.STEPS
@@ -148,7 +165,7 @@ def test_the_distances_see_what_is_wrong():
     start = torch_state.from_torch(part("amsgrad/before/state/"), MAKE["amsgrad"](1e-3).init(PARAMS), NAMES)[0]
     assert min(distances("amsgrad", PARAMS, start).values()) > 100
     for step in (torch_states.BEFORE - 1, torch_states.BEFORE + 1):
-        assert distances("adam", *continued("adam", "plain", step))["params"] > 100
+        assert distances("adam", *continued("adam", "plain", step))["params"] > 100, step
     of_v_hat = functools.partial(jadam.amsgrad, **SETTINGS)
     found = distances("amsgrad", *continued("amsgrad", "plain", make=of_v_hat))
     assert min(found["params"], found["nu_max"]) > 100
@@ -182,7 +199,8 @@ def test_there_and_back_to_the_bit(name, tmp_path):
 def test_moments_are_stored_as_a_step_stores_them(rule, moments):
     """One step from zero has the same moments in every format, so it stores what is to come from them."""
     params = {"a": jnp.zeros((65, 67)), "b": jnp.zeros(5)}
-    gradients = jax.tree.map(lambda p: jax.random.normal(jax.random.key(0), p.shape), params)
+    rng = np.random.default_rng(0)
+    gradients = jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape), jnp.float32), params)
     names = {"['a']": ("w", (1, 0)), "['b']": "b"}
     one, many = getattr(jadam, rule)(1e-3), getattr(jadam, rule)(1e-3, moments=moments)
 
@@ -202,9 +220,9 @@ def test_moments_are_stored_as_a_step_stores_them(rule, moments):
 
 def test_int8_and_bfloat16_come_out_within_a_level():
     """A code is one of the two levels around the number, so less than one level away; 0.01 is float32's rounding."""
-    params = {"w": jnp.zeros((64, 128))}
+    params = {"w": jnp.zeros(SHAPE)}
     rng = np.random.default_rng(0)
-    v = rng.chisquare(1, (64, 128)).astype(np.float32)
+    v = rng.chisquare(1, SHAPE).astype(np.float32)
     m = (np.sqrt(v) * rng.uniform(-1, 1, v.shape)).astype(np.float32)
     flat = {"w.exp_avg": m, "w.exp_avg_sq": v, "w.step": np.float32(9)}
 
@@ -214,7 +232,8 @@ def test_int8_and_bfloat16_come_out_within_a_level():
         assert back["w.step"] == 9
         return back["w.exp_avg"], back["w.exp_avg_sq"]
 
-    levels = lambda x, power, n: n * (np.abs(x) / np.abs(x).max(-1, keepdims=True)) ** power
+    blocks = lambda x: np.abs(x).reshape(64, 2, 128)
+    levels = lambda x, power, n: n * (blocks(x) / blocks(x).max(-1, keepdims=True)) ** power
     m8, v8 = passed_through("int8")
     assert np.abs(levels(np.sqrt(v8), 1 / 4, 255) - levels(np.sqrt(v), 1 / 4, 255)).max() < 1.01
     assert np.abs(levels(m8 / np.sqrt(v8), 1 / 2, 127) - levels(m / np.sqrt(v), 1 / 2, 127)).max() < 1.01
@@ -267,9 +286,9 @@ AVALS = {
 
 @pytest.mark.parametrize("name", AVALS)
 def test_a_jitted_step_is_not_compiled_again(name):
-    tx, params = AVALS[name], {"w": jnp.ones((64, 128))}
+    tx, params = AVALS[name], {"w": jnp.asarray(np.ones(SHAPE, np.float32))}
     state = tx.init(params)
-    flat = {f"w.{x}": np.ones((128, 64), np.float32) for x in MOMENTS.values()} | {"w.step": np.float32(3)}
+    flat = {f"w.{x}": np.ones(SHAPE[::-1], np.float32) for x in MOMENTS.values()} | {"w.step": np.float32(3)}
     if name != "amsgrad":
         del flat["w.max_exp_avg_sq"]
     filled = torch_state.from_torch(flat, state, {"['w']": ("w", torch_state.LINEAR)})
@@ -285,14 +304,18 @@ def test_a_jitted_step_is_not_compiled_again(name):
 AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
 
 
-@pytest.mark.parametrize(("moments", "kind"), [("float32", AUTO), ("bfloat16", AUTO), ("int8", EXPLICIT)], ids=str)
-def test_eight_devices(moments, kind):
+PLACED = {"float32-auto": ("float32", AUTO), "bfloat16-auto": ("bfloat16", AUTO), "int8-explicit": ("int8", EXPLICIT)}
+
+
+@rows("placed", PLACED, default=["float32-auto", "int8-explicit"])
+def test_eight_devices(placed):
+    moments, kind = placed
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x", "y"))
     w = np.random.default_rng(0).standard_normal((256, 64))  # float64, as NumPy likes it
     flat = {"w.exp_avg": w, "w.exp_avg_sq": w * w, "w.step": np.float32(3)}
     names = {"": ("w", torch_state.LINEAR)}
-    tx, params = jadam.adam(1e-3, moments=moments), jnp.zeros((64, 256))
+    tx, params = jadam.adam(1e-3, moments=moments), jnp.zeros(SHAPE)
     state = tx.init(jax.device_put(params, sharding))
     filled = torch_state.from_torch(flat, state, names)
     equal(jax.device_get(filled), jax.device_get(torch_state.from_torch(flat, tx.init(params), names)))
@@ -370,7 +393,7 @@ def test_where_only_some_leaves_have_moments():
 
 
 def test_in_flax_nnx():
-    model = nnx.Conv(4, 5, (3, 2), rngs=nnx.Rngs(0))
+    model = nnx.Conv(4, 5, (3, 2), kernel_init=nnx.initializers.zeros_init(), rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, jadam.adam(1e-3), wrt=nnx.Param)
     names = {"['kernel']": ("0.weight", torch_state.CONV2D), "['bias']": "0.bias"}
     flat = {key: x for key, x in part("adam/before/state/").items() if key.startswith("0.")}
