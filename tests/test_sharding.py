@@ -24,7 +24,7 @@ FORMATS = ["float32", "bfloat16", "int8"]
 
 def params(dtype=jnp.float32, seed=0):
     """Odd rows with six blocks of 128, a ragged last block, a vector, and what eight does not divide."""
-    normal = lambda *shape: jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+    normal = lambda *shape: jnp.asarray(np.random.default_rng(seed).standard_normal(shape).astype(dtype))
     return {
         "embed": normal(257, 768),
         "kernel": normal(128, 300),
