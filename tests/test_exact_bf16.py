@@ -81,7 +81,7 @@ def test_masters_are_those_of_float32(name):
     w, gradients = example()
     params, state = trained(name)
     plain = CHAINS[name]()
-    expected = np.asarray(scan_of(plain)(w, plain.init(jnp.asarray(w)), gradients.astype(np.float32))[0])
+    expected = np.asarray(scan_of(plain)(w, plain.init(jax.device_put(w)), gradients.astype(np.float32))[0])
     assert params.dtype == jnp.bfloat16
     masters = np.asarray(masters_of(params, state))
     assert (np.abs(masters - expected) <= 2e-6 * np.maximum(1, np.abs(expected))).all()
@@ -148,7 +148,7 @@ def test_state_tells_what_apply_updates_does(under_jit):
     pairs = [*itertools.product(SPECIAL, SPECIAL)]
     start, end = np.array(pairs, np.float32).T
     params, state = start_of(tx)(start)
-    params, state = (jax.jit if under_jit else lambda f: f)(step_of(tx))(params, state, jnp.asarray(end))
+    params, state = (jax.jit if under_jit else lambda f: f)(step_of(tx))(params, state, jax.device_put(end))
     master = np.asarray(masters_of(params, state))
     rounded = np.asarray(split_by_jax(master)[0])
     same = (rounded == params) | (np.isnan(rounded) & np.isnan(params)) | np.isinf(np.float32(params))
@@ -171,9 +171,9 @@ def test_a_weight_that_collapses_across_zero():
 
 def test_mixed_trees_and_keep():
     tree = {
-        "w": jnp.asarray(np.full((2, 3), 0.1, np.float32)),
-        "norm": jnp.asarray(np.full(3, 0.1, np.float32)),
-        "half": jnp.asarray(np.ones(2, np.float16)),
+        "w": jax.device_put(np.full((2, 3), 0.1, np.float32)),
+        "norm": jax.device_put(np.full(3, 0.1, np.float32)),
+        "half": jax.device_put(np.ones(2, np.float16)),
         "none": None,
     }
     tx = jadam.exact_bf16(jadam.adam(1e-3))
@@ -276,7 +276,7 @@ def test_float32_params_of_flax_variables():
 
 def test_from_float32_leaves_others_alone():
     dtypes = {"a": jnp.float32, "b": jnp.bfloat16, "c": jnp.float16}
-    params = {k: jnp.asarray(np.ones((2, 3), dtype)) for k, dtype in dtypes.items()}
+    params = {k: jax.device_put(np.ones((2, 3), dtype)) for k, dtype in dtypes.items()}
     tx = jadam.exact_bf16(jadam.adam(1e-3))
     narrow, state = jadam.from_float32(params, tx)
     assert [x.dtype for x in narrow.values()] == [jnp.bfloat16, jnp.bfloat16, jnp.float16]

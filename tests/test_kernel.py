@@ -75,7 +75,7 @@ def test_every_call_gives_the_right_result_or_says_what_is_wrong(calls, calls_by
 
 def test_a_gradient_that_is_the_weight():
     """Donated: XLA then hands the handler a copy, for a result must replace nothing that another argument is."""
-    tx, p = jadam.adamw(1e-3), jnp.asarray(np.linspace(-1, 1, 1001, dtype=np.float32))
+    tx, p = jadam.adamw(1e-3), jax.device_put(np.linspace(-1, 1, 1001, dtype=np.float32))
     state = tx.init(p)
     step = lambda p, state: jadam.step(tx, p, state, p)
     expected = jax.device_get(jax.jit(step)(p, state))

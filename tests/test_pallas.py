@@ -24,7 +24,10 @@ SHAPES = {"a": (40, 300), "b": (4100, 16), "c": (8, 20, 130)}
 
 def trees(seed, dtype=np.float32, shapes=SHAPES):
     rng = np.random.default_rng(seed)
-    return {k: jnp.asarray(rng.standard_normal(x) * 10.0 ** rng.uniform(-3, 3, x), dtype) for k, x in shapes.items()}
+    return {
+        k: jax.device_put(np.asarray(rng.standard_normal(x) * 10.0 ** rng.uniform(-3, 3, x), dtype))
+        for k, x in shapes.items()
+    }
 
 
 @functools.cache
@@ -98,7 +101,7 @@ def test_not_finite(platform):
     a = np.array(grads["a"])
     for i, bad in enumerate((np.nan, np.inf, -np.inf, 1e30, 1e-30, -0.0)):
         a[i, 50 * i] = bad
-    grads["a"] = jnp.asarray(a)
+    grads["a"] = jax.device_put(a)
     state = tx.init(params)
     for _ in range(2):
         new, expected = step(grads, state, params), two_calls(grads, state, params)

@@ -24,7 +24,7 @@ FORMATS = ["float32", "bfloat16", "int8"]
 
 def params(dtype=jnp.float32, seed=0):
     """Odd rows with six blocks of 128, a ragged last block, a vector, and what eight does not divide."""
-    normal = lambda *shape: jnp.asarray(np.random.default_rng(seed).standard_normal(shape).astype(dtype))
+    normal = lambda *shape: jax.device_put(np.random.default_rng(seed).standard_normal(shape).astype(dtype))
     return {
         "embed": normal(257, 768),
         "kernel": normal(128, 300),
@@ -65,8 +65,8 @@ def start(name, place):
     tx, state = divided(name)
     p, state = params(ALL[name][1]), jax.tree.map(np.array, state)
     if place == "eight":
-        return jax.device_put(jax.tree.map(np.asarray, p), WHOLE), jax.device_put(state, tx.shardings)
-    return p, jax.tree.map(jnp.asarray, state)
+        return jax.device_put(jax.device_get(p), WHOLE), jax.device_put(state, tx.shardings)
+    return p, jax.device_put(state)
 
 
 def gradient(i):
@@ -142,7 +142,7 @@ def test_what_travels(moments):
 
 def test_the_norm_is_that_of_all_gradients():
     tx = jadam.chain(jadam.clip_by_global_norm(1.0), jadam.adamw(1e-2, eps=10.0))  # with such an eps the norm matters
-    p = {"w": jnp.asarray(np.ones((16, 8), np.float32))}
+    p = {"w": jax.device_put(np.ones((16, 8), np.float32))}
     divided = zero1(tx, p, MESH, "data")
     by_rows = NamedSharding(MESH, P("data"))
     g = {"w": np.arange(128, dtype=np.float32).reshape(16, 8)}
@@ -175,7 +175,7 @@ def trained_alone(tx):
     rng = np.random.default_rng(0)
     host = {name: rng.standard_normal(shape, np.float32) for name, shape in (("a", (64, 128)), ("b", (128, 64)))}
     batch = [rng.standard_normal((32, 64), np.float32) for _ in range(2)]
-    p = jax.tree.map(jnp.asarray, host)
+    p = jax.device_put(host)
     return host, batch, losses(tx, p, tx.init(p), *batch)
 
 
@@ -204,7 +204,7 @@ def test_states_restored_elsewhere_go_on():
     """From eight devices to one: same blocks, same bits."""
     host = jax.tree.map(np.array, trained("int8", "eight", *start("int8", "eight"), 2))
     back = jax.device_put(host[0], WHOLE), jax.device_put(host[1], divided("int8")[0].shardings)
-    alone = jax.tree.map(jnp.asarray, host)
+    alone = jax.device_put(host)
     for a, b in zip(
         *map(jax.tree.leaves, (trained("int8", "eight", *back, 1), trained("int8", "one", *alone, 1))), strict=True
     ):
@@ -213,7 +213,7 @@ def test_states_restored_elsewhere_go_on():
 
 def test_the_two_calls_agree_and_describe_tells():
     tx = jadam.adamw(1e-2)
-    p = params()
+    p = {name: x for name, x in params().items() if name in ("kernel", "bias", "scale")}
     divided = zero1(tx, p, MESH, "data")
     state = divided.init(p)
     updates, _ = jax.jit(divided.update)(p, state, jax.device_put(p, WHOLE))
@@ -244,7 +244,7 @@ def test_parameters_that_are_others():
     p = params()
     divided = zero1(jadam.adamw(1e-3), p, MESH, "data")
     state = divided.init(p)
-    other = {**p, "scale": jnp.asarray(np.ones(5, np.float32))}
+    other = {**p, "scale": jax.device_put(np.ones(5, np.float32))}
     less = {**p, "scale": None}
     text = r"must have the leaves of the params given to zero1, got {} of 5; the first that differs has shape {} for {}"
     with pytest.raises(ValueError, match="params " + text.format(5, r"\(5,\)", r"\(3,\)")):

@@ -71,12 +71,15 @@ def trees(seed, dtype=np.float32):
     """A matrix of awkward width, a vector and a scalar."""
     rng = np.random.default_rng(seed)
     shapes = {"a": (33, 300), "b": (77,), "c": ()}
-    return {k: jnp.asarray(rng.standard_normal(x) * 10.0 ** rng.uniform(-3, 3, x), dtype) for k, x in shapes.items()}
+    return {
+        k: jax.device_put(np.asarray(rng.standard_normal(x) * 10.0 ** rng.uniform(-3, 3, x), dtype))
+        for k, x in shapes.items()
+    }
 
 
 def ones(shape, dtype=np.float32):
-    """``jnp.ones``, which is compiled for each shape and dtype."""
-    return jnp.asarray(np.ones(shape, dtype))
+    """``jnp.ones``, but nothing is compiled."""
+    return jax.device_put(np.ones(shape, dtype))
 
 
 def assert_agree(new, expected, old, ulps=ULPS):
@@ -170,7 +173,7 @@ def test_not_finite(moments):
     a = np.array(grads["a"])
     for i, bad in enumerate((np.nan, np.inf, -np.inf, 1e30, 1e-30, -0.0)):
         a[i, 7 * i] = bad
-    grads["a"] = jnp.asarray(a)
+    grads["a"] = jax.device_put(a)
     state = tx.init(params)
     for _ in range(3):
         new, expected = step(grads, state, params), calls(grads, state, params)
@@ -184,7 +187,7 @@ def test_not_finite(moments):
 def test_in_place(moments):
     """Donated, a step needs no memory beyond a few scalars: 0.01 byte a parameter here, nothing grows with them."""
     tx = jadam.exact_bf16(jadam.adam(1e-3, moments=moments))
-    params = jnp.asarray(np.zeros((512, 512), jnp.bfloat16))
+    params = jax.device_put(np.zeros((512, 512), jnp.bfloat16))
     state = tx.init(params)
     f = jax.jit(lambda params, state, grads: jadam.step(tx, grads, state, params), donate_argnums=(0, 1))
     in_place = f.lower(params, state, params).compile()
@@ -293,7 +296,10 @@ def test_hyperparameters_traced_where_the_step_is(name):
 @pytest.mark.parametrize("moments", ["float32", "int8"])
 def test_with_jit_disabled(moments):
     """As one debugs: the eager step's bits, eagerly and through a function that would be compiled."""
-    tx, p = jadam.adamw(0.1, moments=moments), jnp.asarray(np.linspace(-1, 1, 4096, dtype=np.float32).reshape(32, 128))
+    tx, p = (
+        jadam.adamw(0.1, moments=moments),
+        jax.device_put(np.linspace(-1, 1, 4096, dtype=np.float32).reshape(32, 128)),
+    )
     state = tx.init(p)
     expected = jadam.step(tx, p, state, p)
     with jax.disable_jit():
@@ -522,7 +528,7 @@ def test_other_instructions(instructions, tmp_path):
 
 GOOD = {
     "scalars": ones((1, cpu.SCALARS), jnp.float32),
-    "count": jnp.asarray(np.zeros(2, np.uint32)),
+    "count": jax.device_put(np.zeros(2, np.uint32)),
     "leaves": [0, 0, 0, 0, 0, 0, 12, 12],
     "inputs": [ones((2, 6))] * 4,
     "outputs": [jax.ShapeDtypeStruct((2, 6), jnp.float32)] * 3,
@@ -546,8 +552,8 @@ WRONG = [
     ({"leaves": [3, 2, 0, 0, 0, 3, 12, 12], "inputs": INT8_INPUTS, "outputs": INT8_OUTPUTS}, "leaf 0: "),
     ({"scalars": ones((1, 5))}, "scalars must be float32 in rows of"),
     ({"scalars": ones((1, cpu.SCALARS), jnp.bfloat16)}, "scalars must be float32 in rows of"),
-    ({"count": jnp.asarray(np.zeros(2, np.int32))}, "count must be uint32, one and another for each leaf"),
-    ({"count": jnp.asarray(np.zeros(1, np.uint32))}, "count must be uint32, one and another for each leaf"),
+    ({"count": jax.device_put(np.zeros(2, np.int32))}, "count must be uint32, one and another for each leaf"),
+    ({"count": jax.device_put(np.zeros(1, np.uint32))}, "count must be uint32, one and another for each leaf"),
     ({"leaves": [0, 0, 0, 0, 0, 0, 0, 12]}, "leaf 0: run is no whole number of rows"),
     ({"leaves": [0, 0, 0, 0, 0, 0, 5, 12]}, "leaf 0: run is no whole number of rows"),
     ({"leaves": [0, 2, 0, 0, 0, 3, 4, 12], "inputs": INT8_INPUTS, "outputs": INT8_OUTPUTS}, "leaf 0: run is no"),
