@@ -98,7 +98,7 @@ def custom_calls(f, *args):
     default=[
         "adam-float32",
         "adam, scheduled b1-float32",
-        "adamw, scheduled-float32",
+        "adam, hat-float32",
         "adamax-float32",
         "amsgrad-float32",
         "adam-bfloat16",
@@ -236,7 +236,7 @@ ODD = {
 }
 
 
-@rows("rule", ["adamw, scheduled", "nadamw, momentum", "adam, hat"], default=["nadamw, momentum", "adam, hat"])
+@rows("rule", ["adamw, scheduled", "nadamw, momentum", "adam, hat"], default=["adamw, scheduled"])
 def test_mixed_leaves(rule):
     """Leaves that a kernel cannot take go the way of the two calls, to the bit, beside one that it can."""
     tx = make(rule)
