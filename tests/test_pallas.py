@@ -8,8 +8,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from agreement import assert_steps_agree
-from test_step import RULES
+from test_step import assert_agree, make, masters_of, ones
 
 import jadam
 from jadam import _step
@@ -25,7 +24,10 @@ SHAPES = {"a": (40, 300), "b": (4100, 16), "c": (8, 20, 130)}
 
 def trees(seed, dtype=np.float32, shapes=SHAPES):
     rng = np.random.default_rng(seed)
-    return {k: jnp.asarray(rng.standard_normal(x) * 10.0 ** rng.uniform(-3, 3, x), dtype) for k, x in shapes.items()}
+    return {
+        k: jax.device_put(np.asarray(rng.standard_normal(x) * 10.0 ** rng.uniform(-3, 3, x), dtype))
+        for k, x in shapes.items()
+    }
 
 
 @functools.cache
@@ -42,7 +44,7 @@ def calls(platform, tx, grads, state, params):
 @pytest.mark.slow
 @pytest.mark.parametrize(("platform", "rule", "moments"), CASES)
 def test_kernel_against_the_two_calls(platform, rule, moments):
-    tx = RULES[rule](moments=moments)
+    tx = make(rule, moments)
     step, two_calls = interpreted(platform, tx)
     params = trees(0)
     state = tx.init(params)
@@ -50,7 +52,7 @@ def test_kernel_against_the_two_calls(platform, rule, moments):
         grads = trees(t + 1)
         expected = two_calls(grads, state, params)
         # The two are the same code in loops of other shapes, where XLA contracts otherwise: test_step's bounds.
-        assert_steps_agree(step(grads, state, params), expected, (params, state), 4)
+        assert_agree(step(grads, state, params), expected, (params, state), 4)
         params, state = expected
     assert calls(platform, tx, grads, state, params) == (3 if platform == "cuda" else 2)
 
@@ -61,12 +63,11 @@ def test_kernel_against_the_two_calls(platform, rule, moments):
 def test_bf16_weights_with_remainder(platform, moments):
     tx = jadam.exact_bf16(jadam.adamw(1.0, moments=moments))
     step, two_calls = interpreted(platform, tx)
-    params, state = jadam.from_float32(trees(0), tx)
-    masters_of = lambda x: (jadam.float32_params(*x), x[1].inner_state)
+    params, state = jax.jit(lambda masters: jadam.from_float32(masters, tx))(trees(0))
     for t in range(3):
         grads = trees(t + 1, jnp.bfloat16)
         expected = two_calls(grads, state, params)
-        assert_steps_agree(*map(masters_of, (step(grads, state, params), expected, (params, state))), 4)
+        assert_agree(*(masters_of(*x) for x in (step(grads, state, params), expected, (params, state))), 4)
         params, state = expected
     taken = {"cuda": 3 * (moments == "int8"), "tpu": 2}  # bfloat16 and float32 are the GPU's XLA's
     assert calls(platform, tx, grads, state, params) == taken[platform]
@@ -74,8 +75,9 @@ def test_bf16_weights_with_remainder(platform, moments):
 
 def test_the_comparison_bites():
     """A kernel that took every place for its neighbour would round otherwise."""
-    tx = jadam.adam(1.0, moments="int8")
-    params = trees(0)
+    tx = make("adam", "int8")
+    shapes = {"a": SHAPES["a"]}
+    params, grads = (trees(seed, shapes=shapes) for seed in range(2))
     state = tx.init(params)
     plan = tx.plan
 
@@ -84,20 +86,22 @@ def test_the_comparison_bites():
         return type(plan(*args))([job._replace(salt=job.salt + 1) for job in jobs], finish)
 
     other = type(tx)(tx.init, lambda *args: tx.update(*args), moved)
-    new = interpreted("cuda", other)[0](trees(1), state, params)
+    new = interpreted("cuda", other)[0](grads, state, params)
     with pytest.raises(AssertionError):
-        assert_steps_agree(new, interpreted("cuda", tx)[1](trees(1), state, params), (params, state))
+        assert_agree(new, interpreted("cuda", tx)[1](grads, state, params), (params, state))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("platform", pallas.PLATFORMS)
 def test_not_finite(platform):
     """A block whose values an integer cannot hold is not finite afterwards, as by the two calls."""
-    tx = jadam.adam(1.0, moments="int8")
+    tx = make("adam", "int8")
     step, two_calls = interpreted(platform, tx)
     params, grads = trees(0), trees(1)
+    a = np.array(grads["a"])
     for i, bad in enumerate((np.nan, np.inf, -np.inf, 1e30, 1e-30, -0.0)):
-        grads["a"] = grads["a"].at[i, 50 * i].set(bad)
+        a[i, 50 * i] = bad
+    grads["a"] = jax.device_put(a)
     state = tx.init(params)
     for _ in range(2):
         new, expected = step(grads, state, params), two_calls(grads, state, params)
@@ -107,7 +111,7 @@ def test_not_finite(platform):
 
 
 def test_what_is_left_to_xla_and_why():
-    params = {"a": jnp.ones((64, 128)), "b": jnp.ones((4, 64, 128)), "c": jnp.ones(7)}
+    params = {"a": ones((64, 128)), "b": ones((4, 64, 128)), "c": ones(7)}
 
     def why(platform, tx):
         rows = _step.outlook(platform, tx, params, jax.eval_shape(tx.init, params), params)
@@ -122,7 +126,7 @@ def test_what_is_left_to_xla_and_why():
 
 def test_turned_off(monkeypatch):
     """XLA's own step is one pass in float32 all the same."""
-    params = jnp.ones((64, 128))
+    params = ones((64, 128))
     for moments, reason in (("float32", None), ("int8", "JADAM_KERNELS=xla")):
         tx = jadam.adam(1.0, moments=moments)
         monkeypatch.setenv("JADAM_KERNELS", "xla")
@@ -141,7 +145,7 @@ def a_gpu_that_is_not_here():
 @pytest.mark.parametrize(("platform", "call"), [("tpu", "tpu_custom_call"), ("cuda", "triton")])
 def test_lowers_for_a_platform_that_is_not_here(platform, call, monkeypatch):
     tx = jadam.adam(1.0, moments="int8")
-    params = jnp.ones((64, 128))
+    params = ones((64, 128))
     args = jax.eval_shape(lambda: (params, tx.init(params), params))
 
     def lowered():

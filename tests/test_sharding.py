@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from helpers import rows
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -23,7 +24,7 @@ FORMATS = ["float32", "bfloat16", "int8"]
 
 def params(dtype=jnp.float32, seed=0):
     """Odd rows with six blocks of 128, a ragged last block, a vector, and what eight does not divide."""
-    normal = lambda *shape: jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+    normal = lambda *shape: jax.device_put(np.random.default_rng(seed).standard_normal(shape).astype(dtype))
     return {
         "embed": normal(257, 768),
         "kernel": normal(128, 300),
@@ -50,26 +51,57 @@ def transformations():
 ALL = {name: (tx, dtype) for name, tx, dtype in transformations()}
 
 
-def trained(tx, p, state, steps=3):
-    step = jax.jit(functools.partial(jadam.step, tx), donate_argnums=(1, 2))
+@functools.cache
+def divided(name):
+    """What `zero1` makes of a transformation, and its first state, not to be donated."""
+    p = params_of(name)
+    divided = zero1(ALL[name][0], p, MESH, "data")
+    return divided, divided.init(p)
+
+
+def params_of(name):
+    """Fewer of Optax's, whose states have no blocks and whose steps are XLA's to compile."""
+    p = params(ALL[name][1])
+    return {k: p[k] for k in ("kernel", "bias", "scale", "none")} if name == "Optax's own" else p
+
+
+def start(name, place):
+    """Parameters and state to be donated, on eight devices or on one."""
+    tx, state = divided(name)
+    p, state = params_of(name), jax.tree.map(np.array, state)
+    if place == "eight":
+        return jax.device_put(jax.device_get(p), WHOLE), jax.device_put(state, tx.shardings)
+    return p, jax.device_put(state)
+
+
+def gradient(i, p):
+    return {
+        k: x if x is None else np.cos(np.asarray(x) * np.float32(i + 1)) for k, x in params(seed=1).items() if k in p
+    }
+
+
+@functools.cache
+def compiled(name, place):
+    """`jadam.step`, donated: for these avals and shardings, and no others."""
+    tx = divided(name)[0] if place == "eight" else ALL[name][0]
+    p, state = start(name, place)
+    return jax.jit(functools.partial(jadam.step, tx), donate_argnums=(1, 2)).lower(gradient(0, p), state, p).compile()
+
+
+def trained(name, place, p, state, steps=3):
     for i in range(steps):
-        g = jax.tree.map(lambda x, i=i: jnp.cos(x.astype(jnp.float32) * (i + 1)).astype(x.dtype), params(seed=1))
-        p, state = step(g, state, jax.tree.map(jnp.copy, p))
-    assert step._cache_size() == 1
+        p, state = compiled(name, place)(gradient(i, p), state, p)
     return p, state
 
 
-@pytest.mark.every(3)
-@pytest.mark.parametrize("name", ALL)
+@rows(
+    "name",
+    [*ALL],
+    default=["float32, bf16 weights", "bfloat16, bf16 weights", "int8", "bfloat16, amsgrad", "Optax's own"],
+)
 def test_one_device_s_bits(name):
     """Parameters, moments, codes and scales, from the same state and gradients."""
-    tx, dtype = ALL[name]
-    p = params(dtype)
-    divided = zero1(tx, p, MESH, "data")
-    state = divided.init(p)
-    alone = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), state)
-    got = trained(divided, jax.device_put(p, WHOLE), state)
-    expected = trained(tx, p, alone)
+    got, expected = (trained(name, place, *start(name, place)) for place in ("eight", "one"))
     assert jax.tree.structure(got) == jax.tree.structure(expected)
     exact = not name.startswith("Optax")  # its stages are XLA's, which may fuse them otherwise: an ulp of lr * u
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
@@ -77,43 +109,36 @@ def test_one_device_s_bits(name):
             np.testing.assert_array_equal(a, b)
         elif a.dtype == jnp.float32:
             np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8)
-    shardings = jax.tree.map(lambda x: x.sharding, got[1])
-    assert all(
-        a.is_equivalent_to(b, x.ndim)
-        for a, b, x in zip(*map(jax.tree.leaves, (shardings, divided.shardings, got[1])), strict=True)
-    )
+    wanted = divided(name)[0].shardings
+    for state in (divided(name)[1], got[1]):
+        shardings = jax.tree.map(lambda x: x.sharding, state)
+        assert all(
+            a.is_equivalent_to(b, x.ndim)
+            for a, b, x in zip(*map(jax.tree.leaves, (shardings, wanted, state)), strict=True)
+        )
     assert all(x.sharding.is_equivalent_to(WHOLE, x.ndim) for x in jax.tree.leaves(got[0]))
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_bytes_on_each_device(name):
     """An eighth, and all of what belongs to the leaf that eight does not divide, to none, or is one element."""
-    tx, dtype = ALL[name]
-    p = params(dtype)
-    divided = zero1(tx, p, MESH, "data")
-    state = divided.init(p)
+    p = params_of(name)
+    tx, state = divided(name)
     here = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
     described = jadam.describe(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state), p)
-    whole = sum(leaf.bytes for leaf in described.leaves if leaf.name in divided.undivided)
-    assert set(divided.undivided) == {"['scale']"}
+    whole = sum(leaf.bytes for leaf in described.leaves if leaf.name in tx.undivided)
+    assert set(tx.undivided) == {"['scale']"}
     single = sum(x.nbytes for x in jax.tree.leaves(state) if x.size == 1)
     assert here <= (described.bytes - whole) / 8 + whole + single + described.other_bytes
-    planned = sum(
-        np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(divided.layout.state)
-    )
+    planned = sum(np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tx.layout.state))
     assert here == planned
 
 
 @pytest.mark.parametrize("moments", FORMATS)
 def test_what_travels(moments):
     """Parameters are gathered, once each; no moment, code, scale or remainder is; the kernel works on the parts."""
-    tx = jadam.exact_bf16(jadam.adamw(1e-2, moments=moments))
     p = params(jnp.bfloat16)
-    divided = zero1(tx, p, MESH, "data")
-    state = divided.init(p)
-    step = jax.jit(functools.partial(jadam.step, divided))
-    placed = jax.device_put(p, WHOLE)
-    text = step.lower(placed, state, placed).compile().as_text()
+    text = compiled(f"{moments}, bf16 weights", "eight").as_text()
     gathered = re.findall(r"= (\w+)\[([\d,]*)\]\S* all-gather\(", text)
     sizes = [x.size for x in jax.tree.leaves(p) if x.size > 3]
     assert sorted(np.prod([int(n) for n in shape.split(",")]) for _, shape in gathered) == sorted(sizes)
@@ -124,13 +149,44 @@ def test_what_travels(moments):
 
 def test_the_norm_is_that_of_all_gradients():
     tx = jadam.chain(jadam.clip_by_global_norm(1.0), jadam.adamw(1e-2, eps=10.0))  # with such an eps the norm matters
-    p = {"w": jnp.ones((16, 8))}
+    p = {"w": jax.device_put(np.ones((16, 8), np.float32))}
     divided = zero1(tx, p, MESH, "data")
     by_rows = NamedSharding(MESH, P("data"))
-    g = {"w": jnp.arange(128.0).reshape(16, 8)}
+    g = {"w": np.arange(128, dtype=np.float32).reshape(16, 8)}
     got, _ = jax.jit(functools.partial(jadam.step, divided))(jax.device_put(g, by_rows), divided.init(p), p)
-    expected, _ = jadam.step(tx, g, tx.init(p), p)
+    expected, _ = jax.jit(functools.partial(jadam.step, tx))(g, tx.init(p), p)
     np.testing.assert_allclose(got["w"], expected["w"], rtol=1e-7)  # the sum of squares in another order
+
+
+def losses(tx, p, state, x, y):
+    """Of a two-layer network in five steps."""
+
+    def loss(p, x, y):
+        return jnp.mean((jnp.tanh(x @ p["a"]) @ p["b"] - y) ** 2)
+
+    @jax.jit
+    def step(p, state, x, y):
+        value, grads = jax.value_and_grad(loss)(p, x, y)
+        return *jadam.step(tx, grads, state, p), value
+
+    values = []
+    for _ in range(5):
+        p, state, value = step(p, state, x, y)
+        values.append(float(value))
+    return values
+
+
+@functools.cache
+def trained_alone(tx):
+    """Weights, a batch, and the losses on one device."""
+    rng = np.random.default_rng(0)
+    host = {name: rng.standard_normal(shape, np.float32) for name, shape in (("a", (64, 128)), ("b", (128, 64)))}
+    batch = [rng.standard_normal((32, 64), np.float32) for _ in range(2)]
+    p = jax.device_put(host)
+    return host, batch, losses(tx, p, tx.init(p), *batch)
+
+
+ADAMW_INT8 = jadam.adamw(1e-2, moments="int8")
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
@@ -138,37 +194,14 @@ def test_in_training(kind):
     """Data-parallel gradients in the same program, parameters sharded over a second axis, losses as on one device."""
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
     on = lambda *spec: NamedSharding(mesh, P(*spec))
-    tx = jadam.adamw(1e-2, moments="int8")
-    rng = np.random.default_rng(0)
-    host = {
-        "a": rng.standard_normal((64, 128)).astype(np.float32),
-        "b": rng.standard_normal((128, 64)).astype(np.float32),
-    }
-    x, y = (rng.standard_normal((32, 64)).astype(np.float32) for _ in range(2))
-
-    def loss(p, x, y):
-        return jnp.mean((jnp.tanh(x @ p["a"]) @ p["b"] - y) ** 2)
-
-    def run(tx, p, state, x, y):
-        @jax.jit
-        def step(p, state, x, y):
-            value, grads = jax.value_and_grad(loss)(p, x, y)
-            return *jadam.step(tx, grads, state, p), value
-
-        values = []
-        for _ in range(5):
-            p, state, value = step(p, state, x, y)
-            values.append(float(value))
-        return values
-
-    alone = run(tx, jax.tree.map(jnp.asarray, host), tx.init(jax.tree.map(jnp.asarray, host)), x, y)
+    host, batch, alone = trained_alone(ADAMW_INT8)
     homes = {"a": on(None, "model"), "b": on("model", None)}
     if kind is AxisType.Explicit:
         homes = {"a": on(), "b": on()}
     p = jax.tree.map(jax.device_put, host, homes)
-    divided = zero1(tx, p, mesh, "data")
+    divided = zero1(ADAMW_INT8, p, mesh, "data")
     assert not divided.undivided
-    many = run(divided, p, divided.init(p), jax.device_put(x, on()), jax.device_put(y, on()))
+    many = losses(divided, p, divided.init(p), *(jax.device_put(x, on()) for x in batch))
     # the gradients' sums in another order, 1e-6 of a gradient; a code decided otherwise moves one coordinate by lr
     np.testing.assert_allclose(many, alone, rtol=1e-3)
     assert many[-1] < many[0]
@@ -176,20 +209,18 @@ def test_in_training(kind):
 
 def test_states_restored_elsewhere_go_on():
     """From eight devices to one: same blocks, same bits."""
-    tx = jadam.adamw(1e-2, moments="int8")
-    p = params()
-    divided = zero1(tx, p, MESH, "data")
-    q, state = trained(divided, jax.device_put(p, WHOLE), divided.init(p), 2)
-    alone = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), (q, state))
-    copied = jax.tree.map(jnp.copy, alone)
-    back = jax.device_put(alone[1], divided.shardings)
-    for a, b in zip(*map(jax.tree.leaves, (trained(divided, q, back, 1), trained(tx, *copied, 1))), strict=True):
+    host = jax.tree.map(np.array, trained("int8", "eight", *start("int8", "eight"), 2))
+    back = jax.device_put(host[0], WHOLE), jax.device_put(host[1], divided("int8")[0].shardings)
+    alone = jax.device_put(host)
+    for a, b in zip(
+        *map(jax.tree.leaves, (trained("int8", "eight", *back, 1), trained("int8", "one", *alone, 1))), strict=True
+    ):
         np.testing.assert_array_equal(a, b)
 
 
 def test_the_two_calls_agree_and_describe_tells():
     tx = jadam.adamw(1e-2)
-    p = params()
+    p = {name: x for name, x in params().items() if name in ("kernel", "bias", "scale")}
     divided = zero1(tx, p, MESH, "data")
     state = divided.init(p)
     updates, _ = jax.jit(divided.update)(p, state, jax.device_put(p, WHOLE))
@@ -207,7 +238,12 @@ def test_looking_at_a_mesh_that_is_not_here():
 
 
 def test_undivided_for_its_blocks():
-    narrow = zero1(jadam.adamw(1e-3, moments="int8"), {"a": jnp.ones((33, 200)), "b": jnp.ones(8)}, MESH, "data")
+    narrow = zero1(
+        jadam.adamw(1e-3, moments="int8"),
+        {"a": np.ones((33, 200), np.float32), "b": np.ones(8, np.float32)},
+        MESH,
+        "data",
+    )
     assert narrow.undivided["['a']"] == "its last axis would be cut into 25, which no block of 32 to 128 divides"
 
 
@@ -215,7 +251,7 @@ def test_parameters_that_are_others():
     p = params()
     divided = zero1(jadam.adamw(1e-3), p, MESH, "data")
     state = divided.init(p)
-    other = {**p, "scale": jnp.ones(5)}
+    other = {**p, "scale": jax.device_put(np.ones(5, np.float32))}
     less = {**p, "scale": None}
     text = r"must have the leaves of the params given to zero1, got {} of 5; the first that differs has shape {} for {}"
     with pytest.raises(ValueError, match="params " + text.format(5, r"\(5,\)", r"\(3,\)")):
@@ -231,7 +267,7 @@ def test_parameters_that_are_others():
 def test_parameters_on_another_mesh():
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     for spec, own in ((P("data"), "{'data': 4}"), (P("model"), "{'model': 2}")):
-        p = {"w": jax.device_put(jnp.ones(16), NamedSharding(mesh, spec))}
+        p = {"w": jax.device_put(np.ones(16, np.float32), NamedSharding(mesh, spec))}
         text = re.escape(f"['w'] is sharded over {own}, which the mesh {{'data': 8}} has not")
         with pytest.raises(ValueError, match=text):
             zero1(jadam.adamw(1e-3), p, MESH, "data")
@@ -239,12 +275,17 @@ def test_parameters_on_another_mesh():
 
 def test_axes_of_size_1_compile_nothing_twice():
     mesh = jax.make_mesh((1, 8), ("one", "data"), axis_types=(AxisType.Auto,) * 2)
-    p = jax.device_put(jnp.ones((16, 8)), NamedSharding(mesh, P()))
+    p = jax.device_put(np.ones((16, 8), np.float32), NamedSharding(mesh, P()))
     divided = zero1(jadam.adamw(1e-3), p, mesh, ("one", "data"))
     step = jax.jit(functools.partial(jadam.step, divided))
     q, state = step(p, divided.init(p), p)
     step(p, state, q)
     assert step._cache_size() == 1
+
+
+@nnx.jit
+def gradient_of(model):
+    return nnx.grad(lambda model: jnp.sum(model(jnp.ones((4, 64)))))(model)
 
 
 @pytest.mark.parametrize("given", ["variables", "pure", "shapes"])
@@ -257,7 +298,7 @@ def test_nnx_whatever_tree_zero1_was_given(given):
     p = {"variables": variables, "pure": nnx.to_pure_dict(variables), "shapes": shapes()}[given]
     divided = zero1(jadam.adamw(1e-2, moments="int8"), p, MESH, "data")
     optimizer = jadam.flax.Optimizer(model, divided, wrt=nnx.Param)
-    optimizer.update(model, nnx.grad(lambda model: jnp.sum(model(jnp.ones((4, 64)))))(model))
+    optimizer.update(model, gradient_of(model))
     np.testing.assert_allclose(model.bias[...], -1e-2, rtol=1e-6)  # a first direction is 1, off by a few ulp of 1e-7
     parts = {(x.size, x.addressable_shards[0].data.size) for x in jax.tree.leaves(nnx.state(optimizer)) if x.size > 1}
     assert parts == {(64 * 128, 8 * 128), (64, 8), (128, 16)}  # codes, scales, the bias's moments
