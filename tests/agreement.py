@@ -22,7 +22,7 @@ def assert_steps_agree(new, expected, old, ulps=ULPS):
             assert (a.shape, a.dtype) == (b.shape, b.dtype)
             if a.dtype != jnp.float32 and not (is_param and a.dtype == jnp.bfloat16):
                 # 2 ulp of float32 are 2**-15 of bfloat16's spacing
-                assert np.mean(np.asarray(a != b)) <= (1e-4 if a.size > 10**5 else 1e-3), a.dtype
+                assert np.mean(np.asarray(a) != np.asarray(b)) <= (1e-4 if a.size > 10**5 else 1e-3), a.dtype
                 continue
             a, b, c = (np.asarray(x, np.float64) for x in (a, b, c))
             close = ulps * 2.0**-23 * np.maximum(np.abs(c), np.abs(b - c)) + 1e-44
