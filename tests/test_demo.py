@@ -160,14 +160,11 @@ def test_a_full_disk_leaves_the_old_picture(capsys, monkeypatch):
     assert capsys.readouterr().err == f"jadam demo: error: --out: cannot write {out}: {os.strerror(errno.EFBIG)}\n"
 
 
-def test_help(capsys):
-    with pytest.raises(SystemExit) as stop:  # argparse's
-        main(["demo", "--help"])
-    assert stop.value.code == 0
-    out, err = capsys.readouterr()
-    assert err == ""
+def test_help():
+    result = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (0, "")
     for option in ("--lr", "--steps", "--seed", "--out"):
-        assert option in out
+        assert option in result.stdout
 
 
 @pytest.mark.parametrize(
