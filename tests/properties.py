@@ -1,4 +1,4 @@
-"""A property as two tests: on a few examples, always the same, and on ten thousand new ones before a release."""
+"""A property as a test on a few examples, always the same, and another on ten thousand new ones before a release."""
 
 import inspect
 
@@ -10,15 +10,18 @@ from hypothesis import strategies as st
 ALWAYS = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
 
 
-def holds(few=25, many=10_000, **strategies):
+def holds(few=25, many=10_000, default=None, **strategies):
     """The decorated body, which asserts, as a test of ``few`` examples and another, `nightly`, of ``many``.
 
-    Arguments of the body without a strategy are pytest's; ``examples`` is how many there will be. A failure of the
-    second test prints the line that repeats it.
+    ``default`` has narrower strategies for the first, which compile less; a third, `slow`, takes few of the wide ones.
+    Arguments of the body without a strategy are pytest's. A failure of the second prints the line that repeats it.
     """
+    marks = [pytest.param(few, True, id=str(few)), pytest.param(many, False, id=str(many), marks=pytest.mark.nightly)]
+    if default is not None:
+        marks.insert(1, pytest.param(few, False, id=f"{few} of all", marks=pytest.mark.slow))
 
     def as_tests(body):
-        def test(examples, **others):
+        def test(examples, narrow, **others):
             how = settings(
                 max_examples=examples,
                 derandomize=examples == few,
@@ -27,16 +30,13 @@ def holds(few=25, many=10_000, **strategies):
                 deadline=None,
                 suppress_health_check=ALWAYS,
             )
-            others |= {"examples": examples} if "examples" in names else {}
-            how(given(**strategies)(body))(**others)
+            how(given(**strategies | (default or {} if narrow else {}))(body))(**others)
 
-        names = inspect.signature(body).parameters
-        others = [p for name, p in names.items() if name not in strategies and name != "examples"]
-        examples = inspect.Parameter("examples", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        test.__signature__ = inspect.Signature([examples, *others])
+        parameter = lambda name: inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        others = [p for name, p in inspect.signature(body).parameters.items() if name not in strategies]
+        test.__signature__ = inspect.Signature([parameter("examples"), parameter("narrow"), *others])
         test.__name__, test.__doc__, test.__module__ = body.__name__, body.__doc__, body.__module__
-        nightly = pytest.param(many, marks=pytest.mark.nightly)
-        return pytest.mark.parametrize("examples", [few, nightly])(test)
+        return pytest.mark.parametrize(("examples", "narrow"), marks)(test)
 
     return as_tests
 

@@ -2,21 +2,32 @@
 
 import doctest
 import importlib
+import importlib.util
 import inspect
 import pkgutil
+from pathlib import Path
 
 import pytest
+from helpers import rows
 
 import jadam
 
-MODULES = [m.name for m in pkgutil.walk_packages(jadam.__path__, "jadam.") if "._cpu" not in m.name]
+
+def has_examples(name):
+    origin = importlib.util.find_spec(name).origin
+    return origin.endswith(".py") and ">>> " in Path(origin).read_text()
+
+
+MODULES = [m.name for m in pkgutil.walk_packages(jadam.__path__, "jadam.") if has_examples(m.name)]
+SLOW = {"jadam.convert", "jadam.recording"}  # a codec without jit, and a picture
 FUNCTIONS = [name for name, value in vars(jadam).items() if inspect.isfunction(value)]
 
 
-@pytest.mark.parametrize("name", MODULES)
+@rows("name", MODULES, default=[name for name in MODULES if name not in SLOW])
 def test_examples_run(name):
     result = doctest.testmod(importlib.import_module(name), verbose=False)
     assert result.failed == 0
+    assert result.attempted > 0
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -30,7 +30,7 @@ def test_what_is_planned_is_what_is_there(how, params_axis):
     planned = jadam.plan(tx, shapes, {"data": 4, "model": 2}, "data", params_axis)
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
     placed = jadam.sharding.spread(shapes, mesh, params_axis)
-    params = jax.tree.map(lambda x: jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding), placed)
+    params = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), placed)
     here = lambda tree: sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
     state = jadam.sharding.zero1(tx, params, mesh, "data").init(params)
     assert planned.parameters == here(params) == planned.gradients
@@ -53,16 +53,16 @@ def test_moments_that_a_sharding_widens_are_told():
     assert "['w']: moments in float32: its own sharding cuts its last axis into 12" in str(planned)
 
 
-def test_command_line(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(("model", "n"), [("llama-7b", 8), pytest.param("llama-70b", 64, marks=pytest.mark.slow)])
+def test_command_line(model, n, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
-    assert main(["plan", "--model", "llama-70b", "--mesh", "data=4,model=64", "--params-axis", "model"]) == 0
+    assert main(["plan", "--model", model, "--mesh", f"data=4,model={n}", "--params-axis", "model"]) == 0
     out = capsys.readouterr().out
-    assert "68,976,648,192 parameters on 256 devices" in out
+    assert f"{COUNTS[model]:,} parameters on {4 * n} devices" in out
     rows = {cells[0]: cells[1:] for line in out.splitlines() if len(cells := re.split("  +", line.strip())) == 7}
-    # of 68,976,648,192 parameters / 256 devices / 2**30, times 8 + 8 / 2**20 for the scales
-    assert [float(x) for x in rows["float32"]][2] == pytest.approx(68_976_648_192 / 256 * 8 / 2**30, abs=0.005)
-    assert [float(x) for x in rows["int8 + exact_bf16"]][3] == pytest.approx(
-        68_976_648_192 / 256 * 2 / 2**30, abs=0.005
-    )
+    # float32's moments take 8 bytes of each parameter on one device, the remainders of int8 + exact_bf16 2
+    gib = COUNTS[model] / (4 * n) / 2**30
+    assert [float(x) for x in rows["float32"]][2] == pytest.approx(8 * gib, abs=0.005)
+    assert [float(x) for x in rows["int8 + exact_bf16"]][3] == pytest.approx(2 * gib, abs=0.005)
     assert (tmp_path / "jadam-plan.png").read_bytes().startswith(b"\x89PNG")

@@ -19,8 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 import jadam
 
-# one worker: they share two trainings
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]
+pytestmark = pytest.mark.slow
 
 MESH = program.mesh()
 WHOLE = NamedSharding(MESH, P())

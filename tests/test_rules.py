@@ -2,6 +2,7 @@
 
 import inspect
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -25,7 +26,7 @@ def step(**more):
 
 
 def arrays(*xs):
-    return [jnp.asarray(x, jnp.float32) for x in xs]
+    return [jnp.asarray(np.float32(x)) for x in xs]
 
 
 def moments():
@@ -38,7 +39,7 @@ def expected_direction(m_hat, v_hat, eps=EPS):
 
 def test_adam_rule():
     m, v = moments()
-    u, new_m, new_v = _adam.adam_rule(step(), *arrays(G, M, V))
+    u, new_m, new_v = jax.jit(lambda *x: _adam.adam_rule(step(), *x))(*arrays(G, M, V))
     np.testing.assert_allclose(new_m, m, **CLOSE)
     np.testing.assert_allclose(new_v, v, **CLOSE)
     np.testing.assert_allclose(u, expected_direction(m / (1 - B1**T), v / (1 - B2**T)), **CLOSE)
@@ -57,7 +58,7 @@ def look_ahead_of(m, g, momentum=B1):
 
 def test_nadam_rule():
     m, v = moments()
-    u, new_m, new_v = _adam.nadam_rule(step(), *arrays(G, M, V))
+    u, new_m, new_v = jax.jit(lambda *x: _adam.nadam_rule(step(), *x))(*arrays(G, M, V))
     np.testing.assert_allclose(new_m, m, **CLOSE)
     np.testing.assert_allclose(new_v, v, **CLOSE)
     np.testing.assert_allclose(u, expected_direction(look_ahead_of(m, G), v / (1 - B2**T)), rtol=20 * 2.0**-24)
@@ -116,32 +117,35 @@ SETTINGS = {"b1": 0.8, "b2": 0.95, "eps": 0.1, "eps_root": 0.01, "nesterov": Tru
 def test_public_functions_pass_on_what_they_are_given(bias_correction):
     """Two steps of each, against one another to the bit."""
     settings = {**SETTINGS, "bias_correction": bias_correction}
-    p, rate, decay = jnp.array([1.0, -2.0]), 0.5, 0.25
+    p, rate, decay = np.float32([1, -2]), 0.5, 0.25
     sides = [jadam.scale_by_adam(**settings), jadam.adam(rate, **settings)]
     sides += [jadam.adamw(rate, weight_decay=decay, mask=mask, **settings) for mask in (None, False)]
     sides += [jadam.adamw(rate, weight_decay=decay, max_lr=2.0, **settings)]
-    found = []
-    for tx in sides:
-        state = tx.init(p)
-        for g in (jnp.array([0.3, -4.0]), jnp.array([1.0, 2.0])):
-            u, state = tx.update(g, state, p)
-        found.append(np.asarray(u))
-    direction, adam, adamw, masked, decoupled = found
+
+    @jax.jit
+    def last(p, gradients):
+        states, found = [tx.init(p) for tx in sides], []
+        for g in gradients:
+            found, states = zip(*(tx.update(g, x, p) for tx, x in zip(sides, states, strict=True)), strict=True)
+        return found
+
+    direction, adam, adamw, masked, decoupled = map(np.asarray, last(p, np.float32([[0.3, -4], [1, 2]])))
     np.testing.assert_array_equal(adam, -np.float32(rate) * direction)
     np.testing.assert_array_equal(masked, adam)
-    np.testing.assert_allclose(adamw, adam - rate * decay * np.asarray(p), rtol=4 * 2.0**-24)
-    np.testing.assert_allclose(decoupled, adam - rate / 2.0 * decay * np.asarray(p), rtol=4 * 2.0**-24)
+    np.testing.assert_allclose(adamw, adam - rate * decay * p, rtol=4 * 2.0**-24)
+    np.testing.assert_allclose(decoupled, adam - rate / 2.0 * decay * p, rtol=4 * 2.0**-24)
 
 
 @pytest.mark.parametrize(
     "make", [jadam.scale_by_adam, lambda **k: jadam.adam(1.0, **k), lambda **k: jadam.adamw(1.0, **k)]
 )
 def test_public_functions_pass_on_how_moments_are_stored(make):
-    p = jnp.zeros((64, 64))
+    p = np.zeros((64, 64), np.float32)
     inner = lambda state: state if hasattr(state, "mu") else state[0]
-    assert inner(make(mu_dtype=jnp.bfloat16).init(p)).mu.dtype == jnp.bfloat16
-    assert inner(make(moments="int8").init(p)).mu.dtype == jnp.int8
-    assert inner(make(moments="bfloat16").init(p)).nu.dtype == jnp.bfloat16
+    init = lambda **how: inner(jax.eval_shape(make(**how).init, p))
+    assert init(mu_dtype=jnp.bfloat16).mu.dtype == jnp.bfloat16
+    assert init(moments="int8").mu.dtype == jnp.int8
+    assert init(moments="bfloat16").nu.dtype == jnp.bfloat16
 
 
 def test_switches_are_checked():
