@@ -195,13 +195,12 @@ def test_every_format(how):
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(told))
 
 
-@helpers.rows("moments", EXACT_BF16, default=[])
-def test_exact_bf16(moments):
+@helpers.rows("tx", EXACT_BF16, default=[])
+def test_exact_bf16(tx):
     """The masters' numbers."""
-    p, state, _ = trained(moments, tree(dtype=jnp.bfloat16))
-    masters = jadam.float32_params(p, state)
-    told = jadam.statistics(moments, state, p)
-    check_all(told, state.inner_state[1][0], masters, NAMES)
+    p, state, _ = trained(tx, tree(dtype=jnp.bfloat16))
+    told = jadam.statistics(tx, state, p)
+    check_all(told, state.inner_state[1][0], jadam.float32_params(p, state), NAMES)
 
 
 def test_by_path_leaves_frozen_ones_out():
@@ -236,10 +235,7 @@ EXPLICIT = {
 }
 
 
-@helpers.grid(
-    {"make": EXPLICIT, "context": {"in set_mesh": True, "bare": False}},
-    default=["int8-bare"],
-)
+@helpers.grid({"make": EXPLICIT, "context": {"in set_mesh": True, "bare": False}}, default=["int8-bare"])
 def test_explicit_axes(make, context):
     """Where JAX infers no sharding: the numbers of one device, also of what record keeps, and one compilation."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
