@@ -99,8 +99,8 @@ def test_what_is_kept(transformation, take):
             (seen[i].leaves[n], x) for n, x in history.leaves.items()
         ]:
             for field, x in zip(told._fields, told, strict=True):
-                # XLA fuses the two programs otherwise: 16 roundings of a term and n / 2 of their root's sum, n = 8,392
-                np.testing.assert_allclose(kept[field][k], x, rtol=4212 * 2.0**-24)
+                # XLA fuses the two programs otherwise: 16 roundings of a term and n / 2 of their root's sum, n = 8,248
+                np.testing.assert_allclose(kept[field][k], x, rtol=4140 * 2.0**-24)
     plain, alone = trained(inner, tree(dtype=dtype), some(11), take)
     exact = take is one_pass and jadam.backends()["cpu"].kernel is not None
     for a, b in zip(jax.tree.leaves((p, state.inner_state)), jax.tree.leaves((plain, alone)), strict=True):
@@ -206,9 +206,9 @@ def test_sharded():
     """`zero1` around `record`: the numbers of one device, the ring on all of them."""
     p = tree()
     tx = jadam.record(jadam.adamw(1e-2, moments="int8"), every=2, keep=2)
+    divided = jadam.sharding.zero1(tx, jax.tree.map(jnp.asarray, p), MESH, "data")
     _, alone = trained(tx, p, some(5))
     p = jax.device_put(p, NamedSharding(MESH, P()))
-    divided = jadam.sharding.zero1(tx, p, MESH, "data")
     step = jax.jit(lambda p, state, g: jadam.step(divided, g, state, p), donate_argnums=(0, 1))
     state = divided.init(p)
     for g in some(5):
@@ -216,7 +216,7 @@ def test_sharded():
     assert step._cache_size() == 1
     assert all(x.sharding.is_fully_replicated for x in state.ring)
     np.testing.assert_array_equal(jadam.history(state).steps, [2, 4])
-    np.testing.assert_allclose(state.ring.values, alone.ring.values, rtol=2 * 8392 * 2.0**-24)  # sums in another order
+    np.testing.assert_allclose(state.ring.values, alone.ring.values, rtol=2 * 8248 * 2.0**-24)  # sums in another order
 
 
 def test_recording_of_training_that_has_begun():
