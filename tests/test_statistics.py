@@ -280,7 +280,8 @@ MEMBERS = {
 def test_the_family(member):
     """Against the oracles, which start from gradients: the implied update is the real one, but for NAdam's."""
     settings = {**member.settings}
-    gs = [kernel(i)["w"].astype(np.float64) for i in range(1, 8)]
+    small = np.where(np.arange(136) < 4, 2.0**-12, 1)  # where eps decides
+    gs = [small * kernel(i)["w"].astype(np.float64) for i in range(1, 8)]
     tx = MEMBERS[member.name]
     p = {"w": np.ones_like(kernel(0)["w"])}
     state = initial(tx)(p)
