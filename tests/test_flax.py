@@ -5,6 +5,7 @@ import functools
 import inspect
 
 import family
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,12 +46,17 @@ def dtype_for(name):
 def gradients(seed, params):
     """Of all sizes, in the parameters' dtypes."""
     rng = np.random.default_rng(seed)
-    random = lambda p: jnp.asarray(rng.standard_normal(p.shape) * 10.0 ** rng.uniform(-3, 3, p.shape), p.dtype)
+    random = lambda p: (rng.standard_normal(p.shape) * 10.0 ** rng.uniform(-3, 3, p.shape)).astype(p.dtype)
     return jax.tree.map(random, params)
 
 
 def copies(tree):
-    return jax.tree.map(jnp.copy, tree)
+    """As NumPy arrays."""
+    return jax.tree.map(np.array, tree)
+
+
+def ones_like(tree):
+    return jax.tree.map(np.ones_like, copies(tree))
 
 
 def assert_equal(tree, expected):
@@ -71,6 +77,7 @@ def assert_same_step(name, path, new, expected, old):
 
 
 float32_params = jax.jit(jadam.float32_params)
+averaged_params = jax.jit(jadam.averaged_params)
 
 
 def paths(name):
@@ -81,14 +88,22 @@ def paths(name):
 # -- NNX ---------------------------------------------------------------------------------------------------------------
 
 
+def random_kernel(key, shape, dtype=jnp.float32, **_):
+    """Flax's own takes seven programs for each shape and dtype."""
+    return jnp.asarray(np.random.default_rng(0).uniform(-1, 1, shape) * (3 / shape[0]) ** 0.5, dtype)
+
+
+def linear(n_in, n_out, dtype=jnp.float32):
+    return nnx.Linear(n_in, n_out, param_dtype=dtype, kernel_init=random_kernel, rngs=nnx.Rngs(0))
+
+
 class Net(nnx.Module):
     """Matrices large enough for int8, one of them used twice, and statistics, which are not trained."""
 
     def __init__(self, dtype=jnp.float32):
-        rngs = nnx.Rngs(0)
-        self.hidden = nnx.Linear(33, 130, param_dtype=dtype, rngs=rngs)
-        self.norm = nnx.BatchNorm(130, rngs=rngs)
-        self.square = nnx.Linear(130, 130, param_dtype=dtype, rngs=rngs)
+        self.hidden = linear(33, 130, dtype)
+        self.norm = nnx.BatchNorm(130, rngs=nnx.Rngs(0))
+        self.square = linear(130, 130, dtype)
         self.again = self.square
 
     def __call__(self, x):
@@ -110,8 +125,7 @@ def params_and_state(model, optimizer):
     return copies((nnx.state(model, optimizer.wrt), optimizer.opt_state))
 
 
-@pytest.mark.every(4)
-@pytest.mark.parametrize("name", ALL)
+@helpers.rows("name", ALL.keys(), default=["exact_bf16, int8", "optax.chain"])
 def test_nnx_takes_flax_s_steps(name, monkeypatch):
     """From the same start, and the state of one is the state of the other."""
     make = lambda optimizer: (model := Net(dtype_for(name)), optimizer(model, ALL[name](), wrt=nnx.Param))
@@ -172,7 +186,7 @@ def test_nnx_in_place():
         optimizer.update(model, jax.tree.map(jnp.cos, nnx.state(model, nnx.Param)))
 
     def temporaries(make):
-        model = nnx.Linear(512, 512, rngs=nnx.Rngs(0))
+        model = linear(512, 512)
         compiled = step.lower(model, make(model, jadam.adam(1.0, moments="int8"), wrt=nnx.Param)).compile()
         return compiled.compiled.memory_analysis().temp_size_in_bytes
 
@@ -186,10 +200,10 @@ def test_nnx_split_and_merge():
     model = Net()
     optimizer = jadam.flax.Optimizer(model, jadam.adam(1e-2, moments="int8"), wrt=nnx.Param)
     step = nnx.jit(gradient_step)
-    x = jnp.ones((4, 33))
+    x = np.ones((4, 33), np.float32)
     step(model, optimizer, x)
     graphdef, state = nnx.split((model, optimizer))
-    again = nnx.merge(graphdef, copies(state))
+    again = nnx.merge(graphdef, jax.tree.map(jnp.asarray, copies(state)))
     assert again[0].again is again[0].square  # one parameter, one step
     step(model, optimizer, x)
     step(*again, x)
@@ -206,7 +220,7 @@ KERNELS, HIDDEN = nnx.PathContains("kernel"), nnx.PathContains("hidden")
 def test_nnx_filters(wrt):
     """What ``wrt`` leaves out stays, be there a gradient for it or not."""
     model, again, start = Net(), Net(), Net()
-    grads = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
+    grads = ones_like(nnx.state(model, nnx.Param))
     for x, given in ((model, nnx.filter_state(grads, wrt)), (again, grads)):
         optimizer = jadam.flax.Optimizer(x, jadam.adam(1.0), wrt=wrt)
         optimizer.update(x, given)
@@ -226,17 +240,22 @@ def test_nnx_extra_arguments():
         return jax.tree.map(lambda g: -scale * g, updates), state
 
     tx = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
-    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    model = linear(2, 3)
     start = copies(nnx.state(model))
     optimizer = jadam.flax.Optimizer(model, optax.chain(jadam.adam(1.0), tx), wrt=nnx.Param)
-    assert optimizer.update(model, nnx.state(model), scale=0.0) is None
-    assert_equal(nnx.state(model), start)
-    assert optimizer.update(model, jax.tree.map(jnp.ones_like, start), scale=-2.0) is None
-    moved = jax.tree.map(lambda x, y: x - y, nnx.state(model), start)
-    assert all((x < -0.1).all() for x in jax.tree.leaves(moved))
+
+    @nnx.jit
+    def take(model, optimizer, grads, scale):
+        assert optimizer.update(model, grads, scale=scale) is None
+
+    take(model, optimizer, ones_like(start), 0.0)
+    assert_equal(copies(nnx.state(model)), start)
+    take(model, optimizer, ones_like(start), -2.0)
+    for x, y in zip(*(jax.tree.leaves(x) for x in (copies(nnx.state(model)), start)), strict=True):
+        np.testing.assert_allclose(x, y - 2, atol=1e-6)  # three roundings of numbers up to 4
     assert optimizer.step[...] == 2
     with pytest.raises(TypeError, match="scale"):
-        optimizer.update(model, nnx.state(model))
+        nnx.jit(lambda model, optimizer: optimizer.update(model, nnx.state(model)))(model, optimizer)
 
 
 def test_nnx_graph_mode():
@@ -244,7 +263,7 @@ def test_nnx_graph_mode():
     newer = "graph" in inspect.signature(nnx.Optimizer.__init__).parameters
     model, start = Net(), Net()
     optimizer = jadam.flax.Optimizer(model, jadam.adam(1.0), wrt=nnx.Param, **({"graph": True} if newer else {}))
-    grads = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
+    grads = ones_like(nnx.state(model, nnx.Param))
     with nnx.set_graph_mode(False) if newer else contextlib.nullcontext():  # as trees, no parameter may be shared
         optimizer.update(model, grads)
     for x, y in zip(*(jax.tree.leaves(nnx.state(x, nnx.Param)) for x in (model, start)), strict=True):
@@ -252,14 +271,14 @@ def test_nnx_graph_mode():
 
 
 def test_nnx_wrong_calls():
-    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    model = linear(2, 3)
     with pytest.raises(TypeError, match="wrt"):
         jadam.flax.Optimizer(model, jadam.adam(1.0))
     optimizer = jadam.flax.Optimizer(model, jadam.adam(1.0), wrt=nnx.Param)
     with pytest.raises(TypeError, match="grads"):
         optimizer.update(model)
     with pytest.raises(ValueError, match=r"'kernel'.*Gradients, parameters and the tree given to init must match"):
-        optimizer.update(model, nnx.state(nnx.Linear(3, 3, rngs=nnx.Rngs(0))))
+        optimizer.update(model, nnx.state(linear(3, 3)))
     assert optimizer.step[...] == 0
 
 
@@ -267,12 +286,12 @@ def test_nnx_wrong_calls():
 
 
 def linen_params(dtype=jnp.float32):
-    params = nn.Dense(130, param_dtype=dtype).init(jax.random.key(0), jnp.ones((1, 33)))["params"]
-    return {"dense": params, "scale": jnp.ones(())}
+    rng = np.random.default_rng(0)
+    dense = {"kernel": rng.standard_normal((33, 130)) / 33**0.5, "bias": np.zeros(130)}
+    return jax.tree.map(lambda x: jnp.asarray(x, dtype), {"dense": dense, "scale": np.ones(())})
 
 
-@pytest.mark.every(4)
-@pytest.mark.parametrize("name", ALL)
+@helpers.rows("name", ALL.keys(), default=["clipped", "optax"])
 def test_linen_takes_flax_s_steps(name, monkeypatch):
     fields = {"apply_fn": None, "params": linen_params(dtype_for(name)), "tx": ALL[name]()}
     state = jadam.flax.TrainState.create(**fields)
@@ -303,7 +322,7 @@ def test_linen_donated():
     expected = jax.jit(step)(state, grads)
     donated = jax.jit(step, donate_argnums=0)
     assert donated.lower(state, grads).as_text().count("@jadam_step") == KERNEL
-    assert_equal(donated(copies(state), grads), expected)
+    assert_equal(donated(jax.tree.map(jnp.asarray, copies(state)), grads), expected)
 
 
 @pytest.mark.slow
@@ -351,15 +370,14 @@ def test_linen_further_fields_and_bare_arrays():
 # -- Flax's own classes ------------------------------------------------------------------------------------------------
 
 INT8 = ("adam", "adamw", "nadam", "nadamw")
+MIXED = {True: lambda path, p: "int8" if "kernel" in path else "bfloat16", False: "bfloat16"}  # with int8 or without
 EVERY = {
-    f"{member} {moments}": (lambda member=member, moments=moments: member.make(0.1, moments=moments))
+    f"{member} {name}": (lambda member=member, moments=moments: member.make(0.1, moments=moments))
     for member in family.FAMILY
-    for moments in ("float32", "bfloat16", "int8")
-    if moments != "int8" or member.name in INT8
+    for name, moments in {"float32": "float32", "mixed": MIXED[member.name in INT8]}.items()
 }
 EVERY |= {
     "scheduled betas": lambda: jadam.adam(optax.linear_schedule(0.1, 0.0, 9), b1=optax.linear_schedule(0.5, 0.9, 9)),
-    "chosen moments": lambda: jadam.adam(0.1, moments=lambda path, p: "int8" if "kernel" in path else "bfloat16"),
     "jadam.chain": lambda: jadam.chain(jadam.clip(1.0), jadam.clip_by_global_norm(1.0), jadam.adamw(0.1)),
     "average": lambda: optax.chain(jadam.adam(0.1), jadam.average_params(0.9)),
     "exact_bf16": lambda: jadam.exact_bf16(optax.chain(optax.clip(1.0), jadam.adam(0.1), jadam.average_params(None))),
@@ -367,13 +385,12 @@ EVERY |= {
 }
 
 
-@pytest.mark.every(3)
-@pytest.mark.parametrize("name", EVERY)
+@helpers.rows("name", EVERY.keys(), default=["nadamw mixed", "amsgrad mixed", "scheduled betas", "exact_bf16"])
 def test_flax_s_own_classes(name):
     """Each trains as the other, to the bit; a step of Linen's is Optax's two calls on the arrays themselves."""
     tx = EVERY[name]()
-    model = nnx.Linear(33, 130, param_dtype=dtype_for(name), rngs=nnx.Rngs(0))
-    params = {"kernel": model.kernel[...], "bias": model.bias[...]}
+    model = linear(33, 130, dtype_for(name))
+    params = copies({"kernel": model.kernel[...], "bias": model.bias[...]})
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     linen = train_state.TrainState.create(apply_fn=None, params=params, tx=tx)
     traces = []
@@ -397,40 +414,51 @@ def test_flax_s_own_classes(name):
         model, optimizer = nnx.merge(*nnx.split((model, optimizer)))
     assert sorted(traces) == ["linen", "nnx"]
     assert linen.step == optimizer.step[...] == 3
-    assert all((x != y).any() for x, y in zip(*map(jax.tree.leaves, (linen.params, params)), strict=True))
+    assert all((x != y).any() for x, y in zip(*map(jax.tree.leaves, (copies(linen.params), params)), strict=True))
     leaves_equal = lambda *trees: assert_equal(*map(jax.tree.leaves, trees))  # the trees are of other classes
     variables = nnx.state(model, nnx.Param)
     leaves_equal((variables, optimizer.opt_state), (linen.params, linen.opt_state))
     if "average" in name:
-        leaves_equal(*(jadam.averaged_params(x.opt_state) for x in (optimizer, linen)))
+        leaves_equal(*(averaged_params(x.opt_state) for x in (optimizer, linen)))
     if "exact" in name:
-        masters = jadam.float32_params(variables, optimizer.opt_state)
-        leaves_equal(masters, jadam.float32_params(linen.params, linen.opt_state))
+        masters = float32_params(variables, optimizer.opt_state)
+        leaves_equal(masters, float32_params(linen.params, linen.opt_state))
 
 
-@pytest.mark.parametrize("make", [nnx.Optimizer, jadam.flax.Optimizer])
+ADAM = jadam.adam(0.1)
+RECORD = jadam.record(ADAM, every=1)
+
+
+@nnx.jit
+def train_step(model, optimizer):
+    optimizer.update(model, nnx.grad(lambda model: jnp.sum(model(jnp.ones((1, 2))) ** 2))(model))
+
+
+OPTIMIZERS = {"flax": nnx.Optimizer, "jadam.flax": jadam.flax.Optimizer}
+
+
+@helpers.rows("make", OPTIMIZERS, default=["jadam.flax"])
 def test_recording_of_training_that_has_begun(make):
     """The optimizer's state of before is put into that of one that records."""
-    model, tx = nnx.Linear(2, 3, rngs=nnx.Rngs(0)), jadam.adam(0.1)
-    loss = nnx.grad(lambda model: jnp.sum(model(jnp.ones((1, 2))) ** 2))
-    earlier = make(model, tx, wrt=nnx.Param)
-    earlier.update(model, loss(model))
-    optimizer = make(model, jadam.record(tx, every=1), wrt=nnx.Param)
+    model = linear(2, 3)
+    earlier = make(model, ADAM, wrt=nnx.Param)
+    train_step(model, earlier)
+    optimizer = make(model, RECORD, wrt=nnx.Param)
     optimizer.opt_state = optimizer.opt_state._replace(inner_state=earlier.opt_state)
     for _ in range(2):
-        optimizer.update(model, loss(model))
+        train_step(model, optimizer)
     np.testing.assert_array_equal(jadam.history(optimizer.opt_state).steps, [2, 3])
 
 
-@pytest.mark.parametrize("make", [nnx.Optimizer, jadam.flax.Optimizer])
+@helpers.rows("make", OPTIMIZERS, default=OPTIMIZERS)
 def test_statistics_of_what_nnx_holds(make):
     """Of its optimizer's state and the model's parameters as they are: the numbers of plain arrays."""
-    model, tx = nnx.Linear(2, 3, rngs=nnx.Rngs(0)), jadam.adam(0.1)
+    model, tx = linear(2, 3), ADAM
     optimizer = make(model, tx, wrt=nnx.Param)
-    optimizer.update(model, nnx.grad(lambda model: jnp.sum(model(jnp.ones((1, 2))) ** 2))(model))
+    train_step(model, optimizer)
     told = jadam.statistics(tx, optimizer.opt_state, nnx.state(model, nnx.Param))
     plain = jax.tree.map(jnp.asarray, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
-    state = tx.init(plain)
+    state = jax.eval_shape(tx.init, plain)
     pure = jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(optimizer.opt_state))
     expected = jadam.statistics(tx, pure, plain)
     assert list(told.leaves) == list(expected.leaves) == ["['bias']", "['kernel']"]

@@ -5,32 +5,37 @@ from pathlib import Path
 
 import pytest
 
-SPEC = importlib.util.spec_from_file_location("lean", Path(__file__).parent.parent / "benchmarks" / "lean.py")
-lean = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(lean)
+
+@pytest.fixture(scope="module")
+def lean():
+    """The module, which imports matplotlib and scikit-learn."""
+    spec = importlib.util.spec_from_file_location("lean", Path(__file__).parent.parent / "benchmarks" / "lean.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def over_float32(problem, rate):
+def over_float32(lean, problem, rate):
     losses = {name: result["loss"] for name, result in lean.compare(problem, rate, lean.SIDES).items()}
     return {name: loss / losses["float32"] for name, loss in losses.items()}
 
 
 @pytest.mark.slow
-def test_digits():
-    ratios = over_float32(lean.digits(1000), 1e-4)
+def test_digits(lean):
+    ratios = over_float32(lean, lean.digits(1000), 1e-4)
     assert ratios.pop("optax on bf16 weights") > 1.2  # what the others are spared
     # the benchmark's bars are 1.05 for bf16 weights and 1.10 for int8 after 4,000 steps; here is less time to differ
     assert all(0.98 < ratio < 1.02 for ratio in ratios.values()), ratios
 
 
 @pytest.mark.nightly
-def test_transformer():
-    ratios = over_float32(lean.text(40), 1e-3)
+def test_transformer(lean):
+    ratios = over_float32(lean, lean.text(40), 1e-3)
     assert ratios.pop("optax on bf16 weights") > 1.003
     assert all(0.997 < ratio < 1.003 for ratio in ratios.values()), ratios
 
 
-def test_a_side_that_diverges_is_seen():
+def test_a_side_that_diverges_is_seen(lean):
     rows = lean.rows(
         "digits", 1.0, [{"float32": {"loss": 1.0, "curve": [1.0]}, "x": {"loss": float("nan"), "curve": [1]}}]
     )

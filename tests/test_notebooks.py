@@ -4,7 +4,6 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
@@ -20,6 +19,8 @@ def pictures(notebook):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs(path, monkeypatch):
+    from nbclient import NotebookClient
+
     for name in ("MPLBACKEND", "XLA_FLAGS"):  # the tests' own
         monkeypatch.delenv(name, raising=False)
     notebook = nbformat.read(path, nbformat.NO_CONVERT)

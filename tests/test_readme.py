@@ -4,6 +4,7 @@ import importlib.metadata
 import re
 from pathlib import Path
 
+import helpers
 import pytest
 import sybil.document
 from sybil.parsers.markdown import PythonCodeBlockParser
@@ -13,12 +14,26 @@ README = ROOT / "README.md"
 TEXT = README.read_text()
 
 
-def test_the_python_blocks_run_in_order():
-    document = sybil.document.Document.parse(str(README), PythonCodeBlockParser())
-    examples = list(document)
-    assert len(examples) == TEXT.count("```python")
-    for example in examples:
-        example.evaluate()
+def python_blocks():
+    """Each by its section and its number there."""
+    blocks = {}
+    for example in sybil.document.Document.parse(str(README), PythonCodeBlockParser()):
+        section = re.findall(r"^## (.*)$", TEXT[: example.start], re.MULTILINE)[-1]
+        number = 1 + sum(name.startswith(f"{section} ") for name in blocks)
+        blocks[f"{section} {number}"] = example
+    assert len(blocks) == TEXT.count("```python")
+    return blocks
+
+
+BLOCKS = python_blocks()
+EAGER = {"Less memory 2"}  # XLA compiles each of its operations by itself
+
+
+@helpers.rows("example", BLOCKS, default=BLOCKS.keys() - EAGER)
+def test_python_blocks(example):
+    """Each needs no other."""
+    example.document.namespace.clear()
+    example.evaluate()
 
 
 def shell_commands():
