@@ -6,7 +6,6 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
 
-import collections
 import contextlib
 import json
 import shutil
@@ -109,18 +108,6 @@ def _config(**values):
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Of a test marked ``every(n)`` each n-th case is always run, the others are `slow`."""
-    met = collections.Counter()
-    for item in items:
-        if mark := item.get_closest_marker("every"):
-            name = item.nodeid.partition("[")[0]
-            if met[name] % mark.args[0]:
-                item.add_marker("slow")
-            met[name] += 1
 
 
 @pytest.fixture
