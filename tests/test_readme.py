@@ -4,7 +4,6 @@ import importlib.metadata
 import re
 from pathlib import Path
 
-import helpers
 import pytest
 import sybil.document
 from sybil.parsers.markdown import PythonCodeBlockParser
@@ -26,10 +25,9 @@ def python_blocks():
 
 
 BLOCKS = python_blocks()
-EAGER = {"Less memory 2"}  # XLA compiles each of its operations by itself
 
 
-@helpers.rows("example", BLOCKS, default=BLOCKS.keys() - EAGER)
+@pytest.mark.parametrize("example", BLOCKS.values(), ids=BLOCKS)
 def test_python_blocks(example):
     """Each needs no other."""
     example.document.namespace.clear()
