@@ -49,6 +49,7 @@ def pytest_configure(config):
         jax.config.update("jax_compilation_cache_dir", str(own))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # else the folder's name is part of the key
     jax.monitoring.register_event_duration_secs_listener(_count)
 
 
