@@ -12,8 +12,8 @@ import optax
 
 from jadam import _checks
 from jadam._formats import Moments
-from jadam._numerics import Beta, abs_sq, divide, ema, sqrt
-from jadam._transformation import QuantizedAdamState, Step, Transformation, descend, scale_by_rule
+from jadam._numerics import abs_sq, divide, ema, sqrt
+from jadam._transformation import Rule, Step, Transformation, descend, scale_by_rule
 
 
 def adam_rule(step: Step, g, m, v):
@@ -40,10 +40,14 @@ def nadam_rule(step: Step, g, m, v):
 def look_ahead(step: Step, m, g):
     """Nesterov's ``m_hat``: the next step's momentum on ``m``, today's gradient besides, each corrected on its own.
 
-    PyTorch's momentum is not ``b1``, under which ``m`` is the average: then it is ``step.momentum``.
+    The momentum is ``b1``, under which ``m`` is the average, but for PyTorch's.
     """
-    momentum: Beta = getattr(step, "momentum", step.b1)
+    momentum = step.momentum
     return momentum.next_b * m / momentum.next_correction + momentum.one_minus_b * g / momentum.correction
+
+
+ADAM = Rule(adam_rule, optax.ScaleByAdamState, native="adam", int8=True)
+NADAM = Rule(nadam_rule, optax.ScaleByAdamState, native="nadam", int8=True, looks_ahead=True)
 
 
 def with_eps_hat(step: Step) -> Step:
@@ -54,7 +58,7 @@ def with_eps_hat(step: Step) -> Step:
 def without_correction(step: Step, *names: str) -> Step:
     """The bias corrections of these betas left out."""
     one = step.t / step.t
-    return step.replace(**{name: getattr(step, name)._replace(correction=one, next_correction=one) for name in names})
+    return step.replace(**{name: vars(step)[name]._replace(correction=one, next_correction=one) for name in names})
 
 
 def adjustment(eps_mode: str, bias_correction: bool = True) -> Callable[[Step], Step]:
@@ -63,7 +67,7 @@ def adjustment(eps_mode: str, bias_correction: bool = True) -> Callable[[Step], 
     _checks.one_of("bias_correction", bias_correction, (True, False))
 
     def adjust(step):
-        step = step if bias_correction else without_correction(step, "b1", "b2")
+        step = step if bias_correction else without_correction(step, "b1", "b2", "momentum")
         return with_eps_hat(step) if eps_mode == "hat" else step
 
     return adjust
@@ -143,11 +147,9 @@ def scale_by_adam(
     """
     given = {**locals()}
     _checks.one_of("nesterov", nesterov, (True, False))
-    rule, adjust = nadam_rule if nesterov else adam_rule, adjustment(eps_mode, bias_correction)
+    rule, adjust = NADAM if nesterov else ADAM, adjustment(eps_mode, bias_correction)
     betas, scalars = {"b1": b1, "b2": b2}, {"eps": eps, "eps_root": eps_root}
-    return scale_by_rule(
-        rule, optax.ScaleByAdamState, betas, scalars, mu_dtype, moments, QuantizedAdamState, adjust
-    ).called(scale_by_adam, given)
+    return scale_by_rule(rule, betas, scalars, mu_dtype, moments, adjust).called(scale_by_adam, given)
 
 
 def adam(

@@ -8,7 +8,7 @@ import optax
 
 from jadam._formats import Moments
 from jadam._numerics import divide, ema
-from jadam._transformation import Step, Transformation, descend, scale_by_rule
+from jadam._transformation import Rule, Step, Transformation, descend, scale_by_rule
 
 
 def adamax_rule(step: Step, g, m, u):
@@ -17,6 +17,9 @@ def adamax_rule(step: Step, g, m, u):
     u = jnp.maximum(step.b2.b * u, jnp.abs(g) + step.eps)
     m_hat = m / step.b1.correction
     return divide(m_hat, u), m, u
+
+
+ADAMAX = Rule(adamax_rule, optax.ScaleByAdamState, native="adamax", root=lambda step, u: u, eps_in_root=True)
 
 
 def scale_by_adamax(
@@ -61,9 +64,7 @@ def scale_by_adamax(
         [ 1. -1.  0.]
     """
     given = {**locals()}
-    return scale_by_rule(
-        adamax_rule, optax.ScaleByAdamState, {"b1": b1, "b2": b2}, {"eps": eps}, moments=moments
-    ).called(scale_by_adamax, given)
+    return scale_by_rule(ADAMAX, {"b1": b1, "b2": b2}, {"eps": eps}, moments=moments).called(scale_by_adamax, given)
 
 
 def adamax(

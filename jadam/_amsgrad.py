@@ -8,7 +8,7 @@ from jadam import _checks
 from jadam._adam import adjustment, direction, without_correction
 from jadam._formats import Moments
 from jadam._numerics import abs_sq, ema
-from jadam._transformation import Step, Transformation, descend, scale_by_rule
+from jadam._transformation import Rule, Step, Transformation, descend, scale_by_rule
 
 
 def amsgrad_rule(step: Step, g, m, v, v_max):
@@ -25,6 +25,15 @@ def amsgrad_of_v_rule(step: Step, g, m, v, v_max):
     v = ema(step.b2, v, abs_sq(g))
     v_max = jnp.maximum(v_max, v)
     return direction(step, m / step.b1.correction, v_max / step.b2.correction), m, v, v_max
+
+
+AMSGRAD = Rule(amsgrad_rule, optax.ScaleByAmsgradState, native="amsgrad", root=lambda step, v, v_max: jnp.sqrt(v_max))
+AMSGRAD_OF_V = Rule(
+    amsgrad_of_v_rule,
+    optax.ScaleByAmsgradState,
+    native="amsgrad_of_v",
+    root=lambda step, v, v_max: jnp.sqrt(v_max / step.b2.correction),
+)
 
 
 def scale_by_amsgrad(
@@ -74,7 +83,7 @@ def scale_by_amsgrad(
     """
     given = {**locals()}
     _checks.one_of("max_of", max_of, ("v_hat", "v"))
-    rule = amsgrad_rule if max_of == "v_hat" else amsgrad_of_v_rule
+    rule = AMSGRAD if max_of == "v_hat" else AMSGRAD_OF_V
     switches = {"b1": ("bias_correction_mu", bias_correction_mu), "b2": ("bias_correction_nu", bias_correction_nu)}
     for name, switch in switches.values():
         _checks.one_of(name, switch, (True, False))
@@ -82,9 +91,7 @@ def scale_by_amsgrad(
     hat = adjustment(eps_mode)
     adjust = lambda step: hat(without_correction(step, *uncorrected))
     betas, scalars = {"b1": b1, "b2": b2}, {"eps": eps, "eps_root": eps_root}
-    return scale_by_rule(rule, optax.ScaleByAmsgradState, betas, scalars, mu_dtype, moments, adjust=adjust).called(
-        scale_by_amsgrad, given
-    )
+    return scale_by_rule(rule, betas, scalars, mu_dtype, moments, adjust).called(scale_by_amsgrad, given)
 
 
 def amsgrad(

@@ -3,7 +3,9 @@
 Each has the state and the results of its namesake in Optax, whose code it runs.
 """
 
-from typing import Any
+import dataclasses
+from collections.abc import Callable
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,28 +13,34 @@ import optax
 
 from jadam import _checks
 from jadam._exact_bf16 import ExactBF16
-from jadam._transformation import NotOnePass, Plan, Transformation
+from jadam._transformation import NotOnePass, Plan, Transformation, Update
+
+
+@dataclasses.dataclass(eq=False)
+class ClipUpdate(Update):
+    """``update`` of a clipping, and what it does to the jobs of a plan."""
+
+    limit: Callable[..., Any] = dataclasses.field(kw_only=True)  # limit(jobs, updates) returns both
 
 
 class Clip(optax.GradientTransformation):
-    """What `clip` and `clip_by_global_norm` return: Optax's transformation, and ``limit(job, updates)`` for a plan."""
+    """What `clip` and `clip_by_global_norm` return: Optax's transformation, which `chain` knows."""
 
     @property
-    def limit(self):
-        """What ``update`` carries."""
-        return self.update.limit  # pyright: ignore[reportAttributeAccessIssue]
+    def info(self) -> ClipUpdate:
+        """``update``, with its type."""
+        return cast(ClipUpdate, self.update)
 
     def __repr__(self):
-        return self.update.text  # pyright: ignore[reportAttributeAccessIssue]
+        return self.info.text
 
 
-def _carrying(tx, limit, text) -> Clip:
+def _clip(tx, limit, text) -> Clip:
     def update(updates, state, params=None) -> Any:
         _checks.gradients(updates, state, None)
         return tx.update(updates, state, params)
 
-    update.limit, update.text = limit, text  # pyright: ignore[reportFunctionMemberAccess]
-    return Clip(tx.init, update)
+    return Clip(tx.init, ClipUpdate(update, text=text, limit=limit))
 
 
 def clip(max_delta: jax.typing.ArrayLike) -> Clip:
@@ -61,7 +69,7 @@ def clip(max_delta: jax.typing.ArrayLike) -> Clip:
             raise NotOnePass("jadam.clip comes after another clipping")
         return [job._replace(bound=bound) for job in jobs], optax.clip(bound).update(updates, optax.EmptyState())[0]
 
-    return _carrying(optax.clip(bound), limit, f"jadam.clip({bound})")
+    return _clip(optax.clip(bound), limit, f"jadam.clip({bound})")
 
 
 def clip_by_global_norm(max_norm: jax.typing.ArrayLike) -> Clip:
@@ -95,7 +103,7 @@ def clip_by_global_norm(max_norm: jax.typing.ArrayLike) -> Clip:
         by, to = jnp.where(small, 1.0, norm), jnp.where(small, 1.0, max_norm)
         return [job._replace(norm=by, max_norm=to) for job in jobs], updates
 
-    return _carrying(optax.clip_by_global_norm(max_norm), limit, f"jadam.clip_by_global_norm({max_norm})")
+    return _clip(optax.clip_by_global_norm(max_norm), limit, f"jadam.clip_by_global_norm({max_norm})")
 
 
 def chain(*stages: optax.GradientTransformation) -> Transformation:
@@ -126,7 +134,7 @@ def chain(*stages: optax.GradientTransformation) -> Transformation:
         _checks.transformation(f"chain's stage {i} must be", stage)
         if isinstance(stage, ExactBF16):
             raise ValueError(f"chain's stage {i} is exact_bf16, which must be outermost: exact_bf16(chain(...)).")
-        if hasattr(stage.update, "observe"):
+        if getattr(stage.update, "after_step", None) is not None:
             raise ValueError(
                 f"chain's stage {i} is record, which must be outermost: record(chain(...)). With other stages than "
                 "clipping: optax.chain(record(...), ...)."
@@ -154,8 +162,7 @@ def chain(*stages: optax.GradientTransformation) -> Transformation:
         for i, stage in enumerate(clips):
             if not isinstance(stage, Clip):
                 raise NotOnePass(f"jadam.chain's stage {i} is neither jadam.clip nor jadam.clip_by_global_norm")
-            jobs, updates = stage.limit(jobs, updates)
+            jobs, updates = stage.info.limit(jobs, updates)
         return Plan(jobs, lambda *stored: (*states, finish(*stored)))
 
-    update.text = f"jadam.chain({', '.join(map(repr, stages))})"  # pyright: ignore[reportFunctionMemberAccess]
-    return Transformation(inner.init, update, plan)
+    return Transformation(inner.init, Update(update, plan, f"jadam.chain({', '.join(map(repr, stages))})"))

@@ -302,19 +302,19 @@ def moments_wide_enough(tree, name: str) -> None:
             )
 
 
-def same_tree(tree, reference, what: str, than: str) -> None:
+def same_tree(tree, reference, what: str, than: str, hint: str = "") -> None:
     """Raise unless ``tree`` has the structure and shapes of ``reference``, naming the first path that differs."""
-    same_structure(tree, reference, what, than)
+    same_structure(tree, reference, what, than, hint)
     leaves, other = (jax.tree_util.tree_leaves_with_path(x) for x in (tree, reference))
     for (path, leaf), (_, expected) in zip(leaves, other, strict=True):
         if jnp.shape(leaf) != jnp.shape(expected):
             raise ValueError(
                 f"{what}{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}, {than} has {jnp.shape(expected)}. "
-                f"{_SAME_TREE}"
+                f"{_SAME_TREE}{hint}"
             )
 
 
-def same_structure(tree, reference, what: str, than: str) -> None:
+def same_structure(tree, reference, what: str, than: str, hint: str = "") -> None:
     """Raise unless ``tree`` has the structure of ``reference``, naming the first path that differs."""
     leaves, other = (jax.tree_util.tree_leaves_with_path(x) for x in (tree, reference))
     if jax.tree.structure(tree) != jax.tree.structure(reference):
@@ -327,7 +327,7 @@ def same_structure(tree, reference, what: str, than: str) -> None:
             difference = f"{what}{missing} is missing (or None), {than} has it"
         else:
             difference = f"{what} is {jax.tree.structure(tree)}, {than} is {jax.tree.structure(reference)}"
-        raise ValueError(f"{difference}. {_SAME_TREE}")
+        raise ValueError(f"{difference}. {_SAME_TREE}{hint}")
 
 
 _CAST = "Cast no state as a whole; jadam.convert_moments(state, 'float32') widens moments."

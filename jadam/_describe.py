@@ -4,6 +4,7 @@ import dataclasses
 import html
 import re
 from collections import Counter
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jadam._formats import FORMATS, leaf_name
 from jadam._kernels import Backend, backends, pallas
 from jadam._step import obstacle, outlook
 from jadam._transformation import QuantizedAdamState
+from jadam._trees import find_states
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,16 +147,16 @@ def describe(state_or_tx, params) -> Description:
         else:
             sizes[name] += _bytes(x)
             moments[name] += [x] if field in ("mu", "nu", "mu_scale", "nu_scale") else []
-    quantized = _has(state, QuantizedAdamState)
+    quantized = bool(find_states(state, QuantizedAdamState))
     groups, one_pass, step = _outlook(tx, state, params, [name for name, _ in named])
     rows = zip(named, groups, strict=True)
     leaves = tuple(_leaf(name, p, moments[name], sizes[name], quantized, group) for (name, p), group in rows)
     return Description(leaves, other, one_pass, step)
 
 
-def _outlook(tx, state, params, names) -> tuple[list[str], bool | None, str]:
+def _outlook(tx, state, params, names) -> tuple[list[Any], bool | None, str]:
     """Each leaf's rule of `jadam.by_path`, if any; whether `jadam.step` is one pass here, and that in words."""
-    unknown = [""] * len(names)
+    unknown = [None] * len(names)
     if tx is None:
         return unknown, None, "unknown, a state does not tell; describe the transformation"
     reason = obstacle(tx, params, state, params)
@@ -183,15 +185,18 @@ def _leaf(name, p, moments, size, quantized, group):
             reason = FORMATS["int8"].refuses(p) or "so chosen by moments"
         elif format == "float32" and jnp.finfo(moments[0].dtype).bits > 32:
             reason = f"of the parameter's own {moments[0].dtype}"
-    if group:
-        reason = f"{group}: {reason}" if "int8" in group and format == "float32" else group
+    if group is not None:
+        reason = f"{group.name}: {reason}" if group.moments == "int8" and format == "float32" else group.name
     return Leaf(name, tuple(jnp.shape(p)), np.dtype(jnp.result_type(p)), format, size, reason)
 
 
 def owners(state, params) -> list[tuple[str | None, str | None]]:
     """For each leaf of ``state`` the parameter that it belongs to, and in which tree of the state it lies, or Nones."""
     named = {_keys(path): (leaf_name(path), p) for path, p in jax.tree_util.tree_leaves_with_path(params)}
-    found = [_owners(path, x, named) for path, x in jax.tree_util.tree_leaves_with_path(state)]
+    of_all = lambda x: getattr(x, "of_all_parameters", False)
+    found = []
+    for path, x in jax.tree_util.tree_leaves_with_path(state, is_leaf=of_all):
+        found += [{}] * len(jax.tree.leaves(x)) if of_all(x) else [_owners(path, x, named)]
     like = Counter(tree for owners in found for tree in owners)  # how many of the parameters' paths a tree has
     best = [
         max(owners, key=like.__getitem__, default=None) for owners in found
@@ -203,8 +208,6 @@ def _owners(path, x, params) -> dict[tuple[str, ...], tuple[str, str | None]]:
     """For each tree of the state in which ``x`` lies at a parameter's path: that parameter, and the tree's field."""
     keys, found = _keys(path), {}
     for i in range(len(keys) + 1):
-        if ".ring" in keys[:i]:  # a tree within what jadam.record keeps
-            break
         name, p = params.get(keys[i:], (None, None))
         field = _field(path[:i])
         if name is not None and jnp.ndim(p) == jnp.ndim(x) and field not in ("count", "version"):
@@ -226,8 +229,3 @@ def _field(path):
 
 def _bytes(x) -> int:
     return np.size(x) * jnp.result_type(x).itemsize
-
-
-def _has(state, kind) -> bool:
-    is_kind = lambda x: isinstance(x, kind)
-    return any(is_kind(x) for x in jax.tree.leaves(state, is_leaf=is_kind))

@@ -14,7 +14,8 @@ import optax
 from jadam import _checks
 from jadam._formats import VERSION, leaf_name, placeholder, version
 from jadam._numerics import applied, apply_updates, at_least_float32
-from jadam._transformation import NotOnePass, Plan, Transformation
+from jadam._transformation import NotOnePass, Plan, Transformation, Update
+from jadam._trees import find_states
 
 
 class ExactBF16State(NamedTuple):
@@ -30,11 +31,6 @@ class ExactBF16State(NamedTuple):
 
 class ExactBF16(Transformation):
     """What `exact_bf16` returns."""
-
-    @property
-    def inner(self) -> optax.GradientTransformationExtraArgs:
-        """What it is around; ``update`` carries it."""
-        return self.update.inner  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
@@ -78,7 +74,7 @@ def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
         1 0.9990
     """
     _checks.transformation("exact_bf16 needs", tx)
-    if hasattr(tx.update, "observe"):
+    if getattr(tx.update, "after_step", None) is not None:
         raise ValueError(
             "exact_bf16 must not be around record, whose records would be of other weights: record(exact_bf16(tx))."
         )
@@ -87,7 +83,7 @@ def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
     def init(params) -> Any:
         _checks.trainable(params, "params")
         inner_state = inner.init(jax.tree.map(_widen, params))
-        if _states(inner_state):
+        if find_states(inner_state, ExactBF16State):
             raise ValueError("exact_bf16 must be outermost, got it around another exact_bf16. Drop the inner one.")
         return ExactBF16State(jax.tree.map(_no_remainder, params), inner_state, version())
 
@@ -126,8 +122,7 @@ def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
 
         return Plan(jobs, whole)
 
-    update.inner, update.text = inner, f"jadam.exact_bf16({tx!r})"  # pyright: ignore[reportFunctionMemberAccess]
-    return ExactBF16(init, update, plan)
+    return ExactBF16(init, Update(update, plan, f"jadam.exact_bf16({tx!r})", inner))
 
 
 def float32_params(params, state):
@@ -150,7 +145,7 @@ def float32_params(params, state):
         >>> print(params.dtype, jadam.float32_params(params, state))
         bfloat16 [0.1]
     """
-    found = _states(state)
+    found = find_states(state, ExactBF16State)
     if len(found) != 1:
         raise ValueError(
             f"state must hold one ExactBF16State, found {len(found)}. Train with jadam.exact_bf16(...), and call "
@@ -192,7 +187,8 @@ def from_float32(params32, tx: Transformation, keep: Callable[[str, Any], bool] 
         >>> print(params["w"].dtype, params["b"].dtype)
         bfloat16 float32
     """
-    exact = getattr(getattr(tx, "update", None), "records", tx)  # as jadam.record has it within
+    recorded = isinstance(tx, Transformation) and tx.info.after_step is not None  # by jadam.record
+    exact = tx.info.inner if recorded else tx
     if not isinstance(exact, ExactBF16):
         got = _checks.shown(tx)
         raise TypeError(f"from_float32 needs what jadam.exact_bf16 returned, got {got}. Wrap it: exact_bf16(tx).")
@@ -208,7 +204,7 @@ def from_float32(params32, tx: Transformation, keep: Callable[[str, Any], bool] 
 
     params = jax.tree_util.tree_map_with_path(narrow, params32)
     remainder = jax.tree.map(lambda p, x: _no_remainder(p) if p is x else split(x)[1], params, params32)
-    state = ExactBF16State(remainder, exact.inner.init(_masters(params, remainder)), version())
+    state = ExactBF16State(remainder, exact.info.inner.init(_masters(params, remainder)), version())
     outer: Any = tx.init(params) if exact is not tx else None
     return params, state if outer is None else outer._replace(inner_state=state)
 
@@ -286,8 +282,3 @@ def _widen(p):
 
 def _is_bf16(p) -> bool:
     return jnp.result_type(p) == jnp.bfloat16
-
-
-def _states(tree) -> list:
-    is_state = lambda x: isinstance(x, ExactBF16State)
-    return [x for x in jax.tree.leaves(tree, is_leaf=is_state) if is_state(x)]

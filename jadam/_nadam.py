@@ -7,9 +7,9 @@ import jax
 import optax
 
 from jadam import _checks
-from jadam._adam import adjustment, nadam_rule, scale_by_adam
+from jadam._adam import NADAM, adjustment, scale_by_adam
 from jadam._formats import Moments
-from jadam._transformation import QuantizedAdamState, Transformation, descend, scale_by_rule
+from jadam._transformation import Transformation, descend, scale_by_rule
 
 
 def _scale_by_nadam(momentum_decay, b1, b2, eps, eps_root, mu_dtype, **switches):
@@ -23,9 +23,7 @@ def _scale_by_nadam(momentum_decay, b1, b2, eps, eps_root, mu_dtype, **switches)
     decay = _checks.hyperparameter("momentum_decay", momentum_decay, ">= 0", schedule=False)
     momentum = lambda count: b1 * (1 - 0.5 * 0.96 ** (decay * (count + 1.0)))
     betas, scalars = {"b1": b1, "b2": b2, "momentum": momentum}, {"eps": eps, "eps_root": eps_root}
-    stored = mu_dtype, switches["moments"], QuantizedAdamState
-    adjust = adjustment(switches["eps_mode"])
-    return scale_by_rule(nadam_rule, optax.ScaleByAdamState, betas, scalars, *stored, adjust)
+    return scale_by_rule(NADAM, betas, scalars, mu_dtype, switches["moments"], adjustment(switches["eps_mode"]))
 
 
 def nadam(

@@ -8,7 +8,7 @@ from jadam import _checks
 from jadam._adam import adam_rule, adjustment, look_ahead, nadam_rule
 from jadam._formats import Moments
 from jadam._numerics import Beta
-from jadam._transformation import Step, Transformation, descend, scale_by_rule
+from jadam._transformation import Rule, Step, Transformation, descend, scale_by_rule
 
 
 def radam_rule(step: Step, g, m, v):
@@ -21,6 +21,10 @@ def radam_of_nadam_rule(step: Step, g, m, v):
     """The same of NAdam's direction."""
     u, m, v = nadam_rule(step, g, m, v)
     return jnp.where(step.trusted, step.rectification * u, look_ahead(step, m, g)), m, v
+
+
+RADAM = Rule(radam_rule, optax.ScaleByAdamState, native="radam")
+RADAM_OF_NADAM = Rule(radam_of_nadam_rule, optax.ScaleByAdamState, native="radam_of_nadam", looks_ahead=True)
 
 
 def rectified(step: Step) -> Step:
@@ -96,12 +100,10 @@ def scale_by_radam(
     given = {**locals()}
     threshold = _checks.hyperparameter("threshold", threshold, ">= 4")
     _checks.one_of("nesterov", nesterov, (True, False))
-    rule, hat = radam_of_nadam_rule if nesterov else radam_rule, adjustment(eps_mode)
+    rule, hat = RADAM_OF_NADAM if nesterov else RADAM, adjustment(eps_mode)
     adjust = lambda step: rectified(hat(step))
     betas, scalars = {"b1": b1, "b2": b2}, {"eps": eps, "eps_root": eps_root, "threshold": threshold}
-    return scale_by_rule(rule, optax.ScaleByAdamState, betas, scalars, moments=moments, adjust=adjust).called(
-        scale_by_radam, given
-    )
+    return scale_by_rule(rule, betas, scalars, moments=moments, adjust=adjust).called(scale_by_radam, given)
 
 
 def radam(

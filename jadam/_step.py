@@ -61,7 +61,7 @@ def step(tx: optax.GradientTransformation, grads, state, params):
         0.90 1.10
     """
     _checks.transformation("step needs", tx)
-    if (own := getattr(tx.update, "step", None)) is not None:
+    if (own := getattr(tx.update, "step", None)) is not None:  # of jadam.sharding.zero1
         return own(grads, state, params)
     if isinstance(tx, Transformation):
         for tree, what in ((grads, "grads"), (state, "state"), (params, "params")):
@@ -139,8 +139,8 @@ def by_jobs(kernel, tx, grads, state, params):
 
 def observed(tx, params, state):
     """The new parameters and the new state, in which `jadam.record` may have written."""
-    observe = getattr(tx.update, "observe", None)
-    return params, state if observe is None else observe(state, params)
+    after_step = tx.info.after_step
+    return params, state if after_step is None else after_step(state, params)
 
 
 def by_xla(tx, grads, state, params):

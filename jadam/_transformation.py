@@ -1,17 +1,18 @@
 """From a rule for one array to an Optax transformation over a tree.
 
-A *rule* is a pure function ``rule(step, g, *moments) -> (u, *moments)`` on arrays of one dtype, with this
-step's scalars in ``step``. It knows nothing of trees, stored formats or schedules; this file knows nothing
-of Adam. `scale_by_rule` maps a rule over the tree once, `descend` puts weight decay and the learning rate
-behind it.
+A `Rule` is a pure function ``f(step, g, *moments) -> (u, *moments)`` on arrays of one dtype, with this step's
+scalars in ``step``, and what the rest of the package needs to know about it. It knows nothing of trees, stored formats
+or schedules; this file knows nothing of Adam. `scale_by_rule` maps a rule over the tree once, `descend` puts weight
+decay and the learning rate behind it.
 """
 
+import dataclasses
 import functools
 import inspect
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +29,8 @@ from jadam._numerics import (
     promote,
     real,
     scheduled_beta,
+    sqrt,
 )
-
-Rule = Callable[..., tuple[jax.Array, ...]]
 
 
 class Step(SimpleNamespace):
@@ -40,6 +40,16 @@ class Step(SimpleNamespace):
     """
 
     t: Scalar
+    b1: Beta
+    b2: Beta
+    momentum: Beta  # b1 unless the rule has one of its own
+    eps_root: Scalar | float = 0.0
+    trusted: Scalar | bool = True  # RAdam's
+    rectification: Scalar | float = 1.0
+
+    def __init__(self, **values):
+        """The hyperparameters by name."""
+        super().__init__(**{"momentum": values.get("b1"), **values})
 
     def replace(self, **changed) -> "Step":
         """The same step with some scalars changed."""
@@ -72,6 +82,43 @@ class ScheduledBetasState(NamedTuple):
     inner_state: Any
 
 
+def corrected_root(step: Step, v):
+    """``sqrt(v_hat)``, the denominator of Adam but for eps."""
+    return sqrt(v / step.b2.correction)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rule:
+    """A relative of Adam: its formula for one array, and all that other files need to know about it."""
+
+    function: Callable[..., tuple[jax.Array, ...]]  # function(step, g, *moments) -> (u, *moments)
+    state_type: Any  # NamedTuple of count and the moments: mu like the parameter, the others real
+    native: str | None = None  # its name in the compiled kernels, if it is there
+    int8: bool = False  # whether m / sqrt(v) has the bound that int8 moments need
+    root: Callable[..., Any] = corrected_root  # root(step, *second moments), which divides m_hat
+    eps_in_root: bool = False  # whether the moment that is the root has eps in it already
+    looks_ahead: bool = False  # whether the direction has a share of the gradient itself, as Nesterov's
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """The fields of the state that hold moments."""
+        return self.state_type._fields[1:]
+
+    def __call__(self, step, g, *moments):
+        """The direction ``u`` and the new moments."""
+        return self.function(step, g, *moments)
+
+    def __repr__(self):
+        return self.function.__name__
+
+
+def _keep(step, g):
+    raise NotImplementedError
+
+
+KEEP = Rule(_keep, optax.EmptyState)  # of a parameter that stays what it is; never called
+
+
 class NotOnePass(Exception):
     """Raised by a plan for what `jadam.step` cannot do in one pass; its text is the reason."""
 
@@ -93,11 +140,6 @@ class Part(NamedTuple):
             return None
         inner = cut[-1] if cut else 0
         return math.prod(shape[inner:]), math.prod(self.whole[inner:])
-
-
-def keep(step, g):
-    """The rule of a parameter that stays what it is: a `Job` that has it is not called."""
-    raise NotImplementedError
 
 
 class Job(NamedTuple):
@@ -122,12 +164,12 @@ class Job(NamedTuple):
     remainder: jax.Array | None = None  # of a bfloat16 parameter, see `jadam.exact_bf16`
     part: Part | None = None  # of which array this leaf is a part, where it is one
     index: Any = None  # of each element in the whole array, where that is known already
-    group: str = ""  # the rule of `jadam.by_path` that it follows
+    group: Any = None  # the rule of `jadam.by_path` that it follows: its name and moments
 
     @property
     def frozen(self) -> bool:
         """Whether the parameter stays what it is."""
-        return self.rule is keep
+        return self.rule is KEEP
 
     def __call__(self, g):
         """``(u, stored)``: the rule on the decoded moments."""
@@ -167,32 +209,52 @@ class Plan(NamedTuple):
     finish: Callable[..., Any]
 
 
+def _no_plan(grads, state, params) -> Plan:
+    raise NotOnePass("not one of jadam's optimizers")
+
+
+@dataclasses.dataclass(eq=False)
+class Update:
+    """``update`` of a transformation, and all else that jadam knows about it.
+
+    A transformation is a tree of two leaves, ``init`` and ``update``, which Flax takes apart and puts together again:
+    ``update`` holds what must not be lost on the way. It is compared and hashed by identity, as a function is.
+    """
+
+    function: Callable[..., Any]  # function(updates, state, params, **extra_args)
+    plan: Callable[..., Plan] = _no_plan  # plan(grads, state, params), with the checks of ``function``
+    text: str = ""  # the call that made the transformation
+    inner: Any = None  # the transformation that this one is around
+    after_step: Callable[..., Any] | None = None  # after_step(state, params), of the new ones, returns the state
+
+    def __call__(self, updates, state, params=None, **extra_args) -> Any:
+        """Optax's ``update``."""
+        return self.function(updates, state, params, **extra_args)
+
+
 class Transformation(optax.GradientTransformationExtraArgs):
     """An Optax transformation that can also be taken apart, so that `jadam.step` does it in one pass.
 
-    ``plan(grads, state, params)`` returns a `Plan`, with the same checks as ``update``, or raises `NotOnePass`. The
-    function ``update`` carries it: a transformation is a tree of two functions, and Flax takes such trees apart and
-    puts them together again.
+    ``plan(grads, state, params)`` returns a `Plan`, with the same checks as ``update``, or raises `NotOnePass`.
     """
 
-    def __new__(cls, init, update, plan=None):
-        """An Optax transformation whose ``update`` carries ``plan``, from now on or already."""
-        if plan is not None:
-            update.plan = plan
-        return super().__new__(cls, init, update)
+    @property
+    def info(self) -> Update:
+        """``update``, with its type."""
+        return cast(Update, self.update)
 
     @property
     def plan(self) -> Callable[..., Plan]:
-        """What ``update`` carries."""
-        return self.update.plan  # pyright: ignore[reportAttributeAccessIssue]
+        """What ``update`` holds."""
+        return self.info.plan
 
     def called(self, function, given: dict[str, Any]) -> Any:
         """Itself, from now on printed as the call of jadam's ``function`` with these arguments, where not defaults."""
-        self.update.text = call_text(function, given)  # pyright: ignore[reportAttributeAccessIssue]
+        self.info.text = call_text(function, given)
         return self
 
     def __repr__(self):
-        return getattr(self.update, "text", None) or super().__repr__()
+        return self.info.text or super().__repr__()
 
     def __treescope_repr__(self, path, subtree_renderer):
         """What treescope, which asks for it, shows in a notebook."""
@@ -204,35 +266,30 @@ class Transformation(optax.GradientTransformationExtraArgs):
 
 def scale_by_rule(
     rule: Rule,
-    state_type: Any,
     betas: dict[str, Any],
     scalars: dict[str, Any],
     mu_dtype: Any = None,
     moments: _formats.Moments = "float32",
-    quantized_state_type: Any = None,
     adjust: Callable[[Step], Step] = lambda step: step,
 ) -> Transformation:
     """The transformation that applies ``rule`` to every leaf.
 
     Args:
-        rule: ``rule(step, g, *moments) -> (u, *moments)``.
-        state_type: NamedTuple of ``count`` and the moments. The first moment, ``mu``, is shaped and typed like
-            the parameter, the others are shaped like it and real.
+        rule: what is applied.
         betas: decay rates by name, in [0, 1): numbers, scalar arrays or schedules.
         scalars: other hyperparameters by name, >= 0: the same.
         mu_dtype: dtype in which ``mu`` is stored; default the parameter's, at least float32.
         moments: how the moments are stored, see `jadam.scale_by_adam`.
-        quantized_state_type: ``state_type`` with a scale for every moment, where a rule's moments can be int8.
         adjust: what of the rule is a matter of its scalars only, once a step.
     """
     betas = {name: _beta(name, value) for name, value in betas.items()}
     scalars = {name: _scalar(name, value) for name, value in scalars.items()}
     scheduled = [name for name, value in betas.items() if callable(value)]
     mu_dtype = _checks.storage_dtype("mu_dtype", mu_dtype)
-    choose = _formats.chooser(moments, mu_dtype, betas if quantized_state_type else None)
-    names = state_type._fields[1:]
-    if moments == "int8" or callable(moments):
-        state_type = quantized_state_type or state_type
+    choose = _formats.chooser(moments, mu_dtype, betas if rule.int8 else None)
+    names = rule.moments
+    quantized = rule.int8 and (moments == "int8" or callable(moments))
+    state_type = QuantizedAdamState if quantized else rule.state_type
     stored_names = [name for name in state_type._fields if name not in ("count", "version")]
     versions = [_formats.version] if "version" in state_type._fields else []
 
@@ -295,7 +352,7 @@ def scale_by_rule(
         directions = [u.astype(dtype) for u, dtype in zip(directions, dtypes, strict=True)]
         return structure.unflatten(directions), finish(stored)
 
-    return Transformation(init, update, plan)
+    return Transformation(init, Update(update, plan))
 
 
 def _columns(rows, n: int):
@@ -333,13 +390,11 @@ def _at_step(betas, scalars, count, corrections, adjust):
     @functools.cache  # per dtype, not per leaf
     def step(dtype):
         t = next_count.astype(dtype)
-        step = Step(
-            t=t,
+        decay_rates = {
             **{name: Beta(*(x.astype(dtype) for x in value)) for name, value in varying.items()},
             **{name: constant_beta(value, t, dtype) for name, value in constant.items()},
-            **{name: jnp.asarray(value, dtype) for name, value in others.items()},
-        )
-        return adjust(step)
+        }
+        return adjust(Step(t=t, **decay_rates, **{name: jnp.asarray(x, dtype) for name, x in others.items()}))
 
     return step, {name: value.correction for name, value in varying.items()}
 
@@ -376,7 +431,7 @@ def planned(init, plan) -> Transformation:
         directions = [u.astype(dtype) for (u, _), dtype in zip(rows, dtypes, strict=True)]
         return structure.unflatten(directions), finish([stored for _, stored in rows])
 
-    return Transformation(init, update, plan)
+    return Transformation(init, Update(update, plan))
 
 
 def descend(direction: Transformation, learning_rate, *decaying) -> Transformation:
@@ -434,7 +489,7 @@ def descend(direction: Transformation, learning_rate, *decaying) -> Transformati
         jobs = [x._replace(minus_lr=minus_lr, weight_decay=wd) for x, wd in zip(jobs, decays, strict=True)]
         return Plan(jobs, lambda stored: (finish(stored), *decay_states, lr_state))
 
-    return Transformation(chain.init, update, plan)
+    return Transformation(chain.init, Update(update, plan))
 
 
 def _leaf_mask(mask, params) -> list[bool]:

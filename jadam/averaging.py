@@ -9,6 +9,7 @@ import optax
 from jadam import _checks
 from jadam._formats import placeholder
 from jadam._numerics import Beta, applied, at_least_float32, ema, one_minus, one_minus_power
+from jadam._trees import find_states
 
 
 class AverageParamsState(NamedTuple):
@@ -105,8 +106,7 @@ def averaged_params(state):
         >>> print(jadam.averaged_params(tx.init(jnp.ones(2, jnp.bfloat16))))
         [1 1]
     """
-    is_average = lambda x: isinstance(x, AverageParamsState)
-    found = [x for x in jax.tree.leaves(state, is_leaf=is_average) if is_average(x)]
+    found = find_states(state, AverageParamsState)
     if len(found) != 1:
         raise ValueError(
             f"state must hold the average of one average_params, found {len(found)}. "

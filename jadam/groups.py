@@ -14,12 +14,12 @@ from jadam._adam import scale_by_adam
 from jadam._formats import Moments, leaf_name
 from jadam._numerics import at_least_float32
 from jadam._transformation import (
+    KEEP,
     Job,
     Plan,
     QuantizedAdamState,
     ScheduledBetasState,
     Transformation,
-    keep,
     or_nan,
     over,
     planned,
@@ -48,6 +48,7 @@ class _Group(NamedTuple):
     name: str
     pattern: re.Pattern
     direction: Transformation | None
+    moments: Any
     minus_lr: Callable[[jax.Array], Any]  # of the steps taken
     weight_decay: Callable[[jax.Array], Any]
 
@@ -111,13 +112,14 @@ def by_path(
         pattern = _pattern(pattern)
         if settings is FROZEN:
             nothing = lambda count: 0.0
-            return _Group(f"{pattern.pattern!r} {settings!r}", pattern, None, nothing, nothing)
-        own = {**defaults, **_settings(pattern.pattern, settings)}
+            return _Group(f"{pattern.pattern!r} {settings!r}", pattern, None, "float32", nothing, nothing)
+        own: dict[str, Any] = {**defaults, **_settings(pattern.pattern, settings)}
         make = lambda moments: scale_by_adam(own["b1"], own["b2"], eps, eps_root, moments=moments, **switches)
-        named = own["moments"]
+        named: Any = own["moments"]
         if not callable(named):
             make(named)  # raises what only a name can
-        direction = make(named if callable(named) else lambda path, p: named)
+        of_leaf: Any = (lambda path, p: named) if isinstance(named, str) else named  # so that all states have one type
+        direction = make(of_leaf)
         lr_mult = _checks.hyperparameter("lr_mult", own["lr_mult"], ">= 0", schedule=False)
         decay = or_nan("weight_decay", _checks.hyperparameter("weight_decay", own["weight_decay"], ">= 0"))
         decay = decay if max_lr is None else over(decay, max_lr)
@@ -125,7 +127,7 @@ def by_path(
         text = " ".join([repr(pattern.pattern), *(f"{name}={value!r}" for name, value in told.items())])
         at = lambda x, count: x(count) if callable(x) else x
         minus_lr = lambda count: -(at(or_nan("learning_rate", learning_rate), count) * lr_mult)
-        return _Group(text, pattern, direction, minus_lr, lambda count: at(decay, count))
+        return _Group(text, pattern, direction, named, minus_lr, lambda count: at(decay, count))
 
     groups = [group(*_pair(i, rule)) for i, rule in enumerate(_listed(rules))]
     trees = [name for name in QuantizedAdamState._fields if name not in ("count", "version")]
@@ -156,13 +158,13 @@ def by_path(
             planned, finish = group.direction.plan(parts.only(k, updates), own, parts.only(k, params))
             finishers.append((parts.indices(k), finish))
             decay = group.weight_decay(count)
-            changes = {"minus_lr": group.minus_lr(count), "weight_decay": decay, "group": group.name}
+            changes = {"minus_lr": group.minus_lr(count), "weight_decay": decay, "group": group}
             for i, job in zip(parts.indices(k), planned, strict=True):
                 jobs[i] = job._replace(**changes)
         for i, g in enumerate(jax.tree.leaves(updates)):
             if jobs[i] is None:
-                frozen = groups[parts.of_leaf[i]].name
-                jobs[i] = Job(keep, None, at_least_float32(g), _formats.FORMATS["float32"], (), 0, count, group=frozen)
+                frozen = groups[parts.of_leaf[i]]
+                jobs[i] = Job(KEEP, None, at_least_float32(g), _formats.FORMATS["float32"], (), 0, count, group=frozen)
 
         def finish(stored):
             states = [finish([stored[i] for i in indices]) for indices, finish in finishers]

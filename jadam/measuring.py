@@ -7,7 +7,7 @@ the less certain the direction, and the smaller the step.
 import functools
 import math
 import sys
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.core
@@ -16,17 +16,15 @@ import numpy as np
 import optax
 
 from jadam import _checks
-from jadam._adam import nadam_rule
-from jadam._adamax import adamax_rule
-from jadam._amsgrad import amsgrad_of_v_rule, amsgrad_rule
 from jadam._describe import html_table, table
 from jadam._exact_bf16 import join
 from jadam._formats import leaf_name
 from jadam._numerics import Beta, Reached, at_least_float32, divide, real
-from jadam._radam import radam_of_nadam_rule
-from jadam._transformation import Job, NotOnePass, ScheduledBetasState, Transformation
+from jadam._transformation import Job, NotOnePass, ScheduledBetasState, Transformation, Update
+from jadam._trees import find_states
 from jadam.convert import has_moments
 from jadam.groups import ByPathState
+from jadam.sharding import Zero1
 
 QUANTILES = np.array([0.05, 0.25, 0.5, 0.75, 0.95], np.float32)
 CUT = 21  # of a float32's bits, those that tell no bin: four bins an octave
@@ -38,12 +36,6 @@ UPPER[np.isinf(LOWER)] = np.inf  # a bin of its own
 NANS = 1 + np.flatnonzero(np.isinf(LOWER))[0]  # the bins from here on
 MOST = 2**20  # coordinates that are looked at at once
 SMALL = 2**10  # leaves up to here are of like size
-ROOTS = {  # of what is called v_hat, from this step's scalars and the second moments
-    adamax_rule: lambda step, u: u,
-    amsgrad_rule: lambda step, v, v_max: jnp.sqrt(v_max),
-    amsgrad_of_v_rule: lambda step, v, v_max: jnp.sqrt(v_max / step.b2.correction),
-}
-LOOK_AHEAD = (nadam_rule, radam_of_nadam_rule)
 
 
 class Measures(NamedTuple):
@@ -160,7 +152,7 @@ def statistics(
         state, params, updates = pure((state, params, updates))
     if params is None:
         raise ValueError("statistics needs params, the parameters after the step.")
-    if any(map(has_moments, jax.tree.leaves(params, is_leaf=has_moments))):
+    if find_states(params, has_moments):
         raise TypeError(
             "params must be parameters, got an optimizer's state. The order is statistics(tx, state, params)."
         )
@@ -245,7 +237,7 @@ def inferring_shardings(f):
 
 def opened(tx) -> Transformation:
     """``tx``, or what `jadam.sharding.zero1` is around; raises where that is opaque."""
-    tx = getattr(getattr(tx, "update", None), "divides", tx)
+    tx = cast(Update, tx.update).inner if isinstance(tx, Zero1) else tx
     if not isinstance(tx, Transformation):
         raise TypeError(
             f"statistics needs one of jadam's optimizers, such as jadam.adam(...), got {_checks.shown(tx)}. The order "
@@ -257,6 +249,9 @@ def opened(tx) -> Transformation:
 def looked_into(tx: Transformation, state, params) -> tuple[jax.Array, list[Job]]:
     """The number of steps taken, and for every leaf the `Job` of the last of them."""
     none_new = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), at_least_float32(p)), params)
+    for x in find_states(state, lambda x: isinstance(x, ByPathState) or has_moments(x)):
+        if not isinstance(x, ByPathState):
+            _checks.same_tree(params, x.mu, "params", "state.mu", " With Flax NNX: nnx.state(model, nnx.Param).")
     try:
         jobs = tx.plan(none_new, _rewound(state), params).jobs
     except NotOnePass as reason:
@@ -264,17 +259,12 @@ def looked_into(tx: Transformation, state, params) -> tuple[jax.Array, list[Job]
             f"statistics and record cannot look into the transformation: {reason}. Take the optimizer alone and its "
             "state, or optax.chain(..., record(...), ...)."
         ) from None
-    except ValueError as error:
-        if not str(error).startswith("updates"):
-            raise
-        text = str(error).removeprefix("updates")
-        raise ValueError(f"params{text} With Flax NNX: nnx.state(model, nnx.Param).") from None
     return steps_taken(state), jobs
 
 
 def steps_taken(state) -> jax.Array:
     """The count beside the first moments in ``state``, int32."""
-    return next(x.count for x in jax.tree.leaves(state, is_leaf=has_moments) if has_moments(x))
+    return find_states(state, has_moments)[0].count
 
 
 def _rewound(state):
@@ -303,10 +293,10 @@ def _of_coordinates(job: Job, made, p, update, sample) -> jax.Array:
     job = job._replace(stored=tuple(x[few] for x in job.stored))
     m, *others = job.format.decode(job.stored, job.dtype)
     m_hat = m / job.step.b1.correction
-    root = ROOTS.get(job.rule, lambda step, v: jnp.sqrt(v / step.b2.correction))(job.step, *others)
+    root = job.rule.root(job.step, *others)
     update = _implied(job, m_hat, m, others, p) if update is None else update[few]
-    eps = jnp.maximum(job.step.eps, jnp.sqrt(getattr(job.step, "eps_root", 0 * job.step.eps)))
-    own = root - eps if job.rule is adamax_rule else root
+    eps = jnp.maximum(job.step.eps, jnp.sqrt(jnp.asarray(job.step.eps_root, real(job.dtype))))
+    own = root - eps if job.rule.eps_in_root else root
     zero = (job.stored[0] == 0) & (job.stored[1] != 0) if job.format.name == "int8" else jnp.zeros([], bool)
     snr = jnp.where(made & (root != 0), divide(jnp.abs(m_hat), root), 0)
     sizes = (jnp.where(made, root, 0), jnp.where(made, jnp.abs(update), 0), jnp.abs(p))
@@ -374,8 +364,8 @@ def _implied(job: Job, m_hat, m, others, p):
     """The update that the moments imply: the rule with decay rates of 1, which leave the moments what they are."""
     step, one = job.step, np.dtype(real(job.dtype)).type(1)
     hold = lambda beta: Beta(one, one - one, beta.correction, beta.next_b, beta.next_correction)
-    step = step.replace(b1=hold(step.b1), b2=hold(step.b2), momentum=getattr(step, "momentum", step.b1))
-    g = m_hat if job.rule in LOOK_AHEAD else jnp.zeros_like(m_hat)
+    step = step.replace(b1=hold(step.b1), b2=hold(step.b2))
+    g = m_hat if job.rule.looks_ahead else jnp.zeros_like(m_hat)
     return job.descended(job.rule(step, g, m, *others)[0], p)
 
 

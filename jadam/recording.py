@@ -14,7 +14,8 @@ from jadam import _checks
 from jadam._describe import html_table
 from jadam._formats import leaf_name
 from jadam._numerics import apply_updates
-from jadam._transformation import Plan, Transformation
+from jadam._transformation import Plan, Transformation, Update
+from jadam._trees import find_states
 from jadam.measuring import (
     QUANTILES,
     SCALARS,
@@ -43,6 +44,7 @@ class Ring(NamedTuple):
     steps: jax.Array
     values: jax.Array
     names: jax.Array
+    of_all_parameters = True  # for jadam.describe, whatever shapes these arrays have
 
 
 class RecordState(NamedTuple):
@@ -54,11 +56,6 @@ class RecordState(NamedTuple):
 
 class Record(Transformation):
     """What `record` returns."""
-
-    @property
-    def inner(self) -> Transformation:
-        """What it is around; ``update`` carries it."""
-        return self.update.records  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def record(
@@ -135,7 +132,7 @@ def record(
         return RecordState(state, Ring(jnp.full(keep, -1, jnp.int32), values, text))
 
     @jax.jit  # or eager calls would compile the loop at every step
-    def observe(state, params):
+    def after_step(state, params):
         """The new state with a record in it of itself and the new parameters, if it is time."""
         inner, ring, params = *jax.lax.stop_gradient(state), jax.lax.stop_gradient(params)
         return RecordState(state.inner_state, Ring(*written(inner, params, ring.steps, ring.values), ring.names))
@@ -165,16 +162,15 @@ def record(
             raise ValueError("record needs params: call update(updates, state, params).")
         _checks.state_of(state, RecordState, BEGUN)
         updates, inner = tx.update(updates, state.inner_state, params, **extra_args)
-        return updates, observe(RecordState(inner, state.ring), apply_updates(params, updates))
+        return updates, after_step(RecordState(inner, state.ring), apply_updates(params, updates))
 
     def plan(updates, state, params) -> Plan:
         _checks.state_of(state, RecordState, BEGUN)
         jobs, finish = tx.plan(updates, state.inner_state, params)
         return Plan(jobs, lambda stored: RecordState(finish(stored), state.ring))
 
-    update.records, update.observe = tx, observe  # pyright: ignore[reportFunctionMemberAccess]
-    update.text = f"jadam.record({tx!r}, every={every}, keep={keep}, sample={sample})"  # pyright: ignore
-    return Record(init, update, plan)
+    text = f"jadam.record({tx!r}, every={every}, keep={keep}, sample={sample})"
+    return Record(init, Update(update, plan, text, tx, after_step))
 
 
 def _row(measures: Measures) -> jax.Array:
@@ -246,8 +242,7 @@ def history(state) -> History:
         >>> print(history, history.total["snr"].round(3))
         History(1 records of 1 parameters, steps 1 to 1) [1.]
     """
-    is_record = lambda x: isinstance(x, RecordState)
-    found = [x for x in jax.tree.leaves(state, is_leaf=is_record) if is_record(x)]
+    found = find_states(state, RecordState)
     if len(found) != 1:
         raise ValueError(
             f"state must hold the records of one record, found {len(found)} in {_checks.shown(state)}. Train with "

@@ -8,8 +8,8 @@ updates it, and gathers the parameters.
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import jax
 import jax.core
@@ -22,6 +22,15 @@ from jadam._describe import owners
 from jadam._formats import is_placeholder, leaf_name, placeholder
 from jadam._int8 import BLOCK, fitting_block
 from jadam._step import in_parts, obstacle, two_calls
+from jadam._transformation import Update
+
+
+@dataclasses.dataclass(eq=False)
+class _Zero1Update(Update):
+    """``update`` of `zero1`, its own `jadam.step`, and how it divides the state."""
+
+    layout: "Layout" = dataclasses.field(kw_only=True)
+    step: Callable[..., Any] = dataclasses.field(kw_only=True)
 
 
 class Zero1(optax.GradientTransformationExtraArgs):
@@ -29,8 +38,8 @@ class Zero1(optax.GradientTransformationExtraArgs):
 
     @property
     def layout(self) -> "Layout":
-        """What ``update`` carries."""
-        return self.update.layout  # pyright: ignore[reportAttributeAccessIssue]
+        """What ``update`` holds."""
+        return cast(_Zero1Update, self.update).layout
 
     @property
     def shardings(self) -> Any:
@@ -200,8 +209,7 @@ def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[s
         concrete = not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(params))
         return traced_step(_moved(grads, parts), state, _put(params, homes) if concrete else params)
 
-    update.layout, update.step, update.divides = layout, step, tx  # pyright: ignore[reportFunctionMemberAccess]
-    return Zero1(init, update)
+    return Zero1(init, _Zero1Update(update, inner=tx, layout=layout, step=step))
 
 
 def spread(shapes, mesh, axis: str | Sequence[str] | None) -> Any:

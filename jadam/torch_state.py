@@ -43,6 +43,7 @@ from jadam._checksum import checksum
 from jadam._numerics import at_least_float32
 from jadam._output import replacing
 from jadam._transformation import ScheduledBetasState
+from jadam._trees import find_states
 from jadam.convert import has_moments
 
 # layout: the axes for which jax = torch.transpose(layout)
@@ -93,7 +94,7 @@ def from_torch(source, state, names):
     """
     entries = _load(source)
     leaves, problems = _leaves(state, names)
-    if any(isinstance(x, ScheduledBetasState) for x in jax.tree.leaves(state, is_leaf=_is_scheduled)):
+    if find_states(state, ScheduledBetasState):
         problems.append(
             "state must have constant betas, got betas that follow a schedule (or nadam's momentum_decay), whose "
             "product is not in PyTorch's state"
@@ -216,10 +217,6 @@ def _is_count(x) -> bool:
     return getattr(x, "_fields", None) == ("count",)
 
 
-def _is_scheduled(x) -> bool:
-    return isinstance(x, ScheduledBetasState)
-
-
 def _fields(part) -> list[str]:
     """The fields with an array for every parameter, moments first."""
     return [x for x in (*_ENTRIES, *_SCALES) if x in part._fields and has_moments(part)]
@@ -240,7 +237,7 @@ def _leaves(state, names) -> tuple[list[_Leaf], list[str]]:
             f"{type(names).__name__}."
         )
     leaves, problems, seen, owner = [], [], set(), {}
-    for part in filter(has_moments, jax.tree.leaves(state, is_leaf=has_moments)):
+    for part in find_states(state, has_moments):
         count = jax.tree.leaves(part.count)[0]
         entries = [_ENTRIES[x] for x in _fields(part) if x in _ENTRIES]
         for path, arrays in _rows(part):

@@ -23,15 +23,21 @@ import jax.numpy as jnp
 import numpy as np
 
 import jadam
-from jadam import _formats
+from jadam import _adam, _adamax, _amsgrad, _formats, _radam
 from jadam._kernels import cpu
 from jadam._kernels.pallas import Int8Tile
 from jadam._leaf import update_leaf
 from jadam._numerics import constant_beta
-from jadam._transformation import Job, Part, Step
+from jadam._transformation import Job, Part, Rule, Step
 
 ROWS, COLUMNS = 64, 512  # of the arrays on which what is expected is computed, whatever the leaf's shape
-RULES, FORMATS = list(cpu.RULES), list(cpu.FORMATS)
+NATIVE = {
+    rule.native: rule
+    for module in (_adam, _adamax, _amsgrad, _radam)
+    for rule in vars(module).values()
+    if isinstance(rule, Rule)
+}
+RULES, FORMATS = [NATIVE[name] for name in cpu.load().rules], list(cpu.FORMATS)
 SIZES = [0, 1, 2, 3, 5, 7, 97, 251, 509, 1021, *(n + i for n in (32, 128, 256, 512, 1024) for i in (-1, 0, 1))]
 BLOCKS = [1, 2, 3, 31, 32, 64, 97, 127, 128, 129, 255, 256, 511, 512]
 EDGES = [
@@ -152,7 +158,7 @@ def any_leaf(rng, rows):
     own = [p.astype(BFLOAT16), rng.integers(-(2**15), 2**15, shape, np.int16)] if narrow_p else [p]
     m = numbers(rng, shape, False)
     v = m**2 * np.exp(rng.exponential(1.0, shape)).astype(np.float32)  # no smaller than the square of m
-    moments = [m, v, v * 2] if "amsgrad" in RULES[rule].__name__ else [m, v]
+    moments = [m, v, v * 2][: len(RULES[rule].moments)]
     if format == "bfloat16":
         moments = [x.astype(BFLOAT16) for x in moments]
     if format == "int8":
@@ -372,7 +378,7 @@ def rows_of(leaves):
 
 
 def stored_by(rule, format):
-    return 4 if FORMATS[format] == "int8" else 3 if "amsgrad" in RULES[rule].__name__ else 2
+    return 4 if FORMATS[format] == "int8" else len(RULES[rule].moments)
 
 
 def master(p, rest):

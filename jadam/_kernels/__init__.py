@@ -36,8 +36,9 @@ def backends() -> dict[str, Backend]:
 
     if off():
         return dict.fromkeys(("cpu", "cuda", "tpu"), Backend(None, "JADAM_KERNELS=xla"))
-    instructions, where = cpu.load()
-    built = Backend(None, where) if instructions is None else Backend(f"FFI, {instructions}", where)
+    library = cpu.load()
+    kernel = None if library.instructions is None else f"FFI, {library.instructions}"
+    built = Backend(kernel, library.reason)
     alone = "XLA alone is one pass over the others"
     return {
         "cpu": built,

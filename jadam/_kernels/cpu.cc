@@ -46,6 +46,7 @@ constexpr int64_t kTile = 512;       // elements a tile: 10 KiB of float32
 constexpr int64_t kPiece = 1 << 15;  // elements a thread takes at a time
 
 enum Rule : int64_t { kAdam, kNAdam, kAdaMax, kAMSGrad, kAMSGradOfV, kRAdam, kRAdamOfNAdam, kRules };
+constexpr char kRuleNames[] = "adam nadam adamax amsgrad amsgrad_of_v radam radam_of_nadam";  // as Python calls them
 enum Format : int64_t { kFloat32, kBFloat16, kInt8, kFormats };
 enum Limit : int64_t { kBound = 1, kNorm = 2, kLimits = 4 };
 
@@ -655,6 +656,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jadam_step, step,
                                   .RemainingArgs()
                                   .RemainingRets());
 
-// Which instructions run here, and the checksum of the source this was built from.
+// Which instructions run here, the rules in the order of `Rule`, and the checksum of the source this was built from.
+EXPORT const char* jadam_rules() { return kRuleNames; }
 EXPORT const char* jadam_instructions() { return instructions().name; }
 EXPORT uint32_t jadam_source() { return JADAM_SOURCE; }

@@ -1,7 +1,8 @@
 """The CPU's kernel: finds the extension built from ``cpu.cc``, and calls it on groups of leaves.
 
 Taken are leaves whose gradient is float32 or bfloat16, whose parameter is float32 or bfloat16 with a remainder, and
-whose moments are in one of the three formats (``mu_dtype`` is none), under a rule of `RULES`. XLA does the others.
+whose moments are in one of the three formats (``mu_dtype`` is none), under a rule with a native name. XLA does the
+others.
 """
 
 import ctypes
@@ -10,28 +11,16 @@ import sys
 import zlib
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jadam._adam import adam_rule, nadam_rule
-from jadam._adamax import adamax_rule
-from jadam._amsgrad import amsgrad_of_v_rule, amsgrad_rule
 from jadam._int8 import block_of
-from jadam._radam import radam_of_nadam_rule, radam_rule
 from jadam._transformation import Job
 
 LEAVES = 24  # a call; XLA's compile time grows with the square of a call's aliases
-RULES = {
-    adam_rule: 0,
-    nadam_rule: 1,
-    adamax_rule: 2,
-    amsgrad_rule: 3,
-    amsgrad_of_v_rule: 4,
-    radam_rule: 5,
-    radam_of_nadam_rule: 6,
-}
 SCALARS = 20  # in a row of `_row`
 FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2}
 
@@ -55,8 +44,8 @@ def kernel(jobs: list[Job], grads, params) -> list[tuple | None]:
 
 def refuses(job: Job, g, p) -> str | None:
     """Why the kernel cannot take a leaf, or None."""
-    if job.rule not in RULES:
-        return f"no kernel for {job.rule.__name__}"
+    if job.rule.native is None:
+        return f"no kernel for {job.rule}"
     if job.dtype != np.float32:
         return f"{job.dtype} is XLA's"
     if g.dtype not in (jnp.float32, jnp.bfloat16):
@@ -74,13 +63,13 @@ def refuses(job: Job, g, p) -> str | None:
 
 def _call(scalars, jobs, grads, params, rows):
     """One call for a group of leaves, each with its row of ``scalars``."""
-    settings, firsts, inputs, outputs, aliases = [], [], [], [], {}
+    rules, settings, firsts, inputs, outputs, aliases = load().rules, [], [], [], [], {}
     for job, g, p, row in zip(jobs, grads, params, rows, strict=True):
         limit = (job.bound is not None) + 2 * (job.norm is not None)
         block = block_of(job.stored) if job.format.name == "int8" else 0
         run, stride = (p.size, p.size) if job.part is None else job.part.runs(p.shape)
         firsts += [] if job.part is None else [job.part.first]
-        settings += [RULES[job.rule], FORMATS[job.format.name], limit, row, job.salt, block, run, stride]
+        settings += [rules.index(job.rule.native), FORMATS[job.format.name], limit, row, job.salt, block, run, stride]
         own = [p, *([] if job.remainder is None else [job.remainder]), *job.stored]
         inputs.append(g)
         for x in own:
@@ -104,14 +93,13 @@ def _scalars_of(job: Job) -> tuple[int, ...]:
 def _row(job: Job) -> jax.Array:
     """``struct Scalars`` of ``cpu.cc``."""
     step = job.step
-    look = getattr(step, "momentum", step.b1)
+    look = step.momentum
     over = lambda x: 1 / jnp.asarray(x)
     values = [
         *(step.b1.b, step.b1.one_minus_b, over(step.b1.correction)),
         *(step.b2.b, step.b2.one_minus_b, over(step.b2.correction), jnp.sqrt(over(step.b2.correction))),
         *(look.next_b, over(look.next_correction), look.one_minus_b, over(look.correction)),
-        *(step.eps, getattr(step, "eps_root", 0)),
-        *(getattr(step, "trusted", True), getattr(step, "rectification", 1)),
+        *(step.eps, step.eps_root, step.trusted, step.rectification),
         *(job.minus_lr, 0 if job.weight_decay is None else job.weight_decay),
         *(0 if job.bound is None else job.bound, 1 if job.norm is None else job.norm),
         1 if job.max_norm is None else job.max_norm,
@@ -119,9 +107,17 @@ def _row(job: Job) -> jax.Array:
     return jnp.stack([jnp.asarray(x).astype(jnp.float32) for x in values])
 
 
+class Library(NamedTuple):
+    """The extension: the instructions it uses, or None, where it is or why there is none, and the rules it has."""
+
+    instructions: str | None
+    reason: str
+    rules: tuple[str, ...] = ()
+
+
 @functools.cache
-def load() -> tuple[str | None, str]:
-    """Registers the extension: the instructions it uses, or None, and where it is or why there is none.
+def load() -> Library:
+    """Register the extension.
 
     Looked for beside this file and in every ``jadam`` on the path: a clone's source folder hides the installed one.
     """
@@ -135,13 +131,14 @@ def load() -> tuple[str | None, str]:
         try:
             library = ctypes.CDLL(str(path))
         except OSError as error:
-            return None, f"{path} does not load: {error}"
+            return Library(None, f"{path} does not load: {error}")
         if library.jadam_source() % 2**32 != zlib.crc32(source.read_bytes()):
             stale = path
             continue
-        library.jadam_instructions.restype = ctypes.c_char_p
+        library.jadam_instructions.restype = library.jadam_rules.restype = ctypes.c_char_p
         jax.ffi.register_ffi_target("jadam_step", jax.ffi.pycapsule(library.jadam_step), platform="cpu")
-        return library.jadam_instructions().decode(), str(path)
+        rules = library.jadam_rules().decode().split()
+        return Library(library.jadam_instructions().decode(), str(path), tuple(rules))
     if stale is not None:
-        return None, f"{stale} was built from another version of cpu.cc; reinstall jadam"
-    return None, "no extension was built; install a C++17 compiler and reinstall jadam"
+        return Library(None, f"{stale} was built from another version of cpu.cc; reinstall jadam")
+    return Library(None, "no extension was built; install a C++17 compiler and reinstall jadam")
