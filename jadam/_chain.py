@@ -20,6 +20,7 @@ from jadam._transformation import NotOnePass, Plan, Transformation, Update
 class ClipUpdate(Update):
     """``update`` of a clipping, and what it does to the jobs of a plan."""
 
+    name: str = dataclasses.field(kw_only=True)
     limit: Callable[..., Any] = dataclasses.field(kw_only=True)  # limit(jobs, updates) returns both
 
 
@@ -35,12 +36,12 @@ class Clip(optax.GradientTransformation):
         return self.info.text
 
 
-def _clip(tx, limit, text) -> Clip:
+def _clip(tx, limit, name, bound) -> Clip:
     def update(updates, state, params=None) -> Any:
         _checks.gradients(updates, state, None)
         return tx.update(updates, state, params)
 
-    return Clip(tx.init, ClipUpdate(update, text=text, limit=limit))
+    return Clip(tx.init, ClipUpdate(update, text=f"jadam.{name}({bound})", name=name, limit=limit))
 
 
 def clip(max_delta: jax.typing.ArrayLike) -> Clip:
@@ -65,11 +66,9 @@ def clip(max_delta: jax.typing.ArrayLike) -> Clip:
     bound = _checks.hyperparameter("max_delta", max_delta, "> 0", schedule=False)
 
     def limit(jobs, updates):
-        if any(job.norm is not None or job.bound is not None for job in jobs):
-            raise NotOnePass("jadam.clip comes after another clipping")
         return [job._replace(bound=bound) for job in jobs], optax.clip(bound).update(updates, optax.EmptyState())[0]
 
-    return _clip(optax.clip(bound), limit, f"jadam.clip({bound})")
+    return _clip(optax.clip(bound), limit, "clip", bound)
 
 
 def clip_by_global_norm(max_norm: jax.typing.ArrayLike) -> Clip:
@@ -96,14 +95,12 @@ def clip_by_global_norm(max_norm: jax.typing.ArrayLike) -> Clip:
     max_norm = _checks.hyperparameter("max_norm", max_norm, "> 0", schedule=False)
 
     def limit(jobs, updates):
-        if any(job.norm is not None for job in jobs):
-            raise NotOnePass("two jadam.clip_by_global_norm in one chain")
         norm = optax.tree.norm(updates)
         small = jnp.squeeze(norm < max_norm)
         by, to = jnp.where(small, 1.0, norm), jnp.where(small, 1.0, max_norm)
         return [job._replace(norm=by, max_norm=to) for job in jobs], updates
 
-    return _clip(optax.clip_by_global_norm(max_norm), limit, f"jadam.clip_by_global_norm({max_norm})")
+    return _clip(optax.clip_by_global_norm(max_norm), limit, "clip_by_global_norm", max_norm)
 
 
 def chain(*stages: optax.GradientTransformation) -> Transformation:
@@ -142,7 +139,8 @@ def chain(*stages: optax.GradientTransformation) -> Transformation:
     if not stages:
         raise ValueError("chain needs one stage at least, got none. optax.identity() changes nothing.")
     inner = optax.with_extra_args_support(optax.chain(*stages))
-    clips, rest = list(stages[:-1]), stages[-1:]
+    *clips, last = stages
+    reason = _why_not_one_pass(clips, last)
 
     def update(updates, state, params=None, **extra_args) -> Any:
         _checks.stages(state, len(stages))
@@ -151,18 +149,31 @@ def chain(*stages: optax.GradientTransformation) -> Transformation:
     def plan(updates, state, params=None) -> Plan:
         _checks.stages(state, len(stages))
         *states, last_state = state
-        if not rest or not isinstance(rest[0], Transformation):
-            raise NotOnePass("jadam.chain's last stage is none of jadam's optimizers")
+        if reason is not None:
+            raise NotOnePass(reason)
         _checks.gradients(updates, state, params, planning=True)
         if clips and any(jnp.finfo(g.dtype).bits < 32 for g in jax.tree.leaves(updates)):
             raise NotOnePass("16-bit gradients are clipped in 16 bits; wrap the chain in jadam.exact_bf16")
         if clips and any(jnp.iscomplexobj(g) for g in jax.tree.leaves(updates)):
             raise NotOnePass("complex gradients are clipped")
-        jobs, finish = rest[0].plan(updates, last_state, params)
-        for i, stage in enumerate(clips):
-            if not isinstance(stage, Clip):
-                raise NotOnePass(f"jadam.chain's stage {i} is neither jadam.clip nor jadam.clip_by_global_norm")
+        jobs, finish = last.plan(updates, last_state, params)
+        for stage in clips:
             jobs, updates = stage.info.limit(jobs, updates)
         return Plan(jobs, lambda *stored: (*states, finish(*stored)))
 
     return Transformation(inner.init, Update(update, plan, f"jadam.chain({', '.join(map(repr, stages))})"))
+
+
+def _why_not_one_pass(clips, last) -> str | None:
+    """Why a chain is not one pass whatever it is applied to, or None."""
+    if not isinstance(last, Transformation):
+        return "jadam.chain's last stage is none of jadam's optimizers"
+    for i, stage in enumerate(clips):
+        if not isinstance(stage, Clip):
+            return f"jadam.chain's stage {i} is neither jadam.clip nor jadam.clip_by_global_norm"
+    names = [stage.info.name for stage in clips]
+    if "clip" in names[1:]:
+        return "jadam.clip comes after another clipping"
+    if names.count("clip_by_global_norm") > 1:
+        return "two jadam.clip_by_global_norm in one chain"
+    return None

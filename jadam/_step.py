@@ -1,8 +1,9 @@
 """Parameters and moments in one pass over memory, where a kernel serves; elsewhere Optax's two calls.
 
-`step` binds one primitive for the whole tree. What becomes of it is decided when it is lowered for a platform, so
-compilation ahead of time and `jax.export` choose by their target: a kernel where one is active, otherwise
-``tx.update`` and `optax.apply_updates`, which is also what `jax.vmap` and differentiation see.
+`step` makes the plan where it is called, so that schedules are called there and scalars are arrays, and binds one
+primitive for all leaves: arrays in, arrays out, its settings hashable. What becomes of it is decided when it is lowered
+for a platform, so compilation ahead of time and `jax.export` choose by their target: a kernel where one is active,
+otherwise XLA, which is also what `jax.vmap` and differentiation see.
 """
 
 import functools
@@ -19,7 +20,7 @@ from jadam import _checks, _kernels
 from jadam._kernels import cpu, pallas
 from jadam._leaf import update_leaf
 from jadam._numerics import apply_updates
-from jadam._transformation import NotOnePass, Part, Plan, Step, Transformation, planned
+from jadam._transformation import NotOnePass, Operands, Transformation, pack, unpack, what_is_stored
 
 
 def step(tx: optax.GradientTransformation, grads, state, params):
@@ -63,23 +64,46 @@ def step(tx: optax.GradientTransformation, grads, state, params):
     _checks.transformation("step needs", tx)
     if (own := getattr(tx.update, "step", None)) is not None:  # of jadam.sharding.zero1
         return own(grads, state, params)
-    if isinstance(tx, Transformation):
-        for tree, what in ((grads, "grads"), (state, "state"), (params, "params")):
-            _checks.values(tree, what)
-        _checks.together(grads=grads, state=state, params=params)
-    reason, closed_over = _look(tx, grads, state, params)
-    if reason is not None:
+    if not isinstance(tx, Transformation):
         return two_calls(tx, grads, state, params)
-    if closed_over:
-        return _with_operands(tx, grads, state, params)
-    return _bind(tx, grads, state, params, two_calls)
+    for tree, what in ((grads, "grads"), (state, "state"), (params, "params")):
+        _checks.values(tree, what)
+    _checks.together(grads=grads, state=state, params=params)
+    if params is None:
+        raise ValueError("step needs params: call step(tx, grads, state, params).")
+    try:
+        return by_plan(_bind, tx, grads, state, params)
+    except NotOnePass:
+        return two_calls(tx, grads, state, params)
 
 
-def _bind(tx, grads, state, params, otherwise):
-    flat, tree = jax.tree.flatten((grads, state, params))
-    grads, state, params = tree.unflatten(map(jnp.asarray, flat))
-    out = step_p.bind(*jax.tree.leaves((grads, state, params)), tx=tx, tree=tree, otherwise=otherwise)
-    return jax.tree.unflatten(jax.tree.structure((params, state)), out)
+def by_plan(take, tx, grads, state, params):
+    """`step` where ``take(settings, operands, grads, params)`` does what is planned, on lists of leaves."""
+    jobs, finish = tx.plan(grads, state, params)
+    leaves, structure = jax.tree.flatten(params)
+    leaves, stored = take(*pack(jobs), jax.tree.leaves(grads), leaves)
+    return _after_step(tx, structure.unflatten(leaves), finish(stored))
+
+
+def _bind(settings, operands, grads, params):
+    """The new parameters and what is stored, for lists of leaves."""
+    flat, tree = jax.tree.flatten((operands, grads, params))
+    params, stored = jax.tree.unflatten(
+        _results(tree, flat), step_p.bind(*map(jnp.asarray, flat), settings=settings, tree=tree)
+    )
+    # The same numbers, by an operation that checkify knows, and XLA leaves out: it sees a NaN born in the step.
+    same = lambda p: jax.lax.reduce_precision(p, 8, 23) if _is_traced(p) and p.dtype == jnp.float32 else p
+    return list(map(same, params)), stored
+
+
+def _results(tree, flat):
+    """The structure of the primitive's results."""
+    operands, _, params = tree.unflatten(flat)
+    return jax.tree.structure((params, list(map(what_is_stored, operands.owned))))
+
+
+def _is_traced(x) -> bool:
+    return isinstance(x, jax.core.Tracer)
 
 
 def two_calls(tx, grads, state, params):
@@ -90,24 +114,17 @@ def two_calls(tx, grads, state, params):
 
 def obstacle(tx, grads, state, params) -> str | None:
     """Why `step` must be two calls whatever the platform, or None. Raises what the plan's checks raise."""
-    return _look(tx, grads, state, params)[0]
-
-
-def _look(tx, grads, state, params) -> tuple[str | None, bool]:
-    """`obstacle`, and whether the plan closes over traced values, as a traced learning rate is one."""
     if not isinstance(tx, Transformation):
-        return "none of jadam's optimizers; a chain must be jadam.chain", False
+        return "none of jadam's optimizers; a chain must be jadam.chain"
 
     def plan(grads, state, params):
-        return _without_scalars(tx.plan(grads, state, params).jobs)[0]
+        return pack(tx.plan(grads, state, params).jobs)[1]
 
-    if params is None:
-        raise ValueError("step needs params: call step(tx, grads, state, params).")
     try:
-        traced = jax.make_jaxpr(plan)(grads, state, params)
+        jax.eval_shape(plan, grads, state, params)
     except NotOnePass as reason:
-        return str(reason), False
-    return None, any(isinstance(x, jax.core.Tracer) for x in traced.consts)
+        return str(reason)
+    return None
 
 
 def outlook(platform, tx, grads, state, params) -> list[tuple[str, str | None]]:
@@ -127,25 +144,10 @@ def outlook(platform, tx, grads, state, params) -> list[tuple[str, str | None]]:
     return found
 
 
-def by_jobs(kernel, tx, grads, state, params):
-    """``kernel(jobs, grads, params)`` gives ``(p, stored)`` for the leaves it takes and None for those left to XLA."""
-    jobs, finish = tx.plan(grads, state, params)
-    leaves, structure = jax.tree.flatten(params)
-    grads = jax.tree.leaves(grads)
-    done = kernel(jobs, grads, leaves)
-    rows = [update_leaf(*x) if y is None else y for y, *x in zip(done, jobs, grads, leaves, strict=True)]
-    return observed(tx, structure.unflatten([p for p, _ in rows]), finish([stored for _, stored in rows]))
-
-
-def observed(tx, params, state):
+def _after_step(tx, params, state):
     """The new parameters and the new state, in which `jadam.record` may have written."""
     after_step = tx.info.after_step
     return params, state if after_step is None else after_step(state, params)
-
-
-def by_xla(tx, grads, state, params):
-    """A plan's jobs without a kernel."""
-    return by_jobs(lambda jobs, grads, params: [None] * len(jobs), tx, grads, state, params)
 
 
 def in_parts(tx, grads, state, params, mesh, specs, first):
@@ -155,123 +157,79 @@ def in_parts(tx, grads, state, params, mesh, specs, first):
     """
     jobs, finish = tx.plan(grads, state, params)
     grads, (leaves, structure) = jax.tree.leaves(grads), jax.tree.flatten(params)
-    scalars, owned, local = _replanned(jobs, leaves)
     shapes = [p.shape for p in leaves]
+    settings, operands = pack(jobs, shapes)
 
-    def body(scalars, owned, grads, params):
+    def body(operands, grads, params):
         firsts = [first(shape, spec, mesh) for shape, spec in zip(shapes, specs, strict=True)]
-        params, (_, owned, _) = _bind(local, grads, (scalars, owned, firsts), params, by_xla)
-        return params, owned
+        return _bind(settings, operands._replace(firsts=firsts), grads, params)
 
-    of_owned = [jax.tree.map(lambda _, spec=spec: spec, x) for x, spec in zip(owned, specs, strict=True)]
-    leaves, owned = jax.shard_map(
+    of_owned = [jax.tree.map(lambda _, spec=spec: spec, x) for x, spec in zip(operands.owned, specs, strict=True)]
+    of_operands = Operands(jax.tree.map(lambda _: PartitionSpec(), operands.scalars), of_owned, None)
+    of_stored = list(map(what_is_stored, of_owned))
+    leaves, stored = jax.shard_map(
         body,
         mesh=mesh,
-        in_specs=(PartitionSpec(), of_owned, specs, specs),
-        out_specs=(specs, of_owned),
+        in_specs=(of_operands, specs, specs),
+        out_specs=(specs, of_stored),
         check_vma=False,
-    )(scalars, owned, grads, leaves)
-    return observed(tx, structure.unflatten(leaves), finish(_stored(owned)))
+    )(operands, grads, leaves)
+    return _after_step(tx, structure.unflatten(leaves), finish(stored))
 
 
-def _with_operands(tx, grads, state, params):
-    """`step` where the plan closes over traced values, which the primitive must be given."""
-    jobs, finish = tx.plan(grads, state, params)
-    scalars, owned, local = _replanned(jobs, jax.tree.leaves(params))
-    params, (_, owned, _) = _bind(local, grads, (scalars, owned, [None] * len(jobs)), params, by_xla)
-    return observed(tx, params, finish(_stored(owned)))
+def by_jobs(kernel, settings, operands, grads, params):
+    """``kernel(jobs, grads, params)`` gives ``(p, stored)`` for the leaves it takes and None for those left to XLA."""
+    jobs = unpack(settings, operands)
+    done = kernel(jobs, grads, params)
+    rows = [update_leaf(*x) if y is None else y for y, *x in zip(done, jobs, grads, params, strict=True)]
+    return [p for p, _ in rows], [stored for _, stored in rows]
 
 
-def _replanned(jobs, params):
-    """The scalars of jobs and what is stored, and a transformation with a state of these and of where parts begin."""
-    scalars, rebuilt = _without_scalars(jobs)
-    shapes = [jnp.shape(p) for p in params]
-
-    def plan(updates, state, params):
-        scalars, owned, firsts = state
-        del updates, params
-        parts = [None if first is None else Part(first, shape) for first, shape in zip(firsts, shapes, strict=True)]
-        here = [
-            job._replace(stored=stored, remainder=remainder, part=part)
-            for job, (stored, remainder), part in zip(rebuilt(scalars), owned, parts, strict=True)
-        ]
-
-        def done(stored):
-            pairs = zip(stored, owned, strict=True)
-            return scalars, [(x, None) if r is None else (x[1:], x[0]) for x, (_, r) in pairs], firsts
-
-        return Plan(here, done)
-
-    return scalars, [(job.stored, job.remainder) for job in jobs], planned(None, plan)  # nobody calls its init
-
-
-def _stored(owned):
-    """What `Plan.finish` takes."""
-    return [x if r is None else (r, *x) for x, r in owned]
-
-
-def _without_scalars(jobs):
-    """The arrays among the scalars of jobs, each once, and a function that from such arrays makes the jobs.
-
-    It holds no array itself: a traced one would outlive its trace in the primitive's parameters.
-    """
-    names = ("minus_lr", "weight_decay", "bound", "norm", "max_norm", "count")
-    distinct = {id(job.step): job.step for job in jobs}
-    order = {key: i for i, key in enumerate(distinct)}
-    step_of = [order[id(job.step)] for job in jobs]
-    steps = [step and vars(step) for step in distinct.values()]  # in the jobs' order, which is that of every process
-    values = (steps, [[getattr(job, name) for name in names] for job in jobs])
-    flat, tree = jax.tree.flatten(values)
-    given = {id(x): x for x in flat if isinstance(x, jax.Array)}
-    place = {key: i for i, key in enumerate(given)}
-    places = [place.get(id(x)) for x in flat]
-    constants = [x if i is None else None for x, i in zip(flat, places, strict=True)]
-    bare = [job._replace(step=None, stored=(), remainder=None, **dict.fromkeys(names)) for job in jobs]
-
-    def rebuilt(arrays):
-        flat = [x if i is None else arrays[i] for x, i in zip(constants, places, strict=True)]
-        steps, others = tree.unflatten(flat)
-        steps = [values and Step(**values) for values in steps]
-        return [
-            job._replace(step=steps[i], **dict(zip(names, values, strict=True)))
-            for job, i, values in zip(bare, step_of, others, strict=True)
-        ]
-
-    return list(given.values()), rebuilt
+def by_xla(settings, operands, grads, params):
+    """The jobs without a kernel."""
+    return by_jobs(lambda jobs, grads, params: [None] * len(jobs), settings, operands, grads, params)
 
 
 step_p = Primitive("jadam_step")
 step_p.multiple_results = True
 
 
-def _flat(function, *args, tx, tree):
-    return jax.tree.leaves(function(tx, *tree.unflatten(args)))
+def _flat(function, *args, settings, tree):
+    return jax.tree.leaves(function(settings, *tree.unflatten(args)))
 
 
 @step_p.def_abstract_eval
-def _(*avals, tx, tree, otherwise):
-    _, state, params = tree.unflatten(avals)
-    return [x.strip_weak_type() for x in jax.tree.leaves((params, state))]
+def _(*avals, settings, tree):
+    del settings
+    operands, _, params = tree.unflatten(avals)
+    return [x.strip_weak_type() for x in jax.tree.leaves((params, list(map(what_is_stored, operands.owned))))]
 
 
 @functools.lru_cache(maxsize=256)
-def _eager(**how):
-    return jax.jit(functools.partial(step_p.bind, **how))
+def _compiled(settings, tree):
+    """The primitive under jit; by XLA's operations one by one where JAX looks for the one that made a NaN."""
+
+    def run(*args):
+        traced = any(map(_is_traced, args))
+        bind = step_p.bind if traced else functools.partial(_flat, by_xla)
+        return bind(*args, settings=settings, tree=tree)
+
+    return jax.jit(run)
 
 
 @step_p.def_impl
-def _(*args, **how):
+def _(*args, settings, tree):
     with jax.disable_jit(False):  # else what is compiled would come back here for ever
-        return _eager(**how)(*args)
+        return _compiled(settings, tree)(*args)
 
 
 def _lowering(platform="", kernel=None):
-    """The rule for a platform: ``kernel`` where it is active and the array whole, else ``otherwise``."""
+    """The rule for a platform: ``kernel`` where it is active and the array whole, else XLA."""
 
-    def rule(ctx, *args, tx, tree, otherwise):
+    def rule(ctx, *args, settings, tree):
         serves = kernel is not None and _kernels.backends()[platform].kernel is not None and _whole(ctx)
-        function = functools.partial(by_jobs, kernel) if serves else otherwise
-        return mlir.lower_fun(functools.partial(_flat, function), multiple_results=True)(ctx, *args, tx=tx, tree=tree)
+        function = functools.partial(_flat, functools.partial(by_jobs, kernel) if serves else by_xla)
+        return mlir.lower_fun(function, multiple_results=True)(ctx, *args, settings=settings, tree=tree)
 
     return rule
 
@@ -293,14 +251,14 @@ for name in pallas.PLATFORMS:
     mlir.register_lowering(step_p, _lowering(name, functools.partial(pallas.kernel, name)), platform=name)
 
 
-def _batch(args, dims, *, tx, tree, otherwise):
-    out = jax.vmap(functools.partial(_flat, otherwise, tx=tx, tree=tree), in_axes=dims)(*args)
+def _batch(args, dims, *, settings, tree):
+    out = jax.vmap(functools.partial(_flat, by_xla, settings=settings, tree=tree), in_axes=dims)(*args)
     return out, [0] * len(out)
 
 
-def _jvp(primals, tangents, *, tx, tree, otherwise):
+def _jvp(primals, tangents, *, settings, tree):
     tangents = map(ad.instantiate_zeros, tangents)
-    function = functools.partial(_flat, otherwise, tx=tx, tree=tree)
+    function = functools.partial(_flat, by_xla, settings=settings, tree=tree)
     out, tangents = jax.jvp(function, tuple(primals), tuple(tangents))
     is_zero = lambda t: t.dtype == jax.dtypes.float0
     return out, [

@@ -199,6 +199,94 @@ class Job(NamedTuple):
         return as_u(self.minus_lr) * u
 
 
+class Operands(NamedTuple):
+    """All arrays of jobs."""
+
+    scalars: list[jax.Array]  # each once, whichever jobs have it
+    owned: list[tuple]  # of each job what is stored, and its remainder or None
+    firsts: list | None = None  # where in a whole array each job's part of it begins
+
+
+class Settings(NamedTuple):
+    """All of jobs that is no array: hashable, and equal for transformations that differ in numbers only."""
+
+    jobs: tuple[Job, ...]  # without arrays
+    steps: tuple[int, ...]  # which of the steps each job has
+    scalars: tuple  # those that are no arrays; None for one that is
+    places: tuple[int | None, ...]  # of each scalar among the arrays
+    tree: Any  # of the steps and of each job's own scalars
+    shapes: tuple | None  # of whole arrays, of which the jobs have parts
+
+
+OWN_SCALARS = ("minus_lr", "weight_decay", "bound", "norm", "max_norm", "count")
+
+
+def pack(jobs: list[Job], shapes=None) -> tuple[Settings, Operands]:
+    """Jobs as settings and arrays; ``shapes`` are those of whole arrays, where the jobs will be of parts."""
+    distinct = {id(job.step): job.step for job in jobs}
+    order = {key: i for i, key in enumerate(distinct)}
+    steps = [step and vars(step) for step in distinct.values()]
+    values, tree = jax.tree.flatten((steps, [[getattr(job, name) for name in OWN_SCALARS] for job in jobs]))
+    arrays = {id(x): x for x in values if isinstance(x, jax.Array)}
+    place = {key: i for i, key in enumerate(arrays)}
+    places = tuple(place.get(id(x)) for x in values)
+    settings = Settings(
+        jobs=tuple(
+            job._replace(step=None, stored=(), remainder=None, group=None, **dict.fromkeys(OWN_SCALARS)) for job in jobs
+        ),
+        steps=tuple(order[id(job.step)] for job in jobs),
+        scalars=tuple(x if i is None else None for x, i in zip(values, places, strict=True)),
+        places=places,
+        tree=tree,
+        shapes=None if shapes is None else tuple(shapes),
+    )
+    return settings, Operands(list(arrays.values()), [(job.stored, job.remainder) for job in jobs])
+
+
+def unpack(settings: Settings, operands: Operands) -> list[Job]:
+    """`pack` undone."""
+    scalars = zip(settings.scalars, settings.places, strict=True)
+    steps, own = settings.tree.unflatten([x if i is None else operands.scalars[i] for x, i in scalars])
+    steps = [values and Step(**values) for values in steps]
+    parts: list = [None] * len(settings.jobs)
+    if operands.firsts is not None and settings.shapes is not None:
+        parts = [Part(first, shape) for first, shape in zip(operands.firsts, settings.shapes, strict=True)]
+    rows = zip(settings.jobs, settings.steps, own, operands.owned, parts, strict=True)
+    return [
+        job._replace(
+            step=steps[i], stored=stored, remainder=r, part=part, **dict(zip(OWN_SCALARS, values, strict=True))
+        )
+        for job, i, values, (stored, r), part in rows
+    ]
+
+
+def what_is_stored(owned) -> tuple:
+    """What `Plan.finish` takes for a job: its remainder, if it has one, and its moments."""
+    stored, remainder = owned
+    return stored if remainder is None else (remainder, *stored)
+
+
+def _as_array(x):
+    return x if x is None or isinstance(x, jax.Array) else jnp.asarray(x)
+
+
+def directions(jobs: list[Job], grads: list, params: list) -> tuple[list, list]:
+    """The updates of leaves, and what is stored; compiled where nothing is traced."""
+    settings, operands = pack(jobs)
+    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((operands, grads, params)))
+    return (_directions if traced else _compiled_directions)(settings, operands, grads, params)
+
+
+def _directions(settings, operands, grads, params):
+    jobs = unpack(settings, operands)
+    us, stored = _columns([job.update(g, p) for job, g, p in zip(jobs, grads, params, strict=True)], 2)
+    dtypes = (promote(g) if p is None else promote(g, p) for g, p in zip(grads, params, strict=True))
+    return [u.astype(dtype) for u, dtype in zip(us, dtypes, strict=True)], list(stored)
+
+
+_compiled_directions = jax.jit(_directions, static_argnums=0)
+
+
 class Plan(NamedTuple):
     """A step taken apart: a `Job` for each leaf of the gradients, and ``finish``, which makes the new state.
 
@@ -343,16 +431,7 @@ def scale_by_rule(
         trees = [structure.flatten_up_to(getattr(state, name)) for name in stored_names]
         return Plan([job(path, g, *x) for (path, g), *x in zip(leaves, *trees, strict=True)], finish)
 
-    def update(updates, state, params=None, **extra_args) -> Any:
-        del extra_args
-        jobs, finish = plan(updates, state, params)
-        leaves, structure = jax.tree.flatten(updates)
-        dtypes = jax.tree.leaves(result_dtypes(updates, params))
-        directions, stored = _columns([job(g) for job, g in zip(jobs, leaves, strict=True)], 2)
-        directions = [u.astype(dtype) for u, dtype in zip(directions, dtypes, strict=True)]
-        return structure.unflatten(directions), finish(stored)
-
-    return Transformation(init, Update(update, plan))
+    return planned(init, plan, needs_params=False)
 
 
 def _columns(rows, n: int):
@@ -418,30 +497,30 @@ def _short(value) -> str:
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 
-def planned(init, plan) -> Transformation:
-    """The transformation whose ``update`` does what ``plan`` says, which needs ``params``."""
+def planned(init, plan, needs_params=True) -> Transformation:
+    """The transformation whose ``update`` does what ``plan`` says."""
 
     def update(updates, state, params=None, **extra_args) -> Any:
         del extra_args
-        _checks.values(params, "params")
+        if needs_params or params is not None:
+            _checks.values(params, "params")
         jobs, finish = plan(updates, state, params)
         leaves, structure = jax.tree.flatten(updates)
-        rows = [job.update(g, p) for job, g, p in zip(jobs, leaves, jax.tree.leaves(params), strict=True)]
-        dtypes = jax.tree.leaves(result_dtypes(updates, params))
-        directions = [u.astype(dtype) for (u, _), dtype in zip(rows, dtypes, strict=True)]
-        return structure.unflatten(directions), finish([stored for _, stored in rows])
+        params = [None] * len(leaves) if params is None else jax.tree.leaves(params)
+        updates, stored = directions(jobs, *(list(map(_as_array, x)) for x in (leaves, params)))
+        return structure.unflatten(updates), finish(stored)
 
     return Transformation(init, Update(update, plan))
 
 
 def descend(direction: Transformation, learning_rate, *decaying) -> Transformation:
-    """``direction``, then weight decay, then ``-learning_rate``: Optax's own stages, in float32.
+    """``direction``, then weight decay, then ``-learning_rate``: Optax's own stages and their states, in float32.
 
     ``decaying`` is ``weight_decay, mask, max_lr``, or nothing.
     With ``max_lr`` the decay is ``weight_decay * learning_rate / max_lr``, free of the learning rate's scale.
 
-    Optax multiplies in the updates' dtype, which rounds a learning rate to bf16 for bf16 gradients. Here the
-    stages see gradients and parameters widened to float32, and only the final update is narrowed.
+    Optax multiplies in the updates' dtype, which rounds a learning rate to bf16 for bf16 gradients. Here only the final
+    update is narrowed.
     """
     stages: list[Any] = [direction]
     weight_decay: Any = None
@@ -459,22 +538,11 @@ def descend(direction: Transformation, learning_rate, *decaying) -> Transformati
     stages.append(optax.scale_by_learning_rate(learning_rate))
     chain = optax.chain(*stages)
 
-    def widen(x):
-        return jnp.asarray(x, at_least_float32(x))
-
-    def update(updates, state, params=None, **extra_args):
-        _checks.stages(state, len(stages))
-        _checks.gradients(updates, state, params)
-        if decaying and params is None:
-            raise ValueError("weight_decay needs params: call update(updates, state, params).")
-        narrow = result_dtypes(updates, params)
-        wide_params = None if params is None else jax.tree.map(widen, params)
-        with jax.numpy_dtype_promotion("standard"):  # complex updates times a real rate
-            updates, state = chain.update(jax.tree.map(widen, updates), state, wide_params, **extra_args)
-        return jax.tree.map(lambda u, dtype: u.astype(dtype), updates, narrow), state
-
     def plan(updates, state, params):
         _checks.stages(state, len(stages))
+        _checks.gradients(updates, state, params, planning=True)
+        if decaying and params is None:
+            raise ValueError("weight_decay needs params: call update(updates, state, params).")
         jobs, finish = direction.plan(updates, state[0], params)
         widest = jax.dtypes.canonicalize_dtype(np.float64)
         zero, one = jnp.zeros([], widest), jnp.ones([], widest)  # each stage tells its factor when it is given 1
@@ -489,7 +557,7 @@ def descend(direction: Transformation, learning_rate, *decaying) -> Transformati
         jobs = [x._replace(minus_lr=minus_lr, weight_decay=wd) for x, wd in zip(jobs, decays, strict=True)]
         return Plan(jobs, lambda stored: (finish(stored), *decay_states, lr_state))
 
-    return Transformation(chain.init, Update(update, plan))
+    return planned(chain.init, plan, needs_params=False)
 
 
 def _leaf_mask(mask, params) -> list[bool]:
@@ -516,8 +584,3 @@ def or_nan(name: str, value):
 def over(weight_decay, max_lr):
     """A weight decay, a number or a schedule, free of the learning rate's scale."""
     return (lambda count: weight_decay(count) / max_lr) if callable(weight_decay) else weight_decay / max_lr
-
-
-def result_dtypes(updates, params):
-    """The dtype of each update: the gradient's, promoted with the parameter's where that is known."""
-    return jax.tree.map(promote, updates, *([] if params is None else [params]))

@@ -35,7 +35,8 @@ def trees(seed, dtype=np.float32, shapes=SHAPES):
 def interpreted(platform, tx):
     """The step by the kernel, and the two calls."""
     kernel = functools.partial(pallas.kernel, platform, interpret=True)
-    return [jax.jit(functools.partial(f, tx)) for f in (functools.partial(_step.by_jobs, kernel), _step.two_calls)]
+    one_pass = functools.partial(_step.by_plan, functools.partial(_step.by_jobs, kernel))
+    return [jax.jit(functools.partial(f, tx)) for f in (one_pass, _step.two_calls)]
 
 
 def calls(platform, tx, grads, state, params):

@@ -170,18 +170,23 @@ def same(a, b):
 @holds(few=8, tree=trees(leaves()), member=st.sampled_from(family.FAMILY), b1=RATES, b2=RATES, eps=EPS,
        default={"tree": trees(leaves([SHAPE], [np.float32, jnp.bfloat16]))})  # fmt: skip
 def test_leaves_and_coordinates_do_not_see_each_other(tree, member, b1, b2, eps):
-    """Whatever the gradients: each leaf moves as if alone, each coordinate as it would elsewhere among others."""
+    """Whatever the gradients: each leaf moves as if alone, each coordinate as it would elsewhere among others.
+
+    Operation by operation: compiled, the ends of arrays may be contracted otherwise.
+    """
     is_row = lambda x: isinstance(x, tuple) and len(x) == 3 and all(isinstance(y, jax.Array) for y in x)
     params, *gradients = (jax.tree.map(lambda x, i=i: x[i], tree, is_leaf=is_row) for i in range(3))
     tx = member.make(0.1, b1=b1, b2=b2, eps=eps)
-    updates, state = nudges(tx, params, *gradients)
+    with jax.disable_jit():
+        updates, state = nudges(tx, params, *gradients)
     assert optax.tree.get(state, "count") == 2
     moments = [optax.tree.get(state, x) for x in ("mu", "nu")]
     rows = [jax.tree.leaves(x) for x in (params, *gradients, *updates, *moments)]
     for p, g, h, *results in zip(*rows, strict=True):
         turned = lambda x: np.asarray(x)[::-1] if x.ndim else np.asarray(x)
         kept = np.arange(p.size).reshape(p.shape) % 2 == 0
-        alone, own = nudges(tx, *(jnp.asarray(turned(np.where(kept, x, x.dtype.type(1)))) for x in (p, g, h)))
+        with jax.disable_jit():
+            alone, own = nudges(tx, *(jnp.asarray(turned(np.where(kept, x, x.dtype.type(1)))) for x in (p, g, h)))
         alone += [optax.tree.get(own, x) for x in ("mu", "nu")]
         same([turned(x)[turned(kept)] for x in results], [np.asarray(x)[turned(kept)] for x in alone])
 
@@ -317,15 +322,16 @@ def test_sign_flip(case, eps, seeds, numbers):
 def test_quarter_turns(seeds, turns, b1, b2, eps, numbers):
     """Complex gradients turned by a right angle, which only swaps the parts: the update turned, ``nu`` the same.
 
-    Eagerly: compiled, one of the parts' squares may be contracted with the sum.
+    Operation by operation: compiled, one of the parts' squares may be contracted with the sum.
     """
     gradients = [with_imaginary(tame_floats(SHAPE, s, numbers), tame_floats(SHAPE, s + 1, numbers)) for s in seeds]
     turned = gradients
     for _ in range(turns):
         turned = [with_imaginary(-g.imag, g.real) for g in turned]
     tx, zeros = jadam.scale_by_adam(b1, b2, eps), jnp.zeros(SHAPE, np.complex64)
-    updates, state = nudges(tx, zeros, *map(jnp.asarray, gradients))
-    others, other = nudges(tx, zeros, *map(jnp.asarray, turned))
+    with jax.disable_jit():
+        updates, state = nudges(tx, zeros, *map(jnp.asarray, gradients))
+        others, other = nudges(tx, zeros, *map(jnp.asarray, turned))
     same(state.nu, other.nu)
     for u, v in zip(map(np.asarray, updates), map(np.asarray, others), strict=True):
         parts, found = [u.real, u.imag], [v.real, v.imag]
