@@ -21,7 +21,7 @@ class ClipUpdate(Update):
     """``update`` of a clipping, and what it does to the jobs of a plan."""
 
     name: str = dataclasses.field(kw_only=True)
-    limit: Callable[..., Any] = dataclasses.field(kw_only=True)  # limit(jobs, updates) returns both
+    limit: Callable[..., Any] = dataclasses.field(kw_only=True)  # limit(jobs, updates) returns the jobs
 
 
 class Clip(optax.GradientTransformation):
@@ -66,7 +66,8 @@ def clip(max_delta: jax.typing.ArrayLike) -> Clip:
     bound = _checks.hyperparameter("max_delta", max_delta, "> 0", schedule=False)
 
     def limit(jobs, updates):
-        return [job._replace(bound=bound) for job in jobs], optax.clip(bound).update(updates, optax.EmptyState())[0]
+        del updates
+        return [job._replace(bound=bound) for job in jobs]
 
     return _clip(optax.clip(bound), limit, "clip", bound)
 
@@ -95,10 +96,13 @@ def clip_by_global_norm(max_norm: jax.typing.ArrayLike) -> Clip:
     max_norm = _checks.hyperparameter("max_norm", max_norm, "> 0", schedule=False)
 
     def limit(jobs, updates):
-        norm = optax.tree.norm(updates)
+        leaves = jax.tree.leaves(updates)
+        if (bound := next((job.bound for job in jobs), None)) is not None:
+            leaves, _ = optax.clip(bound).update(leaves, optax.EmptyState())
+        norm = optax.tree.norm(leaves)
         small = jnp.squeeze(norm < max_norm)
         by, to = jnp.where(small, 1.0, norm), jnp.where(small, 1.0, max_norm)
-        return [job._replace(norm=by, max_norm=to) for job in jobs], updates
+        return [job._replace(norm=by, max_norm=to) for job in jobs]
 
     return _clip(optax.clip_by_global_norm(max_norm), limit, "clip_by_global_norm", max_norm)
 
@@ -139,7 +143,8 @@ def chain(*stages: optax.GradientTransformation) -> Transformation:
     if not stages:
         raise ValueError("chain needs one stage at least, got none. optax.identity() changes nothing.")
     inner = optax.with_extra_args_support(optax.chain(*stages))
-    *clips, last = stages
+    clips: list[Any] = list(stages[:-1])
+    last: Any = stages[-1]
     reason = _why_not_one_pass(clips, last)
 
     def update(updates, state, params=None, **extra_args) -> Any:
@@ -158,10 +163,12 @@ def chain(*stages: optax.GradientTransformation) -> Transformation:
             raise NotOnePass("complex gradients are clipped")
         jobs, finish = last.plan(updates, last_state, params)
         for stage in clips:
-            jobs, updates = stage.info.limit(jobs, updates)
+            jobs = stage.info.limit(jobs, updates)
         return Plan(jobs, lambda *stored: (*states, finish(*stored)))
 
-    return Transformation(inner.init, Update(update, plan, f"jadam.chain({', '.join(map(repr, stages))})"))
+    text = f"jadam.chain({', '.join(map(repr, stages))})"
+    reads_gradients = any(stage.info.name == "clip_by_global_norm" for stage in clips if isinstance(stage, Clip))
+    return Transformation(inner.init, Update(update, plan, text, reads_gradients=reads_gradients))
 
 
 def _why_not_one_pass(clips, last) -> str | None:

@@ -134,8 +134,15 @@ def describe(state_or_tx, params) -> Description:
     _checks.trainable(params, "params")
     if state_or_tx is None:
         raise TypeError("state_or_tx must be a transformation or its state, got None.")
-    tx = state_or_tx if hasattr(state_or_tx, "init") else None
-    state = state_or_tx if tx is None else jax.eval_shape(tx.init, params)
+    if not hasattr(state_or_tx, "init"):
+        return _description(None, state_or_tx, params)
+    found = []
+    # Within the trace: a state of shapes alone would be taken for arrays by a user's own classes.
+    jax.eval_shape(lambda traced: found.append(_description(state_or_tx, state_or_tx.init(traced), params)), params)
+    return found[0]
+
+
+def _description(tx, state, params) -> Description:
     _checks.arrays(state, "state_or_tx")
     named = [(leaf_name(path), p) for path, p in jax.tree_util.tree_leaves_with_path(params)]
     moments: dict[str, list] = {name: [] for name, _ in named}

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jadam import _checks
@@ -79,6 +80,7 @@ def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
             "exact_bf16 must not be around record, whose records would be of other weights: record(exact_bf16(tx))."
         )
     inner = optax.with_extra_args_support(optax.GradientTransformation(tx.init, tx.update))
+    reads_gradients = isinstance(tx, Transformation) and tx.info.reads_gradients
 
     def init(params) -> Any:
         _checks.trainable(params, "params")
@@ -109,8 +111,11 @@ def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
         _checks.state_of(state, ExactBF16State)
         _checks.version(state, VERSION)
         _checks.gradients(updates, state, params, planning=True)
-        masters = jax.eval_shape(_masters, params, state.remainder)
-        jobs, finish = tx.plan(jax.tree.map(_wide_gradient, updates, params), state.inner_state, masters)
+        jax.eval_shape(lambda *args: jax.tree.leaves(_masters(*args)), params, state.remainder)  # raises what it raises
+        # A plan looks at shapes and dtypes, mostly. Masters and wide gradients are made leaf by leaf, in the one pass.
+        masters = jax.tree.map(lambda p: _no_values(p) if _is_bf16(p) else p, params)
+        wide_gradient = _wide_gradient if reads_gradients else lambda g, p: _no_values(g) if _is_bf16(p) else g
+        jobs, finish = tx.plan(jax.tree.map(wide_gradient, updates, params), state.inner_state, masters)
         old, structure = jax.tree.flatten(state.remainder)
         has = [_is_bf16(p) for p in jax.tree.leaves(params)]
         jobs = [x._replace(remainder=r) if y else x for x, r, y in zip(jobs, old, has, strict=True)]
@@ -122,7 +127,7 @@ def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
 
         return Plan(jobs, whole)
 
-    return ExactBF16(init, Update(update, plan, f"jadam.exact_bf16({tx!r})", inner))
+    return ExactBF16(init, Update(update, plan, f"jadam.exact_bf16({tx!r})", inner, reads_gradients))
 
 
 def float32_params(params, state):
@@ -270,6 +275,11 @@ def _masters(params, remainder):
 def _no_remainder(p):
     """Zeros for bfloat16."""
     return jnp.zeros_like(p, dtype=jnp.int16) if _is_bf16(p) else placeholder(p)
+
+
+def _no_values(x):
+    """Zeros in float32, of the shape of ``x`` but in no memory."""
+    return np.broadcast_to(np.zeros([], at_least_float32(x)), jnp.shape(x))
 
 
 def _wide_gradient(g, p):

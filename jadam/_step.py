@@ -11,6 +11,7 @@ import functools
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -91,9 +92,8 @@ def _bind(settings, operands, grads, params):
     params, stored = jax.tree.unflatten(
         _results(tree, flat), step_p.bind(*map(jnp.asarray, flat), settings=settings, tree=tree)
     )
-    # The same numbers, by an operation that checkify knows, and XLA leaves out: it sees a NaN born in the step.
-    same = lambda p: jax.lax.reduce_precision(p, 8, 23) if _is_traced(p) and p.dtype == jnp.float32 else p
-    return list(map(same, params)), stored
+    # Times 1, which XLA leaves out: checkify looks for NaN behind operations that it knows, such as a product.
+    return [p * np.ones([], p.dtype) if _is_traced(p) else p for p in params], stored
 
 
 def _results(tree, flat):
@@ -118,13 +118,19 @@ def obstacle(tx, grads, state, params) -> str | None:
         return "none of jadam's optimizers; a chain must be jadam.chain"
 
     def plan(grads, state, params):
-        return pack(tx.plan(grads, state, params).jobs)[1]
+        return pack(tx.plan(grads, _with_known_counts(state), params).jobs)[1]
 
     try:
         jax.eval_shape(plan, grads, state, params)
     except NotOnePass as reason:
         return str(reason)
     return None
+
+
+def _with_known_counts(state):
+    """``state`` with NumPy's 0 for every count, so that schedules get a number where all else is traced."""
+    is_count = lambda x: jnp.ndim(x) == 0 and jnp.issubdtype(x.dtype, jnp.integer)
+    return jax.tree.map(lambda x: np.zeros([], x.dtype) if is_count(x) else x, state)
 
 
 def outlook(platform, tx, grads, state, params) -> list[tuple[str, str | None]]:
@@ -136,7 +142,7 @@ def outlook(platform, tx, grads, state, params) -> list[tuple[str, str | None]]:
     refuses = cpu.refuses if platform == "cpu" else functools.partial(pallas.refuses, platform)
 
     def plan(grads, state, params):
-        jobs = tx.plan(grads, state, params).jobs
+        jobs = tx.plan(grads, _with_known_counts(state), params).jobs
         for job, g, p in zip(jobs, jax.tree.leaves(grads), jax.tree.leaves(params), strict=True):
             found.append((job.group, None if job.frozen else refuses(job, g, p)))
 

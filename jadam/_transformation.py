@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -313,6 +314,7 @@ class Update:
     plan: Callable[..., Plan] = _no_plan  # plan(grads, state, params), with the checks of ``function``
     text: str = ""  # the call that made the transformation
     inner: Any = None  # the transformation that this one is around
+    reads_gradients: bool = False  # whether a plan depends on the gradients' values, as a norm does
     after_step: Callable[..., Any] | None = None  # after_step(state, params), of the new ones, returns the state
 
     def __call__(self, updates, state, params=None, **extra_args) -> Any:
@@ -453,13 +455,18 @@ def _at_step(betas, scalars, count, corrections, adjust):
 
     def beta(name, count):
         value = betas[name]
-        return _checks.or_nan(_beta(name, value(count), schedule=False) if callable(value) else value, "in [0, 1)")
+        if callable(value):
+            value = _beta(name, value_at(value, count), schedule=False)
+        return _checks.or_nan(value, "in [0, 1)")
 
     def scalar(name):
         value = scalars[name]
-        return _checks.or_nan(_scalar(name, value(count), schedule=False) if callable(value) else value, ">= 0")
+        if callable(value):
+            value = _scalar(name, value_at(value, count), schedule=False)
+        return _checks.or_nan(value, ">= 0")
 
-    next_count = jnp.asarray(optax.safe_increment(count))
+    known = not isinstance(count, jax.Array)  # NumPy's, as jadam.describe plans with
+    next_count = count + count.dtype.type(1) if known else jnp.asarray(optax.safe_increment(count))
     varying = {
         name: scheduled_beta(beta(name, count), beta(name, next_count), corrections[name]) for name in corrections
     }
@@ -562,8 +569,17 @@ def descend(direction: Transformation, learning_rate, *decaying) -> Transformati
 
 def _leaf_mask(mask, params) -> list[bool]:
     """A mask of `optax.masked` for each leaf."""
-    mask = True if mask is None else mask(params)
-    return jax.tree.leaves(jax.tree.map(lambda on, x: jax.tree.map(lambda _: on, x), mask, params))
+    leaves, structure = jax.tree.flatten(True if mask is None else mask(params))
+    parts = map(jax.tree.leaves, structure.flatten_up_to(params))
+    return [on for on, part in zip(leaves, parts, strict=True) for _ in part]
+
+
+def value_at(value, count):
+    """A hyperparameter after ``count`` steps. Schedules may promote: Optax's own do, where the user wants it strict."""
+    if not callable(value):
+        return value
+    with jax.numpy_dtype_promotion("standard"):
+        return value(count)
 
 
 def or_nan(name: str, value):
@@ -572,7 +588,7 @@ def or_nan(name: str, value):
         return _checks.or_nan(value, ">= 0")
 
     def schedule(count):
-        x = value(count)
+        x = value_at(value, count)
         if isinstance(x, jax.Array):
             _checks.scalar(name, x.shape)
             return _checks.or_nan(x, ">= 0")
@@ -583,4 +599,4 @@ def or_nan(name: str, value):
 
 def over(weight_decay, max_lr):
     """A weight decay, a number or a schedule, free of the learning rate's scale."""
-    return (lambda count: weight_decay(count) / max_lr) if callable(weight_decay) else weight_decay / max_lr
+    return (lambda count: value_at(weight_decay, count) / max_lr) if callable(weight_decay) else weight_decay / max_lr

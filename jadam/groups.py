@@ -23,6 +23,7 @@ from jadam._transformation import (
     or_nan,
     over,
     planned,
+    value_at,
 )
 
 
@@ -125,9 +126,8 @@ def by_path(
         decay = decay if max_lr is None else over(decay, max_lr)
         told = settings if named == "float32" else {**settings, "moments": named}
         text = " ".join([repr(pattern.pattern), *(f"{name}={value!r}" for name, value in told.items())])
-        at = lambda x, count: x(count) if callable(x) else x
-        minus_lr = lambda count: -(at(or_nan("learning_rate", learning_rate), count) * lr_mult)
-        return _Group(text, pattern, direction, named, minus_lr, lambda count: at(decay, count))
+        minus_lr = lambda count: -(value_at(or_nan("learning_rate", learning_rate), count) * lr_mult)
+        return _Group(text, pattern, direction, named, minus_lr, lambda count: value_at(decay, count))
 
     groups = [group(*_pair(i, rule)) for i, rule in enumerate(_listed(rules))]
     trees = [name for name in QuantizedAdamState._fields if name not in ("count", "version")]

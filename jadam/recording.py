@@ -170,7 +170,7 @@ def record(
         return Plan(jobs, lambda stored: RecordState(finish(stored), state.ring))
 
     text = f"jadam.record({tx!r}, every={every}, keep={keep}, sample={sample})"
-    return Record(init, Update(update, plan, text, tx, after_step))
+    return Record(init, Update(update, plan, text, tx, tx.info.reads_gradients, after_step))
 
 
 def _row(measures: Measures) -> jax.Array:

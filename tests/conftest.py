@@ -112,6 +112,12 @@ def _config(**values):
 
 
 @pytest.fixture
+def programs_compiled():
+    """A function that returns how many programs XLA has compiled in this process."""
+    return lambda: compiled["here"]
+
+
+@pytest.fixture
 def x64():
     with _config(jax_enable_x64=True):
         yield
