@@ -27,6 +27,7 @@ class Format(Protocol):
     """How the moments of one leaf are stored."""
 
     name: str
+    dithers: bool  # whether encoding needs random bits
 
     def refuses(self, p) -> str | None:
         """Why a leaf like ``p`` cannot be stored so, or None if it can."""
@@ -61,6 +62,7 @@ class Float32:
     """Moments as they are: 4 bytes each per parameter, 8 for a float64 leaf."""
 
     name = "float32"
+    dithers = False
 
     def __init__(self, mu_dtype=None):
         """``mu_dtype`` is the first moment's dtype, default the parameter's, at least float32."""
@@ -106,6 +108,7 @@ class BFloat16(Float32):
     """
 
     name = "bfloat16"
+    dithers = True
 
     def refuses(self, p):
         """What is wider than float32, or complex."""

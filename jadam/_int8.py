@@ -72,6 +72,7 @@ class Int8:
     """Two moments of Adam in 2 bytes per parameter and two float32 scales per block of up to 128."""
 
     name = "int8"
+    dithers = True
 
     @staticmethod
     def check(betas: dict | None) -> None:

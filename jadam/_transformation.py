@@ -233,7 +233,15 @@ def pack(jobs: list[Job], shapes=None) -> tuple[Settings, Operands]:
     places = tuple(place.get(id(x)) for x in values)
     settings = Settings(
         jobs=tuple(
-            job._replace(step=None, stored=(), remainder=None, group=None, **dict.fromkeys(OWN_SCALARS)) for job in jobs
+            job._replace(
+                step=None,
+                stored=(),
+                salt=job.salt if job.format.dithers else 0,  # else leaves that are alike would differ
+                remainder=None,
+                group=None,
+                **dict.fromkeys(OWN_SCALARS),
+            )
+            for job in jobs
         ),
         steps=tuple(order[id(job.step)] for job in jobs),
         scalars=tuple(x if i is None else None for x, i in zip(values, places, strict=True)),
@@ -272,20 +280,22 @@ def _as_array(x):
 
 
 def directions(jobs: list[Job], grads: list, params: list) -> tuple[list, list]:
-    """The updates of leaves, and what is stored; compiled where nothing is traced."""
-    settings, operands = pack(jobs)
-    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((operands, grads, params)))
-    return (_directions if traced else _compiled_directions)(settings, operands, grads, params)
+    """The updates of leaves, and what is stored: one program for all where nothing is traced, else one for like leaves.
+
+    JAX traces and lowers a jitted function once for all leaves that share it, and XLA inlines it.
+    """
+    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((jobs[:1], grads, params)))
+    groups = [slice(i, i + 1) for i in range(len(jobs))] if traced else [slice(None)]
+    rows = [_directions(*pack(jobs[group]), grads[group], params[group]) for group in groups]
+    return [u for us, _ in rows for u in us], [x for _, stored in rows for x in stored]
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _directions(settings, operands, grads, params):
     jobs = unpack(settings, operands)
     us, stored = _columns([job.update(g, p) for job, g, p in zip(jobs, grads, params, strict=True)], 2)
     dtypes = (promote(g) if p is None else promote(g, p) for g, p in zip(grads, params, strict=True))
     return [u.astype(dtype) for u, dtype in zip(us, dtypes, strict=True)], list(stored)
-
-
-_compiled_directions = jax.jit(_directions, static_argnums=0)
 
 
 class Plan(NamedTuple):

@@ -32,6 +32,7 @@ class Int8Tile:
     """`Int8` where the blocks of an array are its whole ``axis``: nothing to reshape."""
 
     name = "int8"
+    dithers = True
 
     def __init__(self, axis: int):
         """``axis`` is the blocks'."""
