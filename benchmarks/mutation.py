@@ -43,7 +43,7 @@ TESTS = [
     "doctests",
     "step",
 ]
-SECONDS = 400  # of CPU for the tests, which take a minute
+SECONDS = 200  # of CPU for the tests, which take a minute and a half
 BAR = 0.9
 
 # part of a line as it became: why no test can tell
