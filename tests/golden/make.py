@@ -59,6 +59,8 @@ def main(folder: Path) -> None:
         np.savez_compressed(folder / "states" / f"{file}.npz", **where.named(state))
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(folder / "states" / file, state, force=True)
+            checkpointer.wait_until_finished()
+        (folder / "states" / file / "commit_success.txt").write_text("Checkpoint commit was successful\n")  # no path
     names = where.public_names()
     (folder / "names.json").write_text(json.dumps(names, indent=1) + "\n")
     (folder / "errors.json").write_text(json.dumps(texts.every(), indent=1, ensure_ascii=False) + "\n")
