@@ -172,7 +172,7 @@ def chain(*stages: optax.GradientTransformation) -> Transformation:
 
 
 def _why_not_one_pass(clips, last) -> str | None:
-    """Why a chain is not one pass whatever it is applied to, or None."""
+    """Why a chain of these stages is never one pass, or None."""
     if not isinstance(last, Transformation):
         return "jadam.chain's last stage is none of jadam's optimizers"
     for i, stage in enumerate(clips):

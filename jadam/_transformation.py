@@ -201,7 +201,7 @@ class Job(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """All arrays of jobs."""
+    """The arrays of all jobs."""
 
     scalars: list[jax.Array]  # each once, whichever jobs have it
     owned: list[tuple]  # of each job what is stored, and its remainder or None
@@ -209,21 +209,21 @@ class Operands(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """All of jobs that is no array: hashable, and equal for transformations that differ in numbers only."""
+    """Everything else about the jobs. Hashable; equal for transformations that differ in numbers only."""
 
     jobs: tuple[Job, ...]  # without arrays
     steps: tuple[int, ...]  # which of the steps each job has
     scalars: tuple  # those that are no arrays; None for one that is
     places: tuple[int | None, ...]  # of each scalar among the arrays
     tree: Any  # of the steps and of each job's own scalars
-    shapes: tuple | None  # of whole arrays, of which the jobs have parts
+    shapes: tuple | None  # of the whole arrays, where each job does a part
 
 
 OWN_SCALARS = ("minus_lr", "weight_decay", "bound", "norm", "max_norm", "count")
 
 
 def pack(jobs: list[Job], shapes=None) -> tuple[Settings, Operands]:
-    """Jobs as settings and arrays; ``shapes`` are those of whole arrays, where the jobs will be of parts."""
+    """Split jobs into hashable settings and arrays; ``shapes`` are the whole arrays', where each job does a part."""
     distinct = {id(job.step): job.step for job in jobs}
     order = {key: i for i, key in enumerate(distinct)}
     steps = [step and vars(step) for step in distinct.values()]
@@ -253,7 +253,7 @@ def pack(jobs: list[Job], shapes=None) -> tuple[Settings, Operands]:
 
 
 def unpack(settings: Settings, operands: Operands) -> list[Job]:
-    """`pack` undone."""
+    """The jobs that `pack` split."""
     scalars = zip(settings.scalars, settings.places, strict=True)
     steps, own = settings.tree.unflatten([x if i is None else operands.scalars[i] for x, i in scalars])
     steps = [values and Step(**values) for values in steps]

@@ -1,4 +1,4 @@
-"""What JAX's tree functions leave to be said more than once."""
+"""Helpers for trees."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +7,6 @@ import jax
 
 
 def find_states(tree, kind: type | tuple[type, ...] | Callable[[Any], bool]) -> list:
-    """The nodes of ``tree`` that are of a type, or of which a function is true; not looking inside of them."""
+    """The outermost nodes of ``tree`` that are of type ``kind``, or for which the function ``kind`` is true."""
     matches = (lambda x: isinstance(x, kind)) if isinstance(kind, (type, tuple)) else kind
     return [x for x in jax.tree.leaves(tree, is_leaf=matches) if matches(x)]

@@ -7,7 +7,7 @@ import pytest
 
 
 def rows(axis: str, values: Mapping | Iterable, default: Collection[str]):
-    """``pytest.mark.parametrize`` over ``values`` of which those named in ``default`` run by default; others are slow.
+    """``pytest.mark.parametrize`` over ``values``; the names in ``default`` run by default, all others are slow.
 
     A value's name is its key in a mapping, else its ``str``.
     """
