@@ -130,7 +130,7 @@ def test_ema_with_a_traced_rate():
 
 @jax.jit
 def sqrt(x):
-    """JAX's root and ours, and ours with its two derivatives, of which the second is along 3."""
+    """JAX's root and ours; and ours with its first two derivatives, the second taken along 3."""
     ours = _numerics.sqrt
     return jnp.sqrt(x), ours(x), jax.grad(ours)(x), *jax.jvp(ours, (x,), (jnp.float32(3),))
 

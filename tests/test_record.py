@@ -154,7 +154,7 @@ def compiled(keep):
 
 @helpers.rows("keep", [10, 1000], default=["1000"])
 def test_the_steps_between_do_next_to_nothing(keep):
-    """A loop of one round at most, with all that is looked at in it; no copy of a parameter or of the ring."""
+    """The statistics are within a loop of at most one round; no parameter and no ring is copied."""
     program = compiled(keep)
     text = program.as_text()
     entry = text[text.index("ENTRY") :]
