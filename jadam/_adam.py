@@ -4,6 +4,7 @@ Letters are the paper's: gradient ``g``, moments ``m`` and ``v``, their bias-cor
 ``v_hat``, step ``t``. Arguments and state fields (``b1, b2, eps``; ``count, mu, nu``) are Optax's.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -61,14 +62,19 @@ def without_correction(step: Step, *names: str) -> Step:
     return step.replace(**{name: vars(step)[name]._replace(correction=one, next_correction=one) for name in names})
 
 
-def adjustment(eps_mode: str, bias_correction: bool = True) -> Callable[[Step], Step]:
-    """What the two switches of the public functions make of a rule's scalars."""
+def adjustment(eps_mode: str, bias_correction: bool = True, *further: Callable[[Step], Step]) -> Callable[[Step], Step]:
+    """What the two switches of the public functions make of a rule's scalars, and ``further`` functions after that."""
     _checks.one_of("eps_mode", eps_mode, ("paper", "hat"))
     _checks.one_of("bias_correction", bias_correction, (True, False))
+    return _adjustment(eps_mode == "hat", bool(bias_correction), further)
 
+
+@functools.cache  # one function for all transformations with these switches, so that they share compiled programs
+def _adjustment(hat, bias_correction, further):
     def adjust(step):
         step = step if bias_correction else without_correction(step, "b1", "b2", "momentum")
-        return with_eps_hat(step) if eps_mode == "hat" else step
+        step = with_eps_hat(step) if hat else step
+        return functools.reduce(lambda step, f: f(step), further, step)
 
     return adjust
 

@@ -13,11 +13,11 @@ import optax
 
 from jadam import _checks
 from jadam._exact_bf16 import ExactBF16
-from jadam._transformation import NotOnePass, Plan, Transformation, Update
+from jadam._transformation import NotOnePass, OwnUpdate, Plan, Transformation
 
 
 @dataclasses.dataclass(eq=False)
-class ClipUpdate(Update):
+class ClipUpdate(OwnUpdate):
     """``update`` of a clipping, and what it does to the jobs of a plan."""
 
     name: str = dataclasses.field(kw_only=True)
@@ -38,10 +38,16 @@ class Clip(optax.GradientTransformation):
 
 def _clip(tx, limit, name, bound) -> Clip:
     def update(updates, state, params=None) -> Any:
+        del params
         _checks.gradients(updates, state, None)
-        return tx.update(updates, state, params)
+        leaves, structure = jax.tree.flatten(updates)  # a norm makes numbers of arrays: none for a user's own class
+        leaves, state = tx.update(leaves, state)
+        return structure.unflatten(leaves), state
 
-    return Clip(tx.init, ClipUpdate(update, text=f"jadam.{name}({bound})", name=name, limit=limit))
+    def plan(updates, state, params) -> Any:
+        raise NotOnePass(f"{name} alone")
+
+    return Clip(tx.init, ClipUpdate(plan, f"jadam.{name}({bound})", function=update, name=name, limit=limit))
 
 
 def clip(max_delta: jax.typing.ArrayLike) -> Clip:
@@ -168,7 +174,7 @@ def chain(*stages: optax.GradientTransformation) -> Transformation:
 
     text = f"jadam.chain({', '.join(map(repr, stages))})"
     reads_gradients = any(stage.info.name == "clip_by_global_norm" for stage in clips if isinstance(stage, Clip))
-    return Transformation(inner.init, Update(update, plan, text, reads_gradients=reads_gradients))
+    return Transformation(inner.init, OwnUpdate(plan, text, None, reads_gradients, function=update))
 
 
 def _why_not_one_pass(clips, last) -> str | None:

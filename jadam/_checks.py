@@ -1,5 +1,6 @@
 """Bad input stops here, with one line that says the name, the range, the value and the remedy."""
 
+import functools
 import math
 import numbers
 from collections.abc import Callable
@@ -142,52 +143,78 @@ def storage_dtype(name: str, dtype):
     return dtype
 
 
+def _failing(check: Callable[..., bool], tree, *like):
+    """``(path, leaf, ...)`` of the first leaf, with those of the trees like it, that fails the check; nothing if none.
+
+    Paths are made only for it: an eager step has several checks of hundreds of leaves.
+    """
+    columns = [jax.tree.leaves(x) for x in (tree, *like)]
+    for i, row in enumerate(zip(*columns, strict=True)):
+        if not check(*row):
+            yield jax.tree_util.keystr(jax.tree_util.tree_leaves_with_path(tree)[i][0]), *row
+            return
+
+
 def holds_complex(mu, updates) -> None:
     """Raise if a complex gradient's first moment is stored in a real dtype, which would drop its imaginary part."""
-    for (path, g), m in zip(jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(mu), strict=True):
-        if jnp.iscomplexobj(g) and not jnp.iscomplexobj(m):
-            raise TypeError(
-                f"mu_dtype must be complex for complex gradients, got {m.dtype} for updates"
-                f"{jax.tree_util.keystr(path)}. Leave it out."
-            )
+    fits = lambda g, m: np.iscomplexobj(m) or not np.iscomplexobj(g)
+    for path, _, m in _failing(fits, updates, mu):
+        raise TypeError(
+            f"mu_dtype must be complex for complex gradients, got {m.dtype} for updates{path}. Leave it out."
+        )
+
+
+def _is_array(leaf) -> bool:
+    """Whether it is an array, a number or a `jax.ShapeDtypeStruct`."""
+    if isinstance(leaf, (jax.Array, numbers.Number)):
+        return True
+    dtype = getattr(leaf, "dtype", None)
+    return hasattr(leaf, "shape") and isinstance(dtype, np.dtype) and dtype.kind not in "OSU"
 
 
 def arrays(tree, what: str) -> None:
     """Raise unless every leaf of ``tree`` is an array, a number or a `jax.ShapeDtypeStruct`."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        dtype = getattr(leaf, "dtype", None)
-        typed = hasattr(leaf, "shape") and isinstance(dtype, np.dtype) and dtype.kind not in "OSU"
-        if not (isinstance(leaf, (jax.Array, numbers.Number)) or typed):
-            raise TypeError(
-                f"{what}{jax.tree_util.keystr(path)} must be an array, got {shown(leaf)} of type {type(leaf).__name__}."
-            )
+    for path, leaf in _failing(_is_array, tree):
+        raise TypeError(f"{what}{path} must be an array, got {shown(leaf)} of type {type(leaf).__name__}.")
+
+
+def _is_there(leaf) -> bool:
+    """Whether an array can be read."""
+    if isinstance(leaf, jax.Array):
+        return isinstance(leaf, jax.core.Tracer) or not leaf.is_deleted()
+    return not isinstance(leaf, jax.ShapeDtypeStruct)
 
 
 def values(tree, what: str) -> None:
     """Raise unless every leaf of ``tree`` is an array, or a number, that can be read."""
     arrays(tree, what)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if isinstance(leaf, jax.core.Tracer):
-            continue
+    for path, leaf in _failing(_is_there, tree):
         if isinstance(leaf, jax.ShapeDtypeStruct):
             raise TypeError(
-                f"{what}{jax.tree_util.keystr(path)} must be an array, got a ShapeDtypeStruct, which has no values. "
-                "For shapes: jax.eval_shape."
+                f"{what}{path} must be an array, got a ShapeDtypeStruct, which has no values. For shapes: "
+                "jax.eval_shape."
             )
-        if isinstance(leaf, jax.Array) and leaf.is_deleted():
-            raise ValueError(
-                f"{what}{jax.tree_util.keystr(path)} must be there, but was donated to an earlier step or deleted. Go "
-                "on with what that step returned."
-            )
+        raise ValueError(
+            f"{what}{path} must be there, but was donated to an earlier step or deleted. Go on with what that step "
+            "returned."
+        )
+
+
+def _committed(x):
+    """The devices that an array must stay on, or None."""
+    known = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+    return x.sharding.device_set if known and x.committed else None
 
 
 def together(**trees) -> None:
     """Raise unless all arrays that are committed to devices are on the same ones."""
+    if len({frozenset(on) for x in jax.tree.leaves(trees) if (on := _committed(x))}) < 2:
+        return
     first = None
     for what, tree in trees.items():
         for path, x in jax.tree_util.tree_leaves_with_path(tree):
-            if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.committed:
-                name, devices = f"{what}{jax.tree_util.keystr(path)}", x.sharding.device_set
+            if (devices := _committed(x)) is not None:
+                name = f"{what}{jax.tree_util.keystr(path)}"
                 first = first or (name, devices)
                 if devices != first[1]:
                     here, there = (shown(sorted(x, key=lambda x: x.id)) for x in (devices, first[1]))
@@ -197,22 +224,27 @@ def together(**trees) -> None:
                     )
 
 
+@functools.cache
+def _is_trainable(dtype) -> bool:
+    return jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits >= 16
+
+
 def trainable(tree, what: str) -> None:
     """Raise unless every leaf of ``tree`` is real or complex floating, of 16 bits at least."""
     arrays(tree, what)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        dtype = getattr(leaf, "dtype", None) or jnp.result_type(leaf)
-        if not jnp.issubdtype(dtype, jnp.inexact):
-            kind = "float0, as the gradient of an integer is" if dtype == jax.dtypes.float0 else dtype
+    dtype_of = lambda leaf: getattr(leaf, "dtype", None) or jnp.result_type(leaf)
+    for path, leaf in _failing(lambda leaf: _is_trainable(dtype_of(leaf)), tree):
+        dtype = dtype_of(leaf)
+        if jnp.issubdtype(dtype, jnp.inexact):
             raise TypeError(
-                f"{what}{jax.tree_util.keystr(path)} must be floating or complex to be trained, got {kind}. "
-                "Leave it out (eqx.is_inexact_array, nnx.Param) or wrap the optimizer in optax.masked."
+                f"{what}{path} must have 16 bits or more to be trained, got {dtype}. Keep it in bfloat16, and cast in "
+                "the model."
             )
-        if jnp.finfo(dtype).bits < 16:
-            raise TypeError(
-                f"{what}{jax.tree_util.keystr(path)} must have 16 bits or more to be trained, got {dtype}. Keep it in "
-                "bfloat16, and cast in the model."
-            )
+        kind = "float0, as the gradient of an integer is" if dtype == jax.dtypes.float0 else dtype
+        raise TypeError(
+            f"{what}{path} must be floating or complex to be trained, got {kind}. Leave it out "
+            "(eqx.is_inexact_array, nnx.Param) or wrap the optimizer in optax.masked."
+        )
 
 
 def gradients(updates, state, params, *, planning: bool = False) -> None:
@@ -283,41 +315,48 @@ def no_scales(has: bool, path) -> None:
 
 def moments_narrow_enough(tree, name: str, mu) -> None:
     """Raise if a moment is float32 that should be bfloat16: it would go on taking its 4 bytes."""
-    for (path, leaf), m in zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(mu), strict=True):
-        if leaf.dtype == jnp.float32 and not jnp.iscomplexobj(m):
-            raise TypeError(
-                f"state.{name}{jax.tree_util.keystr(path)} must be bfloat16 with moments='bfloat16', got float32. If "
-                "the state was made with other moments: jadam.convert_moments(state, 'bfloat16')."
-            )
+    for path, *_ in _failing(lambda x, m: x.dtype != np.float32 or np.iscomplexobj(m), tree, mu):
+        raise TypeError(
+            f"state.{name}{path} must be bfloat16 with moments='bfloat16', got float32. If the state was made with "
+            "other moments: jadam.convert_moments(state, 'bfloat16')."
+        )
+
+
+@functools.cache
+def _is_wide(dtype) -> bool:
+    return jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits >= 32
 
 
 def moments_wide_enough(tree, name: str) -> None:
     """Raise if a second moment is narrower than float32: there it stalls, and silently."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if not jnp.issubdtype(leaf.dtype, jnp.inexact) or jnp.finfo(leaf.dtype).bits < 32:
-            raise TypeError(
-                f"state.{name}{jax.tree_util.keystr(path)} must be float32 or wider, got {leaf.dtype}: at b2 = 0.999 "
-                "a step is smaller than its spacing. Optax keeps bf16 parameters' moments in bf16; widen the restored "
-                "state once: jadam.convert_moments(state, 'float32')."
-            )
+    for path, leaf in _failing(lambda x: _is_wide(x.dtype), tree):
+        raise TypeError(
+            f"state.{name}{path} must be float32 or wider, got {leaf.dtype}: at b2 = 0.999 a step is smaller than its "
+            "spacing. Optax keeps bf16 parameters' moments in bf16; widen the restored state once: "
+            "jadam.convert_moments(state, 'float32')."
+        )
+
+
+def keeps_dtypes(tree, leaves) -> None:
+    """Raise if a class of ``tree`` makes float32 of 8- and 16-bit moments: they would take its 4 bytes, or be lost."""
+    for path, x, given in _failing(lambda x, y: x.dtype == y.dtype or _is_wide(y.dtype) or y.size <= 1, tree, leaves):
+        raise TypeError(
+            f"params{path} must be able to hold {given.dtype}, in which its moments are stored, got {x.dtype} back "
+            "from the class it lies in. Let its __post_init__ keep dtypes, or choose moments='float32' for it."
+        )
 
 
 def same_tree(tree, reference, what: str, than: str, hint: str = "") -> None:
     """Raise unless ``tree`` has the structure and shapes of ``reference``, naming the first path that differs."""
     same_structure(tree, reference, what, than, hint)
-    leaves, other = (jax.tree_util.tree_leaves_with_path(x) for x in (tree, reference))
-    for (path, leaf), (_, expected) in zip(leaves, other, strict=True):
-        if jnp.shape(leaf) != jnp.shape(expected):
-            raise ValueError(
-                f"{what}{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}, {than} has {jnp.shape(expected)}. "
-                f"{_SAME_TREE}{hint}"
-            )
+    for path, leaf, other in _failing(lambda x, y: np.shape(x) == np.shape(y), tree, reference):
+        raise ValueError(f"{what}{path} has shape {np.shape(leaf)}, {than} has {np.shape(other)}. {_SAME_TREE}{hint}")
 
 
 def same_structure(tree, reference, what: str, than: str, hint: str = "") -> None:
     """Raise unless ``tree`` has the structure of ``reference``, naming the first path that differs."""
-    leaves, other = (jax.tree_util.tree_leaves_with_path(x) for x in (tree, reference))
     if jax.tree.structure(tree) != jax.tree.structure(reference):
+        leaves, other = (jax.tree_util.tree_leaves_with_path(x) for x in (tree, reference))
         here, there = ([jax.tree_util.keystr(path) for path, _ in x] for x in (leaves, other))
         extra = next((path for path in here if path not in set(there)), None)
         missing = next((path for path in there if path not in set(here)), None)

@@ -12,7 +12,7 @@ import numpy as np
 
 from jadam import _checks
 from jadam._formats import FORMATS, leaf_name
-from jadam._kernels import Backend, backends, pallas
+from jadam._kernels import Backend, backends, pallas, platform_of
 from jadam._step import obstacle, outlook
 from jadam._transformation import QuantizedAdamState
 from jadam._trees import find_states
@@ -169,7 +169,7 @@ def _outlook(tx, state, params, names) -> tuple[list[Any], bool | None, str]:
     reason = obstacle(tx, params, state, params)
     if reason is not None:
         return unknown, False, f"two calls: {reason}"
-    platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+    platform = platform_of(jax.devices()[0])
     backend = backends().get(platform, Backend(None, "no kernel"))
     groups, refusals = zip(*outlook(platform, tx, params, state, params), strict=True) if names else ((), ())
     if backend.kernel is None and platform not in pallas.PLATFORMS:

@@ -15,8 +15,8 @@ import optax
 from jadam import _checks
 from jadam._formats import VERSION, leaf_name, placeholder, version
 from jadam._numerics import applied, apply_updates, at_least_float32
-from jadam._transformation import NotOnePass, Plan, Transformation, Update
-from jadam._trees import find_states
+from jadam._transformation import NotOnePass, OwnUpdate, Plan, Transformation
+from jadam._trees import find_states, trained
 
 
 class ExactBF16State(NamedTuple):
@@ -94,6 +94,7 @@ def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
             raise ValueError("exact_bf16 needs params: call update(updates, state, params).")
         _checks.state_of(state, ExactBF16State)
         _checks.version(state, VERSION)
+        params, _ = trained(params, updates)
         _checks.gradients(updates, state, params)
         masters = _masters(params, state.remainder)
         wide = jax.tree.map(_wide_gradient, updates, params)
@@ -127,7 +128,7 @@ def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
 
         return Plan(jobs, whole)
 
-    return ExactBF16(init, Update(update, plan, f"jadam.exact_bf16({tx!r})", inner, reads_gradients))
+    return ExactBF16(init, OwnUpdate(plan, f"jadam.exact_bf16({tx!r})", inner, reads_gradients, function=update))
 
 
 def float32_params(params, state):

@@ -100,8 +100,7 @@ def scale_by_radam(
     given = {**locals()}
     threshold = _checks.hyperparameter("threshold", threshold, ">= 4")
     _checks.one_of("nesterov", nesterov, (True, False))
-    rule, hat = RADAM_OF_NADAM if nesterov else RADAM, adjustment(eps_mode)
-    adjust = lambda step: rectified(hat(step))
+    rule, adjust = RADAM_OF_NADAM if nesterov else RADAM, adjustment(eps_mode, True, rectified)
     betas, scalars = {"b1": b1, "b2": b2}, {"eps": eps, "eps_root": eps_root, "threshold": threshold}
     return scale_by_rule(rule, betas, scalars, moments=moments, adjust=adjust).called(scale_by_radam, given)
 

@@ -7,6 +7,7 @@ otherwise XLA, which is also what `jax.vmap` and differentiation see.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.core
@@ -22,6 +23,7 @@ from jadam._kernels import cpu, pallas
 from jadam._leaf import update_leaf
 from jadam._numerics import apply_updates
 from jadam._transformation import NotOnePass, Operands, Transformation, pack, unpack, what_is_stored
+from jadam._trees import trained
 
 
 def step(tx: optax.GradientTransformation, grads, state, params):
@@ -67,49 +69,42 @@ def step(tx: optax.GradientTransformation, grads, state, params):
         return own(grads, state, params)
     if not isinstance(tx, Transformation):
         return two_calls(tx, grads, state, params)
+    whole = params
+    params, put = trained(params, grads)
     for tree, what in ((grads, "grads"), (state, "state"), (params, "params")):
         _checks.values(tree, what)
     _checks.together(grads=grads, state=state, params=params)
     if params is None:
         raise ValueError("step needs params: call step(tx, grads, state, params).")
     try:
-        return by_plan(_bind, tx, grads, state, params)
+        jobs, finish = tx.plan(grads, state, params)
     except NotOnePass:
-        return two_calls(tx, grads, state, params)
-
-
-def by_plan(take, tx, grads, state, params):
-    """`step` where ``take(settings, operands, grads, params)`` does what is planned, on lists of leaves."""
-    jobs, finish = tx.plan(grads, state, params)
+        return two_calls(tx, grads, state, whole)
+    settings, operands = pack(jobs)
     leaves, structure = jax.tree.flatten(params)
-    leaves, stored = take(*pack(jobs), jax.tree.leaves(grads), leaves)
-    return _after_step(tx, structure.unflatten(leaves), finish(stored))
-
-
-def _bind(settings, operands, grads, params):
-    """The new parameters and what is stored, for lists of leaves."""
-    flat, tree = jax.tree.flatten((operands, grads, params))
-    params, stored = jax.tree.unflatten(
-        _results(tree, flat), step_p.bind(*map(jnp.asarray, flat), settings=settings, tree=tree)
-    )
+    arrays, tree = jax.tree.flatten((operands, jax.tree.leaves(grads), leaves))
+    leaves, stored = _results(tree, step_p.bind(*arrays, settings=settings, tree=tree))
     # Times 1, which XLA leaves out: checkify looks for NaN behind operations that it knows, such as a product.
-    return [p * np.ones([], p.dtype) if _is_traced(p) else p for p in params], stored
+    leaves = [p * np.ones([], p.dtype) if isinstance(p, jax.core.Tracer) else p for p in leaves]
+    return put(leaves), _recorded(tx, finish(stored), structure.unflatten(leaves))
 
 
-def _results(tree, flat):
-    """The structure of the primitive's results."""
-    operands, _, params = tree.unflatten(flat)
+def _results(tree, arrays) -> tuple[list, list[tuple]]:
+    """The new parameters, and what is stored, of the primitive's results."""
+    return jax.tree.unflatten(_structure_of_results(tree), arrays)
+
+
+@functools.lru_cache(maxsize=256)
+def _structure_of_results(tree):
+    operands, _, params = tree.unflatten(range(tree.num_leaves))
     return jax.tree.structure((params, list(map(what_is_stored, operands.owned))))
-
-
-def _is_traced(x) -> bool:
-    return isinstance(x, jax.core.Tracer)
 
 
 def two_calls(tx, grads, state, params):
     """What `step` amounts to."""
     updates, state = tx.update(grads, state, params)
-    return apply_updates(params, updates), state
+    params, put = trained(params, updates)
+    return put(jax.tree.leaves(apply_updates(params, updates))), state
 
 
 def obstacle(tx, grads, state, params) -> str | None:
@@ -150,10 +145,10 @@ def outlook(platform, tx, grads, state, params) -> list[tuple[str, str | None]]:
     return found
 
 
-def _after_step(tx, params, state):
-    """The new parameters and the new state, in which `jadam.record` may have written."""
+def _recorded(tx, state, params):
+    """The new state, in which `jadam.record` may have written."""
     after_step = tx.info.after_step
-    return params, state if after_step is None else after_step(state, params)
+    return state if after_step is None else after_step(state, params)
 
 
 def in_parts(tx, grads, state, params, mesh, specs, first):
@@ -162,46 +157,71 @@ def in_parts(tx, grads, state, params, mesh, specs, first):
     The plan is of whole arrays, so that a norm is that of all gradients; each device then does its parts of the jobs.
     """
     jobs, finish = tx.plan(grads, state, params)
-    grads, (leaves, structure) = jax.tree.leaves(grads), jax.tree.flatten(params)
-    shapes = [p.shape for p in leaves]
-    settings, operands = pack(jobs, shapes)
+    leaves, structure = jax.tree.flatten(params)
+    settings, operands = pack(jobs, [p.shape for p in leaves])
+    leaves, stored = _on_mesh(settings, mesh, tuple(specs), first, operands, jax.tree.leaves(grads), leaves)
+    params = structure.unflatten(leaves)
+    return params, _recorded(tx, finish(stored), params)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _on_mesh(settings, mesh, specs, first, operands, grads, params):
+    specs = list(specs)
 
     def body(operands, grads, params):
-        firsts = [first(shape, spec, mesh) for shape, spec in zip(shapes, specs, strict=True)]
-        return _bind(settings, operands._replace(firsts=firsts), grads, params)
+        firsts = [first(shape, spec, mesh) for shape, spec in zip(settings.shapes, specs, strict=True)]
+        arrays, tree = jax.tree.flatten((operands._replace(firsts=firsts), grads, params))
+        return _results(tree, step_p.bind(*arrays, settings=settings, tree=tree))
 
     of_owned = [jax.tree.map(lambda _, spec=spec: spec, x) for x, spec in zip(operands.owned, specs, strict=True)]
     of_operands = Operands(jax.tree.map(lambda _: PartitionSpec(), operands.scalars), of_owned, None)
-    of_stored = list(map(what_is_stored, of_owned))
-    leaves, stored = jax.shard_map(
+    return jax.shard_map(
         body,
         mesh=mesh,
         in_specs=(of_operands, specs, specs),
-        out_specs=(specs, of_stored),
+        out_specs=(specs, list(map(what_is_stored, of_owned))),
         check_vma=False,
-    )(operands, grads, leaves)
-    return _after_step(tx, structure.unflatten(leaves), finish(stored))
+    )(operands, grads, params)
 
 
-def by_jobs(kernel, settings, operands, grads, params):
-    """``kernel(jobs, grads, params)`` gives ``(p, stored)`` for the leaves it takes and None for those left to XLA."""
-    jobs = unpack(settings, operands)
-    done = kernel(jobs, grads, params)
-    rows = [update_leaf(*x) if y is None else y for y, *x in zip(done, jobs, grads, params, strict=True)]
-    return [p for p, _ in rows], [stored for _, stored in rows]
-
-
-def by_xla(settings, operands, grads, params):
-    """The jobs without a kernel."""
-    return by_jobs(lambda jobs, grads, params: [None] * len(jobs), settings, operands, grads, params)
-
+KERNELS: dict[str, Any] = {  # kernel(jobs, grads, params) gives None for the leaves it leaves to XLA
+    "cpu": cpu.kernel,
+    **{platform: functools.partial(pallas.kernel, platform) for platform in pallas.PLATFORMS},
+}
 
 step_p = Primitive("jadam_step")
 step_p.multiple_results = True
 
 
-def _flat(function, *args, settings, tree):
-    return jax.tree.leaves(function(settings, *tree.unflatten(args)))
+def _step_leaves(*arrays, settings, tree, platform):
+    """What the primitive does: the kernel where the platform has one that is active, XLA elsewhere."""
+    operands, grads, params = tree.unflatten(arrays)
+    jobs = unpack(settings, operands)
+    traced = any(isinstance(x, jax.core.Tracer) for x in arrays)  # else JAX looks for the operation that made a NaN
+    serves = traced and platform in KERNELS and _kernels.backends()[platform].kernel is not None
+    done: list = KERNELS[platform](jobs, grads, params) if serves else [None] * len(jobs)
+    for i, (job, g, p) in enumerate(zip(jobs, grads, params, strict=True)):
+        if done[i] is None:
+            done[i] = update_leaf(job, g, p)
+    return jax.tree.leaves(([p for p, _ in done], [stored for _, stored in done]))
+
+
+_step_leaves_by_xla = functools.partial(_step_leaves, platform=None)
+_compiled = jax.jit(_step_leaves, static_argnames=("settings", "tree", "platform"))
+
+
+@step_p.def_impl
+def _(*arrays, settings, tree):
+    with jax.disable_jit(False):  # so that the kernel serves, and results are the same, where the user's own jit is off
+        return _compiled(*arrays, settings=settings, tree=tree, platform=_platform_of(arrays))
+
+
+def _platform_of(arrays) -> str | None:
+    """That of the one device on which the arrays are, None if they are on several."""
+    arrays = [x for x in arrays if isinstance(x, jax.Array)]
+    one = next((x for x in arrays if x.committed), arrays[0])
+    devices = one.sharding.device_set
+    return _kernels.platform_of(next(iter(devices))) if len(devices) == 1 else None
 
 
 @step_p.def_abstract_eval
@@ -211,33 +231,10 @@ def _(*avals, settings, tree):
     return [x.strip_weak_type() for x in jax.tree.leaves((params, list(map(what_is_stored, operands.owned))))]
 
 
-@functools.lru_cache(maxsize=256)
-def _compiled(settings, tree):
-    """The primitive under jit; by XLA's operations one by one where JAX looks for the one that made a NaN."""
-
-    def run(*args):
-        traced = any(map(_is_traced, args))
-        bind = step_p.bind if traced else functools.partial(_flat, by_xla)
-        return bind(*args, settings=settings, tree=tree)
-
-    return jax.jit(run)
-
-
-@step_p.def_impl
-def _(*args, settings, tree):
-    with jax.disable_jit(False):  # else what is compiled would come back here for ever
-        return _compiled(settings, tree)(*args)
-
-
-def _lowering(platform="", kernel=None):
-    """The rule for a platform: ``kernel`` where it is active and the array whole, else XLA."""
-
-    def rule(ctx, *args, settings, tree):
-        serves = kernel is not None and _kernels.backends()[platform].kernel is not None and _whole(ctx)
-        function = functools.partial(_flat, functools.partial(by_jobs, kernel) if serves else by_xla)
-        return mlir.lower_fun(function, multiple_results=True)(ctx, *args, settings=settings, tree=tree)
-
-    return rule
+def _lowering(ctx, *arrays, settings, tree, platform):
+    """A platform's kernel where it sees whole arrays, else XLA."""
+    function = functools.partial(_step_leaves, platform=platform if _whole(ctx) else None)
+    return mlir.lower_fun(function, multiple_results=True)(ctx, *arrays, settings=settings, tree=tree)
 
 
 def _whole(ctx) -> bool:
@@ -251,20 +248,19 @@ def _whole(ctx) -> bool:
     return getattr(context, "num_devices", 1) == 1
 
 
-mlir.register_lowering(step_p, _lowering())
-mlir.register_lowering(step_p, _lowering("cpu", cpu.kernel), platform="cpu")
-for name in pallas.PLATFORMS:
-    mlir.register_lowering(step_p, _lowering(name, functools.partial(pallas.kernel, name)), platform=name)
+mlir.register_lowering(step_p, functools.partial(_lowering, platform=None))
+for platform in KERNELS:
+    mlir.register_lowering(step_p, functools.partial(_lowering, platform=platform), platform=platform)
 
 
-def _batch(args, dims, *, settings, tree):
-    out = jax.vmap(functools.partial(_flat, by_xla, settings=settings, tree=tree), in_axes=dims)(*args)
+def _batch(arrays, dims, **settings):
+    out = jax.vmap(functools.partial(_step_leaves_by_xla, **settings), in_axes=dims)(*arrays)
     return out, [0] * len(out)
 
 
-def _jvp(primals, tangents, *, settings, tree):
+def _jvp(primals, tangents, **settings):
     tangents = map(ad.instantiate_zeros, tangents)
-    function = functools.partial(_flat, by_xla, settings=settings, tree=tree)
+    function = functools.partial(_step_leaves_by_xla, **settings)
     out, tangents = jax.jvp(function, tuple(primals), tuple(tangents))
     is_zero = lambda t: t.dtype == jax.dtypes.float0
     return out, [

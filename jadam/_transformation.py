@@ -32,12 +32,15 @@ from jadam._numerics import (
     scheduled_beta,
     sqrt,
 )
+from jadam._trees import trained
 
 
+@jax.tree_util.register_pytree_node_class
 class Step(SimpleNamespace):
     """The scalars of one step, in the dtype of the leaf they are used on.
 
-    ``t`` counts from 1; a `Beta` for every decay rate and a scalar for every other hyperparameter, by name.
+    ``t`` counts from 1; a `Beta` for every decay rate and a scalar for every other hyperparameter, by name. A tree
+    whose leaves are those that are arrays; numbers known on the host belong to its structure.
     """
 
     t: Scalar
@@ -55,6 +58,20 @@ class Step(SimpleNamespace):
     def replace(self, **changed) -> "Step":
         """The same step with some scalars changed."""
         return Step(**{**vars(self), **changed})
+
+    def tree_flatten(self):
+        """For JAX."""
+        values, tree = jax.tree.flatten(vars(self))
+        is_array = [isinstance(x, jax.Array) for x in values]
+        known = tuple(None if array else x for x, array in zip(values, is_array, strict=True))
+        return [x for x, array in zip(values, is_array, strict=True) if array], (known, tree)
+
+    @classmethod
+    def tree_unflatten(cls, aux, arrays) -> "Step":
+        """For JAX."""
+        known, tree = aux
+        arrays = iter(arrays)
+        return cls(**tree.unflatten([next(arrays) if x is None else x for x in known]))
 
 
 class QuantizedAdamState(NamedTuple):
@@ -88,7 +105,7 @@ def corrected_root(step: Step, v):
     return sqrt(v / step.b2.correction)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Rule:
     """A relative of Adam: its formula for one array, and all that other files need to know about it."""
 
@@ -104,10 +121,6 @@ class Rule:
     def moments(self) -> tuple[str, ...]:
         """The fields of the state that hold moments."""
         return self.state_type._fields[1:]
-
-    def __call__(self, step, g, *moments):
-        """The direction ``u`` and the new moments."""
-        return self.function(step, g, *moments)
 
     def __repr__(self):
         return self.function.__name__
@@ -144,11 +157,7 @@ class Part(NamedTuple):
 
 
 class Job(NamedTuple):
-    """What a step does to one leaf; called with the gradient, the update's direction and the moments stored again.
-
-    The direction is then added ``minus_lr`` times to the parameter; the other fields are `None` where there is nothing
-    to do.
-    """
+    """What a step does to one leaf. Fields are `None` where there is nothing to do."""
 
     rule: Rule
     step: Any  # a `Step`
@@ -170,27 +179,22 @@ class Job(NamedTuple):
     @property
     def frozen(self) -> bool:
         """Whether the parameter stays what it is."""
-        return self.rule is KEEP
-
-    def __call__(self, g):
-        """``(u, stored)``: the rule on the decoded moments."""
-        decoded = self.format.decode(self.stored, self.dtype)
-        with jax.numpy_dtype_promotion("standard"):  # complex numbers times real ones
-            u, *new = self.rule(self.step, g.astype(self.dtype), *decoded)
-        index = self.part.indices(g.shape) if self.index is None and self.part is not None else self.index
-        random = _formats.random_for(g.shape, self.salt, self.count, index)
-        return u, self.format.encode(new, self.stored, random)
+        return self.rule == KEEP  # a copy of it, in a transformation that was copied
 
     def update(self, g, p):
-        """``(u, stored)`` of the whole step: what comes before the rule and behind it."""
+        """``(u, stored)``: the rule on the decoded moments, what comes before it and behind it."""
         if self.frozen:
             return jnp.zeros_like(p, dtype=self.dtype), ()
         if self.bound is not None:
             g = jnp.clip(g, -jnp.asarray(self.bound, g.dtype), jnp.asarray(self.bound, g.dtype))
         if self.norm is not None:
             g = g / self.norm.astype(g.dtype) * self.max_norm.astype(g.dtype)
-        u, stored = self(g)
-        return self.descended(u, p), stored
+        moments = self.format.decode(self.stored, self.dtype)
+        with jax.numpy_dtype_promotion("standard"):  # complex numbers times real ones
+            u, *moments = self.rule.function(self.step, g.astype(self.dtype), *moments)
+        index = self.part.indices(g.shape) if self.index is None and self.part is not None else self.index
+        random = _formats.random_for(g.shape, self.salt, self.count, index)
+        return self.descended(u, p), self.format.encode(moments, self.stored, random)
 
     def descended(self, u, p):
         """The update that the rule's direction becomes: with weight decay, times the learning rate."""
@@ -226,8 +230,9 @@ def pack(jobs: list[Job], shapes=None) -> tuple[Settings, Operands]:
     """Split jobs into hashable settings and arrays; ``shapes`` are the whole arrays', where each job does a part."""
     distinct = {id(job.step): job.step for job in jobs}
     order = {key: i for i, key in enumerate(distinct)}
-    steps = [step and vars(step) for step in distinct.values()]
-    values, tree = jax.tree.flatten((steps, [[getattr(job, name) for name in OWN_SCALARS] for job in jobs]))
+    values, tree = jax.tree.flatten(
+        (list(distinct.values()), [[getattr(job, name) for name in OWN_SCALARS] for job in jobs])
+    )
     arrays = {id(x): x for x in values if isinstance(x, jax.Array)}
     place = {key: i for i, key in enumerate(arrays)}
     places = tuple(place.get(id(x)) for x in values)
@@ -256,7 +261,6 @@ def unpack(settings: Settings, operands: Operands) -> list[Job]:
     """The jobs that `pack` split."""
     scalars = zip(settings.scalars, settings.places, strict=True)
     steps, own = settings.tree.unflatten([x if i is None else operands.scalars[i] for x, i in scalars])
-    steps = [values and Step(**values) for values in steps]
     parts: list = [None] * len(settings.jobs)
     if operands.firsts is not None and settings.shapes is not None:
         parts = [Part(first, shape) for first, shape in zip(operands.firsts, settings.shapes, strict=True)]
@@ -275,27 +279,15 @@ def what_is_stored(owned) -> tuple:
     return stored if remainder is None else (remainder, *stored)
 
 
-def _as_array(x):
-    return x if x is None or isinstance(x, jax.Array) else jnp.asarray(x)
-
-
-def directions(jobs: list[Job], grads: list, params: list) -> tuple[list, list]:
-    """The updates of leaves, and what is stored: one program for all where nothing is traced, else one for like leaves.
-
-    JAX traces and lowers a jitted function once for all leaves that share it, and XLA inlines it.
-    """
-    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((jobs[:1], grads, params)))
-    groups = [slice(i, i + 1) for i in range(len(jobs))] if traced else [slice(None)]
-    rows = [_directions(*pack(jobs[group]), grads[group], params[group]) for group in groups]
-    return [u for us, _ in rows for u in us], [x for _, stored in rows for x in stored]
-
-
 @functools.partial(jax.jit, static_argnums=0)
-def _directions(settings, operands, grads, params):
-    jobs = unpack(settings, operands)
-    us, stored = _columns([job.update(g, p) for job, g, p in zip(jobs, grads, params, strict=True)], 2)
-    dtypes = (promote(g) if p is None else promote(g, p) for g, p in zip(grads, params, strict=True))
-    return [u.astype(dtype) for u, dtype in zip(us, dtypes, strict=True)], list(stored)
+def _updates(settings, operands, grads, params) -> tuple[list[jax.Array], list[tuple]]:
+    """The updates of leaves, and what is stored."""
+    updates, stored = [], []
+    for job, g, p in zip(unpack(settings, operands), grads, params, strict=True):
+        u, new = job.update(g, p)
+        updates.append(u.astype(promote(g) if p is None else promote(g, p)))
+        stored.append(new)
+    return updates, stored
 
 
 class Plan(NamedTuple):
@@ -308,10 +300,6 @@ class Plan(NamedTuple):
     finish: Callable[..., Any]
 
 
-def _no_plan(grads, state, params) -> Plan:
-    raise NotOnePass("not one of jadam's optimizers")
-
-
 @dataclasses.dataclass(eq=False)
 class Update:
     """``update`` of a transformation, and all else that jadam knows about it.
@@ -320,12 +308,37 @@ class Update:
     ``update`` holds what must not be lost on the way. It is compared and hashed by identity, as a function is.
     """
 
-    function: Callable[..., Any]  # function(updates, state, params, **extra_args)
-    plan: Callable[..., Plan] = _no_plan  # plan(grads, state, params), with the checks of ``function``
+    plan: Callable[..., Plan]  # plan(grads, state, params), with all checks
     text: str = ""  # the call that made the transformation
     inner: Any = None  # the transformation that this one is around
     reads_gradients: bool = False  # whether a plan depends on the gradients' values, as a norm does
     after_step: Callable[..., Any] | None = None  # after_step(state, params), of the new ones, returns the state
+
+    def __call__(self, updates, state, params=None, **extra_args) -> Any:
+        """Optax's ``update``: what is planned, as one program where nothing is traced, else as one for like leaves.
+
+        JAX traces and lowers a jitted function once for all leaves that share it, and XLA inlines it.
+        """
+        del extra_args
+        params, _ = trained(params, updates)
+        _checks.values(params, "params")
+        jobs, finish = self.plan(updates, state, params)
+        grads, structure = jax.tree.flatten(updates)
+        params = [None] * len(grads) if params is None else jax.tree.leaves(params)
+        traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((jobs[:1], grads, params)))
+        updates, stored = [], []
+        for group in [slice(i, i + 1) for i in range(len(jobs))] if traced else [slice(None)]:
+            us, new = _updates(*pack(jobs[group]), grads[group], params[group])
+            updates += us
+            stored += new
+        return structure.unflatten(updates), finish(stored)
+
+
+@dataclasses.dataclass(eq=False)
+class OwnUpdate(Update):
+    """``update`` that a function does, and where it can be planned, `jadam.step` by the plan."""
+
+    function: Callable[..., Any] = dataclasses.field(kw_only=True)  # function(updates, state, params, **extra_args)
 
     def __call__(self, updates, state, params=None, **extra_args) -> Any:
         """Optax's ``update``."""
@@ -364,13 +377,18 @@ class Transformation(optax.GradientTransformationExtraArgs):
         return rendering_parts.text(repr(self))
 
 
+def unchanged(step: Step) -> Step:
+    """The scalars as they are."""
+    return step
+
+
 def scale_by_rule(
     rule: Rule,
     betas: dict[str, Any],
     scalars: dict[str, Any],
     mu_dtype: Any = None,
     moments: _formats.Moments = "float32",
-    adjust: Callable[[Step], Step] = lambda step: step,
+    adjust: Callable[[Step], Step] = unchanged,
 ) -> Transformation:
     """The transformation that applies ``rule`` to every leaf.
 
@@ -380,7 +398,7 @@ def scale_by_rule(
         scalars: other hyperparameters by name, >= 0: the same.
         mu_dtype: dtype in which ``mu`` is stored; default the parameter's, at least float32.
         moments: how the moments are stored, see `jadam.scale_by_adam`.
-        adjust: what of the rule is a matter of its scalars only, once a step.
+        adjust: what of the rule is a matter of its scalars only, once a step. Compiled once for each function.
     """
     betas = {name: _beta(name, value) for name, value in betas.items()}
     scalars = {name: _scalar(name, value) for name, value in scalars.items()}
@@ -402,7 +420,9 @@ def scale_by_rule(
 
         leaves, structure = jax.tree_util.tree_flatten_with_path(params)
         columns = _columns([leaf(path, p) for path, p in leaves], len(stored_names))
-        trees = map(structure.unflatten, columns)
+        trees = list(map(structure.unflatten, columns))
+        for tree, column in zip(trees, columns, strict=True):
+            _checks.keeps_dtypes(tree, column)
         state = state_type(jnp.zeros([], jnp.int32), *trees, *(make() for make in versions))
         return ScheduledBetasState({name: jnp.zeros([]) for name in scheduled}, state) if scheduled else state
 
@@ -422,20 +442,23 @@ def scale_by_rule(
             if moments == "bfloat16":
                 _checks.moments_narrow_enough(tree, name, state.mu)
         _checks.holds_complex(state.mu, updates)
-        step, corrections = _at_step(betas, scalars, state.count, corrections, adjust)
+        step, count, corrections = _at_step(betas, scalars, state.count, corrections, adjust)
+
+        @functools.cache  # leaves that share it share its scalars
+        def limited(dtype, format):
+            return format.limit(step(dtype))
 
         def job(path, g, *stored):
             format = _formats.of(stored)
             own, unused = stored[: (n := format.arrays(len(names)))], stored[n:]
             _checks.no_scales(not all(map(_formats.is_placeholder, unused)), path)
             dtype = at_least_float32(g, *own)
-            return Job(rule, format.limit(step(real(dtype))), dtype, format, own, _formats.salt(path), state.count)
+            return Job(rule, limited(real(dtype), format), dtype, format, own, _formats.salt(path), state.count)
 
         def finish(stored):
             trees = [structure.flatten_up_to(getattr(state, name)) for name in stored_names]
             full = [(*new, *old[len(new) :]) for new, old in zip(stored, zip(*trees, strict=True), strict=True)]
             columns = map(structure.unflatten, _columns(full, len(stored_names)))
-            count = optax.safe_increment(state.count)
             new = state._replace(count=count, **dict(zip(stored_names, columns, strict=True)))
             return ScheduledBetasState(corrections, new) if scheduled else new
 
@@ -443,7 +466,7 @@ def scale_by_rule(
         trees = [structure.flatten_up_to(getattr(state, name)) for name in stored_names]
         return Plan([job(path, g, *x) for (path, g), *x in zip(leaves, *trees, strict=True)], finish)
 
-    return planned(init, plan, needs_params=False)
+    return Transformation(init, Update(plan))
 
 
 def _columns(rows, n: int):
@@ -461,38 +484,53 @@ def _scalar(name, value, schedule=True):
 
 
 def _at_step(betas, scalars, count, corrections, adjust):
-    """The `Step` after ``count`` others, as a function of the dtype; and the corrections of scheduled betas."""
+    """The `Step` after ``count`` others, a function of the dtype; the next count; scheduled betas' corrections."""
 
     def beta(name, count):
         value = betas[name]
-        if callable(value):
-            value = _beta(name, value_at(value, count), schedule=False)
-        return _checks.or_nan(value, "in [0, 1)")
+        return _beta(name, value_at(value, count), schedule=False) if callable(value) else value
 
     def scalar(name):
         value = scalars[name]
-        if callable(value):
-            value = _scalar(name, value_at(value, count), schedule=False)
-        return _checks.or_nan(value, ">= 0")
+        return _scalar(name, value_at(value, count), schedule=False) if callable(value) else value
 
     known = not isinstance(count, jax.Array)  # NumPy's, as jadam.describe plans with
-    next_count = count + count.dtype.type(1) if known else jnp.asarray(optax.safe_increment(count))
+    next_count = count + count.dtype.type(1) if known else _incremented(count)
     varying = {
-        name: scheduled_beta(beta(name, count), beta(name, next_count), corrections[name]) for name in corrections
+        name: scheduled_beta(
+            _checks.or_nan(beta(name, count), "in [0, 1)"), _checks.or_nan(beta(name, next_count), "in [0, 1)"), done
+        )
+        for name, done in corrections.items()
     }
-    constant = {name: beta(name, count) for name in betas if name not in varying}
+    constant = {name: value for name, value in betas.items() if name not in varying}
     others = {name: scalar(name) for name in scalars}
+    fixed = tuple((name, x) for name, x in constant.items() if isinstance(x, float))
+    given = {name: x for name, x in constant.items() if not isinstance(x, float)}
+    make = _step_of if known or varying else _compiled_step_of
 
     @functools.cache  # per dtype, not per leaf
     def step(dtype):
-        t = next_count.astype(dtype)
-        decay_rates = {
-            **{name: Beta(*(x.astype(dtype) for x in value)) for name, value in varying.items()},
-            **{name: constant_beta(value, t, dtype) for name, value in constant.items()},
-        }
-        return adjust(Step(t=t, **decay_rates, **{name: jnp.asarray(x, dtype) for name, x in others.items()}))
+        return make(adjust, dtype, fixed, next_count, given, others, varying)
 
-    return step, {name: value.correction for name, value in varying.items()}
+    return step, next_count, {name: value.correction for name, value in varying.items()}
+
+
+def _step_of(adjust, dtype, fixed, count, given, others, varying) -> Step:
+    """The `Step` of number ``count``: of ``fixed`` and ``given`` decay rates, ``varying`` ones and other scalars."""
+    t = count.astype(dtype)
+    given = {name: _checks.or_nan(value, "in [0, 1)") for name, value in given.items()}
+    return adjust(
+        Step(
+            t=t,
+            **{name: Beta(*(x.astype(dtype) for x in value)) for name, value in varying.items()},
+            **{name: constant_beta(value, t, dtype) for name, value in {**dict(fixed), **given}.items()},
+            **{name: jnp.asarray(_checks.or_nan(x, ">= 0"), dtype) for name, x in others.items()},
+        )
+    )
+
+
+_compiled_step_of = jax.jit(_step_of, static_argnums=(0, 1, 2), inline=True)  # one program where nothing is traced
+_incremented = jax.jit(optax.safe_increment, inline=True)
 
 
 def call_text(function, given: dict[str, Any]) -> str:
@@ -512,22 +550,6 @@ def _short(value) -> str:
         return f"<{value.__qualname__.split('.<locals>')[0].strip('<>')}>"
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:197]}..."
-
-
-def planned(init, plan, needs_params=True) -> Transformation:
-    """The transformation whose ``update`` does what ``plan`` says."""
-
-    def update(updates, state, params=None, **extra_args) -> Any:
-        del extra_args
-        if needs_params or params is not None:
-            _checks.values(params, "params")
-        jobs, finish = plan(updates, state, params)
-        leaves, structure = jax.tree.flatten(updates)
-        params = [None] * len(leaves) if params is None else jax.tree.leaves(params)
-        updates, stored = directions(jobs, *(list(map(_as_array, x)) for x in (leaves, params)))
-        return structure.unflatten(updates), finish(stored)
-
-    return Transformation(init, Update(update, plan))
 
 
 def descend(direction: Transformation, learning_rate, *decaying) -> Transformation:
@@ -574,7 +596,7 @@ def descend(direction: Transformation, learning_rate, *decaying) -> Transformati
         jobs = [x._replace(minus_lr=minus_lr, weight_decay=wd) for x, wd in zip(jobs, decays, strict=True)]
         return Plan(jobs, lambda stored: (finish(stored), *decay_states, lr_state))
 
-    return planned(chain.init, plan, needs_params=False)
+    return Transformation(chain.init, Update(plan))
 
 
 def _leaf_mask(mask, params) -> list[bool]:

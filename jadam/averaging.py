@@ -9,7 +9,7 @@ import optax
 from jadam import _checks
 from jadam._formats import placeholder
 from jadam._numerics import Beta, applied, at_least_float32, ema, one_minus, one_minus_power
-from jadam._trees import find_states
+from jadam._trees import find_states, trained
 
 
 class AverageParamsState(NamedTuple):
@@ -69,6 +69,7 @@ def average_params(decay: float | jax.Array | None = 0.999) -> optax.GradientTra
         if params is None:
             raise ValueError("average_params needs params: call update(updates, state, params).")
         _checks.state_of(state, AverageParamsState)
+        params, _ = trained(params, updates)
         _checks.gradients(updates, state, params)
         _checks.same_tree(params, state.average, "params", "state.average")
         count = jnp.asarray(optax.safe_increment(state.count))

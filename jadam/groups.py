@@ -20,11 +20,12 @@ from jadam._transformation import (
     QuantizedAdamState,
     ScheduledBetasState,
     Transformation,
+    Update,
     or_nan,
     over,
-    planned,
     value_at,
 )
+from jadam._trees import Named
 
 
 class _Frozen:
@@ -156,10 +157,10 @@ def by_path(
             own = state.moments._replace(**{name: parts.only(k, getattr(state.moments, name)) for name in trees})
             own = ScheduledBetasState(corrections, own) if corrections else own
             planned, finish = group.direction.plan(parts.only(k, updates), own, parts.only(k, params))
-            finishers.append((parts.indices(k), finish))
+            finishers.append((parts.indices[k], finish))
             decay = group.weight_decay(count)
             changes = {"minus_lr": group.minus_lr(count), "weight_decay": decay, "group": group}
-            for i, job in zip(parts.indices(k), planned, strict=True):
+            for i, job in zip(parts.indices[k], planned, strict=True):
                 jobs[i] = job._replace(**changes)
         for i, g in enumerate(jax.tree.leaves(updates)):
             if jobs[i] is None:
@@ -175,23 +176,20 @@ def by_path(
 
         return Plan(jobs, finish)
 
-    return planned(init, plan).called(by_path, given)
+    return Transformation(init, Update(plan)).called(by_path, given)
 
 
 class _Parts:
-    """A tree of parameters in parts, one a group, each the whole tree with None in place of the others' leaves."""
+    """A tree of parameters in parts, one a group."""
 
     def __init__(self, groups: list[_Group], tree):
         paths, self.structure = jax.tree_util.tree_flatten_with_path(tree)
-        names = [leaf_name(path) for path, _ in paths]
-        self.of_leaf = _assign(groups, names)
+        self.names = [leaf_name(path) for path, _ in paths]
+        self.of_leaf = _assign(groups, self.names)
+        self.indices = [[i for i, own in enumerate(self.of_leaf) if own == k] for k in range(len(groups))]
         self.moving: list = [(k, group) for k, group in enumerate(groups) if group.direction is not None]
 
-    def indices(self, k: int) -> list[int]:
-        """The leaves of group ``k``."""
-        return [i for i, own in enumerate(self.of_leaf) if own == k]
-
-    def only(self, k: int, tree):
+    def only(self, k: int, tree) -> Named:
         """The part of group ``k``."""
         try:
             leaves = self.structure.flatten_up_to(tree)
@@ -199,12 +197,15 @@ class _Parts:
             raise ValueError(
                 "state.moments must be of the gradients' tree, got another. The parameters must be those of init."
             ) from None
-        return self.structure.unflatten([x if own == k else None for x, own in zip(leaves, self.of_leaf, strict=True)])
+        return Named(*([x[i] for i in self.indices[k]] for x in (self.names, leaves)))
 
-    def together(self, parts: list):
-        """The tree of the parts of all groups that move."""
-        leaves = {k: self.structure.flatten_up_to(part) for (k, _), part in zip(self.moving, parts, strict=True)}
-        return self.structure.unflatten([leaves[k][i] if k in leaves else None for i, k in enumerate(self.of_leaf)])
+    def together(self, parts: list[Named]):
+        """The tree of the parts of all groups that move, with None for the leaves of the others."""
+        leaves: list = [None] * len(self.names)
+        for (k, _), part in zip(self.moving, parts, strict=True):
+            for i, x in zip(self.indices[k], part.leaves, strict=True):
+                leaves[i] = x
+        return self.structure.unflatten(leaves)
 
 
 def _apart(states) -> tuple[tuple[dict, ...], list]:

@@ -366,7 +366,7 @@ def _implied(job: Job, m_hat, m, others, p):
     hold = lambda beta: Beta(one, one - one, beta.correction, beta.next_b, beta.next_correction)
     step = step.replace(b1=hold(step.b1), b2=hold(step.b2))
     g = m_hat if job.rule.looks_ahead else jnp.zeros_like(m_hat)
-    return job.descended(job.rule(step, g, m, *others)[0], p)
+    return job.descended(job.rule.function(step, g, m, *others)[0], p)
 
 
 def _histograms(sizes) -> jax.Array:

@@ -1,6 +1,7 @@
 """`jadam.statistics` every so many steps, kept in the optimizer's state; and a look at them afterwards."""
 
 import dataclasses
+import functools
 import io
 from typing import Any, NamedTuple
 
@@ -14,8 +15,8 @@ from jadam import _checks
 from jadam._describe import html_table
 from jadam._formats import leaf_name
 from jadam._numerics import apply_updates
-from jadam._transformation import Plan, Transformation, Update
-from jadam._trees import find_states
+from jadam._transformation import OwnUpdate, Plan, Transformation
+from jadam._trees import find_states, trained
 from jadam.measuring import (
     QUANTILES,
     SCALARS,
@@ -131,11 +132,28 @@ def record(
         text = jnp.asarray(np.frombuffer(names.encode(), np.uint8))
         return RecordState(state, Ring(jnp.full(keep, -1, jnp.int32), values, text))
 
-    @jax.jit  # or eager calls would compile the loop at every step
-    def after_step(state, params):
-        """The new state with a record in it of itself and the new parameters, if it is time."""
-        inner, ring, params = *jax.lax.stop_gradient(state), jax.lax.stop_gradient(params)
-        return RecordState(state.inner_state, Ring(*written(inner, params, ring.steps, ring.values), ring.names))
+    after_step = functools.partial(_after_step, tx, every, sample)
+
+    def update(updates, state, params=None, **extra_args) -> Any:
+        if params is None:
+            raise ValueError("record needs params: call update(updates, state, params).")
+        _checks.state_of(state, RecordState, BEGUN)
+        params, _ = trained(params, updates)
+        updates, inner = tx.update(updates, state.inner_state, params, **extra_args)
+        return updates, after_step(RecordState(inner, state.ring), apply_updates(params, updates))
+
+    def plan(updates, state, params) -> Plan:
+        _checks.state_of(state, RecordState, BEGUN)
+        jobs, finish = tx.plan(updates, state.inner_state, params)
+        return Plan(jobs, lambda stored: RecordState(finish(stored), state.ring))
+
+    text = f"jadam.record({tx!r}, every={every}, keep={keep}, sample={sample})"
+    return Record(init, OwnUpdate(plan, text, tx, tx.info.reads_gradients, after_step, function=update))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))  # or eager calls would compile the loop at every step
+def _after_step(tx, every, sample, state, params):
+    """The new state with a record in it of itself and the new parameters, if it is time."""
 
     @inferring_shardings
     def written(inner, params, steps, values):
@@ -157,20 +175,8 @@ def record(
         # A loop of no round or one, not a condition, out of which XLA would copy the ring at every step.
         return jax.lax.while_loop(due, look, (jnp.int32(0), steps, values))[1:]
 
-    def update(updates, state, params=None, **extra_args) -> Any:
-        if params is None:
-            raise ValueError("record needs params: call update(updates, state, params).")
-        _checks.state_of(state, RecordState, BEGUN)
-        updates, inner = tx.update(updates, state.inner_state, params, **extra_args)
-        return updates, after_step(RecordState(inner, state.ring), apply_updates(params, updates))
-
-    def plan(updates, state, params) -> Plan:
-        _checks.state_of(state, RecordState, BEGUN)
-        jobs, finish = tx.plan(updates, state.inner_state, params)
-        return Plan(jobs, lambda stored: RecordState(finish(stored), state.ring))
-
-    text = f"jadam.record({tx!r}, every={every}, keep={keep}, sample={sample})"
-    return Record(init, Update(update, plan, text, tx, tx.info.reads_gradients, after_step))
+    inner, ring, params = *jax.lax.stop_gradient(state), jax.lax.stop_gradient(params)
+    return RecordState(state.inner_state, Ring(*written(inner, params, ring.steps, ring.values), ring.names))
 
 
 def _row(measures: Measures) -> jax.Array:

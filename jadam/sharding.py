@@ -21,12 +21,13 @@ from jadam import _checks
 from jadam._describe import owners
 from jadam._formats import is_placeholder, leaf_name, placeholder
 from jadam._int8 import BLOCK, fitting_block
-from jadam._step import in_parts, obstacle, two_calls
-from jadam._transformation import Update
+from jadam._step import in_parts, two_calls
+from jadam._transformation import NotOnePass, OwnUpdate
+from jadam._trees import trained
 
 
 @dataclasses.dataclass(eq=False)
-class _Zero1Update(Update):
+class _Zero1Update(OwnUpdate):
     """``update`` of `zero1`, its own `jadam.step`, and how it divides the state."""
 
     layout: "Layout" = dataclasses.field(kw_only=True)
@@ -188,28 +189,30 @@ def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[s
         state = checked(state)
         updates = _put(updates, parts)
         if params is not None:
+            params, _ = trained(params, updates)
             check(params, "params")
             params = _put(params, parts)
         updates, state = inner.update(updates, state, params, **extra_args)
         return _put(updates, homes), _put(state, [x.sharding for x in jax.tree.leaves(layout.state)])
 
-    @jax.jit
-    def traced_step(grads, state, params):
-        grads, params = _put(grads, parts), _put(params, parts)
-        if obstacle(tx, grads, state, params) is None:
-            params, state = in_parts(tx, grads, state, params, mesh, [x.spec for x in parts], _first)
-        else:
-            params, state = two_calls(tx, grads, state, params)
-        return _put(params, homes), _put(state, [x.sharding for x in jax.tree.leaves(layout.state)])
-
     def step(grads, state, params):
-        check(params, "params")
         check(grads, "grads")
+        params, put = trained(params, grads)
+        check(params, "params")
         state = checked(state)
-        concrete = not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(params))
-        return traced_step(_moved(grads, parts), state, _put(params, homes) if concrete else params)
+        grads, params = _put(grads, parts), _put(params, parts)
+        try:
+            params, state = in_parts(tx, grads, state, params, mesh, [x.spec for x in parts], _first)
+        except NotOnePass:
+            params, state = two_calls(tx, grads, state, params)
+        return put(jax.tree.leaves(_put(params, homes))), _put(
+            state, [x.sharding for x in jax.tree.leaves(layout.state)]
+        )
 
-    return Zero1(init, _Zero1Update(update, inner=tx, layout=layout, step=step))
+    def plan(grads, state, params) -> Any:
+        raise NotOnePass("jadam.sharding.zero1 has a step of its own")
+
+    return Zero1(init, _Zero1Update(plan, inner=tx, function=update, layout=layout, step=step))
 
 
 def spread(shapes, mesh, axis: str | Sequence[str] | None) -> Any:
@@ -397,15 +400,12 @@ def _put(tree, shardings):
 
 
 def _moved(tree, shardings):
-    """``tree`` where ``shardings`` say, but for what is traced or on their devices already."""
+    """``tree`` where ``shardings`` say, but for what is on their devices already."""
     leaves, structure = jax.tree.flatten(tree)
 
     def moved(x, sharding):
-        if isinstance(x, jax.core.Tracer) or (
-            isinstance(x, jax.Array) and x.sharding.device_set == sharding.device_set
-        ):
-            return x
-        return jax.device_put(x, sharding)
+        concrete = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+        return x if concrete and x.sharding.device_set == sharding.device_set else _put_one(x, sharding)
 
     return structure.unflatten([moved(x, s) for x, s in zip(leaves, shardings, strict=True)])
 

@@ -1,9 +1,15 @@
 """`jadam.step` and ``tx.update`` are ordinary JAX functions, whatever mode, schedule or class meets them."""
 
+import copy
 import dataclasses
 import functools
+import traceback
+from pathlib import Path
 
+import cloudpickle
+import equinox as eqx
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -13,6 +19,7 @@ from jax.experimental import checkify
 
 import jadam
 import jadam.flax
+from jadam._transformation import Rule, descend, scale_by_rule
 
 PARAMS = {"w": np.ones((3, 4), np.float32), "b": np.ones(4, np.float32)}
 GRADS = {"w": np.full((3, 4), 0.5, np.float32), "b": np.full(4, 0.5, np.float32)}
@@ -29,6 +36,9 @@ OPTIMIZERS = {
     "learning_rate": lambda: jadam.adam(follows),
     "weight_decay": lambda: jadam.adamw(0.1, weight_decay=follows),
     "by_path": lambda: jadam.by_path([("", {})], follows, weight_decay=0.0),
+    "zero1": lambda: jadam.sharding.zero1(
+        jadam.adam(follows), PARAMS, jax.make_mesh((4,), ("data",), devices=jax.devices()[:4]), "data"
+    ),
 }
 
 
@@ -155,6 +165,27 @@ class Layer:
             raise ValueError(f"weight must be a matrix, got {self.weight}")
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Converting:
+    """Makes float32 of what it gets."""
+
+    weight: jax.Array
+
+    def __post_init__(self):
+        self.weight = jnp.asarray(self.weight, jnp.float32)
+
+
+@pytest.mark.parametrize("moments", ["bfloat16", "int8"])
+def test_a_class_that_cannot_hold_narrow_moments(moments):
+    params = {"layer": Converting(np.ones((32, 128)))}
+    with pytest.raises(TypeError, match=r"params\['layer'\].weight must be able to hold .*int8|bfloat16"):
+        jadam.adam(0.1, moments=moments).init(params)
+    tx = jadam.adam(0.1)
+    new, _ = jadam.step(tx, params, tx.init(params), params)
+    np.testing.assert_allclose(new["layer"].weight, 0.9, rtol=1e-6)  # the first step, rounded at 1
+
+
 CHECKED = {
     "adam": lambda: jadam.adam(0.1),
     "int8": lambda: jadam.adamw(0.1, moments="int8"),
@@ -163,7 +194,7 @@ CHECKED = {
     "by_path": lambda: jadam.by_path([("scale", jadam.FROZEN), ("", {})], 0.1),
     "record": lambda: jadam.record(jadam.radam(0.1), every=1, keep=2),
     "exact_bf16": lambda: jadam.exact_bf16(jadam.adam(0.1)),
-    "chain": lambda: jadam.chain(jadam.clip(1.0), jadam.adam(0.1)),
+    "chain": lambda: jadam.chain(jadam.clip(1.0), jadam.clip_by_global_norm(1.0), jadam.adam(0.1)),
 }
 
 
@@ -199,3 +230,238 @@ def test_a_further_transformation_of_the_same_kind_compiles_nothing(programs_com
     before = programs_compiled()
     take(0.2)
     assert programs_compiled() == before
+
+
+class Model(eqx.Module):
+    """Leaves without a gradient: a function, a string, an int, a bool, an array of integers."""
+
+    weight: jax.Array
+    bias: jax.Array
+    order: jax.Array
+    activation: object = jax.nn.relu
+    name: object = "model"
+    width: object = 4
+    is_last: object = True
+
+
+MODEL = Model(jnp.full((64, 128), 0.5), jnp.ones(3), jnp.arange(3))
+WRAPPED = {
+    "adamw, mask": lambda: jadam.adamw(0.1, mask=lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree)),
+    "int8": lambda: jadam.adam(0.1, moments="int8"),
+    "by_path": lambda: jadam.by_path([("bias", jadam.FROZEN), ("", {})], 0.1),
+    "chain": lambda: jadam.chain(jadam.clip_by_global_norm(1.0), jadam.adamw(0.1)),
+    "exact_bf16": lambda: jadam.exact_bf16(jadam.adamw(0.1)),
+    "exact_bf16 of Optax's": lambda: jadam.exact_bf16(optax.adamw(0.1)),
+    "record": lambda: jadam.record(jadam.adamw(0.1), every=1, keep=2),
+    "average": lambda: optax.chain(jadam.adamw(0.1), jadam.average_params()),
+    "zero1": lambda: jadam.sharding.zero1(
+        jadam.adamw(0.1), eqx.filter(MODEL, eqx.is_inexact_array), jax.make_mesh((8,), ("data",)), "data"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_a_whole_equinox_model_as_params(name):
+    """What has no gradient is not looked at, and comes back as it is."""
+    tx, model = WRAPPED[name](), MODEL
+    if "bf16" in name:
+        model = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if eqx.is_inexact_array(x) else x, model)
+    trained = eqx.filter(model, eqx.is_inexact_array)
+    state = jax.jit(tx.init)(trained)
+    update, step = tx.update, functools.partial(jadam.step, tx)
+    if name != "adamw, mask":  # which stays eager
+        update, step = eqx.filter_jit(update), eqx.filter_jit(step)
+    expected, _ = step(trained, state, trained)
+    for found, wanted in (
+        (update(trained, state, model), update(trained, state, trained)),
+        (step(trained, state, model)[0], eqx.combine(expected, model)),
+    ):
+        assert jax.tree.structure(found) == jax.tree.structure(wanted)
+        for x, y in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+            if eqx.is_inexact_array(y):  # two programs: a rounding of the update, which is at most 0.11, and of p
+                np.testing.assert_allclose(*(np.asarray(z, np.float32) for z in (x, y)), rtol=2.0**-22, atol=5.5e-8)
+            else:
+                assert x is y or np.array_equal(x, y)
+
+
+def fails(step, g, m, v):
+    raise RuntimeError("within the rule")
+
+
+FAILING = descend(scale_by_rule(Rule(fails, optax.ScaleByAdamState), {"b1": 0.9, "b2": 0.999}, {"eps": 1e-8}), 0.1)
+
+
+@pytest.mark.parametrize(
+    ("call", "most"),
+    [(FAILING.update, 4), (functools.partial(jadam.step, FAILING), 6)],
+    ids=["update", "step"],
+)
+@pytest.mark.parametrize("transformed", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_few_frames_between_the_user_and_the_rule(call, most, transformed):
+    with pytest.raises(RuntimeError, match="within the rule") as caught:
+        transformed(call)(GRADS, FAILING.init(PARAMS), PARAMS)
+    folder = str(Path(jadam.__file__).parent)
+    ours = [x for x in traceback.extract_tb(caught.value.__traceback__) if x.filename.startswith(folder)]
+    assert 0 < len(ours) <= most, ours
+
+
+def stepped(tx):
+    return functools.partial(jadam.step, tx)
+
+
+def called(tx):
+    def take(grads, state, params):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return take
+
+
+both = pytest.mark.parametrize("take", [stepped, called], ids=["step", "two calls"])
+
+
+def assert_close(found, expected):
+    """To 2 ulp, as compiled programs may contract products and sums."""
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for x, y in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_allclose(x, y, rtol=2.0**-22, atol=5e-8)  # and 5e-7 of an update of 0.1
+
+
+@pytest.fixture(scope="module")
+def one_step():
+    tx = jadam.adam(0.1)
+    state = tx.init(PARAMS)
+    return tx, (GRADS, state, PARAMS), jax.jit(functools.partial(jadam.step, tx))(GRADS, state, PARAMS)
+
+
+@both
+def test_disable_jit(one_step, take, programs_compiled):
+    tx, args, expected = one_step
+    with jax.disable_jit():
+        assert_close(take(tx)(*args), expected)
+
+
+@both
+def test_vmap(one_step, take):
+    tx, (grads, state, params), expected = one_step
+    twice = lambda tree: jax.tree.map(lambda x: jnp.stack([x, x]), tree)
+    state = state[0]._replace(count=jnp.array([0, 0])), *state[1:]
+    many = (twice(grads), (state[0]._replace(mu=twice(state[0].mu), nu=twice(state[0].nu)), *state[1:]), twice(params))
+    assert_close(jax.vmap(take(tx))(*many), twice(expected))
+
+
+@both
+def test_a_derivative_is_the_leaf_rule_s(one_step, take):
+    """Of the sum of the new parameters by a factor on the gradients: at Adam's first step 0 but for eps."""
+    tx, (grads, state, params), _ = one_step
+    loss = lambda tx, scale: sum(
+        map(jnp.sum, jax.tree.leaves(take(tx)(jax.tree.map(lambda g: scale * g, grads), state, params)[0]))
+    )
+    assert abs(jax.grad(functools.partial(loss, tx))(1.0)) < 1e-5  # 16 times 0.1 times a rounding each
+    slope = jax.grad(functools.partial(loss, jadam.adam(0.1, eps=0.5)))(1.0)
+    # u = s g / (s g + eps), du/ds = g eps / (s g + eps)**2 = 0.25 at g = eps = 0.5; 16 elements, times -0.1.
+    assert slope == pytest.approx(-16 * 0.1 * 0.25, rel=1e-5)
+
+
+@both
+def test_checkpoint(one_step, take):
+    """A step within `jax.checkpoint` is computed anew for the derivative."""
+    tx, (grads, state, params), _ = one_step
+    loss = lambda wrap, g: sum(map(jnp.sum, jax.tree.leaves(wrap(take(tx))(g, state, params)[0])))
+    expected, found = (jax.grad(functools.partial(loss, wrap))(grads) for wrap in (lambda f: f, jax.checkpoint))
+    for x, y in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7)
+
+
+@both
+def test_export_and_ahead_of_time(one_step, take):
+    """For this machine with its kernel, and for others."""
+    tx, args, expected = one_step
+    jitted = jax.jit(take(tx))
+    shapes = jax.eval_shape(lambda *args: args, *args)
+    assert_close(jitted.lower(*shapes).compile()(*args), expected)
+    checks = [jax.export.DisabledSafetyCheck.custom_call("jadam_step")]
+    flat, tree = jax.tree.flatten(args)  # NamedTuples would have to be registered
+    exported = jax.export.export(
+        jax.jit(lambda *flat: jax.tree.leaves(take(tx)(*tree.unflatten(flat)))),
+        platforms=["cpu", "cuda", "tpu"],
+        disabled_checks=checks,
+    )(*flat)
+    assert_close(jax.tree.unflatten(jax.tree.structure(expected), exported.call(*flat)), expected)
+
+
+@both
+def test_donation(one_step, take):
+    tx, (grads, state, params), expected = one_step
+    params, state = jax.tree.map(lambda x: jnp.array(x, copy=True), (params, state))
+    found = jax.jit(take(tx), donate_argnums=(1, 2))(grads, state, params)
+    assert_close(found, expected)
+    moments = state[0]
+    assert all(x.is_deleted() for x in jax.tree.leaves((params, moments.mu, moments.nu)))
+
+
+def test_a_transformation_is_compared_by_identity():
+    tx, other = jadam.adam(0.1), jadam.adam(0.1)
+    assert tx.update == tx.update
+    assert tx.update != other.update
+    assert len({tx.update, other.update, tx.update}) == 2
+
+
+def pickled(tx):
+    return cloudpickle.loads(cloudpickle.dumps(tx))
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickled])
+@pytest.mark.parametrize("name", [*CHECKED, "schedule"])
+def test_copies_of_a_transformation_do_the_same(copied, name):
+    tx = CHECKED.get(name, lambda: jadam.adam(optax.cosine_decay_schedule(0.1, 10)))()
+    again = copied(tx)
+    assert type(again) is type(tx)
+    params = {"layer": Layer(np.ones((32, 128), np.float32), np.ones(3, np.float32)), "scale": np.ones(2, np.float32)}
+    expected = jadam.step(tx, params, tx.init(params), params)
+    assert_close(jadam.step(again, params, again.init(params), params), expected)
+    assert repr(again) == repr(tx)
+
+
+def in_nnx_jit(tx):
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    optimizer = jadam.flax.Optimizer(model, tx, wrt=nnx.Param)
+    graph, state = nnx.split(optimizer)
+    optimizer = nnx.merge(graph, state)
+
+    @nnx.jit
+    def step(model, optimizer):
+        optimizer.update(model, nnx.grad(lambda model: jnp.sum(model(jnp.ones((1, 2)))))(model))
+
+    before = model.bias[...]
+    step(model, optimizer)
+    return before - model.bias[...]
+
+
+def in_train_state(tx):
+    state = jadam.flax.TrainState.create(apply_fn=None, params=jnp.ones(3), tx=tx)
+    step = jax.jit(lambda state: state.apply_gradients(grads=jnp.ones(3)))
+    return 1 - step(state).params
+
+
+def in_multi_steps(tx):
+    tx = optax.MultiSteps(tx, 2)
+    params, state = jnp.ones(3), tx.init(jnp.ones(3))
+    for _ in range(2):
+        updates, state = jax.jit(tx.update)(jnp.ones(3), state, params)
+        params = optax.apply_updates(params, updates)
+    return 1 - params
+
+
+def in_filter_jit(tx):
+    @eqx.filter_jit
+    def step(tx, params):
+        return jadam.step(tx, jnp.ones(3), tx.init(params), params)[0]
+
+    return 1 - step(tx, jnp.ones(3))
+
+
+@pytest.mark.parametrize("place", [in_nnx_jit, in_train_state, in_multi_steps, in_filter_jit])
+def test_places_that_take_a_transformation_apart(place):
+    np.testing.assert_allclose(place(jadam.adam(0.1)), 0.1, rtol=1e-6)  # the first step, rounded at 1

@@ -14,6 +14,7 @@ from test_step import assert_agree, make, masters_of, ones
 import jadam
 from jadam import _step
 from jadam._kernels import pallas
+from jadam._leaf import update_leaf
 
 SOME = ["adam", "adam, scheduled b1", "nadamw, momentum", "adamw, masked", "both"]
 CASES = [(platform, name, "int8") for platform in pallas.PLATFORMS for name in SOME]
@@ -34,8 +35,14 @@ def trees(seed, dtype=np.float32, shapes=SHAPES):
 @functools.cache
 def interpreted(platform, tx):
     """The step by the kernel, and the two calls."""
-    kernel = functools.partial(pallas.kernel, platform, interpret=True)
-    one_pass = functools.partial(_step.by_plan, functools.partial(_step.by_jobs, kernel))
+
+    def one_pass(tx, grads, state, params):
+        jobs, finish = tx.plan(grads, state, params)
+        grads, (params, structure) = jax.tree.leaves(grads), jax.tree.flatten(params)
+        rows = pallas.kernel(platform, jobs, grads, params, interpret=True)
+        rows = [row or update_leaf(*x) for row, *x in zip(rows, jobs, grads, params, strict=True)]
+        return structure.unflatten([p for p, _ in rows]), finish([stored for _, stored in rows])
+
     return [jax.jit(functools.partial(f, tx)) for f in (one_pass, _step.two_calls)]
 
 

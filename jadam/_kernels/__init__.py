@@ -47,6 +47,13 @@ def backends() -> dict[str, Backend]:
     }
 
 
+def platform_of(device) -> str:
+    """The name under which JAX lowers for a device; the device of a GPU says only that it is one."""
+    if device.platform == "gpu":
+        return "rocm" if "rocm" in device.client.platform_version else "cuda"
+    return device.platform
+
+
 def off() -> bool:
     """Whether the environment turns the kernels off."""
     value = os.environ.get("JADAM_KERNELS", "")
