@@ -107,10 +107,13 @@ def two_calls(tx, grads, state, params):
     return put(jax.tree.leaves(apply_updates(params, updates))), state
 
 
+OPAQUE = "none of jadam's optimizers; a chain must be jadam.chain"
+
+
 def obstacle(tx, grads, state, params) -> str | None:
     """Why `step` must be two calls whatever the platform, or None. Raises what the plan's checks raise."""
     if not isinstance(tx, Transformation):
-        return "none of jadam's optimizers; a chain must be jadam.chain"
+        return OPAQUE
 
     def plan(grads, state, params):
         return pack(tx.plan(grads, _with_known_counts(state), params).jobs)[1]
@@ -156,6 +159,8 @@ def in_parts(tx, grads, state, params, mesh, specs, first):
 
     The plan is of whole arrays, so that a norm is that of all gradients; each device then does its parts of the jobs.
     """
+    if not isinstance(tx, Transformation):
+        raise NotOnePass(OPAQUE)
     jobs, finish = tx.plan(grads, state, params)
     leaves, structure = jax.tree.flatten(params)
     settings, operands = pack(jobs, [p.shape for p in leaves])
