@@ -13,7 +13,7 @@ import optax
 
 from jadam import _checks
 from jadam._exact_bf16 import ExactBF16
-from jadam._transformation import NotOnePass, OwnUpdate, Plan, Transformation
+from jadam._transformation import NotOnePass, OwnUpdate, Plan, Transformation, info_of, no_plan
 
 
 @dataclasses.dataclass(eq=False)
@@ -44,10 +44,7 @@ def _clip(tx, limit, name, bound) -> Clip:
         leaves, state = tx.update(leaves, state)
         return structure.unflatten(leaves), state
 
-    def plan(updates, state, params) -> Any:
-        raise NotOnePass(f"{name} alone")
-
-    return Clip(tx.init, ClipUpdate(plan, f"jadam.{name}({bound})", function=update, name=name, limit=limit))
+    return Clip(tx.init, ClipUpdate(no_plan, f"jadam.{name}({bound})", function=update, name=name, limit=limit))
 
 
 def clip(max_delta: jax.typing.ArrayLike) -> Clip:
@@ -141,7 +138,7 @@ def chain(*stages: optax.GradientTransformation) -> Transformation:
         _checks.transformation(f"chain's stage {i} must be", stage)
         if isinstance(stage, ExactBF16):
             raise ValueError(f"chain's stage {i} is exact_bf16, which must be outermost: exact_bf16(chain(...)).")
-        if getattr(stage.update, "after_step", None) is not None:
+        if info_of(stage).after_step is not None:
             raise ValueError(
                 f"chain's stage {i} is record, which must be outermost: record(chain(...)). With other stages than "
                 "clipping: optax.chain(record(...), ...)."

@@ -15,7 +15,7 @@ import optax
 from jadam import _checks
 from jadam._formats import VERSION, leaf_name, placeholder, version
 from jadam._numerics import applied, apply_updates, at_least_float32
-from jadam._transformation import NotOnePass, OwnUpdate, Plan, Transformation
+from jadam._transformation import NotOnePass, OwnUpdate, Plan, Transformation, info_of
 from jadam._trees import find_states, trained
 
 
@@ -75,12 +75,12 @@ def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
         1 0.9990
     """
     _checks.transformation("exact_bf16 needs", tx)
-    if getattr(tx.update, "after_step", None) is not None:
+    if info_of(tx).after_step is not None:
         raise ValueError(
             "exact_bf16 must not be around record, whose records would be of other weights: record(exact_bf16(tx))."
         )
     inner = optax.with_extra_args_support(optax.GradientTransformation(tx.init, tx.update))
-    reads_gradients = isinstance(tx, Transformation) and tx.info.reads_gradients
+    reads_gradients = info_of(tx).reads_gradients
 
     def init(params) -> Any:
         _checks.trainable(params, "params")

@@ -22,7 +22,7 @@ from jadam import _checks, _kernels
 from jadam._kernels import cpu, pallas
 from jadam._leaf import update_leaf
 from jadam._numerics import apply_updates
-from jadam._transformation import NotOnePass, Operands, Transformation, pack, unpack, what_is_stored
+from jadam._transformation import NotOnePass, Operands, info_of, no_plan, pack, unpack, what_is_stored
 from jadam._trees import trained
 
 
@@ -65,9 +65,10 @@ def step(tx: optax.GradientTransformation, grads, state, params):
         0.90 1.10
     """
     _checks.transformation("step needs", tx)
-    if (own := getattr(tx.update, "step", None)) is not None:  # of jadam.sharding.zero1
-        return own(grads, state, params)
-    if not isinstance(tx, Transformation):
+    info = info_of(tx)
+    if info.step is not None:
+        return info.step(grads, state, params)
+    if info.plan is no_plan:
         return two_calls(tx, grads, state, params)
     whole = params
     params, put = trained(params, grads)
@@ -77,7 +78,7 @@ def step(tx: optax.GradientTransformation, grads, state, params):
     if params is None:
         raise ValueError("step needs params: call step(tx, grads, state, params).")
     try:
-        jobs, finish = tx.plan(grads, state, params)
+        jobs, finish = info.plan(grads, state, params)
     except NotOnePass:
         return two_calls(tx, grads, state, whole)
     settings, operands = pack(jobs)
@@ -86,7 +87,7 @@ def step(tx: optax.GradientTransformation, grads, state, params):
     leaves, stored = _results(tree, step_p.bind(*arrays, settings=settings, tree=tree))
     # Times 1, which XLA leaves out: checkify looks for NaN behind operations that it knows, such as a product.
     leaves = [p * np.ones([], p.dtype) if isinstance(p, jax.core.Tracer) else p for p in leaves]
-    return put(leaves), _recorded(tx, finish(stored), structure.unflatten(leaves))
+    return put(leaves), _recorded(info, finish(stored), structure.unflatten(leaves))
 
 
 def _results(tree, arrays) -> tuple[list, list[tuple]]:
@@ -107,16 +108,11 @@ def two_calls(tx, grads, state, params):
     return put(jax.tree.leaves(apply_updates(params, updates))), state
 
 
-OPAQUE = "none of jadam's optimizers; a chain must be jadam.chain"
-
-
 def obstacle(tx, grads, state, params) -> str | None:
     """Why `step` must be two calls whatever the platform, or None. Raises what the plan's checks raise."""
-    if not isinstance(tx, Transformation):
-        return OPAQUE
 
     def plan(grads, state, params):
-        return pack(tx.plan(grads, _with_known_counts(state), params).jobs)[1]
+        return pack(info_of(tx).plan(grads, _with_known_counts(state), params).jobs)[1]
 
     try:
         jax.eval_shape(plan, grads, state, params)
@@ -140,7 +136,7 @@ def outlook(platform, tx, grads, state, params) -> list[tuple[str, str | None]]:
     refuses = cpu.refuses if platform == "cpu" else functools.partial(pallas.refuses, platform)
 
     def plan(grads, state, params):
-        jobs = tx.plan(grads, _with_known_counts(state), params).jobs
+        jobs = info_of(tx).plan(grads, _with_known_counts(state), params).jobs
         for job, g, p in zip(jobs, jax.tree.leaves(grads), jax.tree.leaves(params), strict=True):
             found.append((job.group, None if job.frozen else refuses(job, g, p)))
 
@@ -148,10 +144,9 @@ def outlook(platform, tx, grads, state, params) -> list[tuple[str, str | None]]:
     return found
 
 
-def _recorded(tx, state, params):
+def _recorded(info, state, params):
     """The new state, in which `jadam.record` may have written."""
-    after_step = tx.info.after_step
-    return state if after_step is None else after_step(state, params)
+    return state if info.after_step is None else info.after_step(state, params)
 
 
 def in_parts(tx, grads, state, params, mesh, specs, first):
@@ -159,14 +154,13 @@ def in_parts(tx, grads, state, params, mesh, specs, first):
 
     The plan is of whole arrays, so that a norm is that of all gradients; each device then does its parts of the jobs.
     """
-    if not isinstance(tx, Transformation):
-        raise NotOnePass(OPAQUE)
-    jobs, finish = tx.plan(grads, state, params)
+    info = info_of(tx)
+    jobs, finish = info.plan(grads, state, params)
     leaves, structure = jax.tree.flatten(params)
     settings, operands = pack(jobs, [p.shape for p in leaves])
     leaves, stored = _on_mesh(settings, mesh, tuple(specs), first, operands, jax.tree.leaves(grads), leaves)
     params = structure.unflatten(leaves)
-    return params, _recorded(tx, finish(stored), params)
+    return params, _recorded(info, finish(stored), params)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))

@@ -82,7 +82,7 @@ class QuantizedAdamState(NamedTuple):
     the moments themselves and each scale is one byte. The length of ``version`` tells how codes and scales are meant.
     """
 
-    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    count: jax.Array  # tuples have a method of this name  # pyright: ignore[reportIncompatibleMethodOverride]
     mu: Any
     nu: Any
     mu_scale: Any
@@ -165,7 +165,7 @@ class Job(NamedTuple):
     format: _formats.Format
     stored: tuple[jax.Array, ...]
     salt: int  # of the leaf's dither
-    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    count: jax.Array  # tuples have a method of this name  # pyright: ignore[reportIncompatibleMethodOverride]
     minus_lr: Any = 1.0
     weight_decay: Any = None  # of the parameter, added to the direction
     bound: Any = None  # of the gradient's absolute value
@@ -313,6 +313,7 @@ class Update:
     inner: Any = None  # the transformation that this one is around
     reads_gradients: bool = False  # whether a plan depends on the gradients' values, as a norm does
     after_step: Callable[..., Any] | None = None  # after_step(state, params), of the new ones, returns the state
+    step: Callable[..., Any] | None = None  # step(grads, state, params), if `jadam.step` has to be another
 
     def __call__(self, updates, state, params=None, **extra_args) -> Any:
         """Optax's ``update``: what is planned, as one program where nothing is traced, else as one for like leaves.
@@ -343,6 +344,16 @@ class OwnUpdate(Update):
     def __call__(self, updates, state, params=None, **extra_args) -> Any:
         """Optax's ``update``."""
         return self.function(updates, state, params, **extra_args)
+
+
+def no_plan(grads, state, params) -> Plan:
+    """The plan of what is none of jadam's optimizers."""
+    raise NotOnePass("none of jadam's optimizers; a chain must be jadam.chain")
+
+
+def info_of(tx: optax.GradientTransformation) -> Update:
+    """What jadam knows about a transformation, be it Optax's."""
+    return tx.update if isinstance(tx.update, Update) else Update(no_plan)
 
 
 class Transformation(optax.GradientTransformationExtraArgs):

@@ -15,7 +15,7 @@ from jadam._trees import find_states, trained
 class AverageParamsState(NamedTuple):
     """The average so far, in float32 at least; ``dtypes`` are arrays of one element, of the parameters' dtypes."""
 
-    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    count: jax.Array  # tuples have a method of this name  # pyright: ignore[reportIncompatibleMethodOverride]
     average: Any
     dtypes: Any
 

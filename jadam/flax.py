@@ -46,6 +46,7 @@ class Optimizer(nnx.Optimizer):
         _checks.transformation("Optimizer needs", tx)
         super().__init__(model, tx, wrt=wrt, **kwargs)
 
+    # Flax's returns None or updates, depending on its version.
     def update(self, model, grads, /, **kwargs) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Train ``model`` and the state in place by one step.
 

@@ -8,7 +8,7 @@ updates it, and gathers the parameters.
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import jax
@@ -22,16 +22,15 @@ from jadam._describe import owners
 from jadam._formats import is_placeholder, leaf_name, placeholder
 from jadam._int8 import BLOCK, fitting_block
 from jadam._step import in_parts, two_calls
-from jadam._transformation import NotOnePass, OwnUpdate
+from jadam._transformation import NotOnePass, OwnUpdate, no_plan
 from jadam._trees import trained
 
 
 @dataclasses.dataclass(eq=False)
 class _Zero1Update(OwnUpdate):
-    """``update`` of `zero1`, its own `jadam.step`, and how it divides the state."""
+    """``update`` of `zero1`, and how it divides the state."""
 
     layout: "Layout" = dataclasses.field(kw_only=True)
-    step: Callable[..., Any] = dataclasses.field(kw_only=True)
 
 
 class Zero1(optax.GradientTransformationExtraArgs):
@@ -209,10 +208,7 @@ def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[s
             state, [x.sharding for x in jax.tree.leaves(layout.state)]
         )
 
-    def plan(grads, state, params) -> Any:
-        raise NotOnePass("jadam.sharding.zero1 has a step of its own")
-
-    return Zero1(init, _Zero1Update(plan, inner=tx, function=update, layout=layout, step=step))
+    return Zero1(init, _Zero1Update(no_plan, inner=tx, step=step, function=update, layout=layout))
 
 
 def spread(shapes, mesh, axis: str | Sequence[str] | None) -> Any:
