@@ -15,7 +15,7 @@ import optax
 
 import jadam
 
-NAMES = ["accuracy", "aot", "claims", "lean", "mutation", "record", "speed"]
+NAMES = ["accuracy", "aot", "claims", "core", "lean", "mutation", "record", "speed"]
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -48,6 +48,7 @@ def main() -> int:
     parser.add_argument(
         "--model", default="llama-70b", help="whose shapes aot --mesh takes, as `jadam plan` knows them"
     )
+    parser.add_argument("--against", metavar="COMMIT", help="core: the commit whose step this one's is beside")
     parser.add_argument("--torch-python", help="a Python with PyTorch, for the comparisons with it")
     options = parser.parse_args()
     if unknown := set(options.names) - set(NAMES):
@@ -56,10 +57,13 @@ def main() -> int:
         print(f"{name}: {backend}")
     for name in options.names or NAMES:
         result = importlib.import_module(f"benchmarks.{name}").run(options)
+        if not result:
+            continue
         RESULTS.mkdir(exist_ok=True)
         mesh = options.mesh if name == "aot" else None
         out = RESULTS / (f"{name}-{mesh.replace(':', '-')}.json" if mesh else f"{name}.json")
         command = f"python -m benchmarks {name}" + (f" --mesh {mesh} --model {options.model}" if mesh else "")
+        command += f" --against {options.against}" if name == "core" else ""
         out.write_text(json.dumps({"command": command, **machine(), **result}, indent=1) + "\n")
         print(f"{name}: written to {out}")
     return 0

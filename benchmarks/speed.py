@@ -214,9 +214,14 @@ def first_step(leaves, name) -> dict[str, float]:
 
 def fresh(function, *args):
     """What ``function(*args)`` of this file returns in a fresh process."""
-    program = "import json, sys; from benchmarks import speed; name, args = json.loads(sys.argv[1]); "
-    program += "print(json.dumps(getattr(speed, name)(*args)))"
-    command = [sys.executable, "-c", program, json.dumps([function.__name__, args])]
+    return in_fresh_process(__name__, function.__name__, *args)
+
+
+def in_fresh_process(module, name, *args):
+    """What a module's function returns in a fresh process."""
+    program = "import importlib, json, sys; module, name, args = json.loads(sys.argv[1]); "
+    program += "print(json.dumps(getattr(importlib.import_module(module), name)(*args)))"
+    command = [sys.executable, "-c", program, json.dumps([module, name, args])]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 

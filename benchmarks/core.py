@@ -1,0 +1,114 @@
+"""`jadam.step` beside that of another commit, in one process: ``python -m benchmarks core --against COMMIT``.
+
+The other commit's package is built and imported under another name, its extension under another FFI target. Three sides
+take turns: this code, the other's, and the other's once more, which tells what of a ratio is chance. Given are, over
+fresh processes, the medians of the ratios within a round, and their extremes.
+"""
+
+import importlib
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import jadam
+from benchmarks.speed import in_fresh_process, shapes, stepper
+
+PROCESSES = 5
+ROUNDS = {"2^22": 41, "2^25": 15, "2^27": 9}
+EARLIER = "earlier_jadam"
+FORMATS = ["float32", "bfloat16", "int8"]
+CASES = [*((moments, False) for moments in FORMATS), ("bfloat16", True), ("int8", True)]
+
+
+def build(commit: str, folder: Path) -> None:
+    """The package of ``commit`` under the name `EARLIER`, its extension built."""
+    top = Path(__file__).parent.parent
+    source = folder / "source"
+    source.mkdir()
+    archive = subprocess.run(["git", "-C", top, "archive", commit], stdout=subprocess.PIPE, check=True).stdout
+    subprocess.run(["tar", "-x", "-C", source], input=archive, check=True)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder / "built", source]
+    subprocess.run(pip, check=True)
+    package = (folder / "built" / "jadam").rename(folder / EARLIER)
+    for file in package.rglob("*.py"):
+        text = file.read_text().replace('"jadam_step"', '"earlier_step"')
+        for word in ("from jadam", "import jadam"):
+            text = text.replace(word, word.replace("jadam", EARLIER))
+        file.write_text(text)
+
+
+def one_process(folder: str, case: str, moments: str, exact: bool) -> dict[str, list[float]]:
+    """Seconds of each side in every round, of a step with these moments, of bfloat16 weights if ``exact``."""
+    sys.path.insert(0, folder)
+    earlier = importlib.import_module(EARLIER)
+    rng = np.random.default_rng(0)
+    dtype = jnp.bfloat16 if exact else jnp.float32
+    (shape,) = shapes(case)
+    grads = [jnp.asarray(rng.standard_normal(shape, np.float32), dtype)]
+    params = [jnp.zeros_like(g) for g in grads]
+
+    def side(package):
+        if package.backends()["cpu"].kernel is None:
+            raise RuntimeError(f"{package.__name__} has no kernel: {package.backends()['cpu'].reason}")
+        tx = package.adam(1e-3, moments=moments)
+        tx = package.exact_bf16(tx) if exact else tx
+        step = lambda params, state, grads: package.step(tx, grads, state, params)
+        return stepper(step, params, tx.init(params), grads)
+
+    sides = {"this": side(jadam), "other": side(earlier), "other again": side(earlier)}
+    seconds = {name: [] for name in sides}
+    for i in range(ROUNDS[case] + 2):  # the first two warm up
+        order = list(sides)[i % 3 :] + list(sides)[: i % 3]
+        for name in order:
+            spent = sides[name]()
+            seconds[name] += [spent] if i > 1 else []
+    return seconds
+
+
+def run(options) -> dict:
+    """Every size and format."""
+    if options.against is None:
+        print("core: left out, --against COMMIT not given", file=sys.stderr)
+        return {}
+    result: dict = {"against": options.against, "backend": str(jadam.backends()["cpu"].kernel), "cases": {}}
+    table = Table("parameters", "moments", "ms", "this / other", "(least, most)", "other / other", "(least, most)")
+    with tempfile.TemporaryDirectory() as folder:
+        build(options.against, Path(folder))
+        for case in ROUNDS:
+            for moments, exact in track(CASES, description=f"core: {case}"):
+                args = (folder, case, moments, exact)
+                processes = [in_fresh_process("benchmarks.core", "one_process", *args) for _ in range(PROCESSES)]
+                row = summary(processes)
+                name = moments + ", bf16 weights" * exact
+                result["cases"][f"{case}, {name}"] = row
+                cells = [str(x) for x in (*_shown(row["this over other"]), *_shown(row["other over other"]))]
+                table.add_row(case, name, f"{row['ms'][0]:.2f}", *cells)
+    Console().print(table)
+    return result
+
+
+def _shown(extremes) -> tuple[float, tuple[float, float]]:
+    middle, least, most = extremes
+    return middle, (least, most)
+
+
+def summary(processes) -> dict[str, list[float]]:
+    """The median over processes of each one's median, and their extremes."""
+
+    def ratio(x, name):
+        return statistics.median(a / b for a, b in zip(x[name], x["other"], strict=True))
+
+    columns = {
+        "ms": [1e3 * statistics.median(x["this"]) for x in processes],
+        "this over other": [ratio(x, "this") for x in processes],
+        "other over other": [ratio(x, "other again") for x in processes],
+    }
+    return {k: [round(f(v), 4) for f in (statistics.median, min, max)] for k, v in columns.items()}
