@@ -9,7 +9,6 @@ import ctypes
 import functools
 import sys
 import zlib
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +19,7 @@ import numpy as np
 from jadam._int8 import block_of
 from jadam._transformation import Job
 
+EXTENSION = "_cpu.dll" if sys.platform == "win32" else "_cpu.so"
 LEAVES = 24  # a call; XLA's compile time grows with the square of a call's aliases
 SCALARS = 20  # in a row of `_row`
 FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2}
@@ -125,7 +125,7 @@ def load() -> Library:
     here = Path(__file__).parent
     folders = [here, *(Path(entry) / "jadam" / "_kernels" for entry in sys.path)]
     stale = None
-    for path in (folder / f"_cpu{suffix}" for folder in folders for suffix in EXTENSION_SUFFIXES):
+    for path in (folder / EXTENSION for folder in folders):
         if not path.is_file():
             continue
         try:
