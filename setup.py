@@ -10,8 +10,8 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-KERNELS = Path("jadam", "_kernels")
-SOURCE = KERNELS / "cpu.cc"
+FOLDER = Path("jadam", "_fused", "cpu")
+SOURCE = FOLDER / "cpu.cc"
 WITHOUT = """jadam: the CPU's kernel was not built: {error}
 jadam works without it. XLA takes two passes over memory where the kernel takes one: about 1.7 times as long.
 With a C++17 compiler (g++, clang++ or MSVC): pip install --force-reinstall --no-deps --no-cache-dir jadam"""
@@ -66,9 +66,9 @@ setup(
     cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
     ext_modules=[
         Extension(
-            "jadam._kernels._cpu",
+            "jadam._fused.cpu._cpu",
             [str(SOURCE)],
-            include_dirs=[str(KERNELS / "third_party")],
+            include_dirs=[str(FOLDER / "third_party")],
             define_macros=[("JADAM_SOURCE", f"{zlib.crc32(SOURCE.read_bytes())}u")],
             extra_compile_args=flags,
             extra_link_args=link,

@@ -199,7 +199,7 @@ def compile_on_mesh(topology, model):
     import numpy as np
     from jax.experimental import topologies
 
-    from jadam import planning
+    from jadam._diagnostics import plan as planning
 
     devices = np.array(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
     shape = {"data": 4, "model": devices.size // 4}

@@ -21,7 +21,7 @@ from flax import nnx
 from rich.progress import Progress
 
 import jadam
-from jadam import _demo
+from jadam._cli import demo as _demo
 
 SEEDS = (0, 1, 2)
 DIGITS_STEPS, RATES = 4000, (1e-3, 1e-4, 1e-5)

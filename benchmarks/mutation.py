@@ -25,9 +25,9 @@ TOP = Path(__file__).parent.parent
 KILLED = TOP / "benchmarks" / "results" / "mutation.partial.json"
 # What is mutated, and the tests of its own, which come first, those with the function's name before all.
 MODULES = {
-    "jadam/_numerics.py": ["numerics"],
-    "jadam/_adam.py": ["rules", "adam"],
-    "jadam/_formats.py": ["storage", "formats"],
+    "jadam/_core/numerics.py": ["numerics"],
+    "jadam/_optimizers/adam.py": ["rules", "adam"],
+    "jadam/_moments/formats.py": ["storage", "formats"],
 }
 TESTS = [
     "numerics",

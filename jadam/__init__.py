@@ -1,50 +1,46 @@
 """Adam (Kingma & Ba 2015) and its relatives for JAX, as pure ``init``/``update`` pairs that chain with Optax.
 
-Reading order: `jadam._adam` is Algorithm 1 on one screen; `jadam._numerics` has the formulas it is written
-in; `jadam._adamax`, `_nadam`, `_amsgrad` and `_radam` say what differs; `jadam._formats` and `_int8` store moments in
-4 and 2 bytes; `jadam._exact_bf16` makes bf16 weights train as float32; `jadam._describe` tells what is stored how;
-`jadam._transformation` maps a rule over a tree of parameters; `jadam._step` does a step in one pass, `_chain` makes
-clipping visible to it and `_kernels` holds what is compiled; `jadam._checks` stops bad input. One capability each:
-`jadam.averaging` keeps averages of the parameters, `groups` makes exceptions by name, `convert` changes the format of a
-state, `_checksum` tells whether a restored one is the one saved, `torch_state` takes PyTorch's in and out, `sharding`
-divides it over devices, `planning` counts its bytes there, `statistics` tells what Adam is doing, `recording` keeps
-that over time, and `flax`, which is imported by itself, has Flax's `Optimizer` and `TrainState` with that step.
+The code lies in layers, each of which uses only those before it: `jadam._core`, checks and exact formulas;
+`jadam._moments`, how moments are stored; `jadam._transformation`, from a rule for one array to an Optax
+transformation; `jadam._optimizers`, Adam and its relatives (read `jadam._optimizers.adam` first); `jadam._wrappers`,
+what goes around them; `jadam._fused`, the step in one pass and its kernels; `jadam.sharding`, `jadam.flax`;
+`jadam._checkpoints`, `jadam.torch_state`; `jadam._diagnostics`; `jadam._cli`.
 """
 
 from jadam import sharding as sharding
-from jadam._adam import adam as adam
-from jadam._adam import adamw as adamw
-from jadam._adam import scale_by_adam as scale_by_adam
-from jadam._adamax import adamax as adamax
-from jadam._adamax import adamaxw as adamaxw
-from jadam._adamax import scale_by_adamax as scale_by_adamax
-from jadam._amsgrad import amsgrad as amsgrad
-from jadam._amsgrad import scale_by_amsgrad as scale_by_amsgrad
-from jadam._chain import chain as chain
-from jadam._chain import clip as clip
-from jadam._chain import clip_by_global_norm as clip_by_global_norm
-from jadam._checksum import checksum as checksum
-from jadam._describe import describe as describe
-from jadam._exact_bf16 import exact_bf16 as exact_bf16
-from jadam._exact_bf16 import float32_params as float32_params
-from jadam._exact_bf16 import from_float32 as from_float32
-from jadam._kernels import backends as backends
-from jadam._nadam import nadam as nadam
-from jadam._nadam import nadamw as nadamw
-from jadam._radam import radam as radam
-from jadam._radam import scale_by_radam as scale_by_radam
-from jadam._step import step as step
-from jadam._transformation import QuantizedAdamState as QuantizedAdamState
-from jadam.averaging import average_params as average_params
-from jadam.averaging import averaged_params as averaged_params
-from jadam.convert import convert_moments as convert_moments
-from jadam.groups import FROZEN as FROZEN
-from jadam.groups import by_path as by_path
-from jadam.measuring import Statistics as Statistics
-from jadam.measuring import statistics as statistics
-from jadam.planning import plan as plan
-from jadam.recording import history as history
-from jadam.recording import plot as plot
-from jadam.recording import record as record
+from jadam._checkpoints.checksum import checksum as checksum
+from jadam._checkpoints.convert import convert_moments as convert_moments
+from jadam._diagnostics.describe import describe as describe
+from jadam._diagnostics.plan import plan as plan
+from jadam._diagnostics.record import history as history
+from jadam._diagnostics.record import plot as plot
+from jadam._diagnostics.record import record as record
+from jadam._diagnostics.statistics import Statistics as Statistics
+from jadam._diagnostics.statistics import statistics as statistics
+from jadam._fused.backends import backends as backends
+from jadam._fused.step import step as step
+from jadam._optimizers.adam import adam as adam
+from jadam._optimizers.adam import adamw as adamw
+from jadam._optimizers.adam import scale_by_adam as scale_by_adam
+from jadam._optimizers.adamax import adamax as adamax
+from jadam._optimizers.adamax import adamaxw as adamaxw
+from jadam._optimizers.adamax import scale_by_adamax as scale_by_adamax
+from jadam._optimizers.amsgrad import amsgrad as amsgrad
+from jadam._optimizers.amsgrad import scale_by_amsgrad as scale_by_amsgrad
+from jadam._optimizers.nadam import nadam as nadam
+from jadam._optimizers.nadam import nadamw as nadamw
+from jadam._optimizers.radam import radam as radam
+from jadam._optimizers.radam import scale_by_radam as scale_by_radam
+from jadam._transformation.transformation import QuantizedAdamState as QuantizedAdamState
+from jadam._wrappers.average_params import average_params as average_params
+from jadam._wrappers.average_params import averaged_params as averaged_params
+from jadam._wrappers.by_path import FROZEN as FROZEN
+from jadam._wrappers.by_path import by_path as by_path
+from jadam._wrappers.chain import chain as chain
+from jadam._wrappers.chain import clip as clip
+from jadam._wrappers.chain import clip_by_global_norm as clip_by_global_norm
+from jadam._wrappers.exact_bf16 import exact_bf16 as exact_bf16
+from jadam._wrappers.exact_bf16 import float32_params as float32_params
+from jadam._wrappers.exact_bf16 import from_float32 as from_float32
 
 __version__ = "0.1.0"

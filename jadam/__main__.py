@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import NoReturn
 
 import jadam
-from jadam._models import MODELS
-from jadam._output import CommandError
+from jadam._cli.models import MODELS
+from jadam._cli.output import CommandError
 
 
 class _Parser(argparse.ArgumentParser):
@@ -85,13 +85,13 @@ def _mesh(text: str) -> dict[str, int]:
 
 
 def _demo(options) -> None:
-    from jadam import _demo
+    from jadam._cli import demo as _demo
 
     _demo.run(options.lr, options.sgd_lr, options.steps, options.seed, options.out)
 
 
 def _plan(options) -> None:
-    from jadam import planning
+    from jadam._diagnostics import plan as planning
 
     try:
         planning.report(options.model, options.mesh, options.axis, options.params_axis, options.out)

@@ -10,8 +10,8 @@ from flax import nnx
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
 
-from jadam import _checks
-from jadam._step import step
+from jadam._core import checks
+from jadam._fused.step import step
 
 pure = getattr(nnx, "as_pure", None) or nnx.pure  # the older name of the same function
 
@@ -43,7 +43,7 @@ class Optimizer(nnx.Optimizer):
 
     def __init__(self, model, tx, *, wrt, **kwargs):
         """`nnx.Optimizer`'s."""
-        _checks.transformation("Optimizer needs", tx)
+        checks.transformation("Optimizer needs", tx)
         super().__init__(model, tx, wrt=wrt, **kwargs)
 
     # Flax's returns None or updates, depending on its version.
@@ -90,8 +90,8 @@ class TrainState(train_state.TrainState):
     @classmethod
     def create(cls, *, apply_fn, params, tx, **kwargs):
         """A new one, at step 0; `train_state.TrainState`'s."""
-        _checks.transformation("TrainState needs", tx)
-        _checks.arrays(params, "params")
+        checks.transformation("TrainState needs", tx)
+        checks.arrays(params, "params")
         return super().create(apply_fn=apply_fn, params=params, tx=tx, **kwargs)
 
     def apply_gradients(self, *, grads, **kwargs):

@@ -17,13 +17,13 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from jadam import _checks
-from jadam._describe import owners
-from jadam._formats import is_placeholder, leaf_name, placeholder
-from jadam._int8 import BLOCK, fitting_block
-from jadam._step import in_parts, two_calls
-from jadam._transformation import NotOnePass, OwnUpdate, no_plan
-from jadam._trees import trained
+from jadam._core import checks
+from jadam._core.trees import trained
+from jadam._diagnostics.describe import owners
+from jadam._fused.step import in_parts, two_calls
+from jadam._moments.formats import is_placeholder, leaf_name, placeholder
+from jadam._moments.int8 import BLOCK, fitting_block
+from jadam._transformation.transformation import NotOnePass, OwnUpdate, no_plan
 
 
 @dataclasses.dataclass(eq=False)
@@ -124,18 +124,18 @@ def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[s
         >>> print(*tx.init(params)[0].mu["kernel"].sharding.spec)
         data
     """
-    _checks.transformation("zero1 needs", tx)
+    checks.transformation("zero1 needs", tx)
     _checks_mesh(mesh)
     axes = tuple(name for name in _axes(axis, mesh) if mesh.shape[name] > 1)
     if not axes:
         raise ValueError(f"axis {axis!r} has size 1 in the mesh {dict(mesh.shape)}: there is nothing to divide over.")
-    _checks.trainable(params, "params")
+    checks.trainable(params, "params")
     layout = _layout(tx, params, mesh, axes)
     inner = optax.with_extra_args_support(optax.GradientTransformation(tx.init, tx.update))
     homes, parts = ([getattr(leaf, which) for leaf in layout.leaves] for which in ("home", "part"))
 
     def values(tree, what):
-        _checks.values(tree, what)
+        checks.values(tree, what)
         if isinstance(mesh, AbstractMesh) and not all(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree)):
             raise ValueError(
                 "mesh must be a jax.sharding.Mesh for init and update, got an AbstractMesh, which has no devices and "
@@ -174,7 +174,7 @@ def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[s
 
     def init(params):
         check(params, "params")
-        _checks.trainable(params, "params")
+        checks.trainable(params, "params")
 
         def whole(params):
             return list(map(_reshaped, jax.tree.leaves(tx.init(params)), wanted))
@@ -235,7 +235,7 @@ def spread(shapes, mesh, axis: str | Sequence[str] | None) -> Any:
         >>> print(*jadam.sharding.spread(jnp.ones((2, 8)), mesh, "model").sharding.spec)
         None model
     """
-    _checks.arrays(shapes, "shapes")
+    checks.arrays(shapes, "shapes")
     _checks_mesh(mesh)
     axes = () if axis is None else _axes(axis, mesh)
     n = math.prod(mesh.shape[name] for name in axes)
@@ -255,14 +255,14 @@ def spread(shapes, mesh, axis: str | Sequence[str] | None) -> Any:
 
 def _checks_mesh(mesh) -> None:
     if not isinstance(mesh, (Mesh, AbstractMesh)):
-        got = _checks.shown(mesh)
+        got = checks.shown(mesh)
         raise TypeError(f"mesh must be a jax.sharding.Mesh, got {got}. Make one: jax.make_mesh((8,), ('data',)).")
 
 
 def _axes(axis, mesh) -> tuple[str, ...]:
     axes = tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
     if not axes or any(not isinstance(name, str) or name not in mesh.shape for name in axes):
-        raise ValueError(f"axis must be of the mesh's {tuple(mesh.shape)}, got {_checks.shown(axis)}.")
+        raise ValueError(f"axis must be of the mesh's {tuple(mesh.shape)}, got {checks.shown(axis)}.")
     if len(set(axes)) < len(axes):
         raise ValueError(f"axis must name each axis of the mesh once, got {axis!r}.")
     return axes

@@ -38,13 +38,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jadam import _checks, _formats
-from jadam._checksum import checksum
-from jadam._numerics import at_least_float32
-from jadam._output import replacing
-from jadam._transformation import ScheduledBetasState
-from jadam._trees import find_states
-from jadam.convert import has_moments
+from jadam._checkpoints.checksum import checksum
+from jadam._checkpoints.convert import has_moments
+from jadam._cli.output import replacing
+from jadam._core import checks
+from jadam._core.numerics import at_least_float32
+from jadam._core.trees import find_states
+from jadam._moments import formats
+from jadam._transformation.transformation import ScheduledBetasState
 
 # layout: the axes for which jax = torch.transpose(layout)
 LINEAR = (1, 0)
@@ -109,7 +110,7 @@ def from_torch(source, state, names):
         problems.append(f"steps must be equal, for jadam has one count, got {differing}. Give them one value")
     _raise("from_torch", problems)
     count = min(*first, _LAST)
-    filled = {_formats.leaf_name(leaf.path): _encoded(leaf, entries, count) for leaf in leaves}
+    filled = {formats.leaf_name(leaf.path): _encoded(leaf, entries, count) for leaf in leaves}
 
     def fill(part):
         if not (has_moments(part) or _is_count(part)):
@@ -117,7 +118,7 @@ def from_torch(source, state, names):
         trees = {"count": jax.tree.map(lambda old: _like(np.int32(count), old), part.count)}
         for i, field in enumerate(_fields(part)):
             structure = jax.tree.structure(getattr(part, field))
-            trees[field] = structure.unflatten([filled[_formats.leaf_name(path)][i] for path, _ in _rows(part)])
+            trees[field] = structure.unflatten([filled[formats.leaf_name(path)][i] for path, _ in _rows(part)])
         return part._replace(**trees)
 
     return jax.tree.map(fill, state, is_leaf=lambda x: has_moments(x) or _is_count(x))
@@ -194,8 +195,8 @@ class _Leaf:
         return [*self.moments, self.step]
 
     @property
-    def format(self) -> _formats.Format:
-        return _formats.of(self.arrays)
+    def format(self) -> formats.Format:
+        return formats.of(self.arrays)
 
     @property
     def stored(self) -> tuple[jax.Array, ...]:
@@ -233,7 +234,7 @@ def _leaves(state, names) -> tuple[list[_Leaf], list[str]]:
     """The leaves that have a name, and what is wrong with the others."""
     if not isinstance(names, Mapping):
         raise TypeError(
-            f"names must be a dict from leaf paths to PyTorch's names, got {_checks.shown(names)} of type "
+            f"names must be a dict from leaf paths to PyTorch's names, got {checks.shown(names)} of type "
             f"{type(names).__name__}."
         )
     leaves, problems, seen, owner = [], [], set(), {}
@@ -241,7 +242,7 @@ def _leaves(state, names) -> tuple[list[_Leaf], list[str]]:
         count = jax.tree.leaves(part.count)[0]
         entries = [_ENTRIES[x] for x in _fields(part) if x in _ENTRIES]
         for path, arrays in _rows(part):
-            leaf = _formats.leaf_name(path)
+            leaf = formats.leaf_name(path)
             if leaf in seen:
                 problems.append(f"{leaf!r} has moments in two places of state; PyTorch's has one")
                 continue
@@ -291,7 +292,7 @@ def _misfits(leaf: _Leaf, entries) -> list[str]:
         if x is None:
             problems.append(f"{key} is missing{_hint(key)}")
         elif x.shape != shape:
-            where = f"{_formats.leaf_name(leaf.path)!r} of shape {leaf.arrays[0].shape} and layout {leaf.layout}"
+            where = f"{formats.leaf_name(leaf.path)!r} of shape {leaf.arrays[0].shape} and layout {leaf.layout}"
             problems.append(f"{key} must have shape {shape}, for {where}, got {x.shape}")
         elif is_step and not _is_step(x):
             problems.append(f"{key} must be a whole number >= 0, got {x} of {x.dtype}")
@@ -317,7 +318,7 @@ def _encoded(leaf: _Leaf, entries, count: int) -> list[jax.Array]:
     own = lambda key: np.array(entries[key].transpose(leaf.layout))  # on a CPU JAX may go on using NumPy's memory
     moments = [_placed(own(key), leaf.arrays[0]) for key in leaf.moments]
     taken = jnp.asarray(max(count - 1, 0), jnp.uint32)
-    random = lambda k: _formats.random_for(moments[0].shape, _formats.salt(leaf.path), taken)(k)
+    random = lambda k: formats.random_for(moments[0].shape, formats.salt(leaf.path), taken)(k)
     new = leaf.format.encode(moments, leaf.stored, random)
     return [_like(x, old) for x, old in zip((*new, *leaf.arrays[len(new) :]), leaf.arrays, strict=True)]
 
@@ -370,7 +371,7 @@ def _safetensors_path(name: str, path) -> Path:
     """``path``, which could be a pickle if it did not end so."""
     if not isinstance(path, (str, os.PathLike)):
         kinds = "a dict of arrays or the path of a .safetensors file" if name == "source" else "a path"
-        raise TypeError(f"{name} must be {kinds}, got {_checks.shown(path)} of type {type(path).__name__}.")
+        raise TypeError(f"{name} must be {kinds}, got {checks.shown(path)} of type {type(path).__name__}.")
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(

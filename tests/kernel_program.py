@@ -23,12 +23,16 @@ import jax.numpy as jnp
 import numpy as np
 
 import jadam
-from jadam import _adam, _adamax, _amsgrad, _formats, _radam
-from jadam._kernels import cpu
-from jadam._kernels.pallas import Int8Tile
-from jadam._leaf import update_leaf
-from jadam._numerics import constant_beta
-from jadam._transformation import Job, Part, Rule, Step
+from jadam._core.numerics import constant_beta
+from jadam._fused.cpu import kernel as cpu
+from jadam._fused.pallas import Int8Tile
+from jadam._moments import formats
+from jadam._optimizers import adam as _adam
+from jadam._optimizers import adamax as _adamax
+from jadam._optimizers import amsgrad as _amsgrad
+from jadam._optimizers import radam as _radam
+from jadam._transformation.leaf import update_leaf
+from jadam._transformation.transformation import Job, Part, Rule, Step
 
 ROWS, COLUMNS = 64, 512  # of the arrays on which what is expected is computed, whatever the leaf's shape
 NATIVE = {
@@ -343,7 +347,7 @@ def expected(call, inputs):
         job = Job(
             rule=RULES[rule],
             dtype=np.dtype(np.float32),
-            format=Int8Tile(1) if scaled else _formats.FORMATS[FORMATS[format]],
+            format=Int8Tile(1) if scaled else formats.FORMATS[FORMATS[format]],
             stored=(*map(lay, stored[:2]), *map(lay_scale, stored[2:])) if scaled else tuple(map(lay, stored)),
             salt=salt % 2**32,
             count=jnp.asarray(count[0]),

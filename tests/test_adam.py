@@ -10,7 +10,7 @@ import oracle
 import pytest
 
 import jadam
-from jadam import _numerics
+from jadam._core import numerics
 
 DEFAULT = jadam.scale_by_adam()
 
@@ -160,8 +160,8 @@ def test_ema_keeps_a_constant():
 
     @jax.jit
     def averages(g, t, traced):
-        beta = lambda b: _numerics.constant_beta(b, t, np.dtype("float32"))
-        return [[_numerics.ema(beta(b), g, g) for b in values] for values in (known, traced)]
+        beta = lambda b: numerics.constant_beta(b, t, np.dtype("float32"))
+        return [[numerics.ema(beta(b), g, g) for b in values] for values in (known, traced)]
 
     g = np.float32(0.7)
     found = averages(g, np.float32(1), [np.float32(b) for b in known])

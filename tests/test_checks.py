@@ -21,8 +21,9 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 import jadam
 import jadam.flax
-from jadam import planning, torch_state
+from jadam import torch_state
 from jadam.__main__ import main
+from jadam._diagnostics import plan as planning
 from jadam.sharding import spread, zero1
 
 

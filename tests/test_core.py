@@ -19,7 +19,7 @@ from jax.experimental import checkify
 
 import jadam
 import jadam.flax
-from jadam._transformation import Rule, descend, scale_by_rule
+from jadam._transformation.transformation import Rule, descend, scale_by_rule
 
 PARAMS = {"w": np.ones((3, 4), np.float32), "b": np.ones(4, np.float32)}
 GRADS = {"w": np.full((3, 4), 0.5, np.float32), "b": np.full(4, 0.5, np.float32)}

@@ -18,8 +18,9 @@ import flax.nnx as nnx
 import optax
 import pytest
 
-from jadam import _demo, _output
 from jadam.__main__ import main
+from jadam._cli import demo as _demo
+from jadam._cli import output as _output
 
 # matplotlib 3.9 with pyparsing from 3.3 on
 pytestmark = pytest.mark.filterwarnings("ignore:.* deprecated, use:DeprecationWarning")
@@ -138,8 +139,8 @@ def test_ctrl_c_stops_cleanly(tmp_path):
 def test_missing_extras_are_one_line_and_exit_2(monkeypatch, capsys):
     for name in ("flax", "flax.nnx"):
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "jadam._demo")
-    monkeypatch.delattr("jadam._demo")
+    monkeypatch.delitem(sys.modules, "jadam._cli.demo")
+    monkeypatch.delattr("jadam._cli.demo")
     assert main(["demo"]) == 2
     assert capsys.readouterr() == ("", "jadam demo: error: flax is missing; pip install 'jadam[demo]'\n")
 

@@ -19,7 +19,7 @@ def has_examples(name):
 
 
 MODULES = [m.name for m in pkgutil.walk_packages(jadam.__path__, "jadam.") if has_examples(m.name)]
-SLOW = {"jadam.convert", "jadam.recording"}  # a codec without jit, and a picture
+SLOW = {"jadam._checkpoints.convert", "jadam._diagnostics.record"}  # a codec without jit, and a picture
 FUNCTIONS = [name for name, value in vars(jadam).items() if inspect.isfunction(value)]
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from properties import holds
 
 import jadam
-from jadam import _exact_bf16
+from jadam._wrappers import exact_bf16 as _exact_bf16
 
 CHAINS = {
     "adamw": lambda: jadam.adamw(1e-3),

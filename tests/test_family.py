@@ -13,7 +13,8 @@ import torch_trajectories
 from family import FAMILY, MOMENTS, VARIANTS
 
 import jadam
-from jadam import _numerics, _radam
+from jadam._core import numerics
+from jadam._optimizers import radam as _radam
 
 MEMBERS = {member.name: member for member in FAMILY}
 TORCH = np.load(torch_trajectories.FILE)
@@ -228,7 +229,7 @@ LENGTHS = (0.5, 0.9, 0.999, 0.9999, 0.999999)
 @jax.jit
 def lengths(t):
     """For each ``b2``, the length of its average at step ``t`` and in the end."""
-    beta = lambda b2: _numerics.constant_beta(b2, t, np.dtype("float32"))
+    beta = lambda b2: numerics.constant_beta(b2, t, np.dtype("float32"))
     return [_radam.average_length(beta(b2), t) for b2 in LENGTHS]
 
 

@@ -19,8 +19,9 @@ import safetensors.numpy
 from damage_program import bits, flipped
 
 import jadam
-from jadam import _numerics, torch_state
+from jadam import torch_state
 from jadam.__main__ import main
+from jadam._core import numerics
 
 FLIPS = 201
 HERE = {name: x for name, x in os.environ.items() if not name.startswith("COV")}  # coverage's files do not fit in 1 KiB
@@ -55,7 +56,7 @@ def test_lowbias32_can_be_undone():
     """So it maps no two words to one, and a sum of its values tells when one of them changes."""
     rng = np.random.default_rng(0)
     words = np.concatenate([rng.integers(0, 2**32, 10**6, np.uint32), np.arange(2**16, dtype=np.uint32) << 16])
-    x = np.asarray(jax.jit(_numerics.lowbias32)(words))
+    x = np.asarray(jax.jit(numerics.lowbias32)(words))
     inverse = lambda odd: np.uint32(pow(odd, -1, 2**32))
     x = (x ^ x >> 16) * inverse(0x846CA68B)
     x = (x ^ x >> 15 ^ x >> 30) * inverse(0x7FEB352D)

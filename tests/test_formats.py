@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from properties import holds
 
 import jadam
-from jadam import _formats
+from jadam._moments import formats
 
 NARROW = ["bfloat16", "int8"]
 ADAMS = {
@@ -103,7 +103,7 @@ def test_error_of_the_update(sigma, shift, settings, most):
 
 
 def bound(b1, b2, t, nesterov):
-    """Of the update's size, for every sequence of gradients: Cauchy-Schwarz, see `jadam._int8`."""
+    """Of the update's size, for every sequence of gradients: Cauchy-Schwarz, see `jadam._moments.int8`."""
     newest = (1 - b1) / jnp.sqrt(1 - b2)
     ratio = newest / jnp.sqrt(1 - b1 * b1 / b2)
     adam = ratio / (1 - b1**t)
@@ -168,13 +168,13 @@ def test_no_breach_of_the_bound_is_found(b2, share, exponents, signs, seed):
 
 
 def test_rounding_is_unbiased():
-    int8, n = _formats.FORMATS["int8"], 4096
+    int8, n = formats.FORMATS["int8"], 4096
     w = np.concatenate([[1.0], 10.0 ** -np.random.default_rng(0).uniform(0, 3, 127)]).astype(np.float32)  # sqrt(v)
     v, m = w[None] ** 2, w[None] * np.linspace(-1, 1, 128, dtype=np.float32)
     stored = int8.init(zeros(1, 128), 2)
 
     def decoded(count):
-        return int8.decode(int8.encode((m, v), stored, _formats.random_for(m.shape, 0, count)), jnp.float32)
+        return int8.decode(int8.encode((m, v), stored, formats.random_for(m.shape, 0, count)), jnp.float32)
 
     many = [np.asarray(x) for x in jax.jit(jax.vmap(decoded))(np.arange(n))]
     # The dither walks evenly round the circle, so the mean's error shrinks like 1/n, not like its root; the largest
@@ -183,7 +183,7 @@ def test_rounding_is_unbiased():
     ratio = np.asarray(many[0] / np.sqrt(many[1]), np.float64).mean(0)
     np.testing.assert_allclose(ratio, m / np.sqrt(v), atol=1e-3)
     moments = jax.device_put((m, v))
-    encoded = lambda t: _formats.FORMATS["bfloat16"].encode(moments, moments, _formats.random_for(m.shape, 0, t))
+    encoded = lambda t: formats.FORMATS["bfloat16"].encode(moments, moments, formats.random_for(m.shape, 0, t))
     for x, exact in zip(jax.jit(jax.vmap(encoded))(np.arange(n)), (m, v), strict=True):
         # a spacing times the discrepancy of the walk, some log(n) / n
         np.testing.assert_allclose(np.asarray(x, np.float64).mean(0), exact, rtol=2**-7 / 500)

@@ -22,8 +22,8 @@ from jax.sharding import PartitionSpec as P
 
 import jadam
 from jadam import sharding
-from jadam._numerics import linear_index
-from jadam._transformation import Part
+from jadam._core.numerics import linear_index
+from jadam._transformation.transformation import Part
 
 CPU = jadam.backends()["cpu"]
 pytestmark = pytest.mark.skipif(CPU.kernel is None, reason=f"no CPU kernel: {CPU.reason}")

@@ -119,7 +119,7 @@ def test_narrow_averages_have_next_to_no_bias(moments, stream, steps):
 
     state, (mu, nu, largest) = run(step, tx.init(mean), steps)
     assert state.count == steps
-    assert np.all(largest <= 7.27 * (1 + 1e-4))  # the bound of `jadam._int8`
+    assert np.all(largest <= 7.27 * (1 + 1e-4))  # the bound of `jadam._moments.int8`
     warm = 10  # chunks, after which 1 - b2**t is 1 to 5e-5, and to 5e-6 in the mean
     n = np.sqrt((steps - warm * CHUNK) * mean.size)
     of_m, of_v = mu[warm:].mean() - np.mean(mean, dtype=np.float64), nu[warm:].mean() - expected_square(mean, stream)
@@ -265,7 +265,7 @@ def test_count_stops_and_steps_go_on(name, call):
         assert moved.max() > 1e-4
         if name in ("bfloat16", "int8"):  # other random bits: the first step is the same, the moments it stores differ
             np.testing.assert_array_equal(path[k][0], expected[k][0])
-            assert moved.max() <= 0.01 * 7.27 * (1 + 1e-4)  # the bound of `jadam._int8`
+            assert moved.max() <= 0.01 * 7.27 * (1 + 1e-4)  # the bound of `jadam._moments.int8`
         else:
             np.testing.assert_array_equal(np.float32(path[k]), np.float32(expected[k]))
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jadam import _numerics
-from jadam._numerics import Reached, constant_beta, scheduled_beta
+from jadam._core import numerics
+from jadam._core.numerics import Reached, constant_beta, scheduled_beta
 
 ULP = 2.0**-23  # of a float32 in [1, 2)
 RATES = [0.0, 1e-6, 0.1, 0.5, 0.9, 0.999, 0.999999]
@@ -66,11 +66,11 @@ def test_scheduled_beta(dtype, x64):
 
 @pytest.mark.parametrize("b", RATES)
 def test_one_minus(b):
-    exact = _numerics.one_minus(b, np.float32)
+    exact = numerics.one_minus(b, np.float32)
     assert exact.dtype == np.float32
     assert exact == np.float32(1 - b)
-    assert _numerics.one_minus(jnp.float32(b), np.float32) == np.float32(1) - np.float32(b)
-    assert _numerics.one_minus(jnp.float32(b), np.float32).dtype == jnp.float32
+    assert numerics.one_minus(jnp.float32(b), np.float32) == np.float32(1) - np.float32(b)
+    assert numerics.one_minus(jnp.float32(b), np.float32).dtype == jnp.float32
 
 
 @pytest.mark.parametrize("b", [*RATES, 1e-3, 0.3, 0.9999999, 1 - 1e-12])
@@ -81,15 +81,15 @@ def test_one_minus_power(b, t):
         with np.errstate(divide="ignore"):
             return -np.expm1(t * np.log1p(-(1 - b)))
 
-    found = _numerics.one_minus_power(b, jnp.float32(t), np.float32)
+    found = numerics.one_minus_power(b, jnp.float32(t), np.float32)
     np.testing.assert_allclose(found, exact(b), rtol=4 * ULP)
-    found = _numerics.one_minus_power(jnp.float32(b), jnp.float32(t), np.float32)
+    found = numerics.one_minus_power(jnp.float32(b), jnp.float32(t), np.float32)
     np.testing.assert_allclose(found, exact(float(np.float32(b))), rtol=4 * ULP)
 
 
 def test_one_minus_power_of_zero_warns_of_nothing():
-    assert _numerics.one_minus_power(0.0, jnp.float32(3), np.float32) == 1
-    assert _numerics.one_minus_power(jnp.float32(0), jnp.float32(3), np.float32) == 1
+    assert numerics.one_minus_power(0.0, jnp.float32(3), np.float32) == 1
+    assert numerics.one_minus_power(jnp.float32(0), jnp.float32(3), np.float32) == 1
 
 
 @pytest.mark.parametrize("b", RATES)
@@ -102,7 +102,7 @@ def test_ema(b, traced):
         exact = known * float(average) + (1 - known) * float(x)
         # three roundings of terms no larger than twice the larger weight's term; the weights themselves round once
         larger = max(abs(known * float(average)), abs((1 - known) * float(x)))
-        found = _numerics.ema(beta, jnp.float32(average), jnp.float32(x))
+        found = numerics.ema(beta, jnp.float32(average), jnp.float32(x))
         assert abs(float(found) - exact) <= 4 * ULP * larger, (average, x)
         if average == x:
             assert found == x
@@ -118,20 +118,20 @@ def test_ema_corrects_the_larger_term(b, slow):
     of_average, of_newest = average + one_minus_b * (x - average), x + b * (average - x)
     assert (of_average != of_newest).any()
     for known in (beta, beta._replace(b=jnp.float32(b))):
-        found = _numerics.ema(known, jnp.asarray(average), jnp.asarray(x))
+        found = numerics.ema(known, jnp.asarray(average), jnp.asarray(x))
         np.testing.assert_array_equal(found, of_average if slow else of_newest)
 
 
 def test_ema_with_a_traced_rate():
     beta = constant_beta(0.75, jnp.float32(1), np.dtype("float32"))
-    found = jax.jit(lambda b: _numerics.ema(beta._replace(b=b), jnp.float32(4), jnp.float32(8)))(jnp.float32(0.75))
+    found = jax.jit(lambda b: numerics.ema(beta._replace(b=b), jnp.float32(4), jnp.float32(8)))(jnp.float32(0.75))
     assert found == 5
 
 
 @jax.jit
 def sqrt(x):
     """JAX's root and ours; and ours with its first two derivatives, the second taken along 3."""
-    ours = _numerics.sqrt
+    ours = numerics.sqrt
     return jnp.sqrt(x), ours(x), jax.grad(ours)(x), *jax.jvp(ours, (x,), (jnp.float32(3),))
 
 
@@ -139,7 +139,7 @@ def sqrt(x):
 def test_sqrt_and_its_derivative(x):
     root, found, slope, again, along = sqrt(np.float32(x))
     assert found == again == root
-    assert _numerics.sqrt(jnp.float32(x)) == root
+    assert numerics.sqrt(jnp.float32(x)) == root
     if x == 0:
         assert slope == along == 0
     else:  # a quotient and a square root
@@ -153,28 +153,28 @@ def test_sqrt_of_what_is_negative_is_nan_and_so_is_its_derivative():
 
 
 def test_abs_sq():
-    assert _numerics.abs_sq(jnp.float32(-3)) == 9
-    z = _numerics.abs_sq(jnp.complex64(3 - 4j))
+    assert numerics.abs_sq(jnp.float32(-3)) == 9
+    z = numerics.abs_sq(jnp.complex64(3 - 4j))
     assert (z, z.dtype) == (25, jnp.float32)
 
 
 def test_divide():
-    found = jax.jit(_numerics.divide)(np.float32([6, 0, 5, 6]), np.float32([2, 0, 0, -2]))
+    found = jax.jit(numerics.divide)(np.float32([6, 0, 5, 6]), np.float32([2, 0, 0, -2]))
     assert found.tolist() == [3, 0, 5, -3]
-    assert _numerics.divide(jnp.float32(5), jnp.float32(0)) == 5
-    assert jax.jit(jax.grad(lambda x: _numerics.divide(x, 0 * x)))(np.float32(1)) == 1
+    assert numerics.divide(jnp.float32(5), jnp.float32(0)) == 5
+    assert jax.jit(jax.grad(lambda x: numerics.divide(x, 0 * x)))(np.float32(1)) == 1
 
 
 def test_dtypes(strict):
-    assert _numerics.promote(jnp.bfloat16(1), jnp.float16(1)) == jnp.float32
-    assert _numerics.promote(np.dtype("int32"), np.dtype("float16")) == jnp.float16
+    assert numerics.promote(jnp.bfloat16(1), jnp.float16(1)) == jnp.float32
+    assert numerics.promote(np.dtype("int32"), np.dtype("float16")) == jnp.float16
     assert (
-        _numerics.promote(jnp.asarray(np.ones(2, jnp.bfloat16)), 2.0) == jnp.float32
+        numerics.promote(jnp.asarray(np.ones(2, jnp.bfloat16)), 2.0) == jnp.float32
     )  # of a Python number jnp.result_type is it
-    assert _numerics.at_least_float32(jnp.bfloat16(1)) == jnp.float32
-    assert _numerics.at_least_float32(jnp.complex64(1)) == jnp.complex64
-    assert _numerics.real(np.dtype("complex64")) == jnp.float32
-    assert _numerics.real(jnp.bfloat16) == jnp.bfloat16
+    assert numerics.at_least_float32(jnp.bfloat16(1)) == jnp.float32
+    assert numerics.at_least_float32(jnp.complex64(1)) == jnp.complex64
+    assert numerics.real(np.dtype("complex64")) == jnp.float32
+    assert numerics.real(jnp.bfloat16) == jnp.bfloat16
 
 
 def lowbias32(x):
@@ -185,7 +185,7 @@ def lowbias32(x):
 
 
 def test_lowbias32():
-    found = jax.jit(_numerics.lowbias32)(np.array(PATTERNS, np.uint32))
+    found = jax.jit(numerics.lowbias32)(np.array(PATTERNS, np.uint32))
     assert found.tolist() == [lowbias32(x) for x in PATTERNS]
 
 
@@ -201,7 +201,7 @@ def test_dither(k, salt, t):
         return (start + t * 0x9E3779B9) & 0xFFFFFFFF
 
     index = jnp.asarray(np.array(PATTERNS, np.uint32))
-    found = _numerics.dither(index, salt, jnp.uint32(t), k)
+    found = numerics.dither(index, salt, jnp.uint32(t), k)
     assert found.dtype == jnp.uint32
     assert found.tolist() == [exact(x) for x in PATTERNS]
 
@@ -219,7 +219,7 @@ def larger(shape):
 def linear_indices():
     """By part and whole, from one program."""
     of = [*((x, x) for x in SHAPES), *((x, larger(x)) for x in SHAPES), (PART, LARGE)]
-    found = jax.jit(lambda: [_numerics.linear_index(x) if x == y else _numerics.linear_index(x, y) for x, y in of])()
+    found = jax.jit(lambda: [numerics.linear_index(x) if x == y else numerics.linear_index(x, y) for x, y in of])()
     return dict(zip(of, found, strict=True))
 
 
@@ -244,13 +244,13 @@ def test_linear_index_beyond_32_bits():
 def test_linear_index_of_a_sharded_array_is_global():
     mesh = jax.make_mesh((8,), ("x",))
     sharding = jax.sharding.NamedSharding(mesh, P("x"))
-    found = jax.jit(lambda: _numerics.linear_index((16, 3)), out_shardings=sharding)()
+    found = jax.jit(lambda: numerics.linear_index((16, 3)), out_shardings=sharding)()
     assert found.sharding == sharding
     np.testing.assert_array_equal(found, np.arange(48).reshape(16, 3))
 
 
 def test_uniform():
-    found = jax.jit(_numerics.uniform)(np.array(PATTERNS, np.uint32))
+    found = jax.jit(numerics.uniform)(np.array(PATTERNS, np.uint32))
     assert found.dtype == jnp.float32
     assert found.tolist() == [(x >> 8) * 2.0**-24 for x in PATTERNS]  # 24 bits: exact
     assert max(found.tolist()) < 1
@@ -263,7 +263,7 @@ def rounded(x, bits):
     return np.asarray(found).astype(np.float32)
 
 
-round_to_bfloat16 = jax.jit(_numerics.round_to_bfloat16)
+round_to_bfloat16 = jax.jit(numerics.round_to_bfloat16)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -289,7 +289,7 @@ def test_round_to_bfloat16_of_what_is_not_finite():
     assert np.signbit(down[5])
 
 
-applied = jax.jit(_numerics.applied, static_argnums=2)
+applied = jax.jit(numerics.applied, static_argnums=2)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, np.float64])

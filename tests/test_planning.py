@@ -9,8 +9,8 @@ import pytest
 from jax.sharding import Mesh
 
 import jadam
-from jadam import planning
 from jadam.__main__ import main
+from jadam._diagnostics import plan as planning
 
 COUNTS = {"gpt2": 124_439_808, "llama-7b": 6_738_415_616, "llama-70b": 68_976_648_192}  # of the published weights
 

@@ -20,8 +20,10 @@ from jax.sharding import PartitionSpec as P
 from properties import NUMBERS, RATES, SEEDS, any_floats, holds, tame_floats
 
 import jadam
-from jadam import _int8, _numerics, _step
-from jadam._transformation import Part
+from jadam._core import numerics
+from jadam._fused import step as _step
+from jadam._moments import int8
+from jadam._transformation.transformation import Part
 
 E24 = 2.0**-24  # what one rounding to float32 changes at most, relatively
 ADAMS = ("adam", "adamw", "nadam", "nadamw")
@@ -449,7 +451,7 @@ def test_not_finite(bad, case, seed):
 
 
 def beta_of(b, t=1):
-    return _numerics.constant_beta(b, jnp.float32(t), np.dtype(np.float32))
+    return numerics.constant_beta(b, jnp.float32(t), np.dtype(np.float32))
 
 
 FINITE = st.floats(-(2.0**126), 2.0**126, width=32)
@@ -460,8 +462,8 @@ def test_ema_rests_at_a_constant_and_never_overshoots(b, traced, x, y):
     beta = beta_of(jnp.float32(min(b, 1 - E24)) if traced else b)
     x, y = jnp.float32(x), jnp.float32(y)
     x, y = x + 0, y + 0  # XLA on a CPU has 0 for subnormal numbers
-    assert _numerics.ema(beta, x, x) == x
-    between = float(_numerics.ema(beta, x, y))
+    assert numerics.ema(beta, x, x) == x
+    between = float(numerics.ema(beta, x, y))
     slack = 2.0**-23 * max(abs(float(x)), abs(float(y)))  # an ulp of the larger
     assert min(float(x), float(y)) - slack <= between <= max(float(x), float(y)) + slack
 
@@ -471,7 +473,7 @@ def test_one_minus_power(b, t):
     """Against 50 digits. expm1 is good to 2 ulp, its argument to 1.5 (log b, t, their product): 3.5, and 1/2."""
     with decimal.localcontext(decimal.Context(prec=50, Emin=-decimal.MAX_EMAX, Emax=decimal.MAX_EMAX)):
         exact = float(1 - decimal.Decimal(b) ** t)
-    found = float(_numerics.one_minus_power(b, jnp.float32(t), jnp.float32))
+    found = float(numerics.one_minus_power(b, jnp.float32(t), jnp.float32))
     if exact >= 2.0**-125:
         assert abs(found - exact) <= 4 * 2.0**-23 * exact
     beta = beta_of(b, t)
@@ -493,14 +495,14 @@ def test_dither_is_these_bits(index, salt, t, k):
     start = lowbias32(index ^ lowbias32((salt + k // 2 * 0x632BE5AB) % 2**32))
     start = (start << 16 | start >> 16) % 2**32 if k % 2 else start
     expected = (start + t * 0x9E3779B9) % 2**32
-    found = _numerics.dither(jnp.full(1, index, jnp.uint32), salt, jnp.uint32(t), k)
+    found = numerics.dither(jnp.full(1, index, jnp.uint32), salt, jnp.uint32(t), k)
     assert (found.dtype, int(found[0])) == (jnp.uint32, expected)
-    uniform = _numerics.uniform(found)
+    uniform = numerics.uniform(found)
     assert (uniform.dtype, float(uniform[0])) == (jnp.float32, (expected >> 8) / 2**24)
 
 
 EVERY = np.arange(2**16, dtype=np.uint32) << 16
-round_to_bfloat16 = jax.jit(_numerics.round_to_bfloat16)
+round_to_bfloat16 = jax.jit(numerics.round_to_bfloat16)
 
 
 @holds(few=50, x=NUMBERS, low=SEEDS)
@@ -534,7 +536,7 @@ def test_indices_of_a_part(part):
     index = np.arange(math.prod(whole), dtype=np.uint32).reshape(whole)
     here = index[tuple(slice(s, s + n) for s, n in zip(starts, sizes, strict=True))]
     part = Part(jnp.asarray(index[starts]), whole)
-    of_whole, of_part = jax.jit(lambda start: (_numerics.linear_index(whole), Part(start, whole).indices(sizes)))(
+    of_whole, of_part = jax.jit(lambda start: (numerics.linear_index(whole), Part(start, whole).indices(sizes)))(
         index[starts]
     )
     np.testing.assert_array_equal(of_whole, index)
@@ -549,7 +551,7 @@ def test_indices_of_a_part(part):
 
 
 RHOS = 64
-quantize = jax.jit(_int8.quantize)
+quantize = jax.jit(int8.quantize)
 
 
 @holds(few=20, seed=SEEDS, spread=st.floats(0, 6), zeros=st.booleans())
@@ -626,7 +628,7 @@ def settings_of(draw):
 
 
 def ratio_bound(name, h):
-    """The largest |update| at lr 1 in any format, of the first steps: as `jadam._int8` and the design have it, or 1."""
+    """The largest |update| at lr 1 in any format, of the first steps: as `jadam._moments.int8` has it, or 1."""
     b1, b2, t = np.float64(h["b1"]), np.float64(h["b2"]), np.arange(1, 4)
     newest = (1 - b1) / np.sqrt(1 - b2)
     ratio = newest / np.sqrt(1 - b1 * b1 / b2)

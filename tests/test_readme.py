@@ -1,4 +1,4 @@
-"""Every code block of the README: Python runs here, shell commands run in .ci/run."""
+"""Every code block of the README: Python runs here, shell commands run in .ci/run. The same for CONTRIBUTING.md."""
 
 import importlib.metadata
 import re
@@ -11,6 +11,7 @@ from sybil.parsers.markdown import PythonCodeBlockParser
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 TEXT = README.read_text()
+BOTH = TEXT + (ROOT / "CONTRIBUTING.md").read_text()
 
 
 def python_blocks():
@@ -35,8 +36,8 @@ def test_python_blocks(example):
 
 
 def shell_commands():
-    blocks = re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
-    return [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    blocks = re.findall(r"```bash\n(.*?)```", BOTH, re.DOTALL)
+    return list(dict.fromkeys(line.split("#")[0].strip() for block in blocks for line in block.splitlines()))
 
 
 @pytest.mark.parametrize("command", shell_commands())
@@ -47,9 +48,12 @@ def test_shell_commands_are_run_by_ci_or_resolve(command):
         assert command in (ROOT / ".ci" / "run").read_text().splitlines()
 
 
-@pytest.mark.parametrize("path", re.findall(r"\]\((?!http)([^)]+)\)|`((?:jadam|tests|benchmarks|\.ci)/[\w./]*)`", TEXT))
+PATHS = re.findall(r"\]\((?!http)([^)]+)\)|`((?:jadam|tests|benchmarks|\.ci)/[\w./]*)`", BOTH)
+
+
+@pytest.mark.parametrize("path", sorted({link or name for link, name in PATHS}))
 def test_paths_exist(path):
-    assert (ROOT / next(filter(None, path))).exists()
+    assert (ROOT / path).exists()
 
 
 def test_the_lower_bounds_are_those_of_pyproject():

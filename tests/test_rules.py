@@ -9,9 +9,10 @@ import optax
 import pytest
 
 import jadam
-from jadam import _adam, _checks
-from jadam._numerics import constant_beta
-from jadam._transformation import Step
+from jadam._core import checks
+from jadam._core.numerics import constant_beta
+from jadam._optimizers import adam as _adam
+from jadam._transformation.transformation import Step
 
 B1, B2, EPS, EPS_ROOT, T = 0.9, 0.99, 1e-3, 1e-2, 3
 G, M, V = np.array([0.5, -2.0, 0.0, 1e-3]), np.array([0.25, 1.0, 0.0, -3e-3]), np.array([0.1, 4.0, 0.0, 2e-4])
@@ -152,4 +153,4 @@ def test_switches_are_checked():
     for name, value in (("eps_mode", "Hat"), ("bias_correction", 1), ("bias_correction", "yes"), ("nesterov", 2)):
         with pytest.raises(ValueError, match=f"{name} must be"):
             jadam.adam(1e-3, **{name: value})
-    _checks.one_of("eps_mode", "paper", ("paper", "hat"))
+    checks.one_of("eps_mode", "paper", ("paper", "hat"))

@@ -15,8 +15,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jadam
-from jadam import measuring
-from jadam.measuring import LOWER, QUANTILES, UPPER, _quantiles
+from jadam._diagnostics import statistics as measuring
+from jadam._diagnostics.statistics import LOWER, QUANTILES, UPPER, _quantiles
 
 B1, B2, EPS, RATE, DECAY, STEPS = 0.8, 0.95, 0.3, 0.01, 0.1, 5  # an eps that dominates here and there
 MESH = Mesh(np.array(jax.devices()), ("data",))

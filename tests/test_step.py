@@ -19,8 +19,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jadam
-from jadam import _step
-from jadam._kernels import cpu
+from jadam._fused import step as _step
+from jadam._fused.cpu import kernel as cpu
 
 CPU = jadam.backends()["cpu"]
 needs_kernel = pytest.mark.skipif(CPU.kernel is None, reason=f"no CPU kernel: {CPU.reason}")
@@ -487,14 +487,14 @@ def python(program, cwd, **env):
 def test_a_source_folder_finds_the_installed_extension(tmp_path):
     """A clone's ``jadam/`` hides the installed one from a Python started beside it; other sources' is refused."""
     shutil.copytree(Path(jadam.__file__).parent, tmp_path / "clone" / "jadam", ignore=shutil.ignore_patterns("*.so"))
-    installed = tmp_path / "site" / "jadam" / "_kernels"
+    installed = tmp_path / "site" / "jadam" / "_fused" / "cpu"
     installed.mkdir(parents=True)
     shutil.copy(CPU.reason, installed)
     program = "import jadam; print(jadam.__file__, jadam.backends()['cpu'], sep='\\n')"
     file, backend = python(program, tmp_path / "clone", PYTHONPATH=str(tmp_path / "site")).splitlines()
     assert Path(file).is_relative_to(tmp_path / "clone")
     assert backend == f"{CPU.kernel}: {installed / Path(CPU.reason).name}"
-    source = tmp_path / "clone" / "jadam" / "_kernels" / "cpu.cc"
+    source = tmp_path / "clone" / "jadam" / "_fused" / "cpu" / "cpu.cc"
     source.write_text(source.read_text() + "// changed\n")
     _, backend = python(program, tmp_path / "clone", PYTHONPATH=str(tmp_path / "site")).splitlines()
     assert backend.startswith("XLA: ")

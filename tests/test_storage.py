@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jadam import _formats
-from jadam._formats import FORMATS, BFloat16, Float32
-from jadam._numerics import dither, linear_index
+from jadam._core.numerics import dither, linear_index
+from jadam._moments import formats
+from jadam._moments.formats import FORMATS, BFloat16, Float32
 
 
 def zeros(shape, dtype=np.float32):
@@ -81,7 +81,7 @@ def test_bfloat16_rounds_each_moment_with_its_own_bits():
     ((jnp.float32, jnp.float32), "float32"),
 ])  # fmt: skip
 def test_of(dtypes, name):
-    assert _formats.of([zeros((4, 4), dtype) for dtype in dtypes]).name == name
+    assert formats.of([zeros((4, 4), dtype) for dtype in dtypes]).name == name
 
 
 BETAS = {"b1": 0.9, "b2": 0.999}
@@ -90,13 +90,13 @@ LARGE, SMALL = zeros((64, 128)), zeros(64)
 
 def test_chooser_by_name():
     for name in FORMATS:
-        choose = _formats.chooser(name, None, BETAS)
+        choose = formats.chooser(name, None, BETAS)
         assert choose((), LARGE).name == name
         assert choose((), zeros((64, 128), jnp.complex64)).name == "float32"
-    assert _formats.chooser("int8", None, BETAS)((), SMALL).name == "float32"
-    assert _formats.chooser("bfloat16", None, None)((), SMALL).name == "bfloat16"
-    assert _formats.chooser("float32", jnp.bfloat16, None)((), SMALL).mu_dtype == jnp.bfloat16
-    assert _formats.chooser("bfloat16", None, None)((), zeros(2, jnp.complex64)).mu_dtype is None
+    assert formats.chooser("int8", None, BETAS)((), SMALL).name == "float32"
+    assert formats.chooser("bfloat16", None, None)((), SMALL).name == "bfloat16"
+    assert formats.chooser("float32", jnp.bfloat16, None)((), SMALL).mu_dtype == jnp.bfloat16
+    assert formats.chooser("bfloat16", None, None)((), zeros(2, jnp.complex64)).mu_dtype is None
 
 
 def test_chooser_by_function():
@@ -106,7 +106,7 @@ def test_chooser_by_function():
         seen.append((path, leaf.shape))
         return {"['a']": "int8", "['b']": "bfloat16"}[path]
 
-    choose = _formats.chooser(moments, None, BETAS)
+    choose = formats.chooser(moments, None, BETAS)
     (a, _), (b, _) = jax.tree_util.tree_leaves_with_path({"a": 1, "b": 2})
     assert (choose(a, LARGE).name, choose(a, SMALL).name, choose(b, SMALL).name) == ("int8", "float32", "bfloat16")
     assert seen == [("['a']", (64, 128)), ("['a']", (64,)), ("['b']", (64,))]
@@ -124,18 +124,18 @@ NAMES = "'bfloat16' or 'float32' or 'int8'"
 ])  # fmt: skip
 def test_chooser_refuses(given, text):
     with pytest.raises(ValueError, match=re.escape(text)):
-        _formats.chooser(*given)
+        formats.chooser(*given)
 
 
 def test_chooser_refuses_what_a_function_gives():
-    choose = _formats.chooser(lambda path, leaf: 8, None, BETAS)
+    choose = formats.chooser(lambda path, leaf: 8, None, BETAS)
     with pytest.raises(ValueError, match=rf"^moments\(\'\', leaf\) must be {NAMES}, got 8\.$"):
         choose((), LARGE)
 
 
 def test_random_bits():
     (path, _), *_ = jax.tree_util.tree_leaves_with_path({"w": 1})
-    salt = _formats.salt(path)
+    salt = formats.salt(path)
     assert salt == zlib.crc32(b"['w']")
 
     @jax.jit
@@ -143,8 +143,8 @@ def test_random_bits():
         """Found and expected of the whole by stream, then of a part."""
         index = linear_index((2, 3))
         part = index[:, 1:]
-        whole = _formats.random_for((2, 3), salt, t, None)
-        found = [whole(0), whole(1), whole(2), _formats.random_for((2, 2), salt, t, part)(0)]
+        whole = formats.random_for((2, 3), salt, t, None)
+        found = [whole(0), whole(1), whole(2), formats.random_for((2, 2), salt, t, part)(0)]
         t = t.astype(jnp.uint32)
         return found, [*(dither(index, salt, t, k) for k in range(3)), dither(part, salt, t, 0)]
 
@@ -153,15 +153,15 @@ def test_random_bits():
 
 
 def test_what_stands_for_nothing():
-    assert (_formats.VERSION, _formats.version().shape, _formats.version().dtype) == (1, (1,), jnp.int8)
+    assert (formats.VERSION, formats.version().shape, formats.version().dtype) == (1, (1,), jnp.int8)
     for shape in ((), (5,), (3, 4)):
-        stand_in = _formats.placeholder(zeros(shape))
+        stand_in = formats.placeholder(zeros(shape))
         assert (stand_in.shape, stand_in.dtype, stand_in.nbytes) == ((1,) * len(shape), jnp.int8, 1)
         assert not np.asarray(stand_in).any()
-        assert _formats.is_placeholder(stand_in)
-    assert _formats.placeholder(zeros(3), jnp.uint16).dtype == jnp.uint16
-    assert not _formats.is_placeholder(zeros((2, 1)))
-    assert _formats.is_placeholder(zeros((0, 1)))
+        assert formats.is_placeholder(stand_in)
+    assert formats.placeholder(zeros(3), jnp.uint16).dtype == jnp.uint16
+    assert not formats.is_placeholder(zeros((2, 1)))
+    assert formats.is_placeholder(zeros((0, 1)))
 
 
 def test_leaf_name():
@@ -172,5 +172,5 @@ def test_leaf_name():
             self.w = nnx.Param(zeros(2))
 
     (path, _), *_ = jax.tree_util.tree_leaves_with_path(nnx.state(Model()))
-    assert _formats.leaf_name(path) == "['w']"
-    assert _formats.leaf_name((jax.tree_util.DictKey("value"),)) == "['value']"
+    assert formats.leaf_name(path) == "['w']"
+    assert formats.leaf_name((jax.tree_util.DictKey("value"),)) == "['value']"

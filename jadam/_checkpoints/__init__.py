@@ -1,0 +1,1 @@
+"""Saved states: other formats, and checksums."""

@@ -1,0 +1,1 @@
+"""What an optimizer's state holds and what Adam is doing."""

@@ -1,0 +1,1 @@
+"""`jadam.step`: one pass over memory, by a kernel where there is one."""

@@ -1,0 +1,1 @@
+"""How moments are stored between steps: float32, bfloat16, int8."""

@@ -1,0 +1,1 @@
+"""Adam and its relatives: the formula first, then the public functions."""

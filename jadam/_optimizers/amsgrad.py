@@ -1,0 +1,136 @@
+"""AMSGrad: Adam whose second moment never shrinks (Reddi, Kale & Kumar, ICLR 2018, arXiv:1904.09237)."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jadam._core import checks
+from jadam._core.numerics import abs_sq, ema
+from jadam._moments.formats import Moments
+from jadam._optimizers.adam import adjustment, direction, without_correction
+from jadam._transformation.transformation import Rule, Step, Transformation, descend, scale_by_rule
+
+
+def amsgrad_rule(step: Step, g, m, v, v_max):
+    """Adam with the largest ``v_hat`` so far in place of ``v_hat``."""
+    m = ema(step.b1, m, g)
+    v = ema(step.b2, v, abs_sq(g))
+    v_max = jnp.maximum(v_max, v / step.b2.correction)
+    return direction(step, m / step.b1.correction, v_max), m, v, v_max
+
+
+def amsgrad_of_v_rule(step: Step, g, m, v, v_max):
+    """The same with the largest ``v`` so far, corrected by today's ``1 - b2**t``."""
+    m = ema(step.b1, m, g)
+    v = ema(step.b2, v, abs_sq(g))
+    v_max = jnp.maximum(v_max, v)
+    return direction(step, m / step.b1.correction, v_max / step.b2.correction), m, v, v_max
+
+
+AMSGRAD = Rule(amsgrad_rule, optax.ScaleByAmsgradState, native="amsgrad", root=lambda step, v, v_max: jnp.sqrt(v_max))
+AMSGRAD_OF_V = Rule(
+    amsgrad_of_v_rule,
+    optax.ScaleByAmsgradState,
+    native="amsgrad_of_v",
+    root=lambda step, v, v_max: jnp.sqrt(v_max / step.b2.correction),
+)
+
+
+def scale_by_amsgrad(
+    b1: optax.ScalarOrSchedule = 0.9,
+    b2: optax.ScalarOrSchedule = 0.999,
+    eps: optax.ScalarOrSchedule = 1e-8,
+    eps_root: optax.ScalarOrSchedule = 0.0,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    bias_correction_mu: bool = True,
+    bias_correction_nu: bool = True,
+    *,
+    max_of: str = "v_hat",
+    eps_mode: str = "paper",
+    moments: Moments = "float32",
+) -> Transformation:
+    r"""Rescale gradients by AMSGrad's rule, without the learning rate.
+
+    Reddi, Kale & Kumar 2018, Algorithm 2, is `jadam.scale_by_adam` with :math:`\hat v_t` replaced by
+
+    * ``max_of="v_hat"`` (Optax): :math:`\max_{s \le t} v_s / (1 - b_2^s)`,
+    * ``max_of="v"`` (PyTorch): :math:`(\max_{s \le t} v_s) / (1 - b_2^t)`.
+
+    The paper itself has no bias correction; there, with both corrections off, the two orders are one.
+
+    Args:
+        b1, b2, eps, eps_root, mu_dtype, eps_mode: see `jadam.scale_by_adam`.
+        moments: the same; no ``"int8"``.
+        bias_correction_mu: False leaves out the first moment's correction.
+        bias_correction_nu: False leaves out the second moment's.
+        max_of: of which second moment the maximum is taken, ``"v_hat"`` or ``"v"``.
+
+    Returns:
+        A transformation with state `optax.ScaleByAmsgradState`: as `jadam.scale_by_adam`, and ``nu_max``, of
+        ``max_of``: 12 bytes per parameter.
+
+    Raises:
+        ValueError, TypeError: see `jadam.scale_by_adam`; also for another ``max_of``.
+
+    Example:
+        >>> import jax.numpy as jnp, jadam
+        >>> tx = jadam.scale_by_amsgrad(b1=0.0, b2=0.5)
+        >>> state = tx.init(jnp.zeros(1))
+        >>> for g in (10.0, 1.0):  # the small gradient is still measured by the large one
+        ...     updates, state = tx.update(jnp.array([g]), state)
+        >>> print(updates.round(3))
+        [0.1]
+    """
+    given = {**locals()}
+    checks.one_of("max_of", max_of, ("v_hat", "v"))
+    rule = AMSGRAD if max_of == "v_hat" else AMSGRAD_OF_V
+    switches = {"b1": ("bias_correction_mu", bias_correction_mu), "b2": ("bias_correction_nu", bias_correction_nu)}
+    for name, switch in switches.values():
+        checks.one_of(name, switch, (True, False))
+    uncorrected = [beta for beta, (_, switch) in switches.items() if not switch]
+    hat = adjustment(eps_mode)
+    adjust = lambda step: hat(without_correction(step, *uncorrected))
+    betas, scalars = {"b1": b1, "b2": b2}, {"eps": eps, "eps_root": eps_root}
+    return scale_by_rule(rule, betas, scalars, mu_dtype, moments, adjust).called(scale_by_amsgrad, given)
+
+
+def amsgrad(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: optax.ScalarOrSchedule = 0.9,
+    b2: optax.ScalarOrSchedule = 0.999,
+    eps: optax.ScalarOrSchedule = 1e-8,
+    eps_root: optax.ScalarOrSchedule = 0.0,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    bias_correction_mu: bool = True,
+    bias_correction_nu: bool = True,
+    *,
+    max_of: str = "v_hat",
+    eps_mode: str = "paper",
+    moments: Moments = "float32",
+) -> Transformation:
+    """AMSGrad, a drop-in for `optax.amsgrad`; ``max_of="v"`` is ``torch.optim.Adam(amsgrad=True)``.
+
+    Args:
+        learning_rate: see `jadam.adam`.
+        b1, b2, eps, eps_root, mu_dtype, bias_correction_mu, bias_correction_nu, max_of, eps_mode,
+            moments: see `scale_by_amsgrad`.
+
+    Returns:
+        A transformation with `optax.amsgrad`'s state.
+
+    Raises:
+        ValueError, TypeError: see `scale_by_amsgrad`.
+
+    Example:
+        >>> import jax.numpy as jnp, jadam
+        >>> tx = jadam.amsgrad(0.1)
+        >>> g = jnp.array([4.0, -2.0])
+        >>> print(tx.update(g, tx.init(g))[0].round(3))
+        [-0.1  0.1]
+    """
+    given = {**locals()}
+    switches = {"max_of": max_of, "eps_mode": eps_mode, "moments": moments}
+    corrections = (bias_correction_mu, bias_correction_nu)
+    return descend(scale_by_amsgrad(b1, b2, eps, eps_root, mu_dtype, *corrections, **switches), learning_rate).called(
+        amsgrad, given
+    )

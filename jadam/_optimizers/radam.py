@@ -1,0 +1,141 @@
+"""RAdam: Adam that waits until its second moment can be trusted (Liu et al., ICLR 2020, arXiv:1908.03265)."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jadam._core import checks
+from jadam._core.numerics import Beta
+from jadam._moments.formats import Moments
+from jadam._optimizers.adam import adam_rule, adjustment, look_ahead, nadam_rule
+from jadam._transformation.transformation import Rule, Step, Transformation, descend, scale_by_rule
+
+
+def radam_rule(step: Step, g, m, v):
+    """Adam's direction, rectified, once the average behind ``v`` is long enough; the bare ``m_hat`` before."""
+    u, m, v = adam_rule(step, g, m, v)
+    return jnp.where(step.trusted, step.rectification * u, m / step.b1.correction), m, v
+
+
+def radam_of_nadam_rule(step: Step, g, m, v):
+    """The same of NAdam's direction."""
+    u, m, v = nadam_rule(step, g, m, v)
+    return jnp.where(step.trusted, step.rectification * u, look_ahead(step, m, g)), m, v
+
+
+RADAM = Rule(radam_rule, optax.ScaleByAdamState, native="radam")
+RADAM_OF_NADAM = Rule(radam_of_nadam_rule, optax.ScaleByAdamState, native="radam_of_nadam", looks_ahead=True)
+
+
+def rectified(step: Step) -> Step:
+    """``step`` with whether ``v`` is to be trusted and by what the direction is multiplied then."""
+    rho, rho_inf = average_length(step.b2, step.t)
+    trusted = rho >= step.threshold
+    r = (rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)
+    return step.replace(trusted=trusted, rectification=jnp.sqrt(jnp.where(trusted, r, 1)))
+
+
+def average_length(b2: Beta, t):
+    """Liu et al. 2020, equation 3 and Algorithm 2: the length of the average after ``t`` steps, and its limit.
+
+    ``rho_inf = 2 / (1-b2) - 1`` and ``rho = rho_inf - 2 * t * b2**t / (1 - b2**t)``, whose terms agree to all of
+    float32's digits but one or two while ``t`` is small. With ``a = 1-b2`` the same number is
+    ``2*t - 1 - 2 * d / (a * (a*t - d))``, where ``d = b2**t - 1 + a*t`` is the binomial series of ``(1-a)**t`` from its
+    second term on; up to ``a*t = 1`` twenty terms leave less than 1e-18 of it.
+    """
+    a = b2.one_minus_b
+    rho_inf = 2 / a - 1
+    early = jnp.minimum(t, 1 / a)
+    k = np.arange(1, 21).astype(a.dtype)
+    d = jnp.cumprod((early - (k - 1)) / k * -a)[1:].sum()
+    series = 2 * early - 1 - 2 * d / (a * (a * early - d))
+    power = jnp.exp(t * jnp.log1p(-a))
+    direct = rho_inf - 2 * t * power / -jnp.expm1(t * jnp.log1p(-a))
+    return jnp.where(a * t <= 1, series, direct), rho_inf
+
+
+def scale_by_radam(
+    b1: optax.ScalarOrSchedule = 0.9,
+    b2: optax.ScalarOrSchedule = 0.999,
+    eps: optax.ScalarOrSchedule = 1e-8,
+    eps_root: optax.ScalarOrSchedule = 0.0,
+    threshold: optax.ScalarOrSchedule = 5.0,
+    *,
+    nesterov: bool = False,
+    eps_mode: str = "paper",
+    moments: Moments = "float32",
+) -> Transformation:
+    r"""Rescale gradients by RAdam's rule, without the learning rate.
+
+    Liu et al. 2020, Algorithm 2. With :math:`\rho_\infty = 2 / (1 - b_2) - 1` and
+    :math:`\rho_t = \rho_\infty - 2 t b_2^t / (1 - b_2^t)`, the direction is :math:`\hat m_t` while
+    :math:`\rho_t <` ``threshold``, and from then on that of `jadam.scale_by_adam` times
+
+    .. math::
+
+        r_t = \sqrt{\frac{(\rho_t - 4)(\rho_t - 2) \rho_\infty}{(\rho_\infty - 4)(\rho_\infty - 2) \rho_t}}.
+
+    Departures from the paper: its threshold is 4, Optax's and PyTorch's is 5; it has no ``eps``. PyTorch adds
+    ``eps`` before the correction: ``eps_mode="hat"`` equals `torch.optim.RAdam`.
+
+    Args:
+        b1, b2, eps, eps_root, nesterov, eps_mode: see `jadam.scale_by_adam`. If ``b2`` is a schedule,
+            :math:`\rho_t` is that of today's value.
+        moments: see `jadam.scale_by_adam`; no ``"int8"``.
+        threshold: the :math:`\rho_t` from which on Adam's direction is taken, >= 4, in steps.
+
+    Returns:
+        A transformation with `jadam.scale_by_adam`'s state.
+
+    Raises:
+        ValueError, TypeError: see `jadam.scale_by_adam`; also for a ``threshold`` below 4.
+
+    Example:
+        >>> import jax.numpy as jnp, jadam
+        >>> tx = jadam.scale_by_radam()
+        >>> g = jnp.array([4.0, -2.0])
+        >>> print(tx.update(g, tx.init(g))[0].round(3))  # too early: the gradient itself
+        [ 4. -2.]
+    """
+    given = {**locals()}
+    threshold = checks.hyperparameter("threshold", threshold, ">= 4")
+    checks.one_of("nesterov", nesterov, (True, False))
+    rule, adjust = RADAM_OF_NADAM if nesterov else RADAM, adjustment(eps_mode, True, rectified)
+    betas, scalars = {"b1": b1, "b2": b2}, {"eps": eps, "eps_root": eps_root, "threshold": threshold}
+    return scale_by_rule(rule, betas, scalars, moments=moments, adjust=adjust).called(scale_by_radam, given)
+
+
+def radam(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: optax.ScalarOrSchedule = 0.9,
+    b2: optax.ScalarOrSchedule = 0.999,
+    eps: optax.ScalarOrSchedule = 1e-8,
+    eps_root: optax.ScalarOrSchedule = 0.0,
+    threshold: optax.ScalarOrSchedule = 5.0,
+    *,
+    nesterov: bool = False,
+    eps_mode: str = "paper",
+    moments: Moments = "float32",
+) -> Transformation:
+    """Rectified Adam, a drop-in for `optax.radam`; with ``eps_mode="hat"`` equal to `torch.optim.RAdam`.
+
+    Args:
+        learning_rate: see `jadam.adam`.
+        b1, b2, eps, eps_root, threshold, nesterov, eps_mode, moments: see `scale_by_radam`.
+
+    Returns:
+        A transformation with `optax.radam`'s state.
+
+    Raises:
+        ValueError, TypeError: see `scale_by_radam`.
+
+    Example:
+        >>> import jax.numpy as jnp, jadam
+        >>> tx = jadam.radam(0.1)
+        >>> g = jnp.array([4.0, -2.0])
+        >>> print(tx.update(g, tx.init(g))[0].round(3))
+        [-0.4  0.2]
+    """
+    given = {**locals()}
+    switches = {"nesterov": nesterov, "eps_mode": eps_mode, "moments": moments}
+    return descend(scale_by_radam(b1, b2, eps, eps_root, threshold, **switches), learning_rate).called(radam, given)

@@ -1,0 +1,1 @@
+"""From a rule for one array to an Optax transformation over a tree."""

@@ -1,0 +1,646 @@
+"""From a rule for one array to an Optax transformation over a tree.
+
+A `Rule` is a pure function ``f(step, g, *moments) -> (u, *moments)`` on arrays of one dtype, with this step's
+scalars in ``step``, and what the rest of the package needs to know about it. It knows nothing of trees, stored formats
+or schedules; this file knows nothing of Adam. `scale_by_rule` maps a rule over the tree once, `descend` puts weight
+decay and the learning rate behind it.
+"""
+
+import dataclasses
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jadam._core import checks
+from jadam._core.numerics import (
+    Beta,
+    Scalar,
+    at_least_float32,
+    constant_beta,
+    linear_index,
+    promote,
+    real,
+    scheduled_beta,
+    sqrt,
+)
+from jadam._core.trees import trained
+from jadam._moments import formats
+
+
+@jax.tree_util.register_pytree_node_class
+class Step(SimpleNamespace):
+    """The scalars of one step, in the dtype of the leaf they are used on.
+
+    ``t`` counts from 1; a `Beta` for every decay rate and a scalar for every other hyperparameter, by name. A tree
+    whose leaves are those that are arrays; numbers known on the host belong to its structure.
+    """
+
+    t: Scalar
+    b1: Beta
+    b2: Beta
+    momentum: Beta  # b1 unless the rule has one of its own
+    eps_root: Scalar | float = 0.0
+    trusted: Scalar | bool = True  # RAdam's
+    rectification: Scalar | float = 1.0
+
+    def __init__(self, **values):
+        """The hyperparameters by name."""
+        super().__init__(**{"momentum": values.get("b1"), **values})
+
+    def replace(self, **changed) -> "Step":
+        """The same step with some scalars changed."""
+        return Step(**{**vars(self), **changed})
+
+    def tree_flatten(self):
+        """For JAX."""
+        values, tree = jax.tree.flatten(vars(self))
+        is_array = [isinstance(x, jax.Array) for x in values]
+        known = tuple(None if array else x for x, array in zip(values, is_array, strict=True))
+        return [x for x, array in zip(values, is_array, strict=True) if array], (known, tree)
+
+    @classmethod
+    def tree_unflatten(cls, aux, arrays) -> "Step":
+        """For JAX."""
+        known, tree = aux
+        arrays = iter(arrays)
+        return cls(**tree.unflatten([next(arrays) if x is None else x for x in known]))
+
+
+class QuantizedAdamState(NamedTuple):
+    """The state where ``moments`` may be int8 for some leaves: Optax's `ScaleByAdamState` and, beside it, scales.
+
+    For a leaf that is int8, ``mu`` holds codes of ``m / sqrt(v)`` and ``nu`` of ``sqrt(v)``; the scales are float32 and
+    shaped like the leaf but for the last axis, which has one element a block. For any other leaf ``mu`` and ``nu`` are
+    the moments themselves and each scale is one byte. The length of ``version`` tells how codes and scales are meant.
+    """
+
+    count: jax.Array  # tuples have a method of this name  # pyright: ignore[reportIncompatibleMethodOverride]
+    mu: Any
+    nu: Any
+    mu_scale: Any
+    nu_scale: Any
+    version: jax.Array
+
+
+class ScheduledBetasState(NamedTuple):
+    """The state when a decay rate is a schedule: the plain one, and what corrects each scheduled rate.
+
+    A correction is ``1 - b(0) * b(1) * ... * b(t-1)``, a scalar.
+    """
+
+    corrections: dict[str, jax.Array]
+    inner_state: Any
+
+
+def corrected_root(step: Step, v):
+    """``sqrt(v_hat)``, the denominator of Adam but for eps."""
+    return sqrt(v / step.b2.correction)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """A relative of Adam: its formula for one array, and all that other files need to know about it."""
+
+    function: Callable[..., tuple[jax.Array, ...]]  # function(step, g, *moments) -> (u, *moments)
+    state_type: Any  # NamedTuple of count and the moments: mu like the parameter, the others real
+    native: str | None = None  # its name in the compiled kernels, if it is there
+    int8: bool = False  # whether m / sqrt(v) has the bound that int8 moments need
+    root: Callable[..., Any] = corrected_root  # root(step, *second moments), which divides m_hat
+    eps_in_root: bool = False  # whether the moment that is the root has eps in it already
+    looks_ahead: bool = False  # whether the direction has a share of the gradient itself, as Nesterov's
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """The fields of the state that hold moments."""
+        return self.state_type._fields[1:]
+
+    def __repr__(self):
+        return self.function.__name__
+
+
+def _keep(step, g):
+    raise NotImplementedError
+
+
+KEEP = Rule(_keep, optax.EmptyState)  # of a parameter that stays what it is; never called
+
+
+class NotOnePass(Exception):
+    """Raised by a plan for what `jadam.step` cannot do in one pass; its text is the reason."""
+
+
+class Part(NamedTuple):
+    """Where in a whole array a device's part lies: the index of its first element, uint32, and the whole's shape."""
+
+    first: jax.Array
+    whole: tuple[int, ...]
+
+    def indices(self, shape) -> jax.Array:
+        """The index in the whole of each element of the part, which has this shape."""
+        return self.first + linear_index(shape, self.whole)
+
+    def runs(self, shape) -> tuple[int, int] | None:
+        """``(run, stride)`` if element ``i`` has index ``first + i // run * stride + i % run``, else None."""
+        cut = [axis for axis, (n, whole) in enumerate(zip(shape, self.whole, strict=True)) if n != whole]
+        if any(math.prod(shape[:axis]) != 1 for axis in cut[:-1]):
+            return None
+        inner = cut[-1] if cut else 0
+        return math.prod(shape[inner:]), math.prod(self.whole[inner:])
+
+
+class Job(NamedTuple):
+    """What a step does to one leaf. Fields are `None` where there is nothing to do."""
+
+    rule: Rule
+    step: Any  # a `Step`
+    dtype: np.dtype  # of the arithmetic
+    format: formats.Format
+    stored: tuple[jax.Array, ...]
+    salt: int  # of the leaf's dither
+    count: jax.Array  # tuples have a method of this name  # pyright: ignore[reportIncompatibleMethodOverride]
+    minus_lr: Any = 1.0
+    weight_decay: Any = None  # of the parameter, added to the direction
+    bound: Any = None  # of the gradient's absolute value
+    norm: Any = None  # the gradient is divided by it
+    max_norm: Any = None  # and multiplied by this
+    remainder: jax.Array | None = None  # of a bfloat16 parameter, see `jadam.exact_bf16`
+    part: Part | None = None  # of which array this leaf is a part, where it is one
+    index: Any = None  # of each element in the whole array, where that is known already
+    group: Any = None  # the rule of `jadam.by_path` that it follows: its name and moments
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the parameter stays what it is."""
+        return self.rule == KEEP  # a copy of it, in a transformation that was copied
+
+    def update(self, g, p):
+        """``(u, stored)``: the rule on the decoded moments, what comes before it and behind it."""
+        if self.frozen:
+            return jnp.zeros_like(p, dtype=self.dtype), ()
+        if self.bound is not None:
+            g = jnp.clip(g, -jnp.asarray(self.bound, g.dtype), jnp.asarray(self.bound, g.dtype))
+        if self.norm is not None:
+            g = g / self.norm.astype(g.dtype) * self.max_norm.astype(g.dtype)
+        moments = self.format.decode(self.stored, self.dtype)
+        with jax.numpy_dtype_promotion("standard"):  # complex numbers times real ones
+            u, *moments = self.rule.function(self.step, g.astype(self.dtype), *moments)
+        index = self.part.indices(g.shape) if self.index is None and self.part is not None else self.index
+        random = formats.random_for(g.shape, self.salt, self.count, index)
+        return self.descended(u, p), self.format.encode(moments, self.stored, random)
+
+    def descended(self, u, p):
+        """The update that the rule's direction becomes: with weight decay, times the learning rate."""
+        as_u = lambda x: jnp.asarray(x).astype(self.dtype)
+        if self.weight_decay is not None:
+            u = u + as_u(self.weight_decay) * p.astype(self.dtype)
+        return as_u(self.minus_lr) * u
+
+
+class Operands(NamedTuple):
+    """The arrays of all jobs."""
+
+    scalars: list[jax.Array]  # each once, whichever jobs have it
+    owned: list[tuple]  # of each job what is stored, and its remainder or None
+    firsts: list | None = None  # where in a whole array each job's part of it begins
+
+
+class Settings(NamedTuple):
+    """Everything else about the jobs. Hashable; equal for transformations that differ in numbers only."""
+
+    jobs: tuple[Job, ...]  # without arrays
+    steps: tuple[int, ...]  # which of the steps each job has
+    scalars: tuple  # those that are no arrays; None for one that is
+    places: tuple[int | None, ...]  # of each scalar among the arrays
+    tree: Any  # of the steps and of each job's own scalars
+    shapes: tuple | None  # of the whole arrays, where each job does a part
+
+
+OWN_SCALARS = ("minus_lr", "weight_decay", "bound", "norm", "max_norm", "count")
+
+
+def pack(jobs: list[Job], shapes=None) -> tuple[Settings, Operands]:
+    """Split jobs into hashable settings and arrays; ``shapes`` are the whole arrays', where each job does a part."""
+    distinct = {id(job.step): job.step for job in jobs}
+    order = {key: i for i, key in enumerate(distinct)}
+    values, tree = jax.tree.flatten(
+        (list(distinct.values()), [[getattr(job, name) for name in OWN_SCALARS] for job in jobs])
+    )
+    arrays = {id(x): x for x in values if isinstance(x, jax.Array)}
+    place = {key: i for i, key in enumerate(arrays)}
+    places = tuple(place.get(id(x)) for x in values)
+    settings = Settings(
+        jobs=tuple(
+            job._replace(
+                step=None,
+                stored=(),
+                salt=job.salt if job.format.dithers else 0,  # else leaves that are alike would differ
+                remainder=None,
+                group=None,
+                **dict.fromkeys(OWN_SCALARS),
+            )
+            for job in jobs
+        ),
+        steps=tuple(order[id(job.step)] for job in jobs),
+        scalars=tuple(x if i is None else None for x, i in zip(values, places, strict=True)),
+        places=places,
+        tree=tree,
+        shapes=None if shapes is None else tuple(shapes),
+    )
+    return settings, Operands(list(arrays.values()), [(job.stored, job.remainder) for job in jobs])
+
+
+def unpack(settings: Settings, operands: Operands) -> list[Job]:
+    """The jobs that `pack` split."""
+    scalars = zip(settings.scalars, settings.places, strict=True)
+    steps, own = settings.tree.unflatten([x if i is None else operands.scalars[i] for x, i in scalars])
+    parts: list = [None] * len(settings.jobs)
+    if operands.firsts is not None and settings.shapes is not None:
+        parts = [Part(first, shape) for first, shape in zip(operands.firsts, settings.shapes, strict=True)]
+    rows = zip(settings.jobs, settings.steps, own, operands.owned, parts, strict=True)
+    return [
+        job._replace(
+            step=steps[i], stored=stored, remainder=r, part=part, **dict(zip(OWN_SCALARS, values, strict=True))
+        )
+        for job, i, values, (stored, r), part in rows
+    ]
+
+
+def what_is_stored(owned) -> tuple:
+    """What `Plan.finish` takes for a job: its remainder, if it has one, and its moments."""
+    stored, remainder = owned
+    return stored if remainder is None else (remainder, *stored)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _updates(settings, operands, grads, params) -> tuple[list[jax.Array], list[tuple]]:
+    """The updates of leaves, and what is stored."""
+    updates, stored = [], []
+    for job, g, p in zip(unpack(settings, operands), grads, params, strict=True):
+        u, new = job.update(g, p)
+        updates.append(u.astype(promote(g) if p is None else promote(g, p)))
+        stored.append(new)
+    return updates, stored
+
+
+class Plan(NamedTuple):
+    """A step taken apart: a `Job` for each leaf of the gradients, and ``finish``, which makes the new state.
+
+    ``finish`` takes for each leaf the tuple of what it stores: the remainder if it has one, and the moments.
+    """
+
+    jobs: list[Job]
+    finish: Callable[..., Any]
+
+
+@dataclasses.dataclass(eq=False)
+class Update:
+    """``update`` of a transformation, and all else that jadam knows about it.
+
+    A transformation is a tree of two leaves, ``init`` and ``update``, which Flax takes apart and puts together again:
+    ``update`` holds what must not be lost on the way. It is compared and hashed by identity, as a function is.
+    """
+
+    plan: Callable[..., Plan]  # plan(grads, state, params), with all checks
+    text: str = ""  # the call that made the transformation
+    inner: Any = None  # the transformation that this one is around
+    reads_gradients: bool = False  # whether a plan depends on the gradients' values, as a norm does
+    after_step: Callable[..., Any] | None = None  # after_step(state, params), of the new ones, returns the state
+    step: Callable[..., Any] | None = None  # step(grads, state, params), if `jadam.step` has to be another
+
+    def __call__(self, updates, state, params=None, **extra_args) -> Any:
+        """Optax's ``update``: what is planned, as one program where nothing is traced, else as one for like leaves.
+
+        JAX traces and lowers a jitted function once for all leaves that share it, and XLA inlines it.
+        """
+        del extra_args
+        params, _ = trained(params, updates)
+        checks.values(params, "params")
+        jobs, finish = self.plan(updates, state, params)
+        grads, structure = jax.tree.flatten(updates)
+        params = [None] * len(grads) if params is None else jax.tree.leaves(params)
+        traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((jobs[:1], grads, params)))
+        updates, stored = [], []
+        for group in [slice(i, i + 1) for i in range(len(jobs))] if traced else [slice(None)]:
+            us, new = _updates(*pack(jobs[group]), grads[group], params[group])
+            updates += us
+            stored += new
+        return structure.unflatten(updates), finish(stored)
+
+
+@dataclasses.dataclass(eq=False)
+class OwnUpdate(Update):
+    """``update`` that a function does, and where it can be planned, `jadam.step` by the plan."""
+
+    function: Callable[..., Any] = dataclasses.field(kw_only=True)  # function(updates, state, params, **extra_args)
+
+    def __call__(self, updates, state, params=None, **extra_args) -> Any:
+        """Optax's ``update``."""
+        return self.function(updates, state, params, **extra_args)
+
+
+def no_plan(grads, state, params) -> Plan:
+    """The plan of what is none of jadam's optimizers."""
+    raise NotOnePass("none of jadam's optimizers; a chain must be jadam.chain")
+
+
+def info_of(tx: optax.GradientTransformation) -> Update:
+    """What jadam knows about a transformation, be it Optax's."""
+    return tx.update if isinstance(tx.update, Update) else Update(no_plan)
+
+
+class Transformation(optax.GradientTransformationExtraArgs):
+    """An Optax transformation that can also be taken apart, so that `jadam.step` does it in one pass.
+
+    ``plan(grads, state, params)`` returns a `Plan`, with the same checks as ``update``, or raises `NotOnePass`.
+    """
+
+    @property
+    def info(self) -> Update:
+        """``update``, with its type."""
+        return cast(Update, self.update)
+
+    @property
+    def plan(self) -> Callable[..., Plan]:
+        """What ``update`` holds."""
+        return self.info.plan
+
+    def called(self, function, given: dict[str, Any]) -> Any:
+        """Itself, from now on printed as the call of jadam's ``function`` with these arguments, where not defaults."""
+        self.info.text = call_text(function, given)
+        return self
+
+    def __repr__(self):
+        return self.info.text or super().__repr__()
+
+    def __treescope_repr__(self, path, subtree_renderer):
+        """What treescope, which asks for it, shows in a notebook."""
+        from treescope import rendering_parts
+
+        del path, subtree_renderer
+        return rendering_parts.text(repr(self))
+
+
+def unchanged(step: Step) -> Step:
+    """The scalars as they are."""
+    return step
+
+
+def scale_by_rule(
+    rule: Rule,
+    betas: dict[str, Any],
+    scalars: dict[str, Any],
+    mu_dtype: Any = None,
+    moments: formats.Moments = "float32",
+    adjust: Callable[[Step], Step] = unchanged,
+) -> Transformation:
+    """The transformation that applies ``rule`` to every leaf.
+
+    Args:
+        rule: what is applied.
+        betas: decay rates by name, in [0, 1): numbers, scalar arrays or schedules.
+        scalars: other hyperparameters by name, >= 0: the same.
+        mu_dtype: dtype in which ``mu`` is stored; default the parameter's, at least float32.
+        moments: how the moments are stored, see `jadam.scale_by_adam`.
+        adjust: what of the rule is a matter of its scalars only, once a step. Compiled once for each function.
+    """
+    betas = {name: _beta(name, value) for name, value in betas.items()}
+    scalars = {name: _scalar(name, value) for name, value in scalars.items()}
+    scheduled = [name for name, value in betas.items() if callable(value)]
+    mu_dtype = checks.storage_dtype("mu_dtype", mu_dtype)
+    choose = formats.chooser(moments, mu_dtype, betas if rule.int8 else None)
+    names = rule.moments
+    quantized = rule.int8 and (moments == "int8" or callable(moments))
+    state_type = QuantizedAdamState if quantized else rule.state_type
+    stored_names = [name for name in state_type._fields if name not in ("count", "version")]
+    versions = [formats.version] if "version" in state_type._fields else []
+
+    def init(params) -> Any:
+        checks.trainable(params, "params")
+
+        def leaf(path, p):
+            stored = choose(path, p).init(p, len(names))
+            return *stored, *(formats.placeholder(p) for _ in stored_names[len(stored) :])
+
+        leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+        columns = _columns([leaf(path, p) for path, p in leaves], len(stored_names))
+        trees = list(map(structure.unflatten, columns))
+        for tree, column in zip(trees, columns, strict=True):
+            checks.keeps_dtypes(tree, column)
+        state = state_type(jnp.zeros([], jnp.int32), *trees, *(make() for make in versions))
+        return ScheduledBetasState({name: jnp.zeros([]) for name in scheduled}, state) if scheduled else state
+
+    def plan(updates, state, params=None) -> Plan:
+        if scheduled:
+            checks.state_of(state, ScheduledBetasState)
+        corrections, state = state if scheduled else ({}, state)
+        checks.state_of(state, state_type)
+        if versions:
+            checks.version(state, formats.VERSION)
+        checks.counts(state.count)
+        checks.gradients(updates, state, params, planning=True)
+        for name, tree in zip(names, state[1:], strict=False):
+            checks.same_tree(updates, tree, "updates", f"state.{name}")
+            if moments == "float32" and (name != "mu" or mu_dtype is None):
+                checks.moments_wide_enough(tree, name)
+            if moments == "bfloat16":
+                checks.moments_narrow_enough(tree, name, state.mu)
+        checks.holds_complex(state.mu, updates)
+        step, count, corrections = _at_step(betas, scalars, state.count, corrections, adjust)
+
+        @functools.cache  # leaves that share it share its scalars
+        def limited(dtype, format):
+            return format.limit(step(dtype))
+
+        def job(path, g, *stored):
+            format = formats.of(stored)
+            own, unused = stored[: (n := format.arrays(len(names)))], stored[n:]
+            checks.no_scales(not all(map(formats.is_placeholder, unused)), path)
+            dtype = at_least_float32(g, *own)
+            return Job(rule, limited(real(dtype), format), dtype, format, own, formats.salt(path), state.count)
+
+        def finish(stored):
+            trees = [structure.flatten_up_to(getattr(state, name)) for name in stored_names]
+            full = [(*new, *old[len(new) :]) for new, old in zip(stored, zip(*trees, strict=True), strict=True)]
+            columns = map(structure.unflatten, _columns(full, len(stored_names)))
+            new = state._replace(count=count, **dict(zip(stored_names, columns, strict=True)))
+            return ScheduledBetasState(corrections, new) if scheduled else new
+
+        leaves, structure = jax.tree_util.tree_flatten_with_path(updates)
+        trees = [structure.flatten_up_to(getattr(state, name)) for name in stored_names]
+        return Plan([job(path, g, *x) for (path, g), *x in zip(leaves, *trees, strict=True)], finish)
+
+    return Transformation(init, Update(plan))
+
+
+def _columns(rows, n: int):
+    """The ``n`` columns of ``rows``, also of none."""
+    return list(zip(*rows, strict=True)) if rows else [()] * n
+
+
+def _beta(name, value, schedule=True):
+    hint = "Did you swap it with learning_rate or eps?"
+    return checks.hyperparameter(name, value, "in [0, 1)", hint=hint, schedule=schedule, wide=True)
+
+
+def _scalar(name, value, schedule=True):
+    return checks.hyperparameter(name, value, ">= 0", schedule=schedule, wide=True)
+
+
+def _at_step(betas, scalars, count, corrections, adjust):
+    """The `Step` after ``count`` others, a function of the dtype; the next count; scheduled betas' corrections."""
+
+    def beta(name, count):
+        value = betas[name]
+        return _beta(name, value_at(value, count), schedule=False) if callable(value) else value
+
+    def scalar(name):
+        value = scalars[name]
+        return _scalar(name, value_at(value, count), schedule=False) if callable(value) else value
+
+    known = not isinstance(count, jax.Array)  # NumPy's, as jadam.describe plans with
+    next_count = count + count.dtype.type(1) if known else _incremented(count)
+    varying = {
+        name: scheduled_beta(
+            checks.or_nan(beta(name, count), "in [0, 1)"), checks.or_nan(beta(name, next_count), "in [0, 1)"), done
+        )
+        for name, done in corrections.items()
+    }
+    constant = {name: value for name, value in betas.items() if name not in varying}
+    others = {name: scalar(name) for name in scalars}
+    fixed = tuple((name, x) for name, x in constant.items() if isinstance(x, float))
+    given = {name: x for name, x in constant.items() if not isinstance(x, float)}
+    make = _step_of if known or varying else _compiled_step_of
+
+    @functools.cache  # per dtype, not per leaf
+    def step(dtype):
+        return make(adjust, dtype, fixed, next_count, given, others, varying)
+
+    return step, next_count, {name: value.correction for name, value in varying.items()}
+
+
+def _step_of(adjust, dtype, fixed, count, given, others, varying) -> Step:
+    """The `Step` of number ``count``: of ``fixed`` and ``given`` decay rates, ``varying`` ones and other scalars."""
+    t = count.astype(dtype)
+    given = {name: checks.or_nan(value, "in [0, 1)") for name, value in given.items()}
+    return adjust(
+        Step(
+            t=t,
+            **{name: Beta(*(x.astype(dtype) for x in value)) for name, value in varying.items()},
+            **{name: constant_beta(value, t, dtype) for name, value in {**dict(fixed), **given}.items()},
+            **{name: jnp.asarray(checks.or_nan(x, ">= 0"), dtype) for name, x in others.items()},
+        )
+    )
+
+
+_compiled_step_of = jax.jit(_step_of, static_argnums=(0, 1, 2), inline=True)  # one program where nothing is traced
+_incremented = jax.jit(optax.safe_increment, inline=True)
+
+
+def call_text(function, given: dict[str, Any]) -> str:
+    """A call of one of jadam's public functions, without the arguments that are its defaults."""
+    parameters = inspect.signature(function).parameters
+    shown = [f"{x}={_short(given[x])}" for x, p in parameters.items() if not _same(given[x], p.default)]
+    return f"jadam.{function.__name__}({', '.join(shown)})"
+
+
+def _same(value, default) -> bool:
+    return value is default or (isinstance(value, (int, float, str)) and value == default)
+
+
+def _short(value) -> str:
+    """A value's ``repr``, without addresses, and not long; of a schedule the function that made it."""
+    if inspect.isroutine(value):
+        return f"<{value.__qualname__.split('.<locals>')[0].strip('<>')}>"
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def descend(direction: Transformation, learning_rate, *decaying) -> Transformation:
+    """``direction``, then weight decay, then ``-learning_rate``: Optax's own stages and their states, in float32.
+
+    ``decaying`` is ``weight_decay, mask, max_lr``, or nothing.
+    With ``max_lr`` the decay is ``weight_decay * learning_rate / max_lr``, free of the learning rate's scale.
+
+    Optax multiplies in the updates' dtype, which rounds a learning rate to bf16 for bf16 gradients. Here only the final
+    update is narrowed.
+    """
+    stages: list[Any] = [direction]
+    weight_decay: Any = None
+    mask = None
+    if decaying:
+        weight_decay, mask, max_lr = decaying
+        weight_decay = or_nan("weight_decay", checks.hyperparameter("weight_decay", weight_decay, ">= 0"))
+        if max_lr is not None:
+            max_lr = checks.hyperparameter("max_lr", max_lr, "> 0", schedule=False)
+            weight_decay = over(weight_decay, max_lr)
+        mask = None if mask is None else checks.mask_for(mask)
+        stages.append(optax.add_decayed_weights(weight_decay, mask))
+    learning_rate = checks.hyperparameter("learning_rate", learning_rate, ">= 0", hint="To maximise, negate the loss.")
+    learning_rate = or_nan("learning_rate", learning_rate)
+    stages.append(optax.scale_by_learning_rate(learning_rate))
+    chain = optax.chain(*stages)
+
+    def plan(updates, state, params):
+        checks.stages(state, len(stages))
+        checks.gradients(updates, state, params, planning=True)
+        if decaying and params is None:
+            raise ValueError("weight_decay needs params: call update(updates, state, params).")
+        jobs, finish = direction.plan(updates, state[0], params)
+        widest = jax.dtypes.canonicalize_dtype(np.float64)
+        zero, one = jnp.zeros([], widest), jnp.ones([], widest)  # each stage tells its factor when it is given 1
+        minus_lr, lr_state = stages[-1].update(one, state[-1])
+        if not decaying:
+            decays, decay_states = [None] * len(jobs), ()
+        else:
+            inner = state[1] if mask is None else state[1].inner_state
+            decay, inner = optax.add_decayed_weights(weight_decay).update(zero, inner, one)
+            decays = [decay if on else None for on in _leaf_mask(mask, params)]
+            decay_states = (inner if mask is None else state[1]._replace(inner_state=inner),)
+        jobs = [x._replace(minus_lr=minus_lr, weight_decay=wd) for x, wd in zip(jobs, decays, strict=True)]
+        return Plan(jobs, lambda stored: (finish(stored), *decay_states, lr_state))
+
+    return Transformation(chain.init, Update(plan))
+
+
+def _leaf_mask(mask, params) -> list[bool]:
+    """A mask of `optax.masked` for each leaf."""
+    leaves, structure = jax.tree.flatten(True if mask is None else mask(params))
+    parts = map(jax.tree.leaves, structure.flatten_up_to(params))
+    return [on for on, part in zip(leaves, parts, strict=True) for _ in part]
+
+
+def value_at(value, count):
+    """A hyperparameter after ``count`` steps. Schedules may promote: Optax's own do, where the user wants it strict."""
+    if not callable(value):
+        return value
+    with jax.numpy_dtype_promotion("standard"):
+        return value(count)
+
+
+def or_nan(name: str, value):
+    """A learning rate or weight decay, or a schedule of it, that is NaN where it is traced and out of range."""
+    if not callable(value):
+        return checks.or_nan(value, ">= 0")
+
+    def schedule(count):
+        x = value_at(value, count)
+        if isinstance(x, jax.Array):
+            checks.scalar(name, x.shape)
+            return checks.or_nan(x, ">= 0")
+        return checks.hyperparameter(name, x, ">= 0", schedule=False)
+
+    return schedule
+
+
+def over(weight_decay, max_lr):
+    """A weight decay, a number or a schedule, free of the learning rate's scale."""
+    return (lambda count: value_at(weight_decay, count) / max_lr) if callable(weight_decay) else weight_decay / max_lr

@@ -1,0 +1,116 @@
+"""Averages of the parameters over the steps (Kingma & Ba 2015, section 7.2; Polyak & Juditsky 1992)."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jadam._core import checks
+from jadam._core.numerics import Beta, applied, at_least_float32, ema, one_minus, one_minus_power
+from jadam._core.trees import find_states, trained
+from jadam._moments.formats import placeholder
+
+
+class AverageParamsState(NamedTuple):
+    """The average so far, in float32 at least; ``dtypes`` are arrays of one element, of the parameters' dtypes."""
+
+    count: jax.Array  # tuples have a method of this name  # pyright: ignore[reportIncompatibleMethodOverride]
+    average: Any
+    dtypes: Any
+
+
+def average_params(decay: float | jax.Array | None = 0.999) -> optax.GradientTransformationExtraArgs:
+    r"""Keep an average of the parameters; last in a chain, because it needs the final update.
+
+    Kingma & Ba 2015, section 7.2. With ``decay`` :math:`b` the exponential average, corrected for its start,
+
+    .. math::
+
+        \bar\theta_t = \frac{1 - b}{1 - b^t} \sum_{i=1}^t b^{t-i} \theta_i,
+
+    and with ``decay=None`` the uniform (Polyak-Ruppert) one, :math:`\frac1t \sum_{i=1}^t \theta_i`. Before the
+    first step it is the parameters themselves. Updates pass unchanged.
+
+    Args:
+        decay: :math:`b` in [0, 1), a number or a scalar array of at least float32; or None.
+
+    Returns:
+        A transformation whose ``update`` needs ``params``. State: ``count`` int32; ``average``, shaped like the
+        parameters, in their dtype widened to float32: 4 bytes per parameter. Read it with `averaged_params`.
+
+    Raises:
+        ValueError: ``decay`` outside its range, or an ``update`` without ``params``.
+        TypeError: ``decay`` no number, or a leaf that is not floating.
+
+    Example:
+        >>> import jax.numpy as jnp, jadam, optax
+        >>> tx = optax.chain(optax.sgd(1.0), jadam.average_params(decay=None))
+        >>> w = jnp.array(0.0)
+        >>> state = tx.init(w)
+        >>> for _ in range(3):  # w is 1, 2, 3
+        ...     updates, state = tx.update(jnp.array(-1.0), state, w)
+        ...     w = optax.apply_updates(w, updates)
+        >>> print(jadam.averaged_params(state))
+        2.0
+    """
+    if decay is not None:
+        decay = checks.hyperparameter("decay", decay, "in [0, 1)", schedule=False, wide=True)
+
+    def init(params) -> Any:
+        checks.trainable(params, "params")
+        checks.values(params, "params")
+        wide = lambda p: jnp.array(p, dtype=at_least_float32(p), copy=True)  # both may be donated
+        dtype_of = lambda p: placeholder(p, jnp.result_type(p))
+        return AverageParamsState(jnp.zeros([], jnp.int32), jax.tree.map(wide, params), jax.tree.map(dtype_of, params))
+
+    def update(updates, state, params=None, **extra_args) -> Any:
+        del extra_args
+        if params is None:
+            raise ValueError("average_params needs params: call update(updates, state, params).")
+        checks.state_of(state, AverageParamsState)
+        params, _ = trained(params, updates)
+        checks.gradients(updates, state, params)
+        checks.same_tree(params, state.average, "params", "state.average")
+        count = jnp.asarray(optax.safe_increment(state.count))
+
+        def average(average, p, u):
+            dtype = jnp.finfo(average.dtype).dtype
+            t = count.astype(dtype)
+            if decay is None:
+                weight = 1 / t
+            else:
+                weight = one_minus(checks.or_nan(decay, "in [0, 1)"), dtype) / one_minus_power(decay, t, dtype)
+            return ema(Beta(1 - weight, weight, t, t, t), average, applied(p, u, p.dtype).astype(average.dtype))
+
+        averages = jax.tree.map(average, state.average, params, updates)
+        return updates, AverageParamsState(count, averages, state.dtypes)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def averaged_params(state):
+    """The average that `average_params` keeps, wherever in ``state`` it is.
+
+    Args:
+        state: the state of a transformation that has `average_params` in it, once.
+
+    Returns:
+        The average, a tree like the parameters, in their dtypes.
+
+    Raises:
+        ValueError: no average in ``state``, or several.
+
+    Example:
+        >>> import jax.numpy as jnp, jadam, optax
+        >>> tx = optax.chain(jadam.adam(1e-3), jadam.average_params(0.99))
+        >>> print(jadam.averaged_params(tx.init(jnp.ones(2, jnp.bfloat16))))
+        [1 1]
+    """
+    found = find_states(state, AverageParamsState)
+    if len(found) != 1:
+        raise ValueError(
+            f"state must hold the average of one average_params, found {len(found)}. "
+            "Chain it last: optax.chain(jadam.adam(...), jadam.average_params(...))."
+        )
+    return jax.tree.map(lambda average, like: average.astype(like.dtype), found[0].average, found[0].dtypes)
