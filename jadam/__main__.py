@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import NoReturn
 
 import jadam
-from jadam._cli.models import MODELS
 from jadam._cli.output import CommandError
+from jadam._diagnostics.models import MODELS
 
 
 class _Parser(argparse.ArgumentParser):
@@ -91,10 +91,10 @@ def _demo(options) -> None:
 
 
 def _plan(options) -> None:
-    from jadam._diagnostics import plan as planning
+    from jadam._cli import plan
 
     try:
-        planning.report(options.model, options.mesh, options.axis, options.params_axis, options.out)
+        plan.run(options.model, options.mesh, options.axis, options.params_axis, options.out)
     except ValueError as error:  # axes that do not fit the mesh
         raise CommandError(error) from None
 

@@ -18,10 +18,9 @@ import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jadam._core import checks
-from jadam._core.trees import trained
-from jadam._diagnostics.describe import owners
+from jadam._core.trees import leaf_name, owners, trained
 from jadam._fused.step import in_parts, two_calls
-from jadam._moments.formats import is_placeholder, leaf_name, placeholder
+from jadam._moments.formats import is_placeholder, placeholder
 from jadam._moments.int8 import BLOCK, fitting_block
 from jadam._transformation.transformation import NotOnePass, OwnUpdate, no_plan
 

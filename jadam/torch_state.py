@@ -40,8 +40,8 @@ import numpy as np
 
 from jadam._checkpoints.checksum import checksum
 from jadam._checkpoints.convert import has_moments
-from jadam._cli.output import replacing
 from jadam._core import checks
+from jadam._core.files import replacing
 from jadam._core.numerics import at_least_float32
 from jadam._core.trees import find_states
 from jadam._moments import formats

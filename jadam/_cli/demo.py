@@ -15,8 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from sklearn.datasets import load_digits
 
-import jadam
 from jadam._cli.output import check_picture, save_picture
+from jadam._optimizers.adam import adam
 
 BATCH = 64
 EVALUATE_EVERY = 10
@@ -175,7 +175,7 @@ def run(lr: float, sgd_lr: float, steps: int, seed: int, out: Path) -> list[Run]
     sides = [
         ("SGD", sgd_lr, optax.sgd(sgd_lr)),
         ("optax.adam", lr, optax.adam(lr)),
-        ("jadam.adam", lr, jadam.adam(lr)),
+        ("jadam.adam", lr, adam(lr)),
     ]
     columns = [TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
     columns.append(TextColumn("{task.fields[note]}"))

@@ -1,26 +1,8 @@
-"""Files written whole or not at all, and pictures on the command line."""
+"""Pictures on the command line, and errors in one line."""
 
-import contextlib
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A scratch file to write, which then takes the place of ``path``; after an error that is what it was."""
-    scratch = _scratch(path)
-    try:
-        yield scratch
-        with scratch.open("rb+") as file:
-            os.fsync(file.fileno())  # or a power cut could leave the new name on an empty file
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
-def _scratch(path: Path) -> Path:
-    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
+from jadam._core.files import replacing, scratch_of
 
 
 class CommandError(Exception):
@@ -38,8 +20,8 @@ def check_picture(out: Path) -> None:
     try:
         if out.is_dir():
             raise CommandError(f"--out must be a file, {out} is a folder")
-        _scratch(out).touch()
-        _scratch(out).unlink()
+        scratch_of(out).touch()
+        scratch_of(out).unlink()
     except OSError as error:
         raise CommandError(f"--out: cannot write {out.name} into {out.parent}: {error.strerror}") from None
     except ValueError as error:  # a null byte

@@ -1,9 +1,16 @@
 """Helpers for trees."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+
+
+def leaf_name(path: Any) -> str:
+    """A leaf's path as `jax.tree_util.keystr` has it, without the ``.value`` that Flax NNX has only at `init`."""
+    return jax.tree_util.keystr(path).removesuffix(".value")
 
 
 def find_states(tree, kind: type | tuple[type, ...] | Callable[[Any], bool]) -> list:
@@ -54,3 +61,40 @@ class Named:
     def tree_unflatten(cls, names, leaves) -> "Named":
         """For JAX."""
         return cls(names, leaves)
+
+
+def owners(state, params) -> list[tuple[str | None, str | None]]:
+    """For each leaf of ``state`` the parameter that it belongs to, and in which tree of the state it lies, or Nones."""
+    named = {_keys(path): (leaf_name(path), p) for path, p in jax.tree_util.tree_leaves_with_path(params)}
+    of_all = lambda x: getattr(x, "of_all_parameters", False)
+    found = []
+    for path, x in jax.tree_util.tree_leaves_with_path(state, is_leaf=of_all):
+        found += [{}] * len(jax.tree.leaves(x)) if of_all(x) else [_owners(path, x, named)]
+    like = Counter(tree for owners in found for tree in owners)  # how many of the parameters' paths a tree has
+    best = [
+        max(owners, key=like.__getitem__, default=None) for owners in found
+    ]  # the first, the longest path, of equals
+    return [(None, None) if tree is None else x[tree] for x, tree in zip(found, best, strict=True)]
+
+
+def _owners(path, x, params) -> dict[tuple[str, ...], tuple[str, str | None]]:
+    """For each tree of the state in which ``x`` lies at a parameter's path: that parameter, and the tree's field."""
+    keys, found = _keys(path), {}
+    for i in range(len(keys) + 1):
+        name, p = params.get(keys[i:], (None, None))
+        field = _field(path[:i])
+        if name is not None and jnp.ndim(p) == jnp.ndim(x) and field not in ("count", "version"):
+            found[keys[:i]] = name, field
+    return found
+
+
+def _keys(path) -> tuple[str, ...]:
+    """Of a path, without the ``.value`` of Flax NNX."""
+    keys = tuple(map(str, path))
+    return keys[:-1] if keys[-1:] == (".value",) else keys
+
+
+def _field(path):
+    """The last field of a state's NamedTuple on the way to a tree."""
+    names = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey) and key.name != "value"]
+    return names[-1] if names else None

@@ -3,7 +3,6 @@
 import dataclasses
 import html
 import re
-from collections import Counter
 from typing import Any
 
 import jax
@@ -11,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jadam._core import checks
-from jadam._core.trees import find_states
+from jadam._core.trees import find_states, leaf_name, owners
 from jadam._fused import pallas
 from jadam._fused.backends import Backend, backends, platform_of
 from jadam._fused.step import obstacle, outlook
-from jadam._moments.formats import FORMATS, leaf_name
+from jadam._moments.formats import FORMATS
 from jadam._transformation.transformation import QuantizedAdamState
 
 
@@ -196,43 +195,6 @@ def _leaf(name, p, moments, size, quantized, group):
     if group is not None:
         reason = f"{group.name}: {reason}" if group.moments == "int8" and format == "float32" else group.name
     return Leaf(name, tuple(jnp.shape(p)), np.dtype(jnp.result_type(p)), format, size, reason)
-
-
-def owners(state, params) -> list[tuple[str | None, str | None]]:
-    """For each leaf of ``state`` the parameter that it belongs to, and in which tree of the state it lies, or Nones."""
-    named = {_keys(path): (leaf_name(path), p) for path, p in jax.tree_util.tree_leaves_with_path(params)}
-    of_all = lambda x: getattr(x, "of_all_parameters", False)
-    found = []
-    for path, x in jax.tree_util.tree_leaves_with_path(state, is_leaf=of_all):
-        found += [{}] * len(jax.tree.leaves(x)) if of_all(x) else [_owners(path, x, named)]
-    like = Counter(tree for owners in found for tree in owners)  # how many of the parameters' paths a tree has
-    best = [
-        max(owners, key=like.__getitem__, default=None) for owners in found
-    ]  # the first, the longest path, of equals
-    return [(None, None) if tree is None else x[tree] for x, tree in zip(found, best, strict=True)]
-
-
-def _owners(path, x, params) -> dict[tuple[str, ...], tuple[str, str | None]]:
-    """For each tree of the state in which ``x`` lies at a parameter's path: that parameter, and the tree's field."""
-    keys, found = _keys(path), {}
-    for i in range(len(keys) + 1):
-        name, p = params.get(keys[i:], (None, None))
-        field = _field(path[:i])
-        if name is not None and jnp.ndim(p) == jnp.ndim(x) and field not in ("count", "version"):
-            found[keys[:i]] = name, field
-    return found
-
-
-def _keys(path) -> tuple[str, ...]:
-    """Of a path, without the ``.value`` of Flax NNX."""
-    keys = tuple(map(str, path))
-    return keys[:-1] if keys[-1:] == (".value",) else keys
-
-
-def _field(path):
-    """The last field of a state's NamedTuple on the way to a tree."""
-    names = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey) and key.name != "value"]
-    return names[-1] if names else None
 
 
 def _bytes(x) -> int:

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,10 +11,10 @@ import numpy as np
 import optax
 from jax.sharding import AbstractMesh
 
-from jadam._cli.models import MODELS
-from jadam._cli.output import check_picture, save_picture
 from jadam._core import checks
-from jadam._diagnostics.describe import html_table, owners, table
+from jadam._core.trees import owners
+from jadam._diagnostics.describe import html_table, table
+from jadam._diagnostics.models import MODELS
 from jadam._optimizers.adam import adamw
 from jadam._wrappers.exact_bf16 import exact_bf16
 from jadam.sharding import spread, zero1
@@ -158,38 +157,6 @@ FORMATS = {
     "bfloat16 + exact_bf16": (jnp.bfloat16, exact_bf16(adamw(1e-3, moments="bfloat16"))),
     "int8 + exact_bf16": (jnp.bfloat16, exact_bf16(adamw(1e-3, moments="int8"))),
 }
-
-
-def report(model: str, mesh_shape: Mapping[str, int], axis, params_axis, out: Path) -> None:
-    """The plans of a model in every format, as a table on standard output and as a picture."""
-    from rich import box
-    from rich.console import Console
-    from rich.progress import track
-    from rich.table import Table
-
-    check_picture(out)
-    progress = Console(stderr=True)
-    formats = FORMATS.items()
-    if progress.is_terminal:
-        formats = track(formats, "planning", console=progress, transient=True)
-    plans = {how: plan(tx, shapes_of(model, dtype), mesh_shape, axis, params_axis) for how, (dtype, tx) in formats}
-    first = next(iter(plans.values()))
-    mesh = " x ".join(f"{name} {size}" for name, size in mesh_shape.items())
-    title = f"{model}: {first.count:,} parameters on {first.devices} devices ({mesh})"
-    title += "\nmoments' format; GiB on each; the state's bytes per parameter"
-    rows = Table("AdamW", title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    for name in ("weights", *PARTS[1:-1], "total", "state"):
-        rows.add_column(name, justify="right")
-    for how, x in plans.items():
-        numbers = [f"{getattr(x, part) / GIB:.2f}" for part in (*PARTS[:-1], "total")]
-        rows.add_row(how, *numbers, f"{x.state * first.devices / x.count:.2f}")
-    console = Console()
-    console.print(rows)
-    for how, x in plans.items():
-        for name, note in x.notes.items():
-            console.print(f"{how}: {name}: {note}", markup=False, highlight=False)
-    save_picture(draw(plans, title), out)
-    console.print(f"drawn into {out}", markup=False)
 
 
 def draw(plans: Mapping[str, MemoryPlan], title: str) -> Any:

@@ -13,7 +13,7 @@ import optax
 
 from jadam._core import checks
 from jadam._core.numerics import apply_updates
-from jadam._core.trees import find_states, trained
+from jadam._core.trees import find_states, leaf_name, trained
 from jadam._diagnostics.describe import html_table
 from jadam._diagnostics.statistics import (
     QUANTILES,
@@ -25,7 +25,6 @@ from jadam._diagnostics.statistics import (
     looked_into,
     steps_taken,
 )
-from jadam._moments.formats import leaf_name
 from jadam._transformation.transformation import OwnUpdate, Plan, Transformation
 
 COLUMNS = len(SCALARS) + len(QUANTILES)

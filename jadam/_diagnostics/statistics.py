@@ -7,7 +7,7 @@ the less certain the direction, and the smaller the step.
 import functools
 import math
 import sys
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.core
@@ -19,12 +19,10 @@ from jadam._checkpoints.convert import has_moments
 from jadam._core import checks
 from jadam._core.bf16 import join
 from jadam._core.numerics import Beta, Reached, at_least_float32, divide, real
-from jadam._core.trees import find_states
+from jadam._core.trees import find_states, leaf_name
 from jadam._diagnostics.describe import html_table, table
-from jadam._moments.formats import leaf_name
-from jadam._transformation.transformation import Job, NotOnePass, ScheduledBetasState, Transformation, Update
+from jadam._transformation.transformation import Job, NotOnePass, ScheduledBetasState, Transformation, info_of
 from jadam._wrappers.by_path import ByPathState
-from jadam.sharding import Zero1
 
 QUANTILES = np.array([0.05, 0.25, 0.5, 0.75, 0.95], np.float32)
 CUT = 21  # of a float32's bits, those that tell no bin: four bins an octave
@@ -237,7 +235,8 @@ def inferring_shardings(f):
 
 def opened(tx) -> Transformation:
     """``tx``, or what `jadam.sharding.zero1` is around; raises where that is opaque."""
-    tx = cast(Update, tx.update).inner if isinstance(tx, Zero1) else tx
+    if isinstance(tx, optax.GradientTransformation) and info_of(tx).step is not None:
+        tx = info_of(tx).inner
     if not isinstance(tx, Transformation):
         raise TypeError(
             f"statistics needs one of jadam's optimizers, such as jadam.adam(...), got {checks.shown(tx)}. The order "

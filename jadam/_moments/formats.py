@@ -16,6 +16,7 @@ import numpy as np
 
 from jadam._core import checks
 from jadam._core.numerics import at_least_float32, dither, linear_index, real, round_to_bfloat16
+from jadam._core.trees import leaf_name
 from jadam._moments.int8 import Int8
 
 Name = Literal["float32", "bfloat16", "int8"]
@@ -200,8 +201,3 @@ def placeholder(p, dtype=jnp.int8) -> jax.Array:
 def is_placeholder(x) -> bool:
     """Whether ``x`` stands in scales for none: those of an int8 leaf, which has 4,096 elements, are more than one."""
     return x.size <= 1
-
-
-def leaf_name(path: Any) -> str:
-    """A leaf's path as `jax.tree_util.keystr` has it, without the ``.value`` that Flax NNX has only at `init`."""
-    return jax.tree_util.keystr(path).removesuffix(".value")

@@ -11,9 +11,9 @@ import optax
 
 from jadam._core import checks
 from jadam._core.numerics import at_least_float32
-from jadam._core.trees import Named
+from jadam._core.trees import Named, leaf_name
 from jadam._moments import formats
-from jadam._moments.formats import Moments, leaf_name
+from jadam._moments.formats import Moments
 from jadam._optimizers.adam import scale_by_adam
 from jadam._transformation.transformation import (
     KEEP,

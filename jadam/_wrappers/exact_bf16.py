@@ -15,8 +15,8 @@ import optax
 from jadam._core import checks
 from jadam._core.bf16 import bitcast, join, split
 from jadam._core.numerics import applied, apply_updates, at_least_float32
-from jadam._core.trees import find_states, trained
-from jadam._moments.formats import VERSION, leaf_name, placeholder, version
+from jadam._core.trees import find_states, leaf_name, trained
+from jadam._moments.formats import VERSION, placeholder, version
 from jadam._transformation.transformation import NotOnePass, OwnUpdate, Plan, Transformation, info_of
 
 
