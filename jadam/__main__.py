@@ -1,7 +1,9 @@
 """The command line: ``jadam demo`` and ``jadam plan``, also as ``python -m jadam``."""
 
 import argparse
+import importlib.metadata
 import math
+import platform
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -16,6 +18,22 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+class _Version(argparse.Action):
+    """Prints what a report of a fault should have in it."""
+
+    def __init__(self, **kwargs):
+        super().__init__(nargs=0, **kwargs)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        del namespace, values, option_string
+        packages = ("jax", "jaxlib", "optax", "numpy")
+        versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+        print(f"jadam {jadam.__version__}\nPython {platform.python_version()}, {versions}")
+        for name, backend in jadam.backends().items():
+            print(f"{name}: {backend}")
+        parser.exit()
 
 
 def _learning_rate(text: str) -> float:
@@ -39,7 +57,7 @@ def _whole(smallest: int, largest: int):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="jadam", description="Adam for JAX, by the paper.")
-    parser.add_argument("--version", action="version", version=f"jadam {jadam.__version__}")
+    parser.add_argument("--version", action=_Version, help="versions, and what serves jadam.step on each platform")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     demo = commands.add_parser(
         "demo",

@@ -1,10 +1,17 @@
 """The layers of `CONTRIBUTING.md`: each part of jadam imports only those above it in the table."""
 
 import ast
+import platform
 import re
+import subprocess
+import sys
 from pathlib import Path
 
+import jax
+import pytest
+
 import jadam
+from jadam.__main__ import main
 
 TOP = Path(jadam.__file__).parent
 PAGE = Path(__file__).parent.parent / "CONTRIBUTING.md"
@@ -36,3 +43,32 @@ def test_each_part_uses_only_those_above_it():
         if LAYERS.index(name) > LAYERS.index(part)
     ]
     assert wrong == []
+
+
+def test_importing_jadam_and_asking_for_help_import_no_jax():
+    """Nor NumPy: names are imported when they are used."""
+    program = (
+        "import sys, jadam; dir(jadam); from jadam.__main__ import main\ntry: main(['--help'])\nexcept SystemExit: "
+    )
+    program += "print(sorted({'jax', 'numpy', 'optax'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=TOP.parent, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_dir_has_the_public_names_and_no_others():
+    assert dir(jadam) == sorted({*jadam.__all__, "flax"})
+    assert not [name for name in dir(jadam) if name.startswith("_")]
+    for name in jadam.__all__:
+        assert getattr(jadam, name) is not None
+    with pytest.raises(AttributeError, match="jax"):
+        _ = jadam.jax
+
+
+def test_version_tells_what_serves(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["--version"])
+    assert done.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"jadam {jadam.__version__}"
+    assert lines[1].startswith(f"Python {platform.python_version()}, jax {jax.__version__}, ")
+    assert lines[2:] == [f"{name}: {backend}" for name, backend in jadam.backends().items()]

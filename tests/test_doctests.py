@@ -20,7 +20,7 @@ def has_examples(name):
 
 MODULES = [m.name for m in pkgutil.walk_packages(jadam.__path__, "jadam.") if has_examples(m.name)]
 SLOW = {"jadam._checkpoints.convert", "jadam._diagnostics.record"}  # a codec without jit, and a picture
-FUNCTIONS = [name for name, value in vars(jadam).items() if inspect.isfunction(value)]
+FUNCTIONS = [name for name in dir(jadam) if inspect.isfunction(getattr(jadam, name))]
 
 
 @rows("name", MODULES, default=[name for name in MODULES if name not in SLOW])

@@ -52,7 +52,8 @@ def public_names() -> dict[str, list[str] | None]:
     found = {}
     for module in (jadam, *(getattr(jadam, name) for name in SUBMODULES)):
         own = lambda x, module=module: module is jadam or getattr(x, "__module__", "") == module.__name__
-        for name, value in sorted(vars(module).items()):
+        for name in sorted(dir(module)):
+            value = getattr(module, name)
             if name.startswith("_") or inspect.ismodule(value) or not own(value):
                 continue
             found[f"{module.__name__}.{name}"] = list(inspect.signature(value).parameters) if callable(value) else None

@@ -1,0 +1,51 @@
+"""The public names, which `jadam` imports when they are first used."""
+
+from . import flax as flax
+from . import sharding as sharding
+from . import torch_state as torch_state
+from ._checkpoints.checksum import checksum as checksum
+from ._checkpoints.convert import convert_moments as convert_moments
+from ._diagnostics.describe import Description as Description
+from ._diagnostics.describe import describe as describe
+from ._diagnostics.plan import MemoryPlan as MemoryPlan
+from ._diagnostics.plan import plan as plan
+from ._diagnostics.record import History as History
+from ._diagnostics.record import RecordState as RecordState
+from ._diagnostics.record import history as history
+from ._diagnostics.record import plot as plot
+from ._diagnostics.record import record as record
+from ._diagnostics.statistics import Measures as Measures
+from ._diagnostics.statistics import Statistics as Statistics
+from ._diagnostics.statistics import statistics as statistics
+from ._fused.backends import Backend as Backend
+from ._fused.backends import backends as backends
+from ._fused.step import step as step
+from ._optimizers.adam import adam as adam
+from ._optimizers.adam import adamw as adamw
+from ._optimizers.adam import scale_by_adam as scale_by_adam
+from ._optimizers.adamax import adamax as adamax
+from ._optimizers.adamax import adamaxw as adamaxw
+from ._optimizers.adamax import scale_by_adamax as scale_by_adamax
+from ._optimizers.amsgrad import amsgrad as amsgrad
+from ._optimizers.amsgrad import scale_by_amsgrad as scale_by_amsgrad
+from ._optimizers.nadam import nadam as nadam
+from ._optimizers.nadam import nadamw as nadamw
+from ._optimizers.radam import radam as radam
+from ._optimizers.radam import scale_by_radam as scale_by_radam
+from ._transformation.transformation import QuantizedAdamState as QuantizedAdamState
+from ._transformation.transformation import ScheduledBetasState as ScheduledBetasState
+from ._wrappers.average_params import AverageParamsState as AverageParamsState
+from ._wrappers.average_params import average_params as average_params
+from ._wrappers.average_params import averaged_params as averaged_params
+from ._wrappers.by_path import FROZEN as FROZEN
+from ._wrappers.by_path import ByPathState as ByPathState
+from ._wrappers.by_path import by_path as by_path
+from ._wrappers.chain import chain as chain
+from ._wrappers.chain import clip as clip
+from ._wrappers.chain import clip_by_global_norm as clip_by_global_norm
+from ._wrappers.exact_bf16 import ExactBF16State as ExactBF16State
+from ._wrappers.exact_bf16 import exact_bf16 as exact_bf16
+from ._wrappers.exact_bf16 import float32_params as float32_params
+from ._wrappers.exact_bf16 import from_float32 as from_float32
+
+__version__: str
