@@ -186,6 +186,22 @@ def test_a_class_that_cannot_hold_narrow_moments(moments):
     np.testing.assert_allclose(new["layer"].weight, 0.9, rtol=1e-6)  # the first step, rounded at 1
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Narrowing:
+    """Makes bfloat16 of what it gets."""
+
+    weight: jax.Array
+
+    def __post_init__(self):
+        self.weight = jnp.asarray(self.weight, jnp.bfloat16)
+
+
+def test_a_class_that_cannot_hold_float32_moments():
+    with pytest.raises(TypeError, match=r"params\['layer'\].weight must be able to hold float32.*got bfloat16"):
+        jadam.adam(0.1).init({"layer": Narrowing(np.ones((32, 128)))})
+
+
 CHECKED = {
     "adam": lambda: jadam.adam(0.1),
     "int8": lambda: jadam.adamw(0.1, moments="int8"),
@@ -465,3 +481,140 @@ def in_filter_jit(tx):
 @pytest.mark.parametrize("place", [in_nnx_jit, in_train_state, in_multi_steps, in_filter_jit])
 def test_places_that_take_a_transformation_apart(place):
     np.testing.assert_allclose(place(jadam.adam(0.1)), 0.1, rtol=1e-6)  # the first step, rounded at 1
+
+
+FAMILY = {
+    "adamw": lambda: jadam.adamw(0.1),
+    "int8": lambda: jadam.adam(0.1, moments="int8"),
+    "amsgrad": lambda: jadam.amsgrad(0.1),
+    "by_path": lambda: jadam.by_path([("", {})], 0.1),
+    "chain": lambda: jadam.chain(jadam.clip_by_global_norm(1.0), jadam.adam(0.1)),
+    "exact_bf16": lambda: jadam.exact_bf16(jadam.adam(0.1)),
+    "record": lambda: jadam.record(jadam.adam(0.1), every=1, keep=2),
+}
+
+
+@both
+@pytest.mark.parametrize("name", FAMILY)
+def test_a_state_of_numpy_arrays(name, take):
+    """As what Flax, NumPy or `jax.device_get` restores."""
+    tx = FAMILY[name]()
+    state = tx.init(PARAMS)
+    expected = take(tx)(GRADS, state, PARAMS)
+    assert_close(take(tx)(GRADS, jax.device_get(state), PARAMS), expected)
+    assert_close(jax.jit(lambda grads: take(tx)(grads, jax.device_get(state), PARAMS))(GRADS), expected)
+
+
+@both
+def test_a_count_of_numpy_saturates_and_compiles_once(take, programs_compiled):
+    tx = jadam.scale_by_adam()
+    state = tx.init(PARAMS)._replace(count=np.int32(2**31 - 2))
+    for _ in range(2):
+        params, state = take(tx)(GRADS, state, PARAMS)
+    before = programs_compiled()
+    params, state = take(tx)(GRADS, state, PARAMS)
+    assert programs_compiled() == before
+    assert int(state.count) == 2**31 - 1
+    assert (params["b"] != 1).all()
+
+
+@both
+@pytest.mark.parametrize("name", FAMILY)
+def test_nothing_to_train(name, take):
+    tx = FAMILY[name]()
+    for params in ({}, {"a": None}):
+        if params or name != "by_path":  # whose pattern is found in no path
+            new, _ = take(tx)(params, tx.init(params), params)
+            assert new == params
+
+
+SLOWING = lambda count: 0.1 / (1 + int(count))
+BY_NUMBERS = {
+    "learning rate": lambda: jadam.adam(SLOWING),
+    "weight decay": lambda: jadam.adamw(0.1, weight_decay=SLOWING),
+    "b1": lambda: jadam.adam(0.1, b1=SLOWING),
+    "eps": lambda: jadam.adam(0.1, eps=SLOWING),
+    "by_path": lambda: jadam.by_path([("w", {"weight_decay": SLOWING}), ("", {"b1": SLOWING})], SLOWING),
+    "injected": lambda: optax.inject_hyperparams(jadam.amsgrad)(SLOWING),
+}
+
+
+@both
+@pytest.mark.parametrize("name", BY_NUMBERS)
+def test_a_schedule_of_python_numbers_compiles_once(name, take, programs_compiled):
+    tx = BY_NUMBERS[name]()
+    params, state = PARAMS, tx.init(PARAMS)
+    for _ in range(2):
+        params, state = take(tx)(GRADS, state, params)
+    before = programs_compiled()
+    for _ in range(3):
+        params, state = take(tx)(GRADS, state, params)
+    assert programs_compiled() == before
+
+
+def test_many_leaves_share_programs(programs_compiled):
+    """An eager update of 100 leaves that are alike is two programs: 32 leaves, and the last 4."""
+    tx = jadam.adam(0.1)
+    for count in (32, 4):  # and what makes scalars
+        params = {str(i): jnp.ones((5, 7)) for i in range(count)}
+        tx.update(params, tx.init(params), params)
+    params = {str(i): jnp.ones((5, 7)) for i in range(100)}
+    state = tx.init(params)
+    before = programs_compiled()
+    updates, _ = tx.update(params, state, params)
+    assert programs_compiled() == before
+    np.testing.assert_allclose(list(updates.values()), -0.1, rtol=1e-6)  # the first step, of roundings
+
+
+@pytest.mark.parametrize("axis", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+def test_an_eager_step_has_the_shardings_of_a_jitted_one(axis):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(axis,))
+    put = lambda x, *names: jax.device_put(x, jax.NamedSharding(mesh, jax.P(*names)))
+    tx = jadam.adam(0.1)
+    with jax.set_mesh(mesh):
+        params = put(jnp.ones(8))
+        state, grads = tx.init(params), put(jnp.ones(8), "data")
+        eager, jitted = (f(grads, state, params) for f in (stepped(tx), jax.jit(stepped(tx))))
+        for x, y in zip(*map(jax.tree.leaves, (eager, jitted)), strict=True):
+            assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+    assert_close(eager, jitted)
+
+
+@both
+def test_arrays_on_different_devices(take):
+    first, second = jax.devices()[1:3]
+    params = {"a": jax.device_put(jnp.ones(3), first), "b": jax.device_put(jnp.ones(3), second)}
+    tx = jadam.adam(0.1)
+    with pytest.raises(ValueError, match=r"all must be on the same devices, got \w+\['b'\] on"):
+        take(tx)(params, tx.init(params), params)
+
+
+@both
+@pytest.mark.parametrize("clip", [jadam.clip, jadam.clip_by_global_norm])
+def test_gradients_that_are_python_numbers(take, clip):
+    tx = jadam.chain(clip(1.0), jadam.adam(0.1))
+    if take is stepped or clip is jadam.clip:  # Optax's norm wants arrays
+        new, _ = take(tx)({"w": 0.5}, tx.init({"w": 1.0}), {"w": 1.0})
+        np.testing.assert_allclose(new["w"], 0.9, rtol=1e-6)  # the first step, rounded at 1
+
+
+@both
+def test_float64_of_numpy_is_float32_without_a_warning(take):
+    tx = jadam.adam(0.1)
+    grads, params = (jax.tree.map(lambda x: x.astype(np.float64), tree) for tree in (GRADS, PARAMS))
+    assert_close(take(tx)(grads, tx.init(params), params), take(tx)(GRADS, tx.init(PARAMS), PARAMS))
+
+
+@both
+def test_what_differs_between_devices_is_not_called_replicated(take):
+    """Within `jax.shard_map`, where a sum over devices was forgotten."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    tx = jadam.adam(1.0)
+    step = lambda g: take(tx)(g, tx.init(jnp.ones(1)), jnp.ones(1))[0]
+    mapped = lambda out, f: jax.jit(jax.shard_map(f, mesh=mesh, in_specs=jax.P("data"), out_specs=out))
+    grads = jnp.arange(8.0) - 4
+    with pytest.raises(ValueError, match="replica"):
+        mapped(jax.P(), step)(grads)
+    np.testing.assert_allclose(mapped(jax.P(), lambda g: step(jax.lax.pmean(g, "data")))(grads), 2.0, rtol=1e-6)
+    signs = 1 - np.sign(np.arange(8.0) - 4)
+    np.testing.assert_allclose(mapped(jax.P("data"), step)(grads), signs, rtol=1e-6, atol=2e-7)  # the first step

@@ -6,6 +6,8 @@ Ties go away from zero, so that the count fits int16.
 import jax
 import jax.numpy as jnp
 
+from jadam._core.numerics import applied
+
 bitcast = jax.lax.bitcast_convert_type
 
 
@@ -26,3 +28,22 @@ def join(p, remainder):
     stray = ((magnitude == 0) & (rest < 0)) | ((magnitude == 0x7F80) & (rest > 0))
     bits = (high.astype(jnp.uint32) << 16) + bitcast(jnp.where(stray, 0, rest), jnp.uint32)
     return bitcast(bits, jnp.float32)
+
+
+def distance(p, x):
+    """The update that takes ``p`` to ``x`` rounded to bfloat16: -0.0, which changes nothing, where it is there."""
+    rounded = split(x)[0]
+    there = bitcast(rounded, jnp.uint16) == bitcast(p, jnp.uint16)
+    return jnp.where(there, -0.0, _exactly(rounded) - _exactly(p))
+
+
+def remainder_of(p, x, update):
+    """The remainder of ``x`` if ``p + update`` lands on ``x`` rounded, otherwise 0."""
+    rounded, rest = split(x)
+    landed = bitcast(applied(_exactly(p), update, jnp.bfloat16), jnp.uint32)
+    return jnp.where(landed == bitcast(_exactly(rounded), jnp.uint32), rest, 0)
+
+
+def _exactly(p):
+    """bfloat16 as float32, by bits: under jit XLA may take ``p`` from before it was rounded."""
+    return bitcast(bitcast(p, jnp.uint16).astype(jnp.uint32) << 16, jnp.float32)

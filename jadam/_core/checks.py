@@ -338,8 +338,9 @@ def moments_wide_enough(tree, name: str) -> None:
 
 
 def keeps_dtypes(tree, leaves) -> None:
-    """Raise if a class of ``tree`` makes float32 of 8- and 16-bit moments: they would take its 4 bytes, or be lost."""
-    for path, x, given in _failing(lambda x, y: x.dtype == y.dtype or _is_wide(y.dtype) or y.size <= 1, tree, leaves):
+    """Raise if a class of ``tree`` makes float32 of moments of 8 or 16 bits, or 16 bits of float32."""
+    kept = lambda x, y: x.dtype == y.dtype or (_is_wide(x.dtype) and _is_wide(y.dtype)) or y.size <= 1
+    for path, x, given in _failing(kept, tree, leaves):
         raise TypeError(
             f"params{path} must be able to hold {given.dtype}, in which its moments are stored, got {x.dtype} back "
             "from the class it lies in. Let its __post_init__ keep dtypes, or choose moments='float32' for it."

@@ -122,9 +122,15 @@ def divide(x, y):
 
 def promote(*values) -> np.dtype:
     """The common dtype of arrays and dtypes, by JAX's standard table also where the user wants strict promotion."""
+    dtypes = (getattr(value, "dtype", None) or jnp.result_type(value) for value in values)
+    return _promoted(jax.dtypes.canonicalize_dtype(np.float64), *dtypes)
+
+
+@functools.cache
+def _promoted(widest, *dtypes):
+    del widest  # without x64 NumPy's float64 is float32
     with jax.numpy_dtype_promotion("standard"):
-        dtypes = [getattr(value, "dtype", None) or jnp.result_type(value) for value in values]
-        return functools.reduce(jnp.promote_types, dtypes)
+        return jax.dtypes.canonicalize_dtype(functools.reduce(jnp.promote_types, dtypes))
 
 
 def at_least_float32(*values) -> np.dtype:

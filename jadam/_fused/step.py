@@ -25,7 +25,16 @@ from jadam._fused import pallas
 from jadam._fused.backends import backends, platform_of
 from jadam._fused.cpu import kernel as cpu
 from jadam._transformation.leaf import update_leaf
-from jadam._transformation.transformation import NotOnePass, Operands, info_of, no_plan, pack, unpack, what_is_stored
+from jadam._transformation.transformation import (
+    KnownCount,
+    NotOnePass,
+    Operands,
+    info_of,
+    no_plan,
+    pack,
+    unpack,
+    what_is_stored,
+)
 
 
 def step(tx: optax.GradientTransformation, grads, state, params):
@@ -126,7 +135,7 @@ def obstacle(tx, grads, state, params) -> str | None:
 def _with_known_counts(state):
     """``state`` with NumPy's 0 for every count, so that schedules get a number where all else is traced."""
     is_count = lambda x: jnp.ndim(x) == 0 and jnp.issubdtype(x.dtype, jnp.integer)
-    return jax.tree.map(lambda x: np.zeros([], x.dtype) if is_count(x) else x, state)
+    return jax.tree.map(lambda x: np.zeros([], x.dtype).view(KnownCount) if is_count(x) else x, state)
 
 
 def outlook(platform, tx, grads, state, params) -> list[tuple[str, str | None]]:
@@ -211,15 +220,27 @@ _step_leaves_by_xla = functools.partial(_step_leaves, platform=None)
 _compiled = jax.jit(_step_leaves, static_argnames=("settings", "tree", "platform"))
 
 
+@functools.partial(jax.jit, static_argnames=("settings", "tree"))
+def _compiled_on_several_devices(*arrays, settings, tree):
+    """As in a user's jit, so that results have the same shardings."""
+    traced = any(isinstance(x, jax.core.Tracer) for x in arrays)  # else JAX looks for the operation that made a NaN
+    return (step_p.bind if traced else _step_leaves_by_xla)(*arrays, settings=settings, tree=tree)
+
+
 @step_p.def_impl
 def _(*arrays, settings, tree):
     with jax.disable_jit(False):  # so that the kernel serves, and results are the same, where the user's own jit is off
-        return _compiled(*arrays, settings=settings, tree=tree, platform=_platform_of(arrays))
+        platform = _platform_of(arrays)
+        if platform is None:
+            return _compiled_on_several_devices(*arrays, settings=settings, tree=tree)
+        return _compiled(*arrays, settings=settings, tree=tree, platform=platform)
 
 
 def _platform_of(arrays) -> str | None:
     """That of the one device on which the arrays are, None if they are on several."""
     arrays = [x for x in arrays if isinstance(x, jax.Array)]
+    if not arrays:
+        return None
     one = next((x for x in arrays if x.committed), arrays[0])
     devices = one.sharding.device_set
     return platform_of(next(iter(devices))) if len(devices) == 1 else None
@@ -229,7 +250,19 @@ def _platform_of(arrays) -> str | None:
 def _(*avals, settings, tree):
     del settings
     operands, _, params = tree.unflatten(avals)
-    return [x.strip_weak_type() for x in jax.tree.leaves((params, list(map(what_is_stored, operands.owned))))]
+    if not avals:
+        return []
+    results = [x.strip_weak_type() for x in jax.tree.leaves((params, list(map(what_is_stored, operands.owned))))]
+    return _varying_as(avals, results)
+
+
+def _varying_as(avals, results):
+    """``results`` varying over the axes of a mesh over which any of ``avals`` does, within `jax.shard_map`."""
+    if hasattr(avals[0], "vma"):  # JAX before 0.10
+        varying = frozenset().union(*(x.vma for x in avals))
+        return [x.update(vma=varying) for x in results]
+    varying = frozenset().union(*(x.manual_axis_type.varying for x in avals))
+    return [x.update(manual_axis_type=x.manual_axis_type.update(varying=varying)) for x in results]
 
 
 def _lowering(ctx, *arrays, settings, tree, platform):

@@ -1,5 +1,7 @@
 """AMSGrad: Adam whose second moment never shrinks (Reddi, Kale & Kumar, ICLR 2018, arXiv:1904.09237)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -34,6 +36,12 @@ AMSGRAD_OF_V = Rule(
     native="amsgrad_of_v",
     root=lambda step, v, v_max: jnp.sqrt(v_max / step.b2.correction),
 )
+
+
+@functools.cache  # one function for all transformations with these switches, so that they share compiled programs
+def _adjustment(eps_mode, uncorrected):
+    hat = adjustment(eps_mode)
+    return lambda step: hat(without_correction(step, *uncorrected))
 
 
 def scale_by_amsgrad(
@@ -88,8 +96,7 @@ def scale_by_amsgrad(
     for name, switch in switches.values():
         checks.one_of(name, switch, (True, False))
     uncorrected = [beta for beta, (_, switch) in switches.items() if not switch]
-    hat = adjustment(eps_mode)
-    adjust = lambda step: hat(without_correction(step, *uncorrected))
+    adjust = _adjustment(eps_mode, tuple(uncorrected))
     betas, scalars = {"b1": b1, "b2": b2}, {"eps": eps, "eps_root": eps_root}
     return scale_by_rule(rule, betas, scalars, mu_dtype, moments, adjust).called(scale_by_amsgrad, given)
 

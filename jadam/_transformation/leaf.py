@@ -1,7 +1,7 @@
 """The whole step of one leaf, from the gradient to the new parameter: what XLA runs, and Pallas on tiles."""
 
-from jadam._core.bf16 import join, split
-from jadam._core.numerics import apply_updates, at_least_float32, promote
+from jadam._core.bf16 import split
+from jadam._core.numerics import apply_updates, promote
 from jadam._transformation.transformation import Job
 
 
@@ -12,7 +12,6 @@ def update_leaf(job: Job, g, p):
     if job.remainder is None:
         u, stored = job.update(g, p)
         return apply_updates(p, u.astype(promote(g, p))), stored
-    x, g = join(p, job.remainder), g.astype(at_least_float32(g))
-    u, stored = job.update(g, x)
-    p, remainder = split(apply_updates(x, u.astype(promote(g, x))))
+    x, stored = job.moved(g, p)
+    p, remainder = split(x)
     return p, (remainder, *stored)

@@ -6,6 +6,7 @@ or schedules; this file knows nothing of Adam. `scale_by_rule` maps a rule over 
 decay and the learning rate behind it.
 """
 
+import collections
 import dataclasses
 import functools
 import inspect
@@ -21,9 +22,11 @@ import numpy as np
 import optax
 
 from jadam._core import checks
+from jadam._core.bf16 import distance, join, remainder_of
 from jadam._core.numerics import (
     Beta,
     Scalar,
+    apply_updates,
     at_least_float32,
     constant_beta,
     linear_index,
@@ -166,7 +169,7 @@ class Job(NamedTuple):
     format: formats.Format
     stored: tuple[jax.Array, ...]
     salt: int  # of the leaf's dither
-    count: jax.Array  # tuples have a method of this name  # pyright: ignore[reportIncompatibleMethodOverride]
+    count: Any  # tuples have a method of this name  # pyright: ignore[reportIncompatibleMethodOverride]
     minus_lr: Any = 1.0
     weight_decay: Any = None  # of the parameter, added to the direction
     bound: Any = None  # of the gradient's absolute value
@@ -197,6 +200,12 @@ class Job(NamedTuple):
         random = formats.random_for(g.shape, self.salt, self.count, index)
         return self.descended(u, p), self.format.encode(moments, self.stored, random)
 
+    def moved(self, g, p):
+        """``(x, stored)``: a bfloat16 parameter's float32 master after the step."""
+        x, g = join(p, self.remainder), g.astype(at_least_float32(g))
+        u, stored = self.update(g, x)
+        return apply_updates(x, u.astype(promote(g, x))), stored
+
     def descended(self, u, p):
         """The update that the rule's direction becomes: with weight decay, times the learning rate."""
         as_u = lambda x: jnp.asarray(x).astype(self.dtype)
@@ -218,12 +227,12 @@ class Settings(NamedTuple):
 
     jobs: tuple[Job, ...]  # without arrays
     steps: tuple[int, ...]  # which of the steps each job has
-    scalars: tuple  # those that are no arrays; None for one that is
-    places: tuple[int | None, ...]  # of each scalar among the arrays
+    places: tuple[int, ...]  # of each scalar among the arrays
     tree: Any  # of the steps and of each job's own scalars
     shapes: tuple | None  # of the whole arrays, where each job does a part
 
 
+TOGETHER = 32  # leaves that an eager update does at once
 OWN_SCALARS = ("minus_lr", "weight_decay", "bound", "norm", "max_norm", "count")
 
 
@@ -234,9 +243,8 @@ def pack(jobs: list[Job], shapes=None) -> tuple[Settings, Operands]:
     values, tree = jax.tree.flatten(
         (list(distinct.values()), [[getattr(job, name) for name in OWN_SCALARS] for job in jobs])
     )
-    arrays = {id(x): x for x in values if isinstance(x, jax.Array)}
-    place = {key: i for i, key in enumerate(arrays)}
-    places = tuple(place.get(id(x)) for x in values)
+    scalars = {id(x): x for x in values}
+    place = {key: i for i, key in enumerate(scalars)}
     settings = Settings(
         jobs=tuple(
             job._replace(
@@ -250,18 +258,17 @@ def pack(jobs: list[Job], shapes=None) -> tuple[Settings, Operands]:
             for job in jobs
         ),
         steps=tuple(order[id(job.step)] for job in jobs),
-        scalars=tuple(x if i is None else None for x, i in zip(values, places, strict=True)),
-        places=places,
+        places=tuple(place[id(x)] for x in values),
         tree=tree,
         shapes=None if shapes is None else tuple(shapes),
     )
-    return settings, Operands(list(arrays.values()), [(job.stored, job.remainder) for job in jobs])
+    arrays = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in scalars.values()]
+    return settings, Operands(arrays, [(job.stored, job.remainder) for job in jobs])
 
 
 def unpack(settings: Settings, operands: Operands) -> list[Job]:
     """The jobs that `pack` split."""
-    scalars = zip(settings.scalars, settings.places, strict=True)
-    steps, own = settings.tree.unflatten([x if i is None else operands.scalars[i] for x, i in scalars])
+    steps, own = settings.tree.unflatten([operands.scalars[i] for i in settings.places])
     parts: list = [None] * len(settings.jobs)
     if operands.firsts is not None and settings.shapes is not None:
         parts = [Part(first, shape) for first, shape in zip(operands.firsts, settings.shapes, strict=True)]
@@ -285,8 +292,14 @@ def _updates(settings, operands, grads, params) -> tuple[list[jax.Array], list[t
     """The updates of leaves, and what is stored."""
     updates, stored = [], []
     for job, g, p in zip(unpack(settings, operands), grads, params, strict=True):
-        u, new = job.update(g, p)
-        updates.append(u.astype(promote(g) if p is None else promote(g, p)))
+        if job.remainder is None:
+            u, new = job.update(g, p)
+            u = u.astype(promote(g) if p is None else promote(g, p))
+        else:
+            x, new = job.moved(g, p)
+            u = distance(p, x)
+            new = (remainder_of(p, x, u), *new)
+        updates.append(u)
         stored.append(new)
     return updates, stored
 
@@ -299,6 +312,23 @@ class Plan(NamedTuple):
 
     jobs: list[Job]
     finish: Callable[..., Any]
+
+
+def _programs(jobs: list[Job], grads: list, traced: bool) -> list[list[int]]:
+    """Which leaves are one program.
+
+    Each by itself where something is traced: JAX traces and lowers a jitted function once for all leaves that are
+    alike, and XLA inlines it. Else all, which is the fastest; of more than 32 leaves those alike, 32 at a time, for XLA
+    compiles no program twice.
+    """
+    if traced:
+        return [[i] for i in range(len(jobs))]
+    if len(jobs) <= TOGETHER:
+        return [list(range(len(jobs)))] if jobs else []
+    alike = collections.defaultdict(list)
+    for i, (job, g) in enumerate(zip(jobs, grads, strict=True)):
+        alike[np.shape(g), jnp.result_type(g), job.format.name, job.rule].append(i)
+    return [indices[k : k + TOGETHER] for indices in alike.values() for k in range(0, len(indices), TOGETHER)]
 
 
 @dataclasses.dataclass(eq=False)
@@ -317,22 +347,20 @@ class Update:
     step: Callable[..., Any] | None = None  # step(grads, state, params), if `jadam.step` has to be another
 
     def __call__(self, updates, state, params=None, **extra_args) -> Any:
-        """Optax's ``update``: what is planned, as one program where nothing is traced, else as one for like leaves.
-
-        JAX traces and lowers a jitted function once for all leaves that share it, and XLA inlines it.
-        """
+        """Optax's ``update``: what is planned."""
         del extra_args
         params, _ = trained(params, updates)
         checks.values(params, "params")
+        checks.together(updates=updates, state=state, params=params)
         jobs, finish = self.plan(updates, state, params)
         grads, structure = jax.tree.flatten(updates)
         params = [None] * len(grads) if params is None else jax.tree.leaves(params)
         traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((jobs[:1], grads, params)))
-        updates, stored = [], []
-        for group in [slice(i, i + 1) for i in range(len(jobs))] if traced else [slice(None)]:
-            us, new = _updates(*pack(jobs[group]), grads[group], params[group])
-            updates += us
-            stored += new
+        updates, stored = [None] * len(jobs), [None] * len(jobs)
+        for group in _programs(jobs, grads, traced):
+            us, new = _updates(*pack([jobs[i] for i in group]), [grads[i] for i in group], [params[i] for i in group])
+            for i, u, x in zip(group, us, new, strict=True):
+                updates[i], stored[i] = u, x
         return structure.unflatten(updates), finish(stored)
 
 
@@ -433,8 +461,9 @@ def scale_by_rule(
         leaves, structure = jax.tree_util.tree_flatten_with_path(params)
         columns = _columns([leaf(path, p) for path, p in leaves], len(stored_names))
         trees = list(map(structure.unflatten, columns))
-        for tree, column in zip(trees, columns, strict=True):
-            checks.keeps_dtypes(tree, column)
+        for name, tree, column in zip(stored_names, trees, columns, strict=True):
+            if mu_dtype is None or name != "mu":
+                checks.keeps_dtypes(tree, column)
         state = state_type(jnp.zeros([], jnp.int32), *trees, *(make() for make in versions))
         return ScheduledBetasState({name: jnp.zeros([]) for name in scheduled}, state) if scheduled else state
 
@@ -454,7 +483,8 @@ def scale_by_rule(
             if moments == "bfloat16":
                 checks.moments_narrow_enough(tree, name, state.mu)
         checks.holds_complex(state.mu, updates)
-        step, count, corrections = _at_step(betas, scalars, state.count, corrections, adjust)
+        taken = state.count if isinstance(state.count, KnownCount) else jnp.asarray(state.count)
+        step, count, corrections = _at_step(betas, scalars, taken, corrections, adjust)
 
         @functools.cache  # leaves that share it share its scalars
         def limited(dtype, format):
@@ -465,7 +495,7 @@ def scale_by_rule(
             own, unused = stored[: (n := format.arrays(len(names)))], stored[n:]
             checks.no_scales(not all(map(formats.is_placeholder, unused)), path)
             dtype = at_least_float32(g, *own)
-            return Job(rule, limited(real(dtype), format), dtype, format, own, formats.salt(path), state.count)
+            return Job(rule, limited(real(dtype), format), dtype, format, own, formats.salt(path), taken)
 
         def finish(stored):
             trees = [structure.flatten_up_to(getattr(state, name)) for name in stored_names]
@@ -495,6 +525,10 @@ def _scalar(name, value, schedule=True):
     return checks.hyperparameter(name, value, ">= 0", schedule=schedule, wide=True)
 
 
+class KnownCount(np.ndarray):
+    """A count that a schedule can read although all else is traced, as in `jadam.describe`."""
+
+
 def _at_step(betas, scalars, count, corrections, adjust):
     """The `Step` after ``count`` others, a function of the dtype; the next count; scheduled betas' corrections."""
 
@@ -506,14 +540,13 @@ def _at_step(betas, scalars, count, corrections, adjust):
         value = scalars[name]
         return _scalar(name, value_at(value, count), schedule=False) if callable(value) else value
 
-    known = not isinstance(count, jax.Array)  # NumPy's, as jadam.describe plans with
+    known = isinstance(count, KnownCount)
     next_count = count + count.dtype.type(1) if known else _incremented(count)
-    varying = {
-        name: scheduled_beta(
-            checks.or_nan(beta(name, count), "in [0, 1)"), checks.or_nan(beta(name, next_count), "in [0, 1)"), done
-        )
-        for name, done in corrections.items()
-    }
+    varying = {}
+    for name, done in corrections.items():
+        now, then = (checks.or_nan(beta(name, x), "in [0, 1)") for x in (count, next_count))
+        rate = scheduled_beta(now, then, done)
+        varying[name] = rate if known else Beta(*map(jnp.asarray, rate))  # a number is another at every step
     constant = {name: value for name, value in betas.items() if name not in varying}
     others = {name: scalar(name) for name in scalars}
     fixed = tuple((name, x) for name, x in constant.items() if isinstance(x, float))

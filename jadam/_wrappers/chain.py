@@ -160,7 +160,7 @@ def chain(*stages: optax.GradientTransformation) -> Transformation:
         if reason is not None:
             raise NotOnePass(reason)
         checks.gradients(updates, state, params, planning=True)
-        if clips and any(jnp.finfo(g.dtype).bits < 32 for g in jax.tree.leaves(updates)):
+        if clips and any(jnp.finfo(jnp.result_type(g)).bits < 32 for g in jax.tree.leaves(updates)):
             raise NotOnePass("16-bit gradients are clipped in 16 bits; wrap the chain in jadam.exact_bf16")
         if clips and any(jnp.iscomplexobj(g) for g in jax.tree.leaves(updates)):
             raise NotOnePass("complex gradients are clipped")

@@ -13,11 +13,11 @@ import numpy as np
 import optax
 
 from jadam._core import checks
-from jadam._core.bf16 import bitcast, join, split
-from jadam._core.numerics import applied, apply_updates, at_least_float32
+from jadam._core.bf16 import distance, join, remainder_of, split
+from jadam._core.numerics import apply_updates, at_least_float32
 from jadam._core.trees import find_states, leaf_name, trained
 from jadam._moments.formats import VERSION, placeholder, version
-from jadam._transformation.transformation import NotOnePass, OwnUpdate, Plan, Transformation, info_of
+from jadam._transformation.transformation import NotOnePass, OwnUpdate, Plan, Transformation, Update, info_of
 
 
 class ExactBF16State(NamedTuple):
@@ -29,6 +29,17 @@ class ExactBF16State(NamedTuple):
     remainder: Any
     inner_state: Any
     version: jax.Array
+
+
+class ExactUpdate(OwnUpdate):
+    """``update`` of `exact_bf16`: by the plan of what it is around, and where that has none by its ``update``."""
+
+    def __call__(self, updates, state, params=None, **extra_args) -> Any:
+        """Optax's ``update``."""
+        try:
+            return Update.__call__(self, updates, state, params)
+        except NotOnePass:
+            return self.function(updates, state, params, **extra_args)
 
 
 class ExactBF16(Transformation):
@@ -90,9 +101,7 @@ def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
             raise ValueError("exact_bf16 must be outermost, got it around another exact_bf16. Drop the inner one.")
         return ExactBF16State(jax.tree.map(_no_remainder, params), inner_state, version())
 
-    def update(updates, state, params=None, **extra_args) -> Any:
-        if params is None:
-            raise ValueError("exact_bf16 needs params: call update(updates, state, params).")
+    def update(updates, state, params, **extra_args) -> Any:
         checks.state_of(state, ExactBF16State)
         checks.version(state, VERSION)
         params, _ = trained(params, updates)
@@ -101,19 +110,21 @@ def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
         wide = jax.tree.map(_wide_gradient, updates, params)
         updates, inner_state = inner.update(wide, state.inner_state, masters, **extra_args)
         moved = apply_updates(masters, updates)
-        updates = jax.tree.map(lambda p, x, u: _distance(p, x) if _is_bf16(p) else u, params, moved, updates)
+        updates = jax.tree.map(lambda p, x, u: distance(p, x) if _is_bf16(p) else u, params, moved, updates)
         remainder = jax.tree.map(
-            lambda p, x, u, r: _remainder(p, x, u) if _is_bf16(p) else r, params, moved, updates, state.remainder
+            lambda p, x, u, r: remainder_of(p, x, u) if _is_bf16(p) else r, params, moved, updates, state.remainder
         )
         return updates, state._replace(remainder=remainder, inner_state=inner_state)
 
     def plan(updates, state, params):
+        if params is None:
+            raise ValueError("exact_bf16 needs params: call update(updates, state, params).")
         if not isinstance(tx, Transformation):
             raise NotOnePass("jadam.exact_bf16 is around none of jadam's optimizers nor jadam.chain")
         checks.state_of(state, ExactBF16State)
         checks.version(state, VERSION)
         checks.gradients(updates, state, params, planning=True)
-        jax.eval_shape(lambda *args: jax.tree.leaves(_masters(*args)), params, state.remainder)  # raises what it raises
+        _check_remainder(params, state.remainder)
         # A plan looks at shapes and dtypes, mostly. Masters and wide gradients are made leaf by leaf, in the one pass.
         masters = jax.tree.map(lambda p: _no_values(p) if _is_bf16(p) else p, params)
         wide_gradient = _wide_gradient if reads_gradients else lambda g, p: _no_values(g) if _is_bf16(p) else g
@@ -129,7 +140,7 @@ def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
 
         return Plan(jobs, whole)
 
-    return ExactBF16(init, OwnUpdate(plan, f"jadam.exact_bf16({tx!r})", inner, reads_gradients, function=update))
+    return ExactBF16(init, ExactUpdate(plan, f"jadam.exact_bf16({tx!r})", inner, reads_gradients, function=update))
 
 
 def float32_params(params, state):
@@ -216,40 +227,24 @@ def from_float32(params32, tx: Transformation, keep: Callable[[str, Any], bool] 
     return params, state if outer is None else outer._replace(inner_state=state)
 
 
-def _distance(p, x):
-    """The update that takes ``p`` to ``x`` rounded to bfloat16: -0.0, which changes nothing, where it is there."""
-    rounded = split(x)[0]
-    there = bitcast(rounded, jnp.uint16) == bitcast(p, jnp.uint16)
-    return jnp.where(there, -0.0, _exactly(rounded) - _exactly(p))
-
-
-def _remainder(p, x, update):
-    """The remainder of ``x`` if ``p + update`` lands on ``x`` rounded, otherwise 0."""
-    rounded, rest = split(x)
-    landed = bitcast(applied(_exactly(p), update, jnp.bfloat16), jnp.uint32)
-    return jnp.where(landed == bitcast(_exactly(rounded), jnp.uint32), rest, 0)
-
-
-def _exactly(p):
-    """bfloat16 as float32, by bits: under jit XLA may take ``p`` from before it was rounded."""
-    return bitcast(bitcast(p, jnp.uint16).astype(jnp.uint32) << 16, jnp.float32)
-
-
 def _masters(params, remainder):
+    _check_remainder(params, remainder)
+    return jax.tree.map(lambda p, r: join(p, r) if _is_bf16(p) else p, params, remainder)
+
+
+def _check_remainder(params, remainder) -> None:
+    """Raise unless the parameters are in the dtypes that they had at `init`."""
     checks.same_structure(params, remainder, "params", "state.remainder")
-
-    def master(path, p, remainder):
-        was_bf16 = remainder.dtype == jnp.int16
-        if _is_bf16(p) == was_bf16 and (not was_bf16 or jnp.shape(p) == remainder.shape):
-            return join(p, remainder) if was_bf16 else p
-        was = f"bfloat16 of shape {remainder.shape}" if was_bf16 else "of another dtype than bfloat16"
-        raise TypeError(
-            f"params{jax.tree_util.keystr(path)} was {was} at init, got {jnp.result_type(p)} of shape {jnp.shape(p)}. "
-            "Apply updates with optax.apply_updates; eqx.apply_updates and p + u leave float32 parameters to be cast "
-            "back."
-        )
-
-    return jax.tree_util.tree_map_with_path(master, params, remainder)
+    leaves, remainders = jax.tree.leaves(params), jax.tree.leaves(remainder)
+    for i, (p, r) in enumerate(zip(leaves, remainders, strict=True)):
+        was_bf16 = r.dtype == jnp.int16
+        if _is_bf16(p) != was_bf16 or (was_bf16 and np.shape(p) != r.shape):
+            was = f"bfloat16 of shape {r.shape}" if was_bf16 else "of another dtype than bfloat16"
+            path = jax.tree_util.keystr(jax.tree_util.tree_leaves_with_path(params)[i][0])
+            raise TypeError(
+                f"params{path} was {was} at init, got {jnp.result_type(p)} of shape {np.shape(p)}. Apply updates with "
+                "optax.apply_updates; eqx.apply_updates and p + u leave float32 parameters to be cast back."
+            )
 
 
 def _no_remainder(p):
