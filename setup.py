@@ -10,8 +10,8 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-FOLDER = Path("jadam", "_fused", "cpu")
-SOURCE = FOLDER / "cpu.cc"
+FUSED = Path("jadam", "_fused")
+SOURCES = [FUSED / name for name in ("cpu/cpu.cc", "native/formats.h", "native/portable.h", "native/rules.h")]
 WITHOUT = """jadam: the CPU's kernel was not built: {error}
 jadam works without it. XLA takes two passes over memory where the kernel takes one: about 1.7 times as long.
 With a C++17 compiler (g++, clang++ or MSVC): pip install --force-reinstall --no-deps --no-cache-dir jadam"""
@@ -67,9 +67,10 @@ setup(
     ext_modules=[
         Extension(
             "jadam._fused.cpu._cpu",
-            [str(SOURCE)],
-            include_dirs=[str(FOLDER / "third_party")],
-            define_macros=[("JADAM_SOURCE", f"{zlib.crc32(SOURCE.read_bytes())}u")],
+            [str(SOURCES[0])],
+            depends=list(map(str, SOURCES)),
+            include_dirs=[str(FUSED / "native"), str(FUSED / "cpu" / "third_party")],
+            define_macros=[("JADAM_SOURCE", f"{zlib.crc32(b''.join(x.read_bytes() for x in SOURCES))}u")],
             extra_compile_args=flags,
             extra_link_args=link,
             language="c++",

@@ -126,6 +126,14 @@ class Threads(Inline):
 # -- a call ------------------------------------------------------------------------------------------------------------
 
 
+ATTRIBUTES = ("rule", "format", "clipping", "scalars", "salt", "block", "run", "stride")
+
+
+def attributes(leaves) -> dict[str, np.ndarray]:
+    """Of leaves one after the other, each with its numbers in the order of `ATTRIBUTES`."""
+    return {name: np.array(leaves[i :: len(ATTRIBUTES)], np.int64) for i, name in enumerate(ATTRIBUTES)}
+
+
 def call(inputs, outputs, leaves, pool=None) -> str | None:
     """The handler's error, or None. ``inputs`` begin with scalars and count; ``pool.after`` is the caller's to call."""
     pool = pool or Inline()
@@ -158,18 +166,18 @@ def call(inputs, outputs, leaves, pool=None) -> str | None:
     api = Api(ctypes.sizeof(Api))
     for place, function in functions.items():
         api.functions[place] = ctypes.cast(function, c_void_p)
-    leaves = np.ascontiguousarray(leaves, np.int64)
-    attribute = Array(CODES["int64"], leaves.size, leaves.ctypes.data)
-    name = Text(b"leaves", 6)
+    named = sorted(attributes(leaves).items())  # as XLA has them
+    arrays = [Array(CODES["int64"], x.size, x.ctypes.data) for _, x in named]
+    names = [Text(name.encode(), len(name)) for name, _ in named]
     args, keep_args = several(inputs)
     rets, keep_rets = several(outputs)
     attrs = Attributes(
         ctypes.sizeof(Attributes),
         None,
-        1,
-        (c_int * 1)(1),
-        void_pointers([pointer(name)]),
-        void_pointers([pointer(attribute)]),
+        len(named),
+        (c_int * len(named))(*[1] * len(named)),
+        void_pointers(list(map(pointer, names))),
+        void_pointers(list(map(pointer, arrays))),
     )
     frame = Frame(Frame.future.offset, None, pointer(api), None, EXECUTE, args, rets, attrs, None)
     error = library().jadam_step(byref(frame))

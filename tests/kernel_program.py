@@ -7,9 +7,11 @@ import copy
 import ctypes
 import faulthandler
 import functools
+import importlib
 import json
 import multiprocessing
 import os
+import pkgutil
 import re
 import sys
 import time
@@ -23,25 +25,22 @@ import jax.numpy as jnp
 import numpy as np
 
 import jadam
+from jadam import _optimizers
 from jadam._core.numerics import constant_beta
 from jadam._fused.cpu import kernel as cpu
 from jadam._fused.pallas import Int8Tile
 from jadam._moments import formats
-from jadam._optimizers import adam as _adam
-from jadam._optimizers import adamax as _adamax
-from jadam._optimizers import amsgrad as _amsgrad
-from jadam._optimizers import radam as _radam
 from jadam._transformation.leaf import update_leaf
 from jadam._transformation.transformation import Job, Part, Rule, Step
 
 ROWS, COLUMNS = 64, 512  # of the arrays on which what is expected is computed, whatever the leaf's shape
 NATIVE = {
     rule.native: rule
-    for module in (_adam, _adamax, _amsgrad, _radam)
-    for rule in vars(module).values()
+    for module in pkgutil.iter_modules(_optimizers.__path__, "jadam._optimizers.")
+    for rule in vars(importlib.import_module(module.name)).values()
     if isinstance(rule, Rule)
 }
-RULES, FORMATS = [NATIVE[name] for name in cpu.load().rules], list(cpu.FORMATS)
+RULES, FORMATS = [NATIVE[name] for name in cpu.load().rules], list(cpu.load().formats)
 SIZES = [0, 1, 2, 3, 5, 7, 97, 251, 509, 1021, *(n + i for n in (32, 128, 256, 512, 1024) for i in (-1, 0, 1))]
 BLOCKS = [1, 2, 3, 31, 32, 64, 97, 127, 128, 129, 255, 256, 511, 512]
 EDGES = [
@@ -453,7 +452,7 @@ def by_xla(call, rng):
         return direct(call, rng)
     of = jax.ffi.ffi_call("jadam_step", results, input_output_aliases=aliases)
     try:
-        new = of(*(jnp.asarray(x.values) for x in call.inputs), leaves=np.array(call.leaves, np.int64))
+        new = of(*(jnp.asarray(x.values) for x in call.inputs), **handler.attributes(call.leaves))
         new = [np.asarray(x) for x in new]
     except Exception as error:
         text = str(error)

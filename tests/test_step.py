@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import handler
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -494,11 +495,14 @@ def test_a_source_folder_finds_the_installed_extension(tmp_path):
     file, backend = python(program, tmp_path / "clone", PYTHONPATH=str(tmp_path / "site")).splitlines()
     assert Path(file).is_relative_to(tmp_path / "clone")
     assert backend == f"{CPU.kernel}: {installed / Path(CPU.reason).name}"
-    source = tmp_path / "clone" / "jadam" / "_fused" / "cpu" / "cpu.cc"
-    source.write_text(source.read_text() + "// changed\n")
-    _, backend = python(program, tmp_path / "clone", PYTHONPATH=str(tmp_path / "site")).splitlines()
-    assert backend.startswith("XLA: ")
-    assert backend.endswith("was built from another version of cpu.cc; reinstall jadam")
+    for name in cpu.SOURCES[::3]:  # cpu.cc and rules.h
+        source = tmp_path / "clone" / "jadam" / "_fused" / name
+        text = source.read_text()
+        source.write_text(text + "// changed\n")
+        _, backend = python(program, tmp_path / "clone", PYTHONPATH=str(tmp_path / "site")).splitlines()
+        assert backend.startswith("XLA: ")
+        assert backend.endswith("was built from other sources; reinstall jadam")
+        source.write_text(text)
 
 
 @needs_kernel
@@ -527,7 +531,7 @@ def test_other_instructions(instructions, tmp_path):
 
 
 GOOD = {
-    "scalars": ones((1, cpu.SCALARS), jnp.float32),
+    "scalars": ones((1, len(cpu.Scalars._fields)), jnp.float32),
     "count": jax.device_put(np.zeros(2, np.uint32)),
     "leaves": [0, 0, 0, 0, 0, 0, 12, 12],
     "inputs": [ones((2, 6))] * 4,
@@ -536,10 +540,10 @@ GOOD = {
 INT8_INPUTS = [ones((2, 6))] * 2 + [ones((2, 6), jnp.int8), ones((2, 6), jnp.uint8)] + [ones((2, 2))] * 2
 INT8_OUTPUTS = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in INT8_INPUTS[1:]]
 WRONG = [
-    ({"leaves": [0, 0]}, "leaves must come in rows of 8"),
+    ({"leaves": [0, 0]}, "each attribute must have a number for every leaf"),
     ({"leaves": [7, 0, 0, 0, 0, 0, 12, 12]}, "leaf 0: rule is out of range"),
     ({"leaves": [0, -1, 0, 0, 0, 0, 12, 12]}, "leaf 0: format is out of range"),
-    ({"leaves": [0, 0, 4, 0, 0, 0, 12, 12]}, "leaf 0: limit is out of range"),
+    ({"leaves": [0, 0, 4, 0, 0, 0, 12, 12]}, "leaf 0: clipping is out of range"),
     ({"leaves": [0, 0, 0, 1, 0, 0, 12, 12]}, "leaf 0: scalars are out of range"),
     (
         {"leaves": [0, 2, 0, 0, 0, 0, 12, 12], "inputs": INT8_INPUTS, "outputs": INT8_OUTPUTS},
@@ -551,7 +555,7 @@ WRONG = [
     ),
     ({"leaves": [3, 2, 0, 0, 0, 3, 12, 12], "inputs": INT8_INPUTS, "outputs": INT8_OUTPUTS}, "leaf 0: "),
     ({"scalars": ones((1, 5))}, "scalars must be float32 in rows of"),
-    ({"scalars": ones((1, cpu.SCALARS), jnp.bfloat16)}, "scalars must be float32 in rows of"),
+    ({"scalars": ones((1, len(cpu.Scalars._fields)), jnp.bfloat16)}, "scalars must be float32 in rows of"),
     ({"count": jax.device_put(np.zeros(2, np.int32))}, "count must be uint32, one and another for each leaf"),
     ({"count": jax.device_put(np.zeros(1, np.uint32))}, "count must be uint32, one and another for each leaf"),
     ({"leaves": [0, 0, 0, 0, 0, 0, 0, 12]}, "leaf 0: run is no whole number of rows"),
@@ -574,7 +578,7 @@ def test_the_handler_checks_what_it_is_handed(changed, message):
     call = jax.ffi.ffi_call("jadam_step", given["outputs"])
     with pytest.raises(Exception, match=f"jadam: {message}"):
         jax.block_until_ready(
-            call(given["scalars"], given["count"], *given["inputs"], leaves=np.array(given["leaves"], np.int64))
+            call(given["scalars"], given["count"], *given["inputs"], **handler.attributes(given["leaves"]))
         )
 
 
@@ -584,7 +588,7 @@ def test_the_handler_refuses_a_wrong_alias():
     call = jax.ffi.ffi_call("jadam_step", GOOD["outputs"], input_output_aliases={4: 0})
     with pytest.raises(Exception, match="jadam: an output overlaps another buffer"):
         jax.block_until_ready(
-            call(GOOD["scalars"], GOOD["count"], *GOOD["inputs"], leaves=np.array(GOOD["leaves"], np.int64))
+            call(GOOD["scalars"], GOOD["count"], *GOOD["inputs"], **handler.attributes(GOOD["leaves"]))
         )
 
 

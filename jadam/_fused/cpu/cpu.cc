@@ -1,33 +1,34 @@
 // One pass over memory for Adam and its relatives on a CPU: an XLA FFI handler over a group of leaves.
 //
-// This is `Job.update` of jadam/_transformation/transformation.py, its rules and its formats, written a second time; the
-// tests hold the two together. A leaf is taken in tiles that fit the first cache: load, decode, rule, descend, encode, store, each a
-// loop over the tile that the compiler vectorises, so that formats, rules and dtypes add up instead of multiplying.
+// What a rule is stands in rules.h, how moments are stored in formats.h; here are tiles, threads and the checking of
+// arguments. A leaf is taken in tiles that fit the first cache: load, decode, rule, descend, encode, store, each a loop
+// over the tile that the compiler vectorises, so that formats, rules and dtypes add up instead of multiplying.
 //
 // Limits: gradients float32 or bfloat16; parameters float32, or bfloat16 with a remainder; moments float32, bfloat16 or
 // (two of them) int8; blocks of at most kTile elements. Outputs may be the inputs' own buffers, not parts of them.
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <limits>
 #include <memory>
 #include <string>
 #include <thread>
 #include <utility>
 #include <vector>
 
+#include "formats.h"
+#include "rules.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
 
+#define INLINE JADAM_INLINE
 #if defined(__GNUC__)
-#define INLINE inline __attribute__((always_inline))
+#define JADAM_LAMBDA __attribute__((always_inline))  // else it would not have the instructions of its caller
 #else
-#define INLINE inline
+#define JADAM_LAMBDA
 #endif
 #if defined(__GNUC__) && defined(__x86_64__)
 #define JADAM_X86 1
@@ -40,61 +41,18 @@ namespace ffi = xla::ffi;
 #define INDEPENDENT
 #endif
 
+namespace jadam {
 namespace {
 
 constexpr int64_t kTile = 512;       // elements a tile: 10 KiB of float32
 constexpr int64_t kPiece = 1 << 15;  // elements a thread takes at a time
-
-enum Rule : int64_t { kAdam, kNAdam, kAdaMax, kAMSGrad, kAMSGradOfV, kRAdam, kRAdamOfNAdam, kRules };
-constexpr char kRuleNames[] = "adam nadam adamax amsgrad amsgrad_of_v radam radam_of_nadam";  // as Python calls them
-enum Format : int64_t { kFloat32, kBFloat16, kInt8, kFormats };
-enum Limit : int64_t { kBound = 1, kNorm = 2, kLimits = 4 };
-
-// One row of the scalars' buffer, in this order; jadam/_fused/cpu/kernel.py fills it.
-struct Scalars {
-  float b1, one_minus_b1, correction1;  // the corrections come as 1 / (1 - b**t)
-  float b2, one_minus_b2, correction2, root_correction2;
-  float next, next_correction, newest, newest_correction;  // NAdam's look ahead
-  float eps, eps_root;
-  float trusted, rectification;  // RAdam's
-  float minus_lr, weight_decay;
-  float bound, norm, max_norm;
-};
 constexpr int64_t kScalars = sizeof(Scalars) / sizeof(float);
 
-// One row of the attribute "leaves".
+enum Clipping { kBound = 1, kNorm = 2, kClippings = 4 };
+
+// A leaf's number in each attribute.
 struct Settings {
-  int64_t rule, format, limit, scalars, salt, block, run, stride;
-};
-constexpr int64_t kSettings = sizeof(Settings) / sizeof(int64_t);
-
-template <class To, class From>
-INLINE To bitcast(From from) {
-  static_assert(sizeof(To) == sizeof(From), "");
-  To to;
-  std::memcpy(&to, &from, sizeof(to));
-  return to;
-}
-
-INLINE uint32_t bits(float x) { return bitcast<uint32_t>(x); }
-INLINE float widen(uint16_t x) { return bitcast<float>(static_cast<uint32_t>(x) << 16); }
-
-constexpr uint32_t kInfinity = 0x7F800000, kNoSign = 0x7FFFFFFF;
-
-INLINE uint32_t lowbias32(uint32_t x) {
-  x = (x ^ (x >> 16)) * 0x7FEB352Du;
-  x = (x ^ (x >> 15)) * 0x846CA68Bu;
-  return x ^ (x >> 16);
-}
-
-// A hash of the place, from which a walk starts in each of two streams; further streams have another salt.
-struct Dither {
-  uint32_t salt, walk;
-  Dither(uint32_t leaf, uint32_t k, uint32_t t)
-      : salt(lowbias32(leaf + k / 2 * 0x632BE5ABu)), walk(t * 0x9E3779B9u) {}
-  INLINE uint32_t start(uint32_t index) const { return lowbias32(index ^ salt); }
-  INLINE uint32_t even(uint32_t start) const { return start + walk; }
-  INLINE uint32_t odd(uint32_t start) const { return (start << 16 | start >> 16) + walk; }
+  int64_t rule, format, clipping, scalars, salt, block, run, stride;
 };
 
 struct Leaf {
@@ -122,195 +80,114 @@ struct Tile {
 };
 
 INLINE void load(float* to, const void* from, int64_t start, int64_t n) {
-  const uint16_t* x = static_cast<const uint16_t*>(from) + start;
+  const u16* x = static_cast<const u16*>(from) + start;
   INDEPENDENT for (int64_t i = 0; i < n; ++i) to[i] = widen(x[i]);
 }
 
 INLINE const float* at(const void* from, int64_t start) { return static_cast<const float*>(from) + start; }
 INLINE float* at(void* from, int64_t start) { return static_cast<float*>(from) + start; }
 
-INLINE void limit(const Leaf& leaf, Tile& tile, int64_t n) {
-  if (!leaf.set.limit) return;
+INLINE void clip(const Leaf& leaf, Tile& tile, int64_t n) {
+  if (!leaf.set.clipping) return;
   const float bound = leaf.s.bound, norm = leaf.s.norm, max_norm = leaf.s.max_norm;
   float* g = tile.own_g;
   if (tile.g != g) std::memcpy(g, tile.g, n * sizeof(float));
   tile.g = g;
-  if (leaf.set.limit & kBound) {
+  if (leaf.set.clipping & kBound) {
     INDEPENDENT for (int64_t i = 0; i < n; ++i) {
       float x = g[i] > bound ? bound : g[i];
       g[i] = x < -bound ? -bound : x;
     }
   }
-  if (leaf.set.limit & kNorm) {
+  if (leaf.set.clipping & kNorm) {
     INDEPENDENT for (int64_t i = 0; i < n; ++i) g[i] = g[i] / norm * max_norm;
   }
 }
 
-INLINE float divide(float x, float y) { return x / (y == 0.0f ? 1.0f : y); }
-
-// b * average + (1-b) * x, the correction on the term with the larger weight.
-template <bool kSlow>
-INLINE float ema(float b, float one_minus_b, float average, float x) {
-  if (kSlow || b >= 0.5f) return average + one_minus_b * (x - average);
-  return x + b * (average - x);
-}
-
-// NaN if either is, -infinity if x is: where g * g overflows, v is NaN as written but -infinity contracted.
-INLINE float maximum(float x, float y) { return !(x >= std::numeric_limits<float>::lowest()) || x > y ? x : y; }
-
-// The rule on one element: from gradient and moments, which it updates, to the direction. kUsual: b1 and b2 are at least
-// 1/2 and eps_root is 0. Multiplies by the reciprocals of what Python divides by, where that is a scalar.
-template <int64_t kRule, bool kUsual>
-INLINE float direction(const Scalars& s, float g, float& m, float& v, float& largest, float& root) {
-  m = ema<kUsual>(s.b1, s.one_minus_b1, m, g);
-  if (kRule == kAdaMax) {
-    v = maximum(s.b2 * v, std::fabs(g) + s.eps);
-    return divide(m * s.correction1, v);
-  }
-  v = ema<kUsual>(s.b2, s.one_minus_b2, v, g * g);
-  float m_hat = m * s.correction1;
-  if (kRule == kNAdam || kRule == kRAdamOfNAdam) m_hat = s.next * m * s.next_correction + s.newest * g * s.newest_correction;
-  float second = v, correction2 = s.correction2;
-  if (kRule == kAMSGrad) {
-    second = largest = maximum(v * s.correction2, largest);
-    correction2 = 1.0f;
-  }
-  if (kRule == kAMSGradOfV) second = largest = maximum(v, largest);
-  root = std::sqrt(second);
-  const float root_hat = kRule == kAMSGrad ? root : root * s.root_correction2;
-  const float denominator = (kUsual ? root_hat : std::sqrt(second * correction2 + s.eps_root)) + s.eps;
-  const float u = divide(m_hat, denominator);
-  if (kRule == kRAdam || kRule == kRAdamOfNAdam) return s.trusted != 0.0f ? s.rectification * u : m_hat;
-  return u;
-}
-
-// From gradient and moments to the parameter. kRoots: sqrt(v) is kept in the tile, and v is not.
-template <int64_t kRule, bool kUsual, bool kDecay, bool kRoots>
+// From gradient and moments to the parameter. kUsual: see rules.h. kRoots: sqrt(v) is kept in the tile, and v is not.
+template <class Rule, bool kUsual, bool kDecay, bool kRoots>
 INLINE void loop(const Scalars s, Tile& tile, int64_t n) {
-  constexpr bool kThird = kRule == kAMSGrad || kRule == kAMSGradOfV;
+  constexpr bool kThird = Rule::kMoments == 3;
   const float *g = tile.g, *p = tile.p, *m = tile.m[0], *v = tile.m[1], *largest = tile.m[2];
   float *p_out = tile.p_out, *m_out = tile.m_out[0], *v_out = tile.m_out[1], *largest_out = tile.m_out[2];
   float* roots = tile.roots;
   INDEPENDENT for (int64_t i = 0; i < n; ++i) {
-    float m_i = m[i], v_i = v[i], largest_i = kThird ? largest[i] : 0.0f, root = 0.0f;
-    float u = direction<kRule, kUsual>(s, g[i], m_i, v_i, largest_i, root);
+    Moments x{m[i], v[i], kThird ? largest[i] : 0.0f, 0.0f};
+    float u = Rule::template direction<kUsual>(s, g[i], x);
     if (kDecay) u = u + s.weight_decay * p[i];
     p_out[i] = p[i] + s.minus_lr * u;
-    m_out[i] = m_i;
-    if (!kRoots) v_out[i] = v_i;
-    if (kThird) largest_out[i] = largest_i;
-    if (kRoots) roots[i] = root;
+    m_out[i] = x.m;
+    if (!kRoots) v_out[i] = x.v;
+    if (kThird) largest_out[i] = x.largest;
+    if (kRoots) roots[i] = x.root;
   }
 }
 
-template <int64_t kRule, bool kRoots>
+template <class Rule, bool kRoots>
 INLINE void loop(const Scalars& s, Tile& tile, int64_t n) {
   const bool usual = s.b1 >= 0.5f && s.b2 >= 0.5f && s.eps_root == 0.0f;
   if (s.weight_decay == 0.0f) {
-    usual ? loop<kRule, true, false, kRoots>(s, tile, n) : loop<kRule, false, false, kRoots>(s, tile, n);
+    usual ? loop<Rule, true, false, kRoots>(s, tile, n) : loop<Rule, false, false, kRoots>(s, tile, n);
   } else {
-    usual ? loop<kRule, true, true, kRoots>(s, tile, n) : loop<kRule, false, true, kRoots>(s, tile, n);
+    usual ? loop<Rule, true, true, kRoots>(s, tile, n) : loop<Rule, false, true, kRoots>(s, tile, n);
   }
 }
 
+template <class Rule>
 INLINE void step_tile(const Leaf& leaf, Tile& tile, int64_t n) {
-  const bool roots = leaf.set.format == kInt8;
-  switch (leaf.set.rule) {
-    case kAdam: return roots ? loop<kAdam, true>(leaf.s, tile, n) : loop<kAdam, false>(leaf.s, tile, n);
-    case kNAdam: return roots ? loop<kNAdam, true>(leaf.s, tile, n) : loop<kNAdam, false>(leaf.s, tile, n);
-    case kAdaMax: return loop<kAdaMax, false>(leaf.s, tile, n);
-    case kAMSGrad: return loop<kAMSGrad, false>(leaf.s, tile, n);
-    case kAMSGradOfV: return loop<kAMSGradOfV, false>(leaf.s, tile, n);
-    case kRAdam: return loop<kRAdam, false>(leaf.s, tile, n);
-    default: return loop<kRAdamOfNAdam, false>(leaf.s, tile, n);
+  if constexpr (Rule::kInt8) {
+    if (leaf.set.format == kInt8) return loop<Rule, true>(leaf.s, tile, n);
   }
+  loop<Rule, false>(leaf.s, tile, n);
 }
 
-// float32 from its bfloat16 rounding and the remainder; a weight that was set from outside to 0 or infinity loses one
-// that would make it NaN.
-INLINE void join(float* to, const void* from, const int16_t* rest, int64_t start, int64_t n) {
-  const uint16_t* p = static_cast<const uint16_t*>(from) + start;
-  INDEPENDENT for (int64_t i = 0; i < n; ++i) {
-    const int32_t magnitude = p[i] & 0x7FFF, r = rest[start + i];
-    const bool stray = (magnitude == 0 && r < 0) || (magnitude == 0x7F80 && r > 0);
-    to[i] = bitcast<float>((static_cast<uint32_t>(p[i]) << 16) + static_cast<uint32_t>(stray ? 0 : r));
-  }
+INLINE void join_tile(float* to, const void* from, const int16_t* rest, int64_t start, int64_t n) {
+  const u16* p = static_cast<const u16*>(from) + start;
+  INDEPENDENT for (int64_t i = 0; i < n; ++i) to[i] = join(p[i], rest[start + i]);
 }
 
-INLINE void split(void* to, int16_t* rest, const float* from, int64_t start, int64_t n) {
-  uint16_t* p = static_cast<uint16_t*>(to) + start;
-  INDEPENDENT for (int64_t i = 0; i < n; ++i) {
-    const uint32_t x = (bits(from[i]) & kNoSign) > kInfinity ? 0x7FC00000u : bits(from[i]);
-    const uint32_t high = (x + 0x8000u) >> 16;
-    p[i] = static_cast<uint16_t>(high);
-    rest[start + i] = static_cast<int16_t>(static_cast<uint16_t>(x - (high << 16)));
-  }
+INLINE void split_tile(void* to, int16_t* rest, const float* from, int64_t start, int64_t n) {
+  u16* p = static_cast<u16*>(to) + start;
+  INDEPENDENT for (int64_t i = 0; i < n; ++i) split(from[i], p[i], rest[start + i]);
 }
 
 template <bool kOdd>
-INLINE void round_to_bfloat16(void* to, const float* from, const Dither& dither, int64_t start, uint32_t first,
-                              int64_t n) {
-  uint16_t* x = static_cast<uint16_t*>(to) + start;
+INLINE void round_tile(void* to, const float* from, const Dither& dither, int64_t start, u32 first, int64_t n) {
+  u16* x = static_cast<u16*>(to) + start;
   INDEPENDENT for (int64_t i = 0; i < n; ++i) {
-    const uint32_t b = bits(from[i]);
-    const uint32_t place = dither.start(first + static_cast<uint32_t>(i));
-    const uint32_t rounded = (b + ((kOdd ? dither.odd(place) : dither.even(place)) >> 16)) >> 16;
-    const uint32_t kept = (b >> 16) | ((b & kNoSign) > kInfinity ? 0x40u : 0u);
-    x[i] = static_cast<uint16_t>((b & kNoSign) >= kInfinity ? kept : rounded);
+    const u32 place = dither.start(first + static_cast<u32>(i));
+    x[i] = round_to_bfloat16(from[i], kOdd ? dither.odd(place) : dither.even(place));
   }
 }
 
-constexpr float kRLevels = 127.0f * 127.0f, kSLevels = 255.0f * 255.0f * 255.0f * 255.0f;  // of the largest codes
-constexpr float kSmallestRatio = 1e-30f;  // of m and sqrt(v) that a block has; below it they are 0
-
-INLINE float uniform(uint32_t bits) { return static_cast<float>(static_cast<int32_t>(bits >> 8)) * 0x1p-24f; }
-INLINE float square(float x) { return x * x; }
-INLINE float eighth_power(float x) { return square(square(square(x))); }
-
-INLINE void dequantize(Tile& tile, int64_t at, const int8_t* rq, const uint8_t* sq, float rs, float ss, int64_t n) {
+INLINE void dequantize_block(Tile& tile, int64_t at, const i8* rq, const u8* sq, float r_scale, float s_scale, int64_t n) {
   float *m = tile.own_m[0] + at, *v = tile.own_m[1] + at;
-  const float by_r = rs * (1.0f / kRLevels), by_s = ss * (1.0f / kSLevels);
-  INDEPENDENT for (int64_t i = 0; i < n; ++i) {
-    const float code = static_cast<float>(static_cast<int32_t>(rq[i]));
-    const float s = by_s * square(square(static_cast<float>(static_cast<int32_t>(sq[i]))));
-    m[i] = by_r * (code * std::fabs(code)) * s;
-    v[i] = s * s;
-  }
+  const float by_r = r_scale * (1.0f / kRLevels), by_s = s_scale * (1.0f / kSLevels);
+  INDEPENDENT for (int64_t i = 0; i < n; ++i) dequantize(rq[i], sq[i], by_r, by_s, m[i], v[i]);
 }
 
-INLINE void quantize(Tile& tile, int64_t at, int8_t* rq, uint8_t* sq, float* r_scale, float* s_scale,
-                     const Dither& dither, uint32_t first, int64_t n) {
+INLINE void quantize_block(Tile& tile, int64_t at, i8* rq, u8* sq, float* r_scale, float* s_scale, const Dither& dither,
+                     u32 first, int64_t n) {
   float *r = tile.own_m[0] + at, *s = tile.roots + at;
-  int32_t r_max = 0, s_max = 0;  // the order of positive floats is that of their bits, and NaN is largest
+  i32 r_max = 0, s_max = 0;
   INDEPENDENT for (int64_t i = 0; i < n; ++i) {
-    const float m = r[i], root = s[i], ratio = root > 0.0f ? m / root : m * 0.0f;
-    r[i] = ratio;
-    r_max = std::max(r_max, static_cast<int32_t>(bits(ratio) & kNoSign));
-    s_max = std::max(s_max, static_cast<int32_t>(bits(root) & kNoSign));
+    r[i] = ratio(r[i], s[i]);
+    r_max = larger(r_max, static_cast<i32>(bits(r[i]) & kNoSign));
+    s_max = larger(s_max, static_cast<i32>(bits(s[i]) & kNoSign));
   }
-  const bool finite = std::max(r_max, s_max) < static_cast<int32_t>(kInfinity);
-  const float nan = std::numeric_limits<float>::quiet_NaN();
-  const float rs = !finite ? nan : bitcast<float>(r_max) < kSmallestRatio ? 0.0f : bitcast<float>(r_max);
-  const float ss = finite ? bitcast<float>(s_max) : nan;
+  float rs, ss;
+  scales(r_max, s_max, rs, ss);
   *r_scale = rs;
   *s_scale = ss;
-  const float by_r = rs > 0.0f ? kRLevels / rs : 0.0f, by_s = ss > 0.0f ? kSLevels / ss : 0.0f;
-  alignas(64) int32_t new_r[kTile], new_s[kTile];  // codes; narrowed in the same loop they would slow it down
+  const float by_r = levels_over(kRLevels, rs), by_s = levels_over(kSLevels, ss);
+  alignas(64) i32 new_r[kTile], new_s[kTile];  // codes; narrowed in the same loop they would slow it down
   INDEPENDENT for (int64_t i = 0; i < n; ++i) {
-    const uint32_t start = dither.start(first + static_cast<uint32_t>(i));
-    const float y = std::fabs(r[i]) * by_r, root = std::sqrt(y);
-    const int32_t a = static_cast<int32_t>(root < 126.0f ? root : 126.0f);
-    const float below = static_cast<float>(a);
-    const int32_t up = a + (uniform(dither.even(start)) * (2.0f * below + 1.0f) < y - below * below);
-    new_r[i] = r[i] < 0.0f ? -up : up;
-    const float w = s[i] * by_s, fourth = std::sqrt(std::sqrt(w));
-    const int32_t c = static_cast<int32_t>(fourth < 254.0f ? fourth : 254.0f);
-    const float low = eighth_power(static_cast<float>(c)), high = eighth_power(static_cast<float>(c) + 1.0f);
-    const int32_t code = c + (uniform(dither.odd(start)) * (high - low) < w * w - low);
-    new_s[i] = s[i] > 0.0f ? std::max(code, 1) : 0;
+    const u32 start = dither.start(first + static_cast<u32>(i));
+    new_r[i] = ratio_code(r[i], by_r, dither.even(start));
+    new_s[i] = root_code(s[i], by_s, dither.odd(start));
   }
-  INDEPENDENT for (int64_t i = 0; i < n; ++i) rq[i] = static_cast<int8_t>(new_r[i]);
-  INDEPENDENT for (int64_t i = 0; i < n; ++i) sq[i] = static_cast<uint8_t>(new_s[i]);
+  INDEPENDENT for (int64_t i = 0; i < n; ++i) rq[i] = static_cast<i8>(new_r[i]);
+  INDEPENDENT for (int64_t i = 0; i < n; ++i) sq[i] = static_cast<u8>(new_s[i]);
 }
 
 // Elements [start, start + n) from gradient to parameter, with the moments where the tile says.
@@ -319,10 +196,10 @@ INLINE void update(const Leaf& leaf, Tile& tile, int64_t start, int64_t n) {
   tile.p = leaf.narrow_p ? tile.own_p : at(leaf.p, start);
   tile.p_out = leaf.narrow_p ? tile.own_p : at(leaf.p_out, start);
   if (leaf.narrow_g) load(tile.own_g, leaf.g, start, n);
-  if (leaf.narrow_p) join(tile.own_p, leaf.p, leaf.rest, start, n);
-  limit(leaf, tile, n);
-  step_tile(leaf, tile, n);
-  if (leaf.narrow_p) split(leaf.p_out, leaf.rest_out, tile.own_p, start, n);
+  if (leaf.narrow_p) join_tile(tile.own_p, leaf.p, leaf.rest, start, n);
+  clip(leaf, tile, n);
+  Rules::visit(leaf.set.rule, [&](auto rule) JADAM_LAMBDA { step_tile<decltype(rule)>(leaf, tile, n); });
+  if (leaf.narrow_p) split_tile(leaf.p_out, leaf.rest_out, tile.own_p, start, n);
 }
 
 // The index of an element in the whole array modulo 2**32, which the dither is a function of.
@@ -353,12 +230,12 @@ INLINE void run_int8(const Leaf& leaf, Tile& tile, uint32_t t, int64_t begin, in
     for (; block < end; ++block) {  // as many whole blocks as a tile holds; they follow one another in memory
       const int64_t at = block_start(leaf, block) - start, n = block_start(leaf, block + 1) - start - at;
       if (at + n > kTile) break;
-      dequantize(tile, at, rq + start + at, sq + start + at, leaf.scale[0][block], leaf.scale[1][block], n);
+      dequantize_block(tile, at, rq + start + at, sq + start + at, leaf.scale[0][block], leaf.scale[1][block], n);
     }
     update(leaf, tile, start, block_start(leaf, block) - start);
     for (int64_t k = from; k < block; ++k) {
       const int64_t at = block_start(leaf, k) - start, n = block_start(leaf, k + 1) - start - at;
-      quantize(tile, at, rq_out + start + at, sq_out + start + at, leaf.scale_out[0] + k, leaf.scale_out[1] + k, dither,
+      quantize_block(tile, at, rq_out + start + at, sq_out + start + at, leaf.scale_out[0] + k, leaf.scale_out[1] + k, dither,
                index(leaf, start + at), n);
     }
   }
@@ -380,9 +257,9 @@ INLINE void run_plain(const Leaf& leaf, Tile& tile, uint32_t t, int64_t begin, i
         end = std::min(n, at + leaf.set.run - (start + at) % leaf.set.run);
         const uint32_t first = index(leaf, start + at);
         if (k % 2) {
-          round_to_bfloat16<true>(leaf.m_out[k], tile.own_m[k] + at, dither, start + at, first, end - at);
+          round_tile<true>(leaf.m_out[k], tile.own_m[k] + at, dither, start + at, first, end - at);
         } else {
-          round_to_bfloat16<false>(leaf.m_out[k], tile.own_m[k] + at, dither, start + at, first, end - at);
+          round_tile<false>(leaf.m_out[k], tile.own_m[k] + at, dither, start + at, first, end - at);
         }
       }
     }
@@ -545,10 +422,14 @@ void read_leaf(Reader& reader, Leaf& leaf) {
   if (leaf.narrow_p) leaf.rest = static_cast<const int16_t*>(in("remainder", D::S16, n));
   const D stored = leaf.set.format == kBFloat16 ? D::BF16 : D::F32;
   const bool int8 = leaf.set.format == kInt8;
-  leaf.moments = leaf.set.rule == kAMSGrad || leaf.set.rule == kAMSGradOfV ? 3 : 2;
+  bool int8_allowed = false;
+  Rules::visit(leaf.set.rule, [&](auto rule) {
+    leaf.moments = decltype(rule)::kMoments;
+    int8_allowed = decltype(rule)::kInt8;
+  });
   for (int64_t k = 0; k < leaf.moments; ++k) leaf.m[k] = in("moment", int8 ? (k ? D::U8 : D::S8) : stored, n);
   if (int8) {
-    if (leaf.set.rule != kAdam && leaf.set.rule != kNAdam) reader.fail("rule", "has no int8 moments");
+    if (!int8_allowed) reader.fail("rule", "has no int8 moments");
     if (shape.empty()) return reader.fail("gradient", "has no axis, which int8 needs");
     leaf.row = shape.back();
     if (leaf.set.block < 1 || leaf.set.block > kTile) return reader.fail("block", "is out of range");
@@ -590,13 +471,18 @@ bool rows_of(const ffi::AnyBuffer& buffer, ffi::DataType dtype, int64_t n) {
   return reinterpret_cast<uintptr_t>(buffer.untyped_data()) % ffi::ByteWidth(dtype) == 0;
 }
 
-ffi::Error step(ffi::ThreadPool threads, ffi::Span<const int64_t> settings, ffi::AnyBuffer scalars,
-                ffi::AnyBuffer count, ffi::RemainingArgs args, ffi::RemainingRets rets) {
-  if (settings.size() % kSettings) return invalid("jadam: leaves must come in rows of " + std::to_string(kSettings));
+using Numbers = ffi::Span<const int64_t>;
+
+ffi::Error step(ffi::ThreadPool threads, Numbers rule, Numbers format, Numbers clipping, Numbers scalar_rows,
+                Numbers salt, Numbers block, Numbers run, Numbers stride, ffi::AnyBuffer scalars, ffi::AnyBuffer count,
+                ffi::RemainingArgs args, ffi::RemainingRets rets) {
+  const size_t leaves = rule.size();
+  for (const Numbers& x : {format, clipping, scalar_rows, salt, block, run, stride}) {
+    if (x.size() != leaves) return invalid("jadam: each attribute must have a number for every leaf");
+  }
   if (!rows_of(scalars, ffi::DataType::F32, kScalars)) {
     return invalid("jadam: scalars must be float32 in rows of " + std::to_string(kScalars));
   }
-  const size_t leaves = settings.size() / kSettings;
   if (!rows_of(count, ffi::DataType::U32, 1 + leaves) || static_cast<size_t>(count.element_count()) != 1 + leaves) {
     return invalid("jadam: count must be uint32, one and another for each leaf");
   }
@@ -610,11 +496,11 @@ ffi::Error step(ffi::ThreadPool threads, ffi::Span<const int64_t> settings, ffi:
   for (size_t i = 0; i < leaves; ++i) {
     Leaf& leaf = work->leaves[i];
     reader.leaf = i;
-    std::memcpy(&leaf.set, settings.begin() + i * kSettings, sizeof(Settings));
+    leaf.set = {rule[i], format[i], clipping[i], scalar_rows[i], salt[i], block[i], run[i], stride[i]};
     const Settings& set = leaf.set;
-    if (set.rule < 0 || set.rule >= kRules) reader.fail("rule", "is out of range");
+    if (set.rule < 0 || set.rule >= Rules::kCount) reader.fail("rule", "is out of range");
     if (set.format < 0 || set.format >= kFormats) reader.fail("format", "is out of range");
-    if (set.limit < 0 || set.limit >= kLimits) reader.fail("limit", "is out of range");
+    if (set.clipping < 0 || set.clipping >= kClippings) reader.fail("clipping", "is out of range");
     if (set.scalars < 0 || set.scalars >= rows) reader.fail("scalars", "are out of range");
     if (!reader.error.empty()) return invalid(reader.error);
     leaf.first = count.typed_data<uint32_t>()[1 + i];
@@ -638,7 +524,20 @@ ffi::Error step(ffi::ThreadPool threads, ffi::Span<const int64_t> settings, ffi:
   return ffi::Error::Success();
 }
 
+// The names of all rules, separated by spaces, in their order.
+const std::string& rule_names() {
+  static const std::string names = [] {
+    std::string joined;
+    for (int i = 0; i < Rules::kCount; ++i) {
+      Rules::visit(i, [&](auto rule) { joined += std::string(i ? " " : "") + decltype(rule)::name(); });
+    }
+    return joined;
+  }();
+  return names;
+}
+
 }  // namespace
+}  // namespace jadam
 
 #if defined(_WIN32)
 #define EXPORT extern "C" __declspec(dllexport)
@@ -647,16 +546,27 @@ ffi::Error step(ffi::ThreadPool threads, ffi::Span<const int64_t> settings, ffi:
 #endif
 
 EXPORT XLA_FFI_Error* jadam_step(XLA_FFI_CallFrame* call_frame);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jadam_step, step,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jadam_step, jadam::step,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Attr<ffi::Span<const int64_t>>("leaves")
+                                  .Attr<jadam::Numbers>("rule")
+                                  .Attr<jadam::Numbers>("format")
+                                  .Attr<jadam::Numbers>("clipping")
+                                  .Attr<jadam::Numbers>("scalars")
+                                  .Attr<jadam::Numbers>("salt")
+                                  .Attr<jadam::Numbers>("block")
+                                  .Attr<jadam::Numbers>("run")
+                                  .Attr<jadam::Numbers>("stride")
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .RemainingArgs()
                                   .RemainingRets());
 
-// Which instructions run here, the rules in the order of `Rule`, and the checksum of the source this was built from.
-EXPORT const char* jadam_rules() { return kRuleNames; }
-EXPORT const char* jadam_instructions() { return instructions().name; }
+// What Python compares with its own: names in their order, and the checksum of the sources this was built from. And
+// which instructions run here.
+#define JADAM_NAME(name) #name " "
+EXPORT const char* jadam_rules() { return jadam::rule_names().c_str(); }
+EXPORT const char* jadam_scalars() { return JADAM_SCALARS(JADAM_NAME); }
+EXPORT const char* jadam_formats() { return jadam::kFormatNames; }
+EXPORT const char* jadam_instructions() { return jadam::instructions().name; }
 EXPORT uint32_t jadam_source() { return JADAM_SOURCE; }

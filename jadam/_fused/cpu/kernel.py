@@ -10,19 +10,18 @@ import functools
 import sys
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jadam._moments.formats import FORMATS
 from jadam._moments.int8 import block_of
 from jadam._transformation.transformation import Job
 
 EXTENSION = "_cpu.dll" if sys.platform == "win32" else "_cpu.so"
 LEAVES = 24  # a call; XLA's compile time grows with the square of a call's aliases
-SCALARS = 20  # in a row of `_row`
-FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2}
 
 
 def kernel(jobs: list[Job], grads, params) -> list[tuple | None]:
@@ -63,13 +62,22 @@ def refuses(job: Job, g, p) -> str | None:
 
 def _call(scalars, jobs, grads, params, rows):
     """One call for a group of leaves, each with its row of ``scalars``."""
-    rules, settings, firsts, inputs, outputs, aliases = load().rules, [], [], [], [], {}
+    library, settings, firsts, inputs, outputs, aliases = load(), [], [], [], [], {}
     for job, g, p, row in zip(jobs, grads, params, rows, strict=True):
-        limit = (job.bound is not None) + 2 * (job.norm is not None)
-        block = block_of(job.stored) if job.format.name == "int8" else 0
         run, stride = (p.size, p.size) if job.part is None else job.part.runs(p.shape)
         firsts += [] if job.part is None else [job.part.first]
-        settings += [rules.index(job.rule.native), FORMATS[job.format.name], limit, row, job.salt, block, run, stride]
+        settings.append(
+            {
+                "rule": library.rules.index(job.rule.native),
+                "format": library.formats.index(job.format.name),
+                "clipping": (job.bound is not None) + 2 * (job.norm is not None),
+                "scalars": row,
+                "salt": job.salt,
+                "block": block_of(job.stored) if job.format.name == "int8" else 0,
+                "run": run,
+                "stride": stride,
+            }
+        )
         own = [p, *([] if job.remainder is None else [job.remainder]), *job.stored]
         inputs.append(g)
         for x in own:
@@ -79,7 +87,8 @@ def _call(scalars, jobs, grads, params, rows):
     count = jobs[0].count.astype(jnp.uint32)
     count = jnp.stack([count, *firsts]) if firsts else jnp.pad(count[None], (0, len(jobs)))
     call = jax.ffi.ffi_call("jadam_step", outputs, input_output_aliases=aliases)
-    results = iter(call(scalars, count, *inputs, leaves=np.array(settings, np.int64)))
+    attributes = {name: np.array([leaf[name] for leaf in settings], np.int64) for name in settings[0]}
+    results = iter(call(scalars, count, *inputs, **attributes))
     for job in jobs:
         p, *stored = (next(results) for _ in range(1 + (job.remainder is not None) + len(job.stored)))
         yield p, tuple(stored)
@@ -91,28 +100,75 @@ def _scalars_of(job: Job) -> tuple[int, ...]:
 
 
 def _row(job: Job) -> jax.Array:
-    """``struct Scalars`` of ``cpu.cc``."""
+    """The scalars of a job, in the library's order."""
+    scalars = _scalars(job)
+    return jnp.stack([jnp.asarray(getattr(scalars, name)).astype(jnp.float32) for name in load().scalars])
+
+
+class Scalars(NamedTuple):
+    """The scalars of a step by the names that ``rules.h`` has for them."""
+
+    b1: Any
+    one_minus_b1: Any
+    correction1: Any
+    b2: Any
+    one_minus_b2: Any
+    correction2: Any
+    root_correction2: Any
+    next: Any
+    next_correction: Any
+    newest: Any
+    newest_correction: Any
+    eps: Any
+    eps_root: Any
+    trusted: Any
+    rectification: Any
+    minus_lr: Any
+    weight_decay: Any
+    bound: Any
+    norm: Any
+    max_norm: Any
+
+
+def _scalars(job: Job) -> Scalars:
     step = job.step
-    look = step.momentum
+    momentum = step.momentum
     over = lambda x: 1 / jnp.asarray(x)
-    values = [
-        *(step.b1.b, step.b1.one_minus_b, over(step.b1.correction)),
-        *(step.b2.b, step.b2.one_minus_b, over(step.b2.correction), jnp.sqrt(over(step.b2.correction))),
-        *(look.next_b, over(look.next_correction), look.one_minus_b, over(look.correction)),
-        *(step.eps, step.eps_root, step.trusted, step.rectification),
-        *(job.minus_lr, 0 if job.weight_decay is None else job.weight_decay),
-        *(0 if job.bound is None else job.bound, 1 if job.norm is None else job.norm),
-        1 if job.max_norm is None else job.max_norm,
-    ]
-    return jnp.stack([jnp.asarray(x).astype(jnp.float32) for x in values])
+    return Scalars(
+        b1=step.b1.b,
+        one_minus_b1=step.b1.one_minus_b,
+        correction1=over(step.b1.correction),
+        b2=step.b2.b,
+        one_minus_b2=step.b2.one_minus_b,
+        correction2=over(step.b2.correction),
+        root_correction2=jnp.sqrt(over(step.b2.correction)),
+        next=momentum.next_b,
+        next_correction=over(momentum.next_correction),
+        newest=momentum.one_minus_b,
+        newest_correction=over(momentum.correction),
+        eps=step.eps,
+        eps_root=step.eps_root,
+        trusted=step.trusted,
+        rectification=step.rectification,
+        minus_lr=job.minus_lr,
+        weight_decay=0 if job.weight_decay is None else job.weight_decay,
+        bound=0 if job.bound is None else job.bound,
+        norm=1 if job.norm is None else job.norm,
+        max_norm=1 if job.max_norm is None else job.max_norm,
+    )
+
+
+SOURCES = ("cpu/cpu.cc", "native/formats.h", "native/portable.h", "native/rules.h")  # below jadam/_fused
 
 
 class Library(NamedTuple):
-    """The extension: the instructions it uses, or None, where it is or why there is none, and the rules it has."""
+    """The extension: its instructions, or None; where it is or why there is none; and its names in their order."""
 
     instructions: str | None
     reason: str
     rules: tuple[str, ...] = ()
+    scalars: tuple[str, ...] = ()
+    formats: tuple[str, ...] = ()
 
 
 @functools.cache
@@ -122,23 +178,32 @@ def load() -> Library:
     Looked for beside this file and in every ``jadam`` on the path: a clone's source folder hides the installed one.
     """
     here = Path(__file__).parent
-    source = here / "cpu.cc"
-    folders = [here, *(Path(entry) / "jadam" / "_fused" / "cpu" for entry in sys.path)]
+    checksum = zlib.crc32(b"".join((here.parent / name).read_bytes() for name in SOURCES))
     stale = None
-    for path in (folder / EXTENSION for folder in folders):
+    for path in (folder / EXTENSION for folder in (here, *(Path(x) / "jadam" / "_fused" / "cpu" for x in sys.path))):
         if not path.is_file():
             continue
         try:
             library = ctypes.CDLL(str(path))
         except OSError as error:
             return Library(None, f"{path} does not load: {error}")
-        if library.jadam_source() % 2**32 != zlib.crc32(source.read_bytes()):
+        if library.jadam_source() % 2**32 != checksum:
             stale = path
             continue
-        library.jadam_instructions.restype = library.jadam_rules.restype = ctypes.c_char_p
+        instructions, rules, scalars, formats = (
+            _text(library, name) for name in ("instructions", "rules", "scalars", "formats")
+        )
+        if sorted(scalars) != sorted(Scalars._fields) or sorted(formats) != sorted(FORMATS):
+            return Library(None, f"{path} has other scalars or formats than this version of jadam; reinstall jadam")
         jax.ffi.register_ffi_target("jadam_step", jax.ffi.pycapsule(library.jadam_step), platform="cpu")
-        rules = library.jadam_rules().decode().split()
-        return Library(library.jadam_instructions().decode(), str(path), tuple(rules))
+        return Library(instructions[0], str(path), tuple(rules), tuple(scalars), tuple(formats))
     if stale is not None:
-        return Library(None, f"{stale} was built from another version of cpu.cc; reinstall jadam")
+        return Library(None, f"{stale} was built from other sources; reinstall jadam")
     return Library(None, "no extension was built; install a C++17 compiler and reinstall jadam")
+
+
+def _text(library, name: str) -> list[str]:
+    """The words that a function of the library returns."""
+    function = getattr(library, f"jadam_{name}")
+    function.restype = ctypes.c_char_p
+    return function().decode().split()

@@ -1,0 +1,65 @@
+// What host compilers and NVRTC share: types, the bits of floats, a few functions. No standard library.
+
+#ifndef JADAM_PORTABLE_H_
+#define JADAM_PORTABLE_H_
+
+#if defined(__CUDACC__) || defined(__CUDACC_RTC__)
+#define JADAM_INLINE __device__ __forceinline__
+#elif defined(__GNUC__)
+#define JADAM_INLINE inline __attribute__((always_inline))
+#else
+#define JADAM_INLINE inline
+#include <math.h>
+#include <string.h>
+#endif
+
+namespace jadam {
+
+using i8 = signed char;
+using i16 = short;
+using i32 = int;
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+
+#if defined(__CUDACC__) || defined(__CUDACC_RTC__)
+JADAM_INLINE u32 bits(float x) { return __float_as_uint(x); }
+JADAM_INLINE float float_of(u32 x) { return __uint_as_float(x); }
+JADAM_INLINE float root_of(float x) { return __fsqrt_rn(x); }
+JADAM_INLINE float magnitude(float x) { return fabsf(x); }
+#elif defined(__GNUC__)
+JADAM_INLINE u32 bits(float x) {
+  u32 to;
+  __builtin_memcpy(&to, &x, sizeof(to));
+  return to;
+}
+JADAM_INLINE float float_of(u32 x) {
+  float to;
+  __builtin_memcpy(&to, &x, sizeof(to));
+  return to;
+}
+JADAM_INLINE float root_of(float x) { return __builtin_sqrtf(x); }
+JADAM_INLINE float magnitude(float x) { return __builtin_fabsf(x); }
+#else
+JADAM_INLINE u32 bits(float x) {
+  u32 to;
+  memcpy(&to, &x, sizeof(to));
+  return to;
+}
+JADAM_INLINE float float_of(u32 x) {
+  float to;
+  memcpy(&to, &x, sizeof(to));
+  return to;
+}
+JADAM_INLINE float root_of(float x) { return sqrtf(x); }
+JADAM_INLINE float magnitude(float x) { return fabsf(x); }
+#endif
+
+constexpr float kLowest = -3.402823466e+38f;  // the lowest finite number
+constexpr u32 kInfinity = 0x7F800000u, kNaN = 0x7FC00000u, kNoSign = 0x7FFFFFFFu;
+
+JADAM_INLINE i32 larger(i32 x, i32 y) { return x < y ? y : x; }
+
+}  // namespace jadam
+
+#endif  // JADAM_PORTABLE_H_
