@@ -1,8 +1,9 @@
 """`jadam.step` beside that of another commit, in one process: ``python -m benchmarks core --against COMMIT``.
 
-The other commit's package is built and imported under another name, its extension under another FFI target. Three sides
-take turns: this code, the other's, and the other's once more, which tells what of a ratio is chance. Given are, over
-fresh processes, the medians of the ratios within a round, and their extremes.
+The other commit's package is built and imported under another name, its extension under another FFI target. Four sides
+take turns, each code twice; the ratio within a round is of both together, and that of the other's two tells what of it
+is chance. Arrays that are made first are a few percent slower, so processes begin with one code and the other by turns.
+Given are the medians over processes of each one's median, and their extremes.
 """
 
 import importlib
@@ -21,7 +22,7 @@ from rich.table import Table
 import jadam
 from benchmarks.speed import in_fresh_process, shapes, stepper
 
-PROCESSES = 5
+PROCESSES = 4  # an even number
 ROUNDS = {"2^22": 41, "2^25": 15, "2^27": 9}
 EARLIER = "earlier_jadam"
 FORMATS = ["float32", "bfloat16", "int8"]
@@ -45,7 +46,7 @@ def build(commit: str, folder: Path) -> None:
         file.write_text(text)
 
 
-def one_process(folder: str, case: str, moments: str, exact: bool) -> dict[str, list[float]]:
+def one_process(folder: str, case: str, moments: str, exact: bool, first: int) -> dict[str, list[float]]:
     """Seconds of each side in every round, of a step with these moments, of bfloat16 weights if ``exact``."""
     sys.path.insert(0, folder)
     earlier = importlib.import_module(EARLIER)
@@ -63,10 +64,12 @@ def one_process(folder: str, case: str, moments: str, exact: bool) -> dict[str, 
         step = lambda params, state, grads: package.step(tx, grads, state, params)
         return stepper(step, params, tx.init(params), grads)
 
-    sides = {"this": side(jadam), "other": side(earlier), "other again": side(earlier)}
+    packages = {"this": jadam, "other": earlier}
+    names = ["this", "other"][::-1] if first else ["this", "other"]
+    sides = {name + again: side(packages[name]) for again in ("", " again") for name in names}
     seconds = {name: [] for name in sides}
     for i in range(ROUNDS[case] + 2):  # the first two warm up
-        order = list(sides)[i % 3 :] + list(sides)[: i % 3]
+        order = list(sides)[i % 4 :] + list(sides)[: i % 4]
         for name in order:
             spent = sides[name]()
             seconds[name] += [spent] if i > 1 else []
@@ -84,8 +87,8 @@ def run(options) -> dict:
         build(options.against, Path(folder))
         for case in ROUNDS:
             for moments, exact in track(CASES, description=f"core: {case}"):
-                args = (folder, case, moments, exact)
-                processes = [in_fresh_process("benchmarks.core", "one_process", *args) for _ in range(PROCESSES)]
+                args = ("benchmarks.core", "one_process", folder, case, moments, exact)
+                processes = [in_fresh_process(*args, k % 2) for k in range(PROCESSES)]
                 row = summary(processes)
                 name = moments + ", bf16 weights" * exact
                 result["cases"][f"{case}, {name}"] = row
@@ -103,12 +106,12 @@ def _shown(extremes) -> tuple[float, tuple[float, float]]:
 def summary(processes) -> dict[str, list[float]]:
     """The median over processes of each one's median, and their extremes."""
 
-    def ratio(x, name):
-        return statistics.median(a / b for a, b in zip(x[name], x["other"], strict=True))
+    def both(x, name):
+        return np.add(x[name], x[f"{name} again"])
 
     columns = {
-        "ms": [1e3 * statistics.median(x["this"]) for x in processes],
-        "this over other": [ratio(x, "this") for x in processes],
-        "other over other": [ratio(x, "other again") for x in processes],
+        "ms": [1e3 * np.median(both(x, "this")) / 2 for x in processes],
+        "this over other": [np.median(both(x, "this") / both(x, "other")) for x in processes],
+        "other over other": [np.median(np.divide(x["other again"], x["other"])) for x in processes],
     }
-    return {k: [round(f(v), 4) for f in (statistics.median, min, max)] for k, v in columns.items()}
+    return {k: [round(float(f(v)), 4) for f in (statistics.median, min, max)] for k, v in columns.items()}
