@@ -20,9 +20,9 @@ def find_states(tree, kind: type | tuple[type, ...] | Callable[[Any], bool]) -> 
 
 
 def trained(params, grads) -> tuple[Any, Callable[[list], Any]]:
-    """The parameters that have a gradient, and the function that puts new ones in their places.
+    """The parameters that have a gradient, and a function that puts new ones into the whole tree.
 
-    What has None for its gradient may be anything: a function, a string, an array that is not trained.
+    A parameter whose gradient is None may be anything: a function, a string, an array that is not trained.
     """
     whole = jax.tree.structure(params)
     if params is None or grads is None or whole == jax.tree.structure(grads):
@@ -47,7 +47,7 @@ class _Name(str):
 
 @jax.tree_util.register_pytree_with_keys_class
 class Named:
-    """Leaves by their paths' names: a tree of some leaves of another one, without its classes."""
+    """Some leaves of a tree, by the names of their paths, without the tree's own classes."""
 
     def __init__(self, names: Sequence[str], leaves: Sequence[Any]):
         """As many names as leaves."""

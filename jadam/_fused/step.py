@@ -156,7 +156,7 @@ def outlook(platform, tx, grads, state, params) -> list[tuple[str, str | None]]:
 
 
 def _recorded(info, state, params):
-    """The new state, in which `jadam.record` may have written."""
+    """The new state, with a record in it where `jadam.record` is due."""
     return state if info.after_step is None else info.after_step(state, params)
 
 

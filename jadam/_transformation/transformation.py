@@ -315,11 +315,11 @@ class Plan(NamedTuple):
 
 
 def _programs(jobs: list[Job], grads: list, traced: bool) -> list[list[int]]:
-    """Which leaves are one program.
+    """Groups of leaves, each updated by one compiled program.
 
-    Each by itself where something is traced: JAX traces and lowers a jitted function once for all leaves that are
-    alike, and XLA inlines it. Else all, which is the fastest; of more than 32 leaves those alike, 32 at a time, for XLA
-    compiles no program twice.
+    Under a trace every leaf is its own group: JAX traces and lowers a jitted function once for all leaves with the same
+    shapes and settings, and XLA inlines it. Eagerly, one program for all leaves is fastest; above 32 leaves, groups of
+    32 like leaves share a program, which bounds the time to compile.
     """
     if traced:
         return [[i] for i in range(len(jobs))]
@@ -347,7 +347,7 @@ class Update:
     step: Callable[..., Any] | None = None  # step(grads, state, params), if `jadam.step` has to be another
 
     def __call__(self, updates, state, params=None, **extra_args) -> Any:
-        """Optax's ``update``: what is planned."""
+        """Optax's ``update``: carries out the plan."""
         del extra_args
         params, _ = trained(params, updates)
         checks.values(params, "params")
@@ -366,7 +366,7 @@ class Update:
 
 @dataclasses.dataclass(eq=False)
 class OwnUpdate(Update):
-    """``update`` that a function does, and where it can be planned, `jadam.step` by the plan."""
+    """An ``update`` written as a function. `jadam.step` still uses the plan."""
 
     function: Callable[..., Any] = dataclasses.field(kw_only=True)  # function(updates, state, params, **extra_args)
 
@@ -376,12 +376,12 @@ class OwnUpdate(Update):
 
 
 def no_plan(grads, state, params) -> Plan:
-    """The plan of what is none of jadam's optimizers."""
+    """The plan of a transformation that is not one of jadam's optimizers."""
     raise NotOnePass("none of jadam's optimizers; a chain must be jadam.chain")
 
 
 def info_of(tx: optax.GradientTransformation) -> Update:
-    """What jadam knows about a transformation, be it Optax's."""
+    """What jadam knows about a transformation; Optax's own have no plan."""
     return tx.update if isinstance(tx.update, Update) else Update(no_plan)
 
 

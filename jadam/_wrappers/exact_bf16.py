@@ -32,7 +32,7 @@ class ExactBF16State(NamedTuple):
 
 
 class ExactUpdate(OwnUpdate):
-    """``update`` of `exact_bf16`: by the plan of what it is around, and where that has none by its ``update``."""
+    """``update`` of `exact_bf16`: carries out the inner plan, or calls the inner ``update`` where there is no plan."""
 
     def __call__(self, updates, state, params=None, **extra_args) -> Any:
         """Optax's ``update``."""
