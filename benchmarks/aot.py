@@ -22,9 +22,9 @@ import jax
 
 HERE = Path(__file__).resolve().parent
 PACKAGES = {
-    "tpu": ["jax==0.10.2", "optax==0.2.8", "libtpu==0.0.42.*"],
+    "tpu": ["jax==0.10.2", "optax==0.2.8", "lazy-loader==0.6", "libtpu==0.0.42.*"],
     "cuda": [
-        *("jax==0.10.2", "optax==0.2.8", "jax-cuda12-plugin==0.10.2", "jax-cuda12-pjrt==0.10.2"),
+        *("jax==0.10.2", "optax==0.2.8", "lazy-loader==0.6", "jax-cuda12-plugin==0.10.2", "jax-cuda12-pjrt==0.10.2"),
         "nvidia-cuda-nvcc-cu12",  # for ptxas
     ],
 }

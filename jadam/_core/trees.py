@@ -42,7 +42,7 @@ def trained(params, grads) -> tuple[Any, Callable[[list], Any]]:
 
 
 class _Name(str):
-    """A key of `Named`, which `jax.tree_util.keystr` takes as it is."""
+    """A key of `Named`, which `jax.tree_util.keystr` prints unchanged."""
 
 
 @jax.tree_util.register_pytree_with_keys_class
