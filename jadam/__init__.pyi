@@ -22,14 +22,14 @@ from ._fused.backends import backends as backends
 from ._fused.step import step as step
 from ._optimizers.adam import adam as adam
 from ._optimizers.adam import adamw as adamw
+from ._optimizers.adam import nadam as nadam
+from ._optimizers.adam import nadamw as nadamw
 from ._optimizers.adam import scale_by_adam as scale_by_adam
 from ._optimizers.adamax import adamax as adamax
 from ._optimizers.adamax import adamaxw as adamaxw
 from ._optimizers.adamax import scale_by_adamax as scale_by_adamax
 from ._optimizers.amsgrad import amsgrad as amsgrad
 from ._optimizers.amsgrad import scale_by_amsgrad as scale_by_amsgrad
-from ._optimizers.nadam import nadam as nadam
-from ._optimizers.nadam import nadamw as nadamw
 from ._optimizers.radam import radam as radam
 from ._optimizers.radam import scale_by_radam as scale_by_radam
 from ._transformation.transformation import QuantizedAdamState as QuantizedAdamState

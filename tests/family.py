@@ -1,6 +1,11 @@
-"""The family, declared once: every contract test runs over every row."""
+"""The family: every optimizer of `jadam._optimizers`, found by its name. Every contract test runs over all of them.
+
+An optimizer's oracle has its name, without the ``w`` of decoupled weight decay; its counterpart is Optax's of the same
+name.
+"""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -8,6 +13,9 @@ import optax
 import oracle
 
 import jadam
+
+MOMENTS = {"b1": 0.8, "b2": 0.95, "eps": 1e-4}
+SETTINGS = {**MOMENTS, "eps_root": 1e-6, "threshold": 4.5}  # non-default, for those that have them
 
 
 class Member(NamedTuple):
@@ -18,25 +26,25 @@ class Member(NamedTuple):
     optax: Callable  # Optax's function of the same name, whose state and signature ours must have
     oracle: Callable  # oracle(gradients, **settings) -> directions
     settings: dict  # non-default
-    decays: bool = False  # has weight_decay, mask and max_lr
+    decays: bool  # has weight_decay, mask and max_lr
 
     def __str__(self):
         return self.name
 
 
-MOMENTS = {"b1": 0.8, "b2": 0.95, "eps": 1e-4}
-ROOT = {"eps_root": 1e-6}
+def _member(name: str) -> Member:
+    make = getattr(jadam, name)
+    arguments = inspect.signature(make).parameters
+    settings = {x: value for x, value in SETTINGS.items() if x in arguments}
+    loop = getattr(oracle, name.removesuffix("w"))
+    return Member(name, make, getattr(optax, name), loop, settings, "weight_decay" in arguments)
 
-FAMILY = [
-    Member("adam", jadam.adam, optax.adam, oracle.adam, {**MOMENTS, **ROOT}),
-    Member("adamw", jadam.adamw, optax.adamw, oracle.adam, {**MOMENTS, **ROOT}, decays=True),
-    Member("adamax", jadam.adamax, optax.adamax, oracle.adamax, MOMENTS),
-    Member("adamaxw", jadam.adamaxw, optax.adamaxw, oracle.adamax, MOMENTS, decays=True),
-    Member("nadam", jadam.nadam, optax.nadam, oracle.nadam, {**MOMENTS, **ROOT}),
-    Member("nadamw", jadam.nadamw, optax.nadamw, oracle.nadam, {**MOMENTS, **ROOT}, decays=True),
-    Member("amsgrad", jadam.amsgrad, optax.amsgrad, oracle.amsgrad, {**MOMENTS, **ROOT}),
-    Member("radam", jadam.radam, optax.radam, oracle.radam, {**MOMENTS, **ROOT, "threshold": 4.5}),
-]
+
+def _is_optimizer(name: str) -> bool:
+    return getattr(jadam, name).__module__.startswith("jadam._optimizers.") and not name.startswith("scale_by_")
+
+
+FAMILY = [_member(name) for name in jadam.__all__ if callable(getattr(jadam, name)) and _is_optimizer(name)]
 
 # Further ways to call a member: (member, arguments only jadam knows, the oracle of the result).
 VARIANTS = [

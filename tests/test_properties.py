@@ -30,6 +30,7 @@ ADAMS = ("adam", "adamw", "nadam", "nadamw")
 BY_NAME = {member.name: member for member in family.FAMILY}
 MEMBERS = [(m.name, x) for m in family.FAMILY for x in ("float32", "bfloat16")] + [(name, "int8") for name in ADAMS]
 RULES = [("adam", "float32"), ("nadam", "bfloat16"), ("adamax", "float32"), ("amsgrad", "bfloat16"), ("adamw", "int8")]
+NOT_RADAM = [m for m in family.FAMILY if m.name != "radam"]  # whose threshold makes float64's error a jump
 EPS = st.sampled_from([0.0, 1e-8, 1e-30, 1.0]) | st.floats(0, 1e18)
 
 
@@ -265,7 +266,7 @@ def test_the_papers_arithmetic(seeds, member, b1, b2, eps):
 
 
 @pytest.mark.usefixtures("x64")
-@holds(seeds=st.lists(SEEDS, min_size=STEPS, max_size=STEPS), member=st.sampled_from(family.FAMILY[:-1]),
+@holds(seeds=st.lists(SEEDS, min_size=STEPS, max_size=STEPS), member=st.sampled_from(NOT_RADAM),
        b1=RATES.filter(lambda b: b <= 0.99), b2=RATES.filter(lambda b: b <= 0.99), eps=EPS,
        default={"member": st.sampled_from([BY_NAME[name] for name in ("adam", "nadam", "amsgrad")])})  # fmt: skip
 def test_the_papers_arithmetic_in_float64(seeds, member, b1, b2, eps):

@@ -8,7 +8,7 @@ import optax
 
 from jadam._core.numerics import divide, ema
 from jadam._moments.formats import Moments
-from jadam._transformation.transformation import Rule, Step, Transformation, descend, scale_by_rule
+from jadam._transformation.transformation import Rule, Step, Transformation, descend, prints_as_call, scale_by_rule
 
 
 def adamax_rule(step: Step, g, m, u):
@@ -22,6 +22,7 @@ def adamax_rule(step: Step, g, m, u):
 ADAMAX = Rule(adamax_rule, optax.ScaleByAdamState, native="adamax", root=lambda step, u: u, eps_in_root=True)
 
 
+@prints_as_call
 def scale_by_adamax(
     b1: optax.ScalarOrSchedule = 0.9,
     b2: optax.ScalarOrSchedule = 0.999,
@@ -63,10 +64,10 @@ def scale_by_adamax(
         >>> print(updates.round(3))
         [ 1. -1.  0.]
     """
-    given = {**locals()}
-    return scale_by_rule(ADAMAX, {"b1": b1, "b2": b2}, {"eps": eps}, moments=moments).called(scale_by_adamax, given)
+    return scale_by_rule(ADAMAX, {"b1": b1, "b2": b2}, {"eps": eps}, moments=moments)
 
 
+@prints_as_call
 def adamax(
     learning_rate: optax.ScalarOrSchedule,
     b1: optax.ScalarOrSchedule = 0.9,
@@ -94,10 +95,10 @@ def adamax(
         >>> print(tx.update(g, tx.init(g))[0].round(3))
         [-0.1  0.1]
     """
-    given = {**locals()}
-    return descend(scale_by_adamax(b1, b2, eps, moments=moments), learning_rate).called(adamax, given)
+    return descend(scale_by_adamax(b1, b2, eps, moments=moments), learning_rate)
 
 
+@prints_as_call
 def adamaxw(
     learning_rate: optax.ScalarOrSchedule,
     b1: optax.ScalarOrSchedule = 0.9,
@@ -129,7 +130,4 @@ def adamaxw(
         >>> print(tx.update(0 * p, tx.init(p), p)[0])
         [-0.05 -0.05]
     """
-    given = {**locals()}
-    return descend(scale_by_adamax(b1, b2, eps, moments=moments), learning_rate, weight_decay, mask, max_lr).called(
-        adamaxw, given
-    )
+    return descend(scale_by_adamax(b1, b2, eps, moments=moments), learning_rate, weight_decay, mask, max_lr)

@@ -10,7 +10,7 @@ from jadam._core import checks
 from jadam._core.numerics import abs_sq, ema
 from jadam._moments.formats import Moments
 from jadam._optimizers.adam import adjustment, direction, without_correction
-from jadam._transformation.transformation import Rule, Step, Transformation, descend, scale_by_rule
+from jadam._transformation.transformation import Rule, Step, Transformation, descend, prints_as_call, scale_by_rule
 
 
 def amsgrad_rule(step: Step, g, m, v, v_max):
@@ -44,6 +44,7 @@ def _adjustment(eps_mode, uncorrected):
     return lambda step: hat(without_correction(step, *uncorrected))
 
 
+@prints_as_call
 def scale_by_amsgrad(
     b1: optax.ScalarOrSchedule = 0.9,
     b2: optax.ScalarOrSchedule = 0.999,
@@ -89,18 +90,21 @@ def scale_by_amsgrad(
         >>> print(updates.round(3))
         [0.1]
     """
-    given = {**locals()}
     checks.one_of("max_of", max_of, ("v_hat", "v"))
-    rule = AMSGRAD if max_of == "v_hat" else AMSGRAD_OF_V
-    switches = {"b1": ("bias_correction_mu", bias_correction_mu), "b2": ("bias_correction_nu", bias_correction_nu)}
-    for name, switch in switches.values():
-        checks.one_of(name, switch, (True, False))
-    uncorrected = [beta for beta, (_, switch) in switches.items() if not switch]
-    adjust = _adjustment(eps_mode, tuple(uncorrected))
-    betas, scalars = {"b1": b1, "b2": b2}, {"eps": eps, "eps_root": eps_root}
-    return scale_by_rule(rule, betas, scalars, mu_dtype, moments, adjust).called(scale_by_amsgrad, given)
+    checks.one_of("bias_correction_mu", bias_correction_mu, (True, False))
+    checks.one_of("bias_correction_nu", bias_correction_nu, (True, False))
+    corrected = {"b1": bias_correction_mu, "b2": bias_correction_nu}
+    return scale_by_rule(
+        AMSGRAD if max_of == "v_hat" else AMSGRAD_OF_V,
+        {"b1": b1, "b2": b2},
+        {"eps": eps, "eps_root": eps_root},
+        mu_dtype,
+        moments,
+        _adjustment(eps_mode, tuple(beta for beta, on in corrected.items() if not on)),
+    )
 
 
+@prints_as_call
 def amsgrad(
     learning_rate: optax.ScalarOrSchedule,
     b1: optax.ScalarOrSchedule = 0.9,
@@ -135,9 +139,6 @@ def amsgrad(
         >>> print(tx.update(g, tx.init(g))[0].round(3))
         [-0.1  0.1]
     """
-    given = {**locals()}
     switches = {"max_of": max_of, "eps_mode": eps_mode, "moments": moments}
     corrections = (bias_correction_mu, bias_correction_nu)
-    return descend(scale_by_amsgrad(b1, b2, eps, eps_root, mu_dtype, *corrections, **switches), learning_rate).called(
-        amsgrad, given
-    )
+    return descend(scale_by_amsgrad(b1, b2, eps, eps_root, mu_dtype, *corrections, **switches), learning_rate)

@@ -8,7 +8,7 @@ from jadam._core import checks
 from jadam._core.numerics import Beta
 from jadam._moments.formats import Moments
 from jadam._optimizers.adam import adam_rule, adjustment, look_ahead, nadam_rule
-from jadam._transformation.transformation import Rule, Step, Transformation, descend, scale_by_rule
+from jadam._transformation.transformation import Rule, Step, Transformation, descend, prints_as_call, scale_by_rule
 
 
 def radam_rule(step: Step, g, m, v):
@@ -54,6 +54,7 @@ def average_length(b2: Beta, t):
     return jnp.where(a * t <= 1, series, direct), rho_inf
 
 
+@prints_as_call
 def scale_by_radam(
     b1: optax.ScalarOrSchedule = 0.9,
     b2: optax.ScalarOrSchedule = 0.999,
@@ -97,14 +98,18 @@ def scale_by_radam(
         >>> print(tx.update(g, tx.init(g))[0].round(3))  # too early: the gradient itself
         [ 4. -2.]
     """
-    given = {**locals()}
     threshold = checks.hyperparameter("threshold", threshold, ">= 4")
     checks.one_of("nesterov", nesterov, (True, False))
-    rule, adjust = RADAM_OF_NADAM if nesterov else RADAM, adjustment(eps_mode, True, rectified)
-    betas, scalars = {"b1": b1, "b2": b2}, {"eps": eps, "eps_root": eps_root, "threshold": threshold}
-    return scale_by_rule(rule, betas, scalars, moments=moments, adjust=adjust).called(scale_by_radam, given)
+    return scale_by_rule(
+        RADAM_OF_NADAM if nesterov else RADAM,
+        {"b1": b1, "b2": b2},
+        {"eps": eps, "eps_root": eps_root, "threshold": threshold},
+        moments=moments,
+        adjust=adjustment(eps_mode, True, rectified),
+    )
 
 
+@prints_as_call
 def radam(
     learning_rate: optax.ScalarOrSchedule,
     b1: optax.ScalarOrSchedule = 0.9,
@@ -136,6 +141,5 @@ def radam(
         >>> print(tx.update(g, tx.init(g))[0].round(3))
         [-0.4  0.2]
     """
-    given = {**locals()}
-    switches = {"nesterov": nesterov, "eps_mode": eps_mode, "moments": moments}
-    return descend(scale_by_radam(b1, b2, eps, eps_root, threshold, **switches), learning_rate).called(radam, given)
+    direction = scale_by_radam(b1, b2, eps, eps_root, threshold, nesterov=nesterov, eps_mode=eps_mode, moments=moments)
+    return descend(direction, learning_rate)

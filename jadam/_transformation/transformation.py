@@ -13,7 +13,7 @@ import inspect
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.core
@@ -401,11 +401,6 @@ class Transformation(optax.GradientTransformationExtraArgs):
         """What ``update`` holds."""
         return self.info.plan
 
-    def called(self, function, given: dict[str, Any]) -> Any:
-        """Itself, from now on printed as the call of jadam's ``function`` with these arguments, where not defaults."""
-        self.info.text = call_text(function, given)
-        return self
-
     def __repr__(self):
         return self.info.text or super().__repr__()
 
@@ -578,15 +573,27 @@ _compiled_step_of = jax.jit(_step_of, static_argnums=(0, 1, 2), inline=True)  # 
 _incremented = jax.jit(optax.safe_increment, inline=True)
 
 
-def call_text(function, given: dict[str, Any]) -> str:
-    """A call of one of jadam's public functions, without the arguments that are its defaults."""
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def prints_as_call(function: F) -> F:
+    """Make the transformations that a public function returns print as its call, without default arguments."""
     parameters = inspect.signature(function).parameters
-    shown = [f"{x}={_short(given[x])}" for x, p in parameters.items() if not _same(given[x], p.default)]
-    return f"jadam.{function.__name__}({', '.join(shown)})"
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        tx = function(*args, **kwargs)
+        given = {**dict(zip(parameters, args, strict=False)), **kwargs}
+        shown = [f"{x}={_short(given[x])}" for x in parameters if x in given and not _same(given[x], parameters[x])]
+        tx.update.text = f"jadam.{function.__name__}({', '.join(shown)})"
+        return tx
+
+    return cast(F, wrapper)
 
 
-def _same(value, default) -> bool:
-    return value is default or (isinstance(value, (int, float, str)) and value == default)
+def _same(value, parameter: inspect.Parameter) -> bool:
+    """Whether ``value`` is the parameter's default."""
+    return value is parameter.default or (isinstance(value, (int, float, str)) and value == parameter.default)
 
 
 def _short(value) -> str:

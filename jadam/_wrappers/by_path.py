@@ -25,6 +25,7 @@ from jadam._transformation.transformation import (
     Update,
     or_nan,
     over,
+    prints_as_call,
     value_at,
 )
 
@@ -56,6 +57,7 @@ class _Group(NamedTuple):
     weight_decay: Callable[[jax.Array], Any]
 
 
+@prints_as_call
 def by_path(
     rules: Sequence[tuple[str, Any]],
     learning_rate: optax.ScalarOrSchedule,
@@ -104,7 +106,6 @@ def by_path(
         ['dense']['kernel'] 17408 '' moments='int8'
         ['embed'] 0 'embed' jadam.FROZEN
     """
-    given = {**locals()}
     defaults = {"b1": b1, "b2": b2, "weight_decay": weight_decay, "moments": moments, "lr_mult": 1.0}
     switches = {"nesterov": nesterov, "eps_mode": eps_mode, "bias_correction": bias_correction}
     learning_rate = checks.hyperparameter("learning_rate", learning_rate, ">= 0", hint="To maximise, negate the loss.")
@@ -177,7 +178,7 @@ def by_path(
 
         return Plan(jobs, finish)
 
-    return Transformation(init, Update(plan)).called(by_path, given)
+    return Transformation(init, Update(plan))
 
 
 class _Parts:
