@@ -1,6 +1,7 @@
 """The command line: ``jadam demo`` and ``jadam plan``, also as ``python -m jadam``."""
 
 import argparse
+import importlib
 import importlib.metadata
 import math
 import platform
@@ -23,11 +24,7 @@ class _Parser(argparse.ArgumentParser):
 class _Version(argparse.Action):
     """Prints what a report of a fault should have in it."""
 
-    def __init__(self, **kwargs):
-        super().__init__(nargs=0, **kwargs)
-
     def __call__(self, parser, namespace, values, option_string=None):
-        del namespace, values, option_string
         packages = ("jax", "jaxlib", "optax", "numpy")
         versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
         print(f"jadam {jadam.__version__}\nPython {platform.python_version()}, {versions}")
@@ -57,7 +54,8 @@ def _whole(smallest: int, largest: int):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="jadam", description="Adam for JAX, by the paper.")
-    parser.add_argument("--version", action=_Version, help="versions, and what serves jadam.step on each platform")
+    about = "versions, and what serves jadam.step on each platform"
+    parser.add_argument("--version", action=_Version, nargs=0, default=argparse.SUPPRESS, help=about)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     demo = commands.add_parser(
         "demo",
@@ -71,7 +69,6 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--steps", type=_whole(1, 10**6), default=1000, help="training steps, of 64 digits each")
     demo.add_argument("--seed", type=_whole(0, 2**31 - 1), default=0, help="of the start, the split and the batches")
     demo.add_argument("--out", type=Path, default=Path("jadam-demo.png"), help="the picture to write")
-    demo.set_defaults(run=_demo)
     plan = commands.add_parser(
         "plan",
         help="how many bytes training a known model takes on each device of a mesh",
@@ -86,7 +83,6 @@ def _parser() -> argparse.ArgumentParser:
         "--params-axis", help="the axis over which parameters are divided; by default they are whole on every device"
     )
     plan.add_argument("--out", type=Path, default=Path("jadam-plan.png"), help="the picture to write")
-    plan.set_defaults(run=_plan)
     return parser
 
 
@@ -102,27 +98,13 @@ def _mesh(text: str) -> dict[str, int]:
     return mesh
 
 
-def _demo(options) -> None:
-    from jadam._cli import demo as _demo
-
-    _demo.run(options.lr, options.sgd_lr, options.steps, options.seed, options.out)
-
-
-def _plan(options) -> None:
-    from jadam._cli import plan
-
-    try:
-        plan.run(options.model, options.mesh, options.axis, options.params_axis, options.out)
-    except ValueError as error:  # axes that do not fit the mesh
-        raise CommandError(error) from None
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 done, 2 bad input or nowhere to write, 130 interrupted."""
-    options = _parser().parse_args(arguments)
-    problem = lambda text: print(f"jadam {options.command}: {' '.join(text.split())}", file=sys.stderr)
+    options = vars(_parser().parse_args(arguments))
+    command = options.pop("command")
+    problem = lambda text: print(f"jadam {command}: {' '.join(text.split())}", file=sys.stderr)
     try:
-        options.run(options)
+        importlib.import_module(f"jadam._cli.{command}").run(**options)
     except ModuleNotFoundError as error:
         package = str(error.name).partition(".")[0]
         problem(f"error: {package} is missing; pip install 'jadam[demo]'")

@@ -132,6 +132,8 @@ def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[s
     layout = _layout(tx, params, mesh, axes)
     inner = optax.with_extra_args_support(optax.GradientTransformation(tx.init, tx.update))
     homes, parts = ([getattr(leaf, which) for leaf in layout.leaves] for which in ("home", "part"))
+    wanted = jax.tree.leaves(layout.state)
+    shardings = [x.sharding for x in wanted]
 
     def values(tree, what):
         checks.values(tree, what)
@@ -154,22 +156,21 @@ def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[s
     def checked(state):
         """The state, which may come from elsewhere than the mesh, on it."""
         values(state, "state")
-        here, there = len(jax.tree.leaves(state)), len(jax.tree.leaves(layout.state))
+        here, there = len(jax.tree.leaves(state)), len(wanted)
         if here != there:
             raise TypeError(
                 f"state must have the {there} arrays that init returns, got {type(state).__name__} of {here}. Was it "
                 "made by another transformation? It goes before params."
             )
-        pairs = zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(layout.state), strict=True)
-        for (path, x), wanted in pairs:
+        for (path, x), of_init in zip(jax.tree_util.tree_leaves_with_path(state), wanted, strict=True):
             try:
-                wanted.sharding.shard_shape(jnp.shape(x))
+                of_init.sharding.shard_shape(jnp.shape(x))
             except ValueError:
                 raise ValueError(
-                    f"state{jax.tree_util.keystr(path)} has shape {jnp.shape(x)}, init returns {wanted.shape}. Was it "
+                    f"state{jax.tree_util.keystr(path)} has shape {jnp.shape(x)}, init returns {of_init.shape}. Was it "
                     "made by another transformation, or for other parameters?"
                 ) from None
-        return _moved(state, [x.sharding for x in jax.tree.leaves(layout.state)])
+        return _put(state, shardings, leave=True)
 
     def init(params):
         check(params, "params")
@@ -178,8 +179,7 @@ def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[s
         def whole(params):
             return list(map(_reshaped, jax.tree.leaves(tx.init(params)), wanted))
 
-        wanted = jax.tree.leaves(layout.state)
-        state = jax.jit(whole, out_shardings=[x.sharding for x in wanted])(_put(params, homes))
+        state = jax.jit(whole, out_shardings=shardings)(_put(params, homes))
         return jax.tree.unflatten(jax.tree.structure(jax.eval_shape(tx.init, params)), state)
 
     def update(updates, state, params=None, **extra_args):
@@ -191,7 +191,7 @@ def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[s
             check(params, "params")
             params = _put(params, parts)
         updates, state = inner.update(updates, state, params, **extra_args)
-        return _put(updates, homes), _put(state, [x.sharding for x in jax.tree.leaves(layout.state)])
+        return _put(updates, homes), _put(state, shardings)
 
     def step(grads, state, params):
         check(grads, "grads")
@@ -203,9 +203,7 @@ def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[s
             params, state = in_parts(tx, grads, state, params, mesh, [x.spec for x in parts], _first)
         except NotOnePass:
             params, state = two_calls(tx, grads, state, params)
-        return put(jax.tree.leaves(_put(params, homes))), _put(
-            state, [x.sharding for x in jax.tree.leaves(layout.state)]
-        )
+        return put(jax.tree.leaves(_put(params, homes))), _put(state, shardings)
 
     return Zero1(init, _Zero1Update(no_plan, inner=tx, step=step, function=update, layout=layout))
 
@@ -388,21 +386,19 @@ def _reshaped(x, wanted):
     return x.astype(wanted.dtype) if x.shape == wanted.shape else jnp.zeros(wanted.shape, wanted.dtype)
 
 
-def _put(tree, shardings):
-    """``tree`` where ``shardings`` say, by communication within a traced function."""
-    leaves, structure = jax.tree.flatten(tree)
-    return structure.unflatten([_put_one(x, s) for x, s in zip(leaves, shardings, strict=True)])
+def _put(tree, shardings, *, leave: bool = False):
+    """``tree`` where ``shardings`` say, by communication within a traced function.
 
+    ``leave`` leaves alone what is on the same devices already.
+    """
 
-def _moved(tree, shardings):
-    """``tree`` where ``shardings`` say, but for what is on their devices already."""
-    leaves, structure = jax.tree.flatten(tree)
-
-    def moved(x, sharding):
+    def one(x, sharding):
         concrete = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
-        return x if concrete and x.sharding.device_set == sharding.device_set else _put_one(x, sharding)
+        there = leave and concrete and x.sharding.device_set == sharding.device_set
+        return x if there else _put_one(x, sharding)
 
-    return structure.unflatten([moved(x, s) for x, s in zip(leaves, shardings, strict=True)])
+    leaves, structure = jax.tree.flatten(tree)
+    return structure.unflatten(list(map(one, leaves, shardings)))
 
 
 def _put_one(x, sharding: NamedSharding):

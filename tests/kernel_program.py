@@ -30,8 +30,7 @@ from jadam._core.numerics import constant_beta
 from jadam._fused.cpu import kernel as cpu
 from jadam._fused.pallas import Int8Tile
 from jadam._moments import formats
-from jadam._transformation.leaf import update_leaf
-from jadam._transformation.transformation import Job, Part, Rule, Step
+from jadam._transformation.transformation import Job, Part, Rule, Step, update_leaf
 
 ROWS, COLUMNS = 64, 512  # of the arrays on which what is expected is computed, whatever the leaf's shape
 NATIVE = {

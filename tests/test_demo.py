@@ -178,7 +178,7 @@ def test_help():
     ],
 )
 def test_what_stops_it_is_one_line_and_an_exit_code(raised, code, text, monkeypatch, capsys):
-    def run(*options):
+    def run(**options):
         raise raised
 
     monkeypatch.setattr(_demo, "run", run)

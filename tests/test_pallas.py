@@ -14,7 +14,7 @@ from test_step import assert_agree, make, masters_of, ones
 import jadam
 from jadam._fused import pallas
 from jadam._fused import step as _step
-from jadam._transformation.leaf import update_leaf
+from jadam._transformation.transformation import update_leaf
 
 SOME = ["adam", "adam, scheduled b1", "nadamw, momentum", "adamw, masked", "both"]
 CASES = [(platform, name, "int8") for platform in pallas.PLATFORMS for name in SOME]

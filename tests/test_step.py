@@ -531,7 +531,7 @@ def test_other_instructions(instructions, tmp_path):
 
 
 GOOD = {
-    "scalars": ones((1, len(cpu.Scalars._fields)), jnp.float32),
+    "scalars": ones((1, len(cpu.SCALARS)), jnp.float32),
     "count": jax.device_put(np.zeros(2, np.uint32)),
     "leaves": [0, 0, 0, 0, 0, 0, 12, 12],
     "inputs": [ones((2, 6))] * 4,
@@ -555,7 +555,7 @@ WRONG = [
     ),
     ({"leaves": [3, 2, 0, 0, 0, 3, 12, 12], "inputs": INT8_INPUTS, "outputs": INT8_OUTPUTS}, "leaf 0: "),
     ({"scalars": ones((1, 5))}, "scalars must be float32 in rows of"),
-    ({"scalars": ones((1, len(cpu.Scalars._fields)), jnp.bfloat16)}, "scalars must be float32 in rows of"),
+    ({"scalars": ones((1, len(cpu.SCALARS)), jnp.bfloat16)}, "scalars must be float32 in rows of"),
     ({"count": jax.device_put(np.zeros(2, np.int32))}, "count must be uint32, one and another for each leaf"),
     ({"count": jax.device_put(np.zeros(1, np.uint32))}, "count must be uint32, one and another for each leaf"),
     ({"leaves": [0, 0, 0, 0, 0, 0, 0, 12]}, "leaf 0: run is no whole number of rows"),

@@ -210,18 +210,18 @@ def together(**trees) -> None:
     """Raise unless all arrays that are committed to devices are on the same ones."""
     if len({frozenset(on) for x in jax.tree.leaves(trees) if (on := _committed(x))}) < 2:
         return
-    first = None
-    for what, tree in trees.items():
-        for path, x in jax.tree_util.tree_leaves_with_path(tree):
-            if (devices := _committed(x)) is not None:
-                name = f"{what}{jax.tree_util.keystr(path)}"
-                first = first or (name, devices)
-                if devices != first[1]:
-                    here, there = (shown(sorted(x, key=lambda x: x.id)) for x in (devices, first[1]))
-                    raise ValueError(
-                        f"all must be on the same devices, got {name} on {here} and {first[0]} on {there}. Move one: "
-                        f"jax.device_put({what}, sharding)."
-                    )
+    found = [
+        (devices, f"{what}{jax.tree_util.keystr(path)}", what)
+        for what, tree in trees.items()
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+        if (devices := _committed(x))
+    ]
+    first, other = found[0], next(x for x in found if x[0] != found[0][0])
+    here, there = (shown(sorted(devices, key=lambda x: x.id)) for devices, *_ in (other, first))
+    raise ValueError(
+        f"all must be on the same devices, got {other[1]} on {here} and {first[1]} on {there}. Move one: "
+        f"jax.device_put({other[2]}, sharding)."
+    )
 
 
 @functools.cache

@@ -127,8 +127,7 @@ def promote(*values) -> np.dtype:
 
 
 @functools.cache
-def _promoted(widest, *dtypes):
-    del widest  # without x64 NumPy's float64 is float32
+def _promoted(widest, *dtypes):  # widest is a key of the cache only: without x64 NumPy's float64 is float32
     with jax.numpy_dtype_promotion("standard"):
         return jax.dtypes.canonicalize_dtype(functools.reduce(jnp.promote_types, dtypes))
 

@@ -19,8 +19,7 @@ import numpy as np
 from jadam._core.numerics import uniform
 from jadam._fused.backends import backends
 from jadam._moments.int8 import BLOCK, block_of, dequantize, quantize
-from jadam._transformation.leaf import update_leaf
-from jadam._transformation.transformation import Job, Step
+from jadam._transformation.transformation import Job, Step, update_leaf
 
 PLATFORMS = ("cuda", "tpu")
 GPU_BLOCKS = 8  # a program; their scales are one sector of memory
@@ -39,11 +38,9 @@ class Int8Tile:
         self.axis = axis
 
     def decode(self, stored, dtype):
-        """``m, v``."""
         return tuple(x.astype(dtype) for x in dequantize(*stored))
 
     def encode(self, moments, stored, random):
-        """Codes and scales."""
         m, v = moments
         return quantize(m, v, uniform(random(0)), uniform(random(1)), axis=self.axis)
 

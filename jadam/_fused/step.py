@@ -24,7 +24,6 @@ from jadam._core.trees import trained
 from jadam._fused import pallas
 from jadam._fused.backends import backends, platform_of
 from jadam._fused.cpu import kernel as cpu
-from jadam._transformation.leaf import update_leaf
 from jadam._transformation.transformation import (
     KnownCount,
     NotOnePass,
@@ -33,6 +32,7 @@ from jadam._transformation.transformation import (
     no_plan,
     pack,
     unpack,
+    update_leaf,
     what_is_stored,
 )
 
@@ -248,7 +248,6 @@ def _platform_of(arrays) -> str | None:
 
 @step_p.def_abstract_eval
 def _(*avals, settings, tree):
-    del settings
     operands, _, params = tree.unflatten(avals)
     if not avals:
         return []

@@ -1,4 +1,4 @@
-"""How one leaf's moments are stored between steps: as they are or in bfloat16; `_int8` has the third format.
+"""How one leaf's moments are stored between steps: as they are or in bfloat16; `jadam._moments.int8` has the third way.
 
 A `Format` knows nothing of Adam's rule, and the rule nothing of it: a leaf's stored arrays are decoded to
 moments of float32 or wider, the rule makes new ones, and they are encoded. A new format is a class like these, and a
@@ -70,35 +70,28 @@ class Float32:
         self.mu_dtype = mu_dtype
 
     def refuses(self, p) -> str | None:
-        """Nothing."""
         return None
 
     def stores(self, stored):
-        """Whatever no other format does."""
-        return True
+        return True  # the last of FORMATS
 
     def arrays(self, moments):
-        """One each."""
         return moments
 
     def init(self, p, moments):
-        """Zeros."""
         dtype = at_least_float32(p)
         dtypes = [self.mu_dtype or dtype] + [real(dtype)] * (moments - 1)
         return tuple(jnp.zeros_like(p, dtype=x) for x in dtypes)
 
     def limit(self, step):
-        """All are welcome."""
         return step
 
     def decode(self, stored, dtype):
-        """Only wider."""
         first, *others = stored
         return first.astype(dtype), *(x.astype(real(dtype)) for x in others)
 
     def encode(self, moments, stored, random):
-        """Rounded to nearest where stored narrower, as by ``mu_dtype``."""
-        return tuple(x.astype(s.dtype) for x, s in zip(moments, stored, strict=True))
+        return tuple(x.astype(s.dtype) for x, s in zip(moments, stored, strict=True))  # narrower with mu_dtype
 
 
 class BFloat16(Float32):
@@ -112,20 +105,16 @@ class BFloat16(Float32):
     dithers = True
 
     def refuses(self, p):
-        """What is wider than float32, or complex."""
         dtype = at_least_float32(p)
         return None if dtype == np.float32 else f"{dtype} is never stored narrower than itself"
 
     def stores(self, stored):
-        """Second moments in bfloat16; with ``mu_dtype`` only the first would be."""
-        return stored[1].dtype == jnp.bfloat16
+        return stored[1].dtype == jnp.bfloat16  # with mu_dtype only the first is
 
     def init(self, p, moments):
-        """Zeros."""
         return tuple(jnp.zeros_like(p, dtype=jnp.bfloat16) for _ in range(moments))
 
     def encode(self, moments, stored, random):
-        """Each moment with random bits of its own."""
         moments = [x.astype(jnp.float32) for x in moments]
         return tuple(round_to_bfloat16(x, random(k)) for k, x in enumerate(moments))
 

@@ -90,7 +90,6 @@ class Int8:
             )
 
     def refuses(self, p):
-        """What is wider than float32, or complex, or where scales would eat up the gain."""
         dtype = at_least_float32(p)
         if dtype != np.float32:
             return f"{dtype} is never stored narrower than itself"
@@ -106,22 +105,17 @@ class Int8:
         return None
 
     def stores(self, stored):
-        """Codes are uint8."""
         return stored[1].dtype == jnp.uint8
 
     def arrays(self, moments):
-        """Codes and scales."""
         return 2 * moments
 
     def init(self, p, moments):
-        """Zeros."""
-        del moments
         blocks = -(-p.shape[-1] // _block_for(p))
         scale = lambda: jnp.zeros((*p.shape[:-1], blocks), jnp.float32, device=_sharding(p))
         return jnp.zeros_like(p, dtype=jnp.int8), jnp.zeros_like(p, dtype=jnp.uint8), scale(), scale()
 
     def limit(self, step):
-        """NaN for ``b1`` where it gives no bound and nobody could know before."""
         b1, b2, a1, a2 = step.b1.b, step.b2.b, step.b1.one_minus_b, step.b2.one_minus_b
         bounded = (b1 * b1 < b2) | (a2 < a1 * (2 - a1))  # the same twice: float32 may have 1 for b1 and b2, or for a2
         if isinstance(bounded, np.bool_) and bounded:
@@ -129,7 +123,6 @@ class Int8:
         return step.replace(b1=step.b1._replace(b=jnp.where(bounded, step.b1.b, jnp.nan)))
 
     def decode(self, stored, dtype):
-        """``m, v``."""
         rq, sq, r_scale, s_scale = stored
         n, block = rq.shape[-1], block_of(stored)
         return tuple(
@@ -138,7 +131,6 @@ class Int8:
         )
 
     def encode(self, moments, stored, random):
-        """Codes and scales."""
         n = moments[0].shape[-1]
         block = block_of(stored)
         moments = jax.lax.stop_gradient(tuple(moments))  # codes have no derivative, and scales alone a misleading one

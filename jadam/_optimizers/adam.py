@@ -62,17 +62,19 @@ def without_correction(step: Step, *names: str) -> Step:
     return step.replace(**{name: vars(step)[name]._replace(correction=one, next_correction=one) for name in names})
 
 
-def adjustment(eps_mode: str, bias_correction: bool = True, *further: Callable[[Step], Step]) -> Callable[[Step], Step]:
-    """What the two switches of the public functions make of a rule's scalars, and ``further`` functions after that."""
+def adjustment(eps_mode: str, uncorrected: tuple[str, ...] = (), *further: Callable[[Step], Step]):
+    """The function from a rule's scalars to those under ``eps_mode``, without the corrections of these betas.
+
+    ``further`` functions are applied to its result.
+    """
     checks.one_of("eps_mode", eps_mode, ("paper", "hat"))
-    checks.one_of("bias_correction", bias_correction, (True, False))
-    return _adjustment(eps_mode == "hat", bool(bias_correction), further)
+    return _adjustment(eps_mode == "hat", uncorrected, further)
 
 
 @functools.cache  # one function for all transformations with these switches, so that they share compiled programs
-def _adjustment(hat, bias_correction, further):
+def _adjustment(hat, uncorrected, further):
     def adjust(step):
-        step = step if bias_correction else without_correction(step, "b1", "b2", "momentum")
+        step = without_correction(step, *uncorrected) if uncorrected else step
         step = with_eps_hat(step) if hat else step
         return functools.reduce(lambda step, f: f(step), further, step)
 
@@ -153,13 +155,14 @@ def scale_by_adam(
         [ 1. -1.] float32
     """
     checks.one_of("nesterov", nesterov, (True, False))
+    checks.one_of("bias_correction", bias_correction, (True, False))
     return scale_by_rule(
         NADAM if nesterov else ADAM,
         {"b1": b1, "b2": b2},
         {"eps": eps, "eps_root": eps_root},
         mu_dtype,
         moments,
-        adjustment(eps_mode, bias_correction),
+        adjustment(eps_mode, () if bias_correction else ("b1", "b2", "momentum")),
     )
 
 

@@ -1,7 +1,5 @@
 """AMSGrad: Adam whose second moment never shrinks (Reddi, Kale & Kumar, ICLR 2018, arXiv:1904.09237)."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -9,7 +7,7 @@ import optax
 from jadam._core import checks
 from jadam._core.numerics import abs_sq, ema
 from jadam._moments.formats import Moments
-from jadam._optimizers.adam import adjustment, direction, without_correction
+from jadam._optimizers.adam import adjustment, direction
 from jadam._transformation.transformation import Rule, Step, Transformation, descend, prints_as_call, scale_by_rule
 
 
@@ -36,12 +34,6 @@ AMSGRAD_OF_V = Rule(
     native="amsgrad_of_v",
     root=lambda step, v, v_max: jnp.sqrt(v_max / step.b2.correction),
 )
-
-
-@functools.cache  # one function for all transformations with these switches, so that they share compiled programs
-def _adjustment(eps_mode, uncorrected):
-    hat = adjustment(eps_mode)
-    return lambda step: hat(without_correction(step, *uncorrected))
 
 
 @prints_as_call
@@ -100,7 +92,7 @@ def scale_by_amsgrad(
         {"eps": eps, "eps_root": eps_root},
         mu_dtype,
         moments,
-        _adjustment(eps_mode, tuple(beta for beta, on in corrected.items() if not on)),
+        adjustment(eps_mode, tuple(beta for beta, on in corrected.items() if not on)),
     )
 
 

@@ -105,7 +105,7 @@ def scale_by_radam(
         {"b1": b1, "b2": b2},
         {"eps": eps, "eps_root": eps_root, "threshold": threshold},
         moments=moments,
-        adjust=adjustment(eps_mode, True, rectified),
+        adjust=adjustment(eps_mode, (), rectified),
     )
 
 

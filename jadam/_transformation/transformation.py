@@ -22,7 +22,7 @@ import numpy as np
 import optax
 
 from jadam._core import checks
-from jadam._core.bf16 import distance, join, remainder_of
+from jadam._core.bf16 import distance, join, remainder_of, split
 from jadam._core.numerics import (
     Beta,
     Scalar,
@@ -214,6 +214,21 @@ class Job(NamedTuple):
         return as_u(self.minus_lr) * u
 
 
+def update_leaf(job: Job, g, p):
+    """The whole step of one leaf, from the gradient to the new parameter, and the tuple of what is stored.
+
+    XLA runs it on arrays, Pallas on tiles.
+    """
+    if job.frozen:
+        return p, () if job.remainder is None else (job.remainder,)
+    if job.remainder is None:
+        u, stored = job.update(g, p)
+        return apply_updates(p, u.astype(promote(g, p))), stored
+    x, stored = job.moved(g, p)
+    p, remainder = split(x)
+    return p, (remainder, *stored)
+
+
 class Operands(NamedTuple):
     """The arrays of all jobs."""
 
@@ -348,7 +363,6 @@ class Update:
 
     def __call__(self, updates, state, params=None, **extra_args) -> Any:
         """Optax's ``update``: carries out the plan."""
-        del extra_args
         params, _ = trained(params, updates)
         checks.values(params, "params")
         checks.together(updates=updates, state=state, params=params)
@@ -408,7 +422,6 @@ class Transformation(optax.GradientTransformationExtraArgs):
         """What treescope, which asks for it, shows in a notebook."""
         from treescope import rendering_parts
 
-        del path, subtree_renderer
         return rendering_parts.text(repr(self))
 
 

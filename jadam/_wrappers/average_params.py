@@ -65,7 +65,6 @@ def average_params(decay: float | jax.Array | None = 0.999) -> optax.GradientTra
         return AverageParamsState(jnp.zeros([], jnp.int32), jax.tree.map(wide, params), jax.tree.map(dtype_of, params))
 
     def update(updates, state, params=None, **extra_args) -> Any:
-        del extra_args
         if params is None:
             raise ValueError("average_params needs params: call update(updates, state, params).")
         checks.state_of(state, AverageParamsState)

@@ -132,7 +132,7 @@ def by_path(
         minus_lr = lambda count: -(value_at(or_nan("learning_rate", learning_rate), count) * lr_mult)
         return _Group(text, pattern, direction, named, minus_lr, lambda count: value_at(decay, count))
 
-    groups = [group(*_pair(i, rule)) for i, rule in enumerate(_listed(rules))]
+    groups = [group(*rule) for rule in _pairs(rules)]
     trees = [name for name in QuantizedAdamState._fields if name not in ("count", "version")]
 
     def init(params) -> Any:
@@ -258,17 +258,14 @@ def _near(text: str, among: list[str]) -> list[str]:
     return sorted(among, key=likeness, reverse=True)[:3]
 
 
-def _listed(rules) -> list:
+def _pairs(rules) -> list[tuple]:
     if isinstance(rules, (str, dict)) or not isinstance(rules, Sequence) or not rules:
         example = '[("bias", {"weight_decay": 0.0}), ("", {})]'
         raise TypeError(f"rules must be a list of (pattern, settings), such as {example}, got {checks.shown(rules)}.")
+    for i, rule in enumerate(rules):
+        if not isinstance(rule, (tuple, list)) or len(rule) != 2:
+            raise TypeError(f"rules[{i}] must be a pair (pattern, settings), got {checks.shown(rule)}.")
     return list(rules)
-
-
-def _pair(i: int, rule) -> tuple:
-    if not isinstance(rule, (tuple, list)) or len(rule) != 2:
-        raise TypeError(f"rules[{i}] must be a pair (pattern, settings), got {checks.shown(rule)}.")
-    return tuple(rule)
 
 
 def _pattern(pattern) -> re.Pattern:

@@ -38,7 +38,6 @@ class Clip(optax.GradientTransformation):
 
 def _clip(tx, limit, name, bound) -> Clip:
     def update(updates, state, params=None) -> Any:
-        del params
         checks.gradients(updates, state, None)
         leaves, structure = jax.tree.flatten(updates)  # a norm makes numbers of arrays: none for a user's own class
         leaves, state = tx.update(leaves, state)
@@ -68,10 +67,7 @@ def clip(max_delta: jax.typing.ArrayLike) -> Clip:
     """
     bound = checks.hyperparameter("max_delta", max_delta, "> 0", schedule=False)
 
-    def limit(jobs, updates):
-        del updates
-        return [job._replace(bound=bound) for job in jobs]
-
+    limit = lambda jobs, updates: [job._replace(bound=bound) for job in jobs]
     return _clip(optax.clip(bound), limit, "clip", bound)
 
 

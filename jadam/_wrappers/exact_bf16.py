@@ -96,7 +96,7 @@ def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
 
     def init(params) -> Any:
         checks.trainable(params, "params")
-        inner_state = inner.init(jax.tree.map(_widen, params))
+        inner_state = inner.init(jax.tree.map(_widened, params, params))
         if find_states(inner_state, ExactBF16State):
             raise ValueError("exact_bf16 must be outermost, got it around another exact_bf16. Drop the inner one.")
         return ExactBF16State(jax.tree.map(_no_remainder, params), inner_state, version())
@@ -107,7 +107,7 @@ def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
         params, _ = trained(params, updates)
         checks.gradients(updates, state, params)
         masters = _masters(params, state.remainder)
-        wide = jax.tree.map(_wide_gradient, updates, params)
+        wide = jax.tree.map(_widened, updates, params)
         updates, inner_state = inner.update(wide, state.inner_state, masters, **extra_args)
         moved = apply_updates(masters, updates)
         updates = jax.tree.map(lambda p, x, u: distance(p, x) if _is_bf16(p) else u, params, moved, updates)
@@ -127,7 +127,7 @@ def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
         _check_remainder(params, state.remainder)
         # A plan looks at shapes and dtypes, mostly. Masters and wide gradients are made leaf by leaf, in the one pass.
         masters = jax.tree.map(lambda p: _no_values(p) if _is_bf16(p) else p, params)
-        wide_gradient = _wide_gradient if reads_gradients else lambda g, p: _no_values(g) if _is_bf16(p) else g
+        wide_gradient = _widened if reads_gradients else lambda g, p: _no_values(g) if _is_bf16(p) else g
         jobs, finish = tx.plan(jax.tree.map(wide_gradient, updates, params), state.inner_state, masters)
         old, structure = jax.tree.flatten(state.remainder)
         has = [_is_bf16(p) for p in jax.tree.leaves(params)]
@@ -257,12 +257,9 @@ def _no_values(x):
     return np.broadcast_to(np.zeros([], at_least_float32(x)), jnp.shape(x))
 
 
-def _wide_gradient(g, p):
-    return g.astype(at_least_float32(g)) if _is_bf16(p) else g
-
-
-def _widen(p):
-    return p.astype(jnp.float32) if _is_bf16(p) else p
+def _widened(x, p):
+    """``x``, of a bfloat16 parameter ``p`` or that itself, in float32 at least."""
+    return x.astype(at_least_float32(x)) if _is_bf16(p) else x
 
 
 def _is_bf16(p) -> bool:

@@ -9,6 +9,7 @@ import ctypes
 import functools
 import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,62 +102,36 @@ def _scalars_of(job: Job) -> tuple[int, ...]:
 
 def _row(job: Job) -> jax.Array:
     """The scalars of a job, in the library's order."""
-    scalars = _scalars(job)
-    return jnp.stack([jnp.asarray(getattr(scalars, name)).astype(jnp.float32) for name in load().scalars])
+    return jnp.stack([jnp.asarray(SCALARS[name](job)).astype(jnp.float32) for name in load().scalars])
 
 
-class Scalars(NamedTuple):
-    """The scalars of a step by the names that ``rules.h`` has for them."""
-
-    b1: Any
-    one_minus_b1: Any
-    correction1: Any
-    b2: Any
-    one_minus_b2: Any
-    correction2: Any
-    root_correction2: Any
-    next: Any
-    next_correction: Any
-    newest: Any
-    newest_correction: Any
-    eps: Any
-    eps_root: Any
-    trusted: Any
-    rectification: Any
-    minus_lr: Any
-    weight_decay: Any
-    bound: Any
-    norm: Any
-    max_norm: Any
+def _or(value, default):
+    return default if value is None else value
 
 
-def _scalars(job: Job) -> Scalars:
-    step = job.step
-    momentum = step.momentum
-    over = lambda x: 1 / jnp.asarray(x)
-    return Scalars(
-        b1=step.b1.b,
-        one_minus_b1=step.b1.one_minus_b,
-        correction1=over(step.b1.correction),
-        b2=step.b2.b,
-        one_minus_b2=step.b2.one_minus_b,
-        correction2=over(step.b2.correction),
-        root_correction2=jnp.sqrt(over(step.b2.correction)),
-        next=momentum.next_b,
-        next_correction=over(momentum.next_correction),
-        newest=momentum.one_minus_b,
-        newest_correction=over(momentum.correction),
-        eps=step.eps,
-        eps_root=step.eps_root,
-        trusted=step.trusted,
-        rectification=step.rectification,
-        minus_lr=job.minus_lr,
-        weight_decay=0 if job.weight_decay is None else job.weight_decay,
-        bound=0 if job.bound is None else job.bound,
-        norm=1 if job.norm is None else job.norm,
-        max_norm=1 if job.max_norm is None else job.max_norm,
-    )
-
+# The scalars of a step by the names that rules.h has for them: what Python divides by, the kernel multiplies by.
+SCALARS: dict[str, Callable[[Job], Any]] = {
+    "b1": lambda job: job.step.b1.b,
+    "one_minus_b1": lambda job: job.step.b1.one_minus_b,
+    "correction1": lambda job: 1 / jnp.asarray(job.step.b1.correction),
+    "b2": lambda job: job.step.b2.b,
+    "one_minus_b2": lambda job: job.step.b2.one_minus_b,
+    "correction2": lambda job: 1 / jnp.asarray(job.step.b2.correction),
+    "root_correction2": lambda job: jnp.sqrt(1 / jnp.asarray(job.step.b2.correction)),
+    "next": lambda job: job.step.momentum.next_b,
+    "next_correction": lambda job: 1 / jnp.asarray(job.step.momentum.next_correction),
+    "newest": lambda job: job.step.momentum.one_minus_b,
+    "newest_correction": lambda job: 1 / jnp.asarray(job.step.momentum.correction),
+    "eps": lambda job: job.step.eps,
+    "eps_root": lambda job: job.step.eps_root,
+    "trusted": lambda job: job.step.trusted,
+    "rectification": lambda job: job.step.rectification,
+    "minus_lr": lambda job: job.minus_lr,
+    "weight_decay": lambda job: _or(job.weight_decay, 0),
+    "bound": lambda job: _or(job.bound, 0),
+    "norm": lambda job: _or(job.norm, 1),
+    "max_norm": lambda job: _or(job.max_norm, 1),
+}
 
 SOURCES = ("cpu/cpu.cc", "native/formats.h", "native/portable.h", "native/rules.h")  # below jadam/_fused
 
@@ -193,7 +168,7 @@ def load() -> Library:
         instructions, rules, scalars, formats = (
             _text(library, name) for name in ("instructions", "rules", "scalars", "formats")
         )
-        if sorted(scalars) != sorted(Scalars._fields) or sorted(formats) != sorted(FORMATS):
+        if sorted(scalars) != sorted(SCALARS) or sorted(formats) != sorted(FORMATS):
             return Library(None, f"{path} has other scalars or formats than this version of jadam; reinstall jadam")
         jax.ffi.register_ffi_target("jadam_step", jax.ffi.pycapsule(library.jadam_step), platform="cpu")
         return Library(instructions[0], str(path), tuple(rules), tuple(scalars), tuple(formats))
