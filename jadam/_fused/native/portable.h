@@ -27,32 +27,22 @@ JADAM_INLINE u32 bits(float x) { return __float_as_uint(x); }
 JADAM_INLINE float float_of(u32 x) { return __uint_as_float(x); }
 JADAM_INLINE float root_of(float x) { return __fsqrt_rn(x); }
 JADAM_INLINE float magnitude(float x) { return fabsf(x); }
-#elif defined(__GNUC__)
-JADAM_INLINE u32 bits(float x) {
-  u32 to;
+#else
+#if !defined(__GNUC__)
+#define __builtin_memcpy memcpy
+#define __builtin_sqrtf sqrtf
+#define __builtin_fabsf fabsf
+#endif
+template <class To, class From>
+JADAM_INLINE To same_bits(From x) {
+  To to;
   __builtin_memcpy(&to, &x, sizeof(to));
   return to;
 }
-JADAM_INLINE float float_of(u32 x) {
-  float to;
-  __builtin_memcpy(&to, &x, sizeof(to));
-  return to;
-}
+JADAM_INLINE u32 bits(float x) { return same_bits<u32>(x); }
+JADAM_INLINE float float_of(u32 x) { return same_bits<float>(x); }
 JADAM_INLINE float root_of(float x) { return __builtin_sqrtf(x); }
 JADAM_INLINE float magnitude(float x) { return __builtin_fabsf(x); }
-#else
-JADAM_INLINE u32 bits(float x) {
-  u32 to;
-  memcpy(&to, &x, sizeof(to));
-  return to;
-}
-JADAM_INLINE float float_of(u32 x) {
-  float to;
-  memcpy(&to, &x, sizeof(to));
-  return to;
-}
-JADAM_INLINE float root_of(float x) { return sqrtf(x); }
-JADAM_INLINE float magnitude(float x) { return fabsf(x); }
 #endif
 
 constexpr float kLowest = -3.402823466e+38f;  // the lowest finite number
