@@ -56,6 +56,14 @@ def test_paths_exist(path):
     assert (ROOT / path).exists()
 
 
+def test_the_installed_description_links_to_no_file():
+    """There is none beside it."""
+    found = importlib.metadata.metadata("jadam")
+    text = found["Description"] or found.get_payload()
+    assert text.startswith("# jadam")
+    assert re.findall(r"\]\((?!https?:|#)[^)]*\)", text) == []
+
+
 def test_the_lower_bounds_are_those_of_pyproject():
     bounds = re.findall(r"\b(jax|optax|flax) (\d+\.\d+\.\d+)", TEXT.split("with the oldest")[1])
     assert [name for name, _ in bounds] == ["jax", "optax", "flax"]

@@ -7,6 +7,7 @@ otherwise XLA, which is also what `jax.vmap` and differentiation see.
 """
 
 import functools
+import logging
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ from jadam._core import checks
 from jadam._core.numerics import apply_updates
 from jadam._core.trees import trained
 from jadam._fused import pallas
-from jadam._fused.backends import backends, platform_of
+from jadam._fused.backends import backends, off, platform_of
 from jadam._fused.cpu import kernel as cpu
 from jadam._transformation.transformation import (
     KnownCount,
@@ -209,11 +210,20 @@ def _step_leaves(*arrays, settings, tree, platform):
     jobs = unpack(settings, operands)
     traced = any(isinstance(x, jax.core.Tracer) for x in arrays)  # else JAX looks for the operation that made a NaN
     serves = traced and platform in KERNELS and backends()[platform].kernel is not None
+    if traced and platform == "cpu" and not serves and not off():
+        _warn(backends()["cpu"].reason)
     done: list = KERNELS[platform](jobs, grads, params) if serves else [None] * len(jobs)
     for i, (job, g, p) in enumerate(zip(jobs, grads, params, strict=True)):
         if done[i] is None:
             done[i] = update_leaf(job, g, p)
     return jax.tree.leaves(([p for p, _ in done], [stored for _, stored in done]))
+
+
+@functools.cache  # once
+def _warn(reason):
+    logging.getLogger("jadam").warning(
+        "jadam.step takes about 1.7 times as long on this CPU without its kernel: %s", reason
+    )
 
 
 _step_leaves_by_xla = functools.partial(_step_leaves, platform=None)

@@ -130,11 +130,7 @@ class Rule:
         return self.function.__name__
 
 
-def _keep(step, g):
-    raise NotImplementedError
-
-
-KEEP = Rule(_keep, optax.EmptyState)  # of a parameter that stays what it is; never called
+KEEP = Rule(lambda step, g: (), optax.EmptyState)  # of a parameter that stays what it is; never called
 
 
 class NotOnePass(Exception):

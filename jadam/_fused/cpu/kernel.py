@@ -105,10 +105,6 @@ def _row(job: Job) -> jax.Array:
     return jnp.stack([jnp.asarray(SCALARS[name](job)).astype(jnp.float32) for name in load().scalars])
 
 
-def _or(value, default):
-    return default if value is None else value
-
-
 # The scalars of a step by the names that rules.h has for them: what Python divides by, the kernel multiplies by.
 SCALARS: dict[str, Callable[[Job], Any]] = {
     "b1": lambda job: job.step.b1.b,
@@ -127,10 +123,10 @@ SCALARS: dict[str, Callable[[Job], Any]] = {
     "trusted": lambda job: job.step.trusted,
     "rectification": lambda job: job.step.rectification,
     "minus_lr": lambda job: job.minus_lr,
-    "weight_decay": lambda job: _or(job.weight_decay, 0),
-    "bound": lambda job: _or(job.bound, 0),
-    "norm": lambda job: _or(job.norm, 1),
-    "max_norm": lambda job: _or(job.max_norm, 1),
+    "weight_decay": lambda job: 0 if job.weight_decay is None else job.weight_decay,
+    "bound": lambda job: 0 if job.bound is None else job.bound,
+    "norm": lambda job: 1 if job.norm is None else job.norm,
+    "max_norm": lambda job: 1 if job.max_norm is None else job.max_norm,
 }
 
 SOURCES = ("cpu/cpu.cc", "native/formats.h", "native/portable.h", "native/rules.h")  # below jadam/_fused
