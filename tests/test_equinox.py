@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import test_step
 
 import jadam
 
@@ -112,7 +111,7 @@ def test_loop(moments, monkeypatch):
 
 @helpers.rows("moments", ["float32", "int8"], default=["int8"])  # small leaves stay float32
 def test_the_kernel_takes_the_step(moments):
-    """From the same start, at learning rate 1, for which the tolerance in test_step is made."""
+    """From the same start, at learning rate 1, for which the tolerance is made."""
     tx = jadam.adamw(1.0, moments=moments)
     model = Net()
     params = eqx.filter(model, eqx.is_inexact_array)
@@ -121,11 +120,11 @@ def test_the_kernel_takes_the_step(moments):
     new, expected = (eqx.filter_jit(functools.partial(f, tx))(grads, state, model) for f in (one_pass, two_calls))
     (new, new_state), (expected, expected_state) = new, expected
     arrays = lambda model: eqx.filter(model, eqx.is_inexact_array)
-    ulps = test_step.ULPS * (2 if moments == "int8" else 1)  # as there
-    test_step.assert_steps_agree((arrays(new), new_state), (arrays(expected), expected_state), (params, state), ulps)
-    kernel = test_step.CPU.kernel is not None
+    ulps = helpers.ULPS * (2 if moments == "int8" else 1)  # as there
+    helpers.assert_steps_agree((arrays(new), new_state), (arrays(expected), expected_state), (params, state), ulps)
+    kernel = helpers.CPU.kernel is not None
     step = lambda grads, state, params: one_pass(tx, grads, state, eqx.combine(params, model))[1]
-    assert test_step.custom_calls(step, grads, state, params) == kernel
+    assert helpers.custom_calls(step, grads, state, params) == kernel
 
 
 @pytest.mark.slow

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import test_step
 from flax import linen as nn
 from flax import nnx
 from flax.core import FrozenDict
@@ -20,9 +19,9 @@ from flax.training import train_state
 import jadam
 import jadam.flax
 
-KERNEL = test_step.CPU.kernel is not None
+KERNEL = helpers.CPU.kernel is not None
 
-# At learning rate 1, for which the kernel's tolerance in test_step is made.
+# At learning rate 1, for which the kernel's tolerance is made.
 ONE_PASS = {
     "adam": lambda: jadam.adam(1.0),
     "adamw, masked": lambda: jadam.adamw(1.0, weight_decay=0.1, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)),
@@ -72,8 +71,8 @@ def assert_same_step(name, path, new, expected, old):
         return assert_equal(new, expected)
     if "exact" in name:  # the weights are their masters, rounded
         new, expected, old = ((float32_params(*x), x[1].inner_state) for x in (new, expected, old))
-    ulps = 2 * test_step.ULPS if "int8" in name else test_step.ULPS  # as there
-    return test_step.assert_steps_agree(new, expected, old, ulps)
+    ulps = 2 * helpers.ULPS if "int8" in name else helpers.ULPS  # as there
+    return helpers.assert_steps_agree(new, expected, old, ulps)
 
 
 float32_params = jax.jit(jadam.float32_params)

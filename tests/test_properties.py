@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from agreement import ULPS
 from flax import nnx
+from helpers import ULPS, needs_kernel
 from hypothesis import assume
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
@@ -706,7 +706,7 @@ def ulps_of(name, moments):
     return 5 if name == "amsgrad" or moments == "int8" else 3
 
 
-@pytest.mark.skipif(jadam.backends()["cpu"].kernel is None, reason="no CPU kernel")
+@needs_kernel
 @ways(default=2)
 @holds(few=5, many=MANY, how=settings_of())
 def test_kernel_is_xla(name, moments, how):

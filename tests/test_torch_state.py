@@ -11,9 +11,9 @@ import numpy as np
 import optax
 import pytest
 import safetensors.numpy
-import torch_states
 from flax import nnx
 from helpers import grid, rows
+from programs import torch_states
 
 import jadam
 from jadam import torch_state

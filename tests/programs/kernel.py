@@ -1,6 +1,7 @@
 """What `test_kernel.py` runs in processes of its own: random calls of the CPU's handler, right and wrong, and children.
 
-``python tests/kernel_program.py direct 7 1`` does the one call whose seed is 7, ``by_xla 7 1`` lets XLA do it.
+``PYTHONPATH=tests python tests/programs/kernel.py direct 7 1`` does the one call whose seed is 7, ``by_xla 7 1`` lets
+XLA do it.
 """
 
 import copy

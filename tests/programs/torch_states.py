@@ -1,8 +1,8 @@
 """Makes torch_states.safetensors: PyTorch's Adam before and after a few steps, and the gradients between.
 
-Not a test: run once with PyTorch 2.13 and safetensors, ``python tests/torch_states.py``. What the tests need of it is
-the table; and that the lines in `jadam.torch_state`'s docstring are these, which run: the second half of the steps is
-taken by a new optimizer that has read what the first one's state was written to.
+Not a test: run once with PyTorch 2.13 and safetensors, ``python tests/programs/torch_states.py``. What the tests need
+of it is the table; and that the lines in `jadam.torch_state`'s docstring are these, which run: the second half of the
+steps is taken by a new optimizer that has read what the first one's state was written to.
 """
 
 import tempfile

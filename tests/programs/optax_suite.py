@@ -1,6 +1,6 @@
 """A pytest plugin: Optax's own installed tests, only the rows about Adam's family, jadam's functions in Optax's place.
 
-``python -m pytest -p optax_suite --pyargs optax._src.alias_test ...`` with this folder on ``PYTHONPATH``; with
+``PYTHONPATH=tests python -m pytest -p programs.optax_suite --pyargs optax._src.alias_test ...``; with
 ``OPTAX_SUITE=optax`` Optax is left in place, to see what passes without jadam.
 """
 

@@ -2,7 +2,6 @@
 
 import ctypes
 import json
-import os
 import platform
 import struct
 import subprocess
@@ -14,37 +13,35 @@ from pathlib import Path
 import handler
 import jax
 import jax.numpy as jnp
-import kernel_program as program
 import numpy as np
 import pytest
-from helpers import rows
+from helpers import CPU, environment, needs_kernel, rows
 from jax.sharding import PartitionSpec as P
+from programs import kernel as program
 
 import jadam
 from jadam import sharding
 from jadam._core.numerics import linear_index
 from jadam._transformation.transformation import Part
 
-CPU = jadam.backends()["cpu"]
-pytestmark = pytest.mark.skipif(CPU.kernel is None, reason=f"no CPU kernel: {CPU.reason}")
+pytestmark = needs_kernel
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads ELF, /proc or maps memory as Linux does")
 nightly = pytest.mark.nightly
 
 
 def run_program(*args, timeout, **env):
-    """The last line that `kernel_program` prints; a crash is reported with the call that caused it."""
-    path = str(Path(jadam.__file__).parents[1])
+    """The last line that `programs/kernel.py` prints; a crash is reported with the call that caused it."""
     command = [sys.executable, "-W", "error", program.__file__, *map(str, args)]
     done = subprocess.run(
         command,
-        env={**os.environ, "PYTHONPATH": path, **env},
+        env=environment(**env),
         capture_output=True,
         text=True,
         timeout=timeout,
         check=False,
     )
     lines = done.stdout.splitlines() or [""]
-    assert done.returncode == 0, f"exit {done.returncode} in python tests/kernel_program.py {lines[-1]}\n{done.stderr}"
+    assert done.returncode == 0, f"exit {done.returncode} in {program.__file__} {lines[-1]}\n{done.stderr}"
     return lines[-1]
 
 

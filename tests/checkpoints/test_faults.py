@@ -7,16 +7,16 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
-import damage_program
 import disks
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from damage_program import bits, flipped
+from helpers import environment
+from programs import damage
+from programs.damage import bits, flipped
 
 import jadam
 from jadam import torch_state
@@ -24,8 +24,8 @@ from jadam.__main__ import main
 from jadam._core import numerics
 
 FLIPS = 201
-HERE = {name: x for name, x in os.environ.items() if not name.startswith("COV")}  # coverage's files do not fit in 1 KiB
-HERE["PYTHONPATH"] = str(Path(jadam.__file__).parent.parent)  # the jadam that this process tests
+# coverage's files do not fit in 1 KiB
+HERE = {name: x for name, x in environment().items() if not name.startswith("COV")}
 
 
 # ---------------------------------------------------------------- the checksum
@@ -137,8 +137,8 @@ def test_no_numbers(leaf, text):
 @pytest.mark.parametrize("name", ["float32", "exact_bf16", "int8"])
 def test_a_damaged_checkpoint_is_an_error(name, tmp_path):
     """Or what was damaged has no part in what is restored: no array ever has other bits."""
-    flips, result = FLIPS // len(damage_program.CONFIGURATIONS), tmp_path / "damages.json"
-    command = [sys.executable, damage_program.__file__, name, str(flips), result]
+    flips, result = FLIPS // len(damage.CONFIGURATIONS), tmp_path / "damages.json"
+    command = [sys.executable, damage.__file__, name, str(flips), result]
     done = subprocess.run(command, env=HERE, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     damages = json.loads(result.read_text())

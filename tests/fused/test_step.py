@@ -1,7 +1,6 @@
 """`jadam.step`: one pass that does what the two calls do, on every path that may serve it."""
 
 import functools
-import os
 import shutil
 import subprocess
 import sys
@@ -14,8 +13,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from agreement import ULPS, assert_steps_agree
-from helpers import rows
+from helpers import (
+    CPU,
+    RULES,
+    ULPS,
+    assert_steps_agree,
+    compiled,
+    custom_calls,
+    environment,
+    make,
+    masters_of,
+    needs_kernel,
+    ones,
+    rows,
+    trees,
+)
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -23,73 +35,9 @@ import jadam
 from jadam._fused import step as _step
 from jadam._fused.cpu import kernel as cpu
 
-CPU = jadam.backends()["cpu"]
-needs_kernel = pytest.mark.skipif(CPU.kernel is None, reason=f"no CPU kernel: {CPU.reason}")
-
-# Every rule and option that the kernel writes a second time.
-RULES = {
-    "adam": lambda **k: jadam.adam(1.0, **k),
-    "adam, small betas": lambda **k: jadam.adam(1.0, b1=0.2, b2=0.3, **k),
-    "adam, eps_root": lambda **k: jadam.adam(1.0, eps_root=1e-3, **k),
-    "adam, hat": lambda **k: jadam.adam(1.0, eps_mode="hat", **k),
-    "adam, uncorrected": lambda **k: jadam.adam(1.0, bias_correction=False, **k),
-    "adam, scheduled b1": lambda **k: jadam.adam(1.0, b1=optax.linear_schedule(0.5, 0.9, 8), **k),
-    "scale_by_adam": lambda **k: jadam.scale_by_adam(**k),
-    "adamw, masked": lambda **k: jadam.adamw(1.0, weight_decay=0.1, mask={"a": True, "b": False, "c": True}, **k),
-    "adamw, scheduled": lambda **k: jadam.adamw(
-        optax.linear_schedule(1.0, 0.5, 8), weight_decay=optax.linear_schedule(0.1, 0.2, 8), **k
-    ),
-    "adamw, max_lr": lambda **k: jadam.adamw(optax.linear_schedule(1.0, 0.5, 8), max_lr=1.0, weight_decay=0.1, **k),
-    "nadam": lambda **k: jadam.nadam(1.0, **k),
-    "nadamw, momentum": lambda **k: jadam.nadamw(1.0, weight_decay=0.1, momentum_decay=4e-3, **k),
-    "adamax": lambda **k: jadam.adamax(1.0, **k),
-    "amsgrad": lambda **k: jadam.amsgrad(1.0, **k),
-    "amsgrad of v": lambda **k: jadam.amsgrad(1.0, max_of="v", **k),
-    "radam": lambda **k: jadam.radam(1.0, **k),
-    "radam of nadam": lambda **k: jadam.radam(1.0, nesterov=True, **k),
-    "clip": lambda **k: jadam.chain(jadam.clip(1.0), jadam.adam(1.0, **k)),
-    "clip by norm": lambda **k: jadam.chain(jadam.clip_by_global_norm(1.0), jadam.adam(1.0, **k)),
-    "both": lambda **k: jadam.chain(jadam.clip(1.0), jadam.clip_by_global_norm(1.0), jadam.adam(1.0, **k)),
-}
 INT8 = [name for name in RULES if not name.startswith(("adamax", "amsgrad", "radam"))]
 MOMENTS = {"float32": [*RULES], "bfloat16": [name for name in RULES if name != "adamax"], "int8": INT8}
 CASES = {f"{name}-{moments}": (name, moments) for moments, names in MOMENTS.items() for name in names}
-
-
-@functools.cache
-def make(rule, moments="float32"):
-    """The same object each time, so that tests share what is compiled for it."""
-    return RULES[rule](moments=moments)
-
-
-@functools.cache
-def compiled(tx):
-    """The step and the two calls."""
-    return [jax.jit(functools.partial(f, tx)) for f in (jadam.step, _step.two_calls)]
-
-
-def trees(seed, dtype=np.float32):
-    """A matrix of awkward width, a vector and a scalar."""
-    rng = np.random.default_rng(seed)
-    shapes = {"a": (33, 300), "b": (77,), "c": ()}
-    return {
-        k: jax.device_put(np.asarray(rng.standard_normal(x) * 10.0 ** rng.uniform(-3, 3, x), dtype))
-        for k, x in shapes.items()
-    }
-
-
-def ones(shape, dtype=np.float32):
-    """``jnp.ones``, but nothing is compiled."""
-    return jax.device_put(np.ones(shape, dtype))
-
-
-def assert_agree(new, expected, old, ulps=ULPS):
-    """`assert_steps_agree` in NumPy alone."""
-    assert_steps_agree(*jax.device_get((new, expected, old)), ulps)
-
-
-def custom_calls(f, *args):
-    return jax.jit(f).lower(*args).as_text().count("@jadam_step")
 
 
 @needs_kernel
@@ -119,12 +67,9 @@ def test_kernel_against_the_two_calls(case):
         grads = trees(t + 1)
         expected = calls(grads, state, params)
         ulps = 2 * ULPS if moments == "int8" else ULPS  # its scales are of m / sqrt(v), two roundings more
-        assert_agree(step(grads, state, params), expected, (params, state), ulps)
+        assert_steps_agree(step(grads, state, params), expected, (params, state), ulps)
         params, state = expected
     assert custom_calls(functools.partial(jadam.step, tx), grads, state, params) == 1
-
-
-masters_of = jax.jit(lambda params, state: (jadam.float32_params(params, state), state.inner_state))
 
 
 @needs_kernel
@@ -143,7 +88,7 @@ def test_bf16_weights_with_remainder(moments):
         grads = of(t + 1, jnp.bfloat16)
         expected = calls(grads, state, params)
         ulps = 2 * ULPS if moments == "int8" else ULPS
-        assert_agree(*(masters_of(*x) for x in (step(grads, state, params), expected, (params, state))), ulps)
+        assert_steps_agree(*(masters_of(*x) for x in (step(grads, state, params), expected, (params, state))), ulps)
         params, state = expected
     assert custom_calls(functools.partial(jadam.step, tx), grads, state, params) == 1
 
@@ -156,12 +101,12 @@ def test_the_comparison_bites():
     state = make("adam").init(params)
     expected = compiled(make("adam"))[0](grads, state, params)
     with pytest.raises(AssertionError):
-        assert_agree(other(grads, state, params), expected, (params, state))
+        assert_steps_agree(other(grads, state, params), expected, (params, state))
     state = make("adam", "int8").init(params)
     step = compiled(make("adam", "int8"))[0]
     shifted = state[0]._replace(count=np.asarray(state[0].count) + 1), state[1]
     with pytest.raises(AssertionError):
-        assert_agree(step(grads, shifted, params), step(grads, state, params), (params, state))
+        assert_steps_agree(step(grads, shifted, params), step(grads, state, params), (params, state))
 
 
 @needs_kernel
@@ -291,7 +236,7 @@ def test_hyperparameters_traced_where_the_step_is(name):
     if jadam.backends()["cpu"].kernel is not None:
         assert custom_calls(traced, value, state) == 1
     several = jax.jit(jax.vmap(lambda x: traced(x, state)[0]["a"]))(np.float32([0.3, 0.15]))
-    assert_agree((several[0], state), (expected[0]["a"], state), (params["a"], state))
+    assert_steps_agree((several[0], state), (expected[0]["a"], state), (params["a"], state))
 
 
 @pytest.mark.parametrize("moments", ["float32", "int8"])
@@ -398,7 +343,7 @@ def test_sharded(moments):
     new, new_state = step(grads, state, params)
     assert new.sharding.is_equivalent_to(params.sharding, 2)
     whole = jax.tree.map(np.asarray, (grads, state, params))
-    assert_agree((new, new_state), compiled(tx)[1](*whole), (whole[2], whole[1]))
+    assert_steps_agree((new, new_state), compiled(tx)[1](*whole), (whole[2], whole[1]))
 
 
 @needs_kernel
@@ -418,7 +363,7 @@ def test_inside_shard_map():
     assert custom_calls(step, grads, state, params) == 1
     step = jax.jit(step).lower(grads, state, params).compile()
     assert "all-gather" not in step.as_text()
-    assert_agree(step(grads, state, params), compiled(tx)[1](grads, state, params), (params, state))
+    assert_steps_agree(step(grads, state, params), compiled(tx)[1](grads, state, params), (params, state))
 
 
 @pytest.mark.parametrize(
@@ -476,7 +421,7 @@ def test_kernels_can_be_turned_off(monkeypatch):
 
 def python(program, cwd, **env):
     """What ``program`` prints in a fresh Python."""
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", **env}
+    env = environment(**{"JAX_PLATFORMS": "cpu", **env})
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=cwd, env=env, capture_output=True, text=True, check=False
     )
@@ -511,9 +456,7 @@ def test_a_source_folder_finds_the_installed_extension(tmp_path):
 def test_other_instructions(instructions, tmp_path):
     """Processors without this one's instructions get the same step."""
     program = """if True:
-        import functools, sys, jax, jax.numpy as jnp, numpy as np, jadam
-        sys.path.insert(0, sys.argv[1])
-        import test_step as t
+        import helpers as t, jadam
         for moments in ("float32", "bfloat16", "int8"):
             for rule in ("adam", "nadam", "both"):
                 tx = t.make(rule, moments)
@@ -521,11 +464,10 @@ def test_other_instructions(instructions, tmp_path):
                 state = tx.init(params)
                 for i in range(3):
                     new, expected = (f(t.trees(i + 1), state, params) for f in t.compiled(tx))
-                    t.assert_agree(new, expected, (params, state), 2 * t.ULPS)
+                    t.assert_steps_agree(new, expected, (params, state), 2 * t.ULPS)
                     params, state = expected
         print(jadam.backends()["cpu"].kernel)
     """
-    program = program.replace("sys.argv[1]", repr(str(Path(__file__).parent)))
     printed = python(program, tmp_path, JADAM_INSTRUCTIONS=instructions)
     assert printed in (f"FFI, {instructions}", "FFI, portable")
 

@@ -1,12 +1,11 @@
 """Optax's own tests of Adam's family, run on jadam."""
 
-import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers import environment
 
 MODULES = ["optax._src.alias_test", "optax._src.transform_test", "optax._src.float64_test", "optax._src.sharding_test"]
 MODULES += ["optax.contrib._common_test"]
@@ -18,10 +17,9 @@ EXPECTED = {"test_rms_match_adam": 1, "test_explicit_dtype": 2}
 
 @pytest.mark.slow
 def test_optax_s_own_tests_pass_with_jadam_in_optax_s_place(tmp_path):
-    here = Path(__file__).parent
-    env = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    command = [sys.executable, "-m", "pytest", "-p", "optax_suite", "-p", "no:cacheprovider", "-rfE", "--tb=line", "-q"]
-    result = subprocess.run([*command, "--pyargs", *MODULES], cwd=tmp_path, env=env, capture_output=True, text=True)
+    command = [sys.executable, "-m", "pytest", "-p", "programs.optax_suite", "-p", "no:cacheprovider", "-rfE"]
+    command += ["--tb=line", "-q", "--pyargs", *MODULES]
+    result = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
     summary = result.stdout[result.stdout.index("short test summary") :]
     failed = re.findall(r"^(?:FAILED|SUBFAILED|ERROR).*::([a-z_]+)", summary, re.MULTILINE)
     assert {name: failed.count(name) for name in failed} == EXPECTED, summary

@@ -1,6 +1,6 @@
 """What each process of `test_processes.py` runs until it is killed, and what the test has in common with it.
 
-Usage: python processes_program.py OPTIMIZER FOLDER PORT PROCESS
+Usage: python tests/programs/processes.py OPTIMIZER FOLDER PORT PROCESS
 """
 
 import functools

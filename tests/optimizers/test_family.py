@@ -9,8 +9,8 @@ import numpy as np
 import optax
 import oracle
 import pytest
-import torch_trajectories
 from family import FAMILY, MOMENTS, VARIANTS
+from programs import torch_trajectories
 
 import jadam
 from jadam._core import numerics

@@ -1,6 +1,7 @@
 """Makes torch_trajectories.npz: parameters after each of 60 float64 steps of PyTorch's optimizers.
 
-Not a test: run once with PyTorch 2.13, ``python tests/torch_trajectories.py``. What the tests need of it is the table.
+Not a test: run once with PyTorch 2.13, ``python tests/programs/torch_trajectories.py``. What the tests need of it
+is the table.
 """
 
 from pathlib import Path

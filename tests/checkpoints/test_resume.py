@@ -8,15 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import disks
 import numpy as np
 import pytest
-import resume_program
-from resume_program import CONFIGURATIONS, SAVE_EVERY, STEPS
-
-import jadam
+from helpers import environment
+from programs import resume
+from programs.resume import CONFIGURATIONS, SAVE_EVERY, STEPS
 
 pytestmark = pytest.mark.slow
 
@@ -25,12 +23,11 @@ SOAK = 9  # seeds, for 54 kills of each configuration
 
 
 def command(configuration, directory, *arguments):
-    program = [sys.executable, resume_program.__file__]
+    program = [sys.executable, resume.__file__]
     return [*program, configuration, directory / "run", directory / "end.npz", *arguments]
 
 
-# The jadam that this process tests, on one device.
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(jadam.__file__).parent.parent), "XLA_FLAGS": ""}
+ENVIRONMENT = environment(XLA_FLAGS="")  # one device
 
 
 class Training:

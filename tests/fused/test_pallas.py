@@ -4,12 +4,13 @@ import contextlib
 import dataclasses
 import functools
 
+import helpers
 import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_step import assert_agree, make, masters_of, ones
+from helpers import assert_steps_agree, make, masters_of, ones
 
 import jadam
 from jadam._fused import pallas
@@ -22,14 +23,7 @@ CASES += [("tpu", name, "bfloat16") for name in ("adam", "amsgrad", "radam of na
 
 # A last block that is shorter, rows as narrow as a TPU turns them, a third axis, which only the GPU's kernel takes.
 SHAPES = {"a": (40, 300), "b": (4100, 16), "c": (8, 20, 130)}
-
-
-def trees(seed, dtype=np.float32, shapes=SHAPES):
-    rng = np.random.default_rng(seed)
-    return {
-        k: jax.device_put(np.asarray(rng.standard_normal(x) * 10.0 ** rng.uniform(-3, 3, x), dtype))
-        for k, x in shapes.items()
-    }
+trees = functools.partial(helpers.trees, shapes=SHAPES)
 
 
 @functools.cache
@@ -61,7 +55,7 @@ def test_kernel_against_the_two_calls(platform, rule, moments):
         grads = trees(t + 1)
         expected = two_calls(grads, state, params)
         # The two are the same code in loops of other shapes, where XLA contracts otherwise: test_step's bounds.
-        assert_agree(step(grads, state, params), expected, (params, state), 4)
+        assert_steps_agree(step(grads, state, params), expected, (params, state), 4)
         params, state = expected
     assert calls(platform, tx, grads, state, params) == (3 if platform == "cuda" else 2)
 
@@ -76,7 +70,7 @@ def test_bf16_weights_with_remainder(platform, moments):
     for t in range(3):
         grads = trees(t + 1, jnp.bfloat16)
         expected = two_calls(grads, state, params)
-        assert_agree(*(masters_of(*x) for x in (step(grads, state, params), expected, (params, state))), 4)
+        assert_steps_agree(*(masters_of(*x) for x in (step(grads, state, params), expected, (params, state))), 4)
         params, state = expected
     taken = {"cuda": 3 * (moments == "int8"), "tpu": 2}  # bfloat16 and float32 are the GPU's XLA's
     assert calls(platform, tx, grads, state, params) == taken[platform]
@@ -97,7 +91,7 @@ def test_the_comparison_bites():
     other = type(tx)(tx.init, dataclasses.replace(tx.update, plan=moved))
     new = interpreted("cuda", other)[0](grads, state, params)
     with pytest.raises(AssertionError):
-        assert_agree(new, interpreted("cuda", tx)[1](grads, state, params), (params, state))
+        assert_steps_agree(new, interpreted("cuda", tx)[1](grads, state, params), (params, state))
 
 
 @pytest.mark.slow
