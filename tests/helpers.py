@@ -1,8 +1,11 @@
 """What several test files need."""
 
+import contextlib
 import functools
+import io
 import itertools
 import os
+import subprocess
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
@@ -11,12 +14,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from family import FAMILY
+from jax.sharding import Mesh
 
 import jadam
+from jadam.__main__ import main
+from jadam._core import numerics
 from jadam._fused import step as _step
 
 ROOT = Path(__file__).parent.parent
 CPU = jadam.backends()["cpu"]
+MESH = Mesh(np.array(jax.devices()), ("data",))
+FORMATS = ["float32", "bfloat16", "int8"]
+MEMBERS = {member.name: member for member in FAMILY}
+ADAMS = ("adam", "adamw", "nadam", "nadamw")  # whose moments int8 can store
 needs_kernel = pytest.mark.skipif(CPU.kernel is None, reason=f"no CPU kernel: {CPU.reason}")
 
 
@@ -61,12 +72,40 @@ def environment(**more):
     return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders))} | more
 
 
+def printed(command, **how):
+    """What a command prints; it must succeed."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **how)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def command_line(arguments, folder):
+    """What ``jadam`` returns, prints, and prints as errors, in a folder."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main(arguments)
+        except SystemExit as stop:  # argparse's
+            code = stop.code
+    return code, out.getvalue(), err.getvalue()
+
+
 # ---------------------------------------------------------------- arrays
+
+
+def zeros(shape, dtype=np.float32):
+    """``jnp.zeros``, but nothing is compiled."""
+    return jax.device_put(np.zeros(shape, dtype))
 
 
 def ones(shape, dtype=np.float32):
     """``jnp.ones``, but nothing is compiled."""
     return jax.device_put(np.ones(shape, dtype))
+
+
+def normal(*shape, seed=0, dtype=np.float32):
+    """Normal numbers, for a seed and a shape always the same."""
+    return jax.device_put(np.asarray(np.random.default_rng(seed).standard_normal(shape), dtype))
 
 
 SHAPES = {"a": (33, 300), "b": (77,), "c": ()}
@@ -81,7 +120,47 @@ def trees(seed, dtype=np.float32, shapes=SHAPES):
     }
 
 
+def leaves(*trees):
+    """The leaves of trees side by side."""
+    return zip(*map(jax.tree.leaves, trees), strict=True)
+
+
+def assert_equal(tree, expected):
+    """The same structure, dtypes and numbers."""
+    assert jax.tree.structure(tree) == jax.tree.structure(expected)
+    for x, y in leaves(tree, expected):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+
+
+def assert_finite_alike(tree, expected):
+    """The same numbers are finite."""
+    for x, y in leaves(tree, expected):
+        np.testing.assert_array_equal(np.isfinite(np.float32(x)), np.isfinite(np.float32(y)))
+
+
+# ---------------------------------------------------------------- formulas
+
+
+def lowbias32(x):
+    """Wellons' hash in Python's integers."""
+    x = (x ^ x >> 16) * 0x7FEB352D & 0xFFFFFFFF
+    x = (x ^ x >> 15) * 0x846CA68B & 0xFFFFFFFF
+    return x ^ x >> 16
+
+
+round_to_bfloat16 = jax.jit(numerics.round_to_bfloat16)
+float32_params = jax.jit(jadam.float32_params)
+
+
 # ---------------------------------------------------------------- steps
+
+
+def two_calls(tx, g, state, params):
+    """One step by ``tx.update`` and `optax.apply_updates`."""
+    updates, state = tx.update(g, state, params)
+    return optax.apply_updates(params, updates), state
+
 
 # Every rule and option that the kernel writes a second time.
 RULES = {
@@ -143,7 +222,7 @@ def assert_steps_agree(new, expected, old, ulps=ULPS):
     new, expected, old = jax.device_get((new, expected, old))
     assert jax.tree.structure(new) == jax.tree.structure(expected)
     for is_param, parts in enumerate(zip(new[::-1], expected[::-1], old[::-1], strict=True)):
-        for a, b, c in zip(*map(jax.tree.leaves, parts), strict=True):
+        for a, b, c in leaves(*parts):
             assert (a.shape, a.dtype) == (b.shape, b.dtype)
             if a.dtype != jnp.float32 and not (is_param and a.dtype == jnp.bfloat16):
                 # 2 ulp of float32 are 2**-15 of bfloat16's spacing

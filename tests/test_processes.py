@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from helpers import environment
+from helpers import environment, leaves
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from programs import processes as program
@@ -134,7 +134,7 @@ def test_the_same_losses(killed):
         loss, gradients = program.loss_and_gradients(params, *batch)
         bounds = largest_difference(params, batch)
         if j == 0:
-            for a, b, bound in zip(*map(jax.tree.leaves, (gradients, theirs, bounds)), strict=True):
+            for a, b, bound in leaves(gradients, theirs, bounds):
                 assert (np.abs(a - b) <= bound).all()
         # The loss is such a sum of eight itself. A gradient off by d moves a coordinate by at most 2 * LR * d / sqrt(v)
         # in each step from then on, of which there are j * (j + 1) / 2, and the loss by that times its gradient, which

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from helpers import grid
+from helpers import assert_equal, grid, leaves, normal
 
 import jadam
 
@@ -25,10 +25,9 @@ STATES = {
 
 
 def params():
-    normal = lambda *shape: np.asarray(np.random.default_rng(0).standard_normal(shape), np.float32)
     return {
         "kernel": normal(64, 768),
-        "wide": normal(50, 768).astype(jnp.bfloat16),
+        "wide": normal(50, 768, dtype=jnp.bfloat16),
         "bias": normal(24),
         "scale": normal(),
     }
@@ -82,10 +81,8 @@ def test_save_and_restore(tx, place, tmp_path):
     update = jax.jit(tx.update)
     _, state = update(p, settled(tx.init(p), p["scale"]), p)
     again = restored(state, tmp_path / "state")
-    assert jax.tree.structure(again) == jax.tree.structure(state)
-    for x, y in zip(jax.tree.leaves(again), jax.tree.leaves(state), strict=True):
-        np.testing.assert_array_equal(x, y)
-        assert x.dtype == y.dtype
+    assert_equal(again, state)
+    for x, y in leaves(again, state):
         assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
     expected, compiled = update(p, state, p), update._cache_size()
     jax.tree.map(np.testing.assert_array_equal, update(p, again, p), expected)
@@ -123,7 +120,7 @@ def test_between_optax_and_jadam(name, back, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again, state)
     updates, _ = updates_of(wanted)(p, again, p)
     expected, _ = updates_of(saved)(p, state, p)
-    for x, y in zip(jax.tree.leaves(updates), jax.tree.leaves(expected), strict=True):
+    for x, y in leaves(updates, expected):
         np.testing.assert_allclose(x, y, rtol=2e-5)  # Optax's distance from the paper is 1.3e-5, see test_adam.py
 
 

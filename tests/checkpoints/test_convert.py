@@ -7,16 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import grid
+from helpers import FORMATS, grid, leaves, normal
 
 import jadam
 
-FORMATS = ["float32", "bfloat16", "int8"]
 WIDTH = {"float32": 0, "bfloat16": 2**-7, "int8": 0.05}  # of a moment's own size, or for int8 of its block's largest
 
 
 def params():
-    normal = lambda *shape: jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
     return {"kernel": normal(64, 200), "bias": normal(200), "none": None}
 
 
@@ -63,7 +61,7 @@ def test_every_format_to_every_other(new, old, wrap):
     avals = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype, getattr(x, "weak_type", False)), tree)
     assert avals(converted) == avals(expected)
     for name in ("mu", "nu"):
-        for x, y in zip(*(jax.tree.leaves(optax.tree.get(s, name)) for s in (before, after)), strict=True):
+        for x, y in leaves(*(optax.tree.get(s, name) for s in (before, after))):
             x, y = np.asarray(x), np.asarray(y)
             size = np.abs(x) if new != "int8" or x.ndim < 2 else np.abs(x).max(axis=1, keepdims=True)
             assert (np.abs(x - y) <= WIDTH[new] * size).all(), name

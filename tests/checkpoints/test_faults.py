@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from helpers import environment
+from helpers import environment, printed
 from programs import damage
 from programs.damage import bits, flipped
 
@@ -139,8 +139,7 @@ def test_a_damaged_checkpoint_is_an_error(name, tmp_path):
     """Or what was damaged has no part in what is restored: no array ever has other bits."""
     flips, result = FLIPS // len(damage.CONFIGURATIONS), tmp_path / "damages.json"
     command = [sys.executable, damage.__file__, name, str(flips), result]
-    done = subprocess.run(command, env=HERE, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
+    printed(command, env=HERE, timeout=100)
     damages = json.loads(result.read_text())
     assert damages[0] == damages[-1] == [None, "none", "same"]
     assert [x for x in damages if x[-1] == "other"] == []

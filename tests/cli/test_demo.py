@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import io
 import os
 import pty
 import re
@@ -17,6 +16,7 @@ import disks
 import flax.nnx as nnx
 import optax
 import pytest
+from helpers import command_line
 
 from jadam.__main__ import main
 from jadam._cli import demo as _demo
@@ -35,10 +35,7 @@ def finished(request, tmp_path_factory):
     if request.param == "a process":
         result = subprocess.run(COMMAND, cwd=folder, capture_output=True, text=True, timeout=120)
         return result.returncode, result.stdout, result.stderr, folder
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(["demo"])
-    return code, out.getvalue(), err.getvalue(), folder
+    return *command_line(["demo"], folder), folder
 
 
 def rows(output):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import lowbias32, round_to_bfloat16
 from jax.sharding import PartitionSpec as P
 
 from jadam._core import numerics
@@ -177,13 +178,6 @@ def test_dtypes(strict):
     assert numerics.real(jnp.bfloat16) == jnp.bfloat16
 
 
-def lowbias32(x):
-    """Of Python's integers."""
-    x = ((x ^ x >> 16) * 0x7FEB352D) & 0xFFFFFFFF
-    x = ((x ^ x >> 15) * 0x846CA68B) & 0xFFFFFFFF
-    return x ^ x >> 16
-
-
 def test_lowbias32():
     found = jax.jit(numerics.lowbias32)(np.array(PATTERNS, np.uint32))
     assert found.tolist() == [lowbias32(x) for x in PATTERNS]
@@ -261,9 +255,6 @@ def rounded(x, bits):
     found = round_to_bfloat16(x, bits)
     assert found.dtype == jnp.bfloat16
     return np.asarray(found).astype(np.float32)
-
-
-round_to_bfloat16 = jax.jit(numerics.round_to_bfloat16)
 
 
 @pytest.mark.parametrize("sign", [1, -1])

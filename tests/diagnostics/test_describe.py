@@ -9,14 +9,14 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from helpers import zeros
 
 import jadam
 
-ZEROS = lambda shape, dtype=np.float32: jnp.asarray(np.zeros(shape, dtype))
 PARAMS = {
-    "embed": ZEROS((64, 128)),
-    "layers": [{"kernel": ZEROS((128, 64), jnp.bfloat16), "bias": ZEROS(64)}, ZEROS((3, 0))],
-    "scale": ZEROS(()),
+    "embed": zeros((64, 128)),
+    "layers": [{"kernel": zeros((128, 64), jnp.bfloat16), "bias": zeros(64)}, zeros((3, 0))],
+    "scale": zeros(()),
     "none": None,
 }
 TRANSFORMATIONS = {
@@ -61,7 +61,7 @@ def test_formats_and_reasons():
     assert (rows["['embed']"].format, rows["['embed']"].reason) == ("float32", "so chosen by moments")
     rows = {leaf.name: leaf for leaf in jadam.describe(TRANSFORMATIONS["groups"], PARAMS).leaves}
     assert (rows["['layers'][0]['kernel']"].format, rows["['layers'][0]['kernel']"].bytes) == ("none", 0)
-    rows = jadam.describe(jadam.adam(1e-3, mu_dtype=jnp.bfloat16), ZEROS(3)).leaves
+    rows = jadam.describe(jadam.adam(1e-3, mu_dtype=jnp.bfloat16), zeros(3)).leaves
     assert (rows[0].format, rows[0].reason, rows[0].bytes) == ("float32", "mu_dtype", 18)
 
 
@@ -72,8 +72,8 @@ def test_flax_and_a_bare_array():
         ("['bias']", "float32", 1024 + 2),
         ("['kernel']", "int8", 64 * 128 * 2 + 64 * 8),
     ]
-    assert jadam.describe(jadam.adam(1e-3), ZEROS(5)).leaves[0].bytes == 40
-    assert jadam.describe(jadam.adam(1e-3), ZEROS(())).leaves[0].bytes == 8
+    assert jadam.describe(jadam.adam(1e-3), zeros(5)).leaves[0].bytes == 40
+    assert jadam.describe(jadam.adam(1e-3), zeros(())).leaves[0].bytes == 8
     assert jadam.describe(jadam.adam(1e-3), {}).bytes_per_parameter == 4
 
 
@@ -118,7 +118,7 @@ class Encoder(eqx.Module):
 def test_parameters_named_as_the_state_s_fields():
     """`.mu.weight` is in Adam's state the moment of `.weight`, and also a parameter's path."""
     shapes = jax.eval_shape(lambda: Encoder(eqx.nn.Linear(64, 128, key=jax.random.key(0)), jnp.ones((256, 128))))
-    p = jax.tree.map(lambda x: ZEROS(x.shape, x.dtype), shapes)
+    p = jax.tree.map(lambda x: zeros(x.shape, x.dtype), shapes)
     tx = jadam.adam(1e-3)
     for leaf in jadam.describe(tx, p).leaves:
         assert (leaf.format, leaf.bytes) == ("float32", 8 * leaf.size)
@@ -129,7 +129,7 @@ def test_parameters_named_as_the_state_s_fields():
 
 
 def test_a_bare_array_has_neither_count_nor_version():
-    for p in (ZEROS(5), ZEROS(())):
+    for p in (zeros(5), zeros(())):
         described = jadam.describe(jadam.scale_by_adam(moments="int8"), p)
         assert (described.leaves[0].bytes, described.other_bytes) == (8 * p.size + 2, 4 + 1)  # two unused scales
 
@@ -143,5 +143,5 @@ class RingShaped(NamedTuple):
 
 @pytest.mark.parametrize("tx", [jadam.adam(1e-3), jadam.record(jadam.adam(1e-3), keep=2)])
 def test_a_parameter_called_ring(tx):
-    described = jadam.describe(tx, RingShaped(ZEROS((64, 128)), ZEROS((8, 8))))
+    described = jadam.describe(tx, RingShaped(zeros((64, 128)), zeros((8, 8))))
     assert [(leaf.name, leaf.bytes) for leaf in described.leaves] == [(".ring", 8 * 64 * 128), (".other", 8 * 64)]

@@ -10,13 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import MESH, assert_equal, float32_params, leaves, two_calls
 from jax import export
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jadam
-
-MESH = Mesh(np.array(jax.devices()), ("data",))
 
 
 def tree(seed=0, dtype=np.float32):
@@ -28,11 +27,6 @@ def tree(seed=0, dtype=np.float32):
 
 def one_pass(tx, g, state, p):
     return jadam.step(tx, g, state, p)
-
-
-def two_calls(tx, g, state, p):
-    updates, state = tx.update(g, state, p)
-    return optax.apply_updates(p, updates), state
 
 
 @functools.cache
@@ -103,7 +97,7 @@ def test_what_is_kept(transformation, take):
                 np.testing.assert_allclose(kept[field][k], x, rtol=4140 * 2.0**-24)
     plain, alone = trained(inner, tree(dtype=dtype), some(11), take)
     exact = take is one_pass and jadam.backends()["cpu"].kernel is not None
-    for a, b in zip(jax.tree.leaves((p, state.inner_state)), jax.tree.leaves((plain, alone)), strict=True):
+    for a, b in leaves((p, state.inner_state), (plain, alone)):
         if exact:
             np.testing.assert_array_equal(a, b)
         else:  # XLA may contract a product and a sum in one program only: codes and remainders hide how far
@@ -258,8 +252,7 @@ def test_exact_bf16_from_float32():
     w = tree()
     p, state = jax.jit(lambda w: jadam.from_float32(w, tx))(w)
     assert jax.tree.structure(state) == jax.tree.structure(jax.eval_shape(tx.init, p))
-    for a, b in zip(jax.tree.leaves(jax.jit(jadam.float32_params)(p, state)), jax.tree.leaves(w), strict=True):
-        np.testing.assert_array_equal(a, b)
+    assert_equal(float32_params(p, state), w)
 
 
 @pytest.mark.parametrize("take", [one_pass, two_calls])

@@ -11,7 +11,8 @@ import optax
 import oracle
 import pytest
 from family import FAMILY
-from jax.sharding import AxisType, Mesh, NamedSharding
+from helpers import FORMATS, MESH, leaves
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jadam
@@ -19,8 +20,6 @@ from jadam._diagnostics import statistics as measuring
 from jadam._diagnostics.statistics import LOWER, QUANTILES, UPPER, _quantiles
 
 B1, B2, EPS, RATE, DECAY, STEPS = 0.8, 0.95, 0.3, 0.01, 0.1, 5  # an eps that dominates here and there
-MESH = Mesh(np.array(jax.devices()), ("data",))
-FORMATS = ["float32", "bfloat16", "int8"]
 rate = optax.exponential_decay(RATE, 1, 0.5)  # what a wrong count would get wrong
 
 
@@ -222,7 +221,7 @@ def test_zero1():
         p = optax.apply_updates(p, updates)
     told = jadam.statistics(tx, state, p)
     alone = jadam.statistics(FORMATTED, *jax.tree.map(np.asarray, (state, p)))
-    for a, b in zip(jax.tree.leaves(told), jax.tree.leaves(alone), strict=True):
+    for a, b in leaves(told, alone):
         np.testing.assert_allclose(a, b, rtol=2 * 8729 * 2.0**-24)
 
 
@@ -260,7 +259,7 @@ def test_explicit_axes(make, context):
         told = telling(tx)(state, p, gradients)
     assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves((told, state.ring)))
     wanted = telling(tx)(*jax.tree.map(np.asarray, (state, p, gradients)))
-    for a, b in zip(jax.tree.leaves(told), jax.tree.leaves(wanted), strict=True):
+    for a, b in leaves(told, wanted):
         np.testing.assert_allclose(a, b, rtol=2 * 8216 * 2.0**-24)  # each leaf's sum in another order
     kept = jadam.history(state)
     np.testing.assert_array_equal(kept.steps, [4, 6])
@@ -276,7 +275,7 @@ MEMBERS = {
 }
 
 
-@helpers.rows("member", {member.name: member for member in FAMILY}, default=["adamax", "nadamw", "amsgrad", "radam"])
+@helpers.rows("member", helpers.MEMBERS, default=["adamax", "nadamw", "amsgrad", "radam"])
 def test_the_family(member):
     """Against the oracles, which start from gradients: the implied update is the real one, but for NAdam's."""
     settings = {**member.settings}
@@ -465,7 +464,7 @@ def test_a_sample():
     _, plain, _ = updating(ADAM)(p, initial(ADAM)(p), p)
     both = jax.jit(lambda state, p: [jadam.statistics(ADAM, state, p, sample=n) for n in (256, None)])
     some, all_ = both(plain, p)
-    for a, b in zip(jax.tree.leaves(some), jax.tree.leaves(all_), strict=True):
+    for a, b in leaves(some, all_):
         # the total weighs a leaf by all its coordinates; each is a sum of 65,536 + 8,192 + 1,000 terms at most
         np.testing.assert_allclose(a, b, rtol=74728 * 2.0**-24)
     state = jax.eval_shape(tx.init, p)
@@ -501,11 +500,11 @@ def test_leaves_by_themselves_and_together(monkeypatch, most):
     told = jadam.statistics(FORMATTED, state, p)
     monkeypatch.setattr(measuring, "MOST", most)
     rows = jax.jit(lambda state, p: measuring.in_rows(FORMATTED, None, state, p)[1])(state, p)
-    for name, total, *leaves in zip(
+    for name, total, *each in zip(
         measuring.Measures._fields, *map(list, zip(*map(np.asarray, rows), strict=True)), strict=True
     ):
         np.testing.assert_allclose(total, getattr(told.total, name), rtol=8729 * 2.0**-24, err_msg=name)
-        for x, path in zip(leaves, told.leaves, strict=True):
+        for x, path in zip(each, told.leaves, strict=True):
             wanted = getattr(told.leaves[path], name)
             np.testing.assert_allclose(x, wanted, rtol=8729 * 2.0**-24, err_msg=f"{name} {path}")
 

@@ -1,10 +1,10 @@
 """The native rules and formats compile for other targets than the CPU's extension: they use no standard library."""
 
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
+from helpers import printed
 
 import jadam
 
@@ -47,8 +47,7 @@ extern "C" __global__ void kernel(int rule, jadam::Scalars s, const float* g, ja
 
 def compiles(command, source):
     """Raises with what the compiler says."""
-    done = subprocess.run([*command, "-std=c++17", f"-I{HEADERS}", str(source)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    printed([*command, "-std=c++17", f"-I{HEADERS}", str(source)])
 
 
 def test_for_a_host_without_a_standard_library(tmp_path):

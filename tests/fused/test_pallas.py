@@ -10,7 +10,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_steps_agree, make, masters_of, ones
+from helpers import assert_finite_alike, assert_steps_agree, make, masters_of, ones
 
 import jadam
 from jadam._fused import pallas
@@ -54,7 +54,7 @@ def test_kernel_against_the_two_calls(platform, rule, moments):
     for t in range(3):
         grads = trees(t + 1)
         expected = two_calls(grads, state, params)
-        # The two are the same code in loops of other shapes, where XLA contracts otherwise: test_step's bounds.
+        # The two are the same code in loops of other shapes, where XLA contracts otherwise: the kernel's bounds.
         assert_steps_agree(step(grads, state, params), expected, (params, state), 4)
         params, state = expected
     assert calls(platform, tx, grads, state, params) == (3 if platform == "cuda" else 2)
@@ -108,8 +108,7 @@ def test_not_finite(platform):
     state = tx.init(params)
     for _ in range(2):
         new, expected = step(grads, state, params), two_calls(grads, state, params)
-        for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(expected), strict=True):
-            np.testing.assert_array_equal(np.isfinite(np.float32(a)), np.isfinite(np.float32(b)))
+        assert_finite_alike(new, expected)
         params, state = expected
 
 

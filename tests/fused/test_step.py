@@ -2,7 +2,6 @@
 
 import functools
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,14 +16,18 @@ from helpers import (
     CPU,
     RULES,
     ULPS,
+    assert_equal,
+    assert_finite_alike,
     assert_steps_agree,
     compiled,
     custom_calls,
     environment,
+    leaves,
     make,
     masters_of,
     needs_kernel,
     ones,
+    printed,
     rows,
     trees,
 )
@@ -123,8 +126,7 @@ def test_not_finite(moments):
     state = tx.init(params)
     for _ in range(3):
         new, expected = step(grads, state, params), calls(grads, state, params)
-        for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(expected), strict=True):
-            np.testing.assert_array_equal(np.isfinite(np.float32(a)), np.isfinite(np.float32(b)))
+        assert_finite_alike(new, expected)
         params, state = expected
 
 
@@ -140,8 +142,7 @@ def test_in_place(moments):
     assert in_place.memory_analysis().temp_size_in_bytes <= 0.01 * params.size
     grads = ones((512, 512), jnp.bfloat16)
     expected = jax.device_get(jax.jit(functools.partial(jadam.step, tx))(grads, state, params))
-    for a, b in zip(jax.tree.leaves(in_place(params, state, grads)), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_array_equal(a, b)
+    assert_equal(in_place(params, state, grads), expected)
     assert params.is_deleted()
 
 
@@ -189,7 +190,7 @@ def test_mixed_leaves(rule):
     grads = jax.tree.map(lambda x: np.asarray(0.3, x.dtype) * np.asarray(x), ODD)
     state = tx.init(ODD)
     new, expected = (f(grads, state, ODD) for f in compiled(tx))
-    for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(expected), strict=True):
+    for a, b in leaves(new, expected):
         assert a.dtype == b.dtype
         np.testing.assert_allclose(np.asarray(a, complex), np.asarray(b, complex), rtol=3e-7, atol=3e-7)  # 2 ulp of 1
 
@@ -227,7 +228,7 @@ def test_hyperparameters_traced_where_the_step_is(name):
     expected = jax.jit(functools.partial(step, make(value)))(state)
     new = jax.jit(traced)(value, state)
     assert jax.tree.structure(new) == jax.tree.structure(expected)
-    for a, b in zip(*map(jax.tree.leaves, (new, expected)), strict=True):
+    for a, b in leaves(new, expected):
         assert a.dtype == b.dtype
         if name == "bounds":  # XLA may sum the norm's squares otherwise: an ulp of it, and 2 of what is scaled by it
             np.testing.assert_allclose(a, b, rtol=4e-7, atol=4e-7 * 0.1)  # of lr * u
@@ -250,8 +251,7 @@ def test_with_jit_disabled(moments):
     expected = jadam.step(tx, p, state, p)
     with jax.disable_jit():
         for step in (jadam.step, jax.jit(jadam.step, static_argnums=0)):
-            for a, b in zip(*map(jax.tree.leaves, (step(tx, p, state, p), expected)), strict=True):
-                np.testing.assert_array_equal(a, b)
+            assert_equal(step(tx, p, state, p), expected)
 
 
 def test_nothing_traced_outlives_its_trace():
@@ -321,8 +321,7 @@ def test_chain_is_optax_s():
     for t in range(3):
         results = [update(trees(t), s, params) for update, s in zip(updates, states, strict=True)]
         states = [state for _, state in results]
-        for a, b in zip(*map(jax.tree.leaves, results), strict=True):
-            np.testing.assert_array_equal(a, b)
+        assert_equal(*results)
 
 
 # -- several devices, other platforms ----------------------------------------------------------------------------------
@@ -400,8 +399,7 @@ def test_export_decides_by_target():
     both = jax.export.export(step, platforms=["cpu", "tpu"], disabled_checks=allow)(*args)
     assert "@jadam_step" in both.mlir_module()
     assert "@jadam_step" not in jax.export.export(step, platforms=["tpu"])(*args).mlir_module()
-    for a, b in zip(jax.tree.leaves(both.call(*args)), jax.tree.leaves(step(*args)), strict=True):
-        np.testing.assert_array_equal(a, b)
+    assert_equal(both.call(*args), step(*args))
 
 
 # -- the extension -----------------------------------------------------------------------------------------------------
@@ -422,11 +420,7 @@ def test_kernels_can_be_turned_off(monkeypatch):
 def python(program, cwd, **env):
     """What ``program`` prints in a fresh Python."""
     env = environment(**{"JAX_PLATFORMS": "cpu", **env})
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=cwd, env=env, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    return printed([sys.executable, "-c", program], cwd=cwd, env=env).strip()
 
 
 @needs_kernel

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import rows
+from helpers import ones, rows, zeros
 from hypothesis import strategies as st
 from properties import holds
 
@@ -29,15 +29,6 @@ def scale_by(moments):
     """`jadam.scale_by_adam` and its compiled update, which tests share."""
     tx = jadam.scale_by_adam(moments=moments)
     return tx, jax.jit(tx.update)
-
-
-def zeros(*shape):
-    """``jnp.zeros``, but nothing is compiled."""
-    return jax.device_put(np.zeros(shape, np.float32))
-
-
-def ones(*shape, dtype=np.float32):
-    return jax.device_put(np.ones(shape, dtype))
 
 
 def normal(*shape, seed=0):
@@ -171,7 +162,7 @@ def test_rounding_is_unbiased():
     int8, n = formats.FORMATS["int8"], 4096
     w = np.concatenate([[1.0], 10.0 ** -np.random.default_rng(0).uniform(0, 3, 127)]).astype(np.float32)  # sqrt(v)
     v, m = w[None] ** 2, w[None] * np.linspace(-1, 1, 128, dtype=np.float32)
-    stored = int8.init(zeros(1, 128), 2)
+    stored = int8.init(zeros((1, 128)), 2)
 
     def decoded(count):
         return int8.decode(int8.encode((m, v), stored, formats.random_for(m.shape, 0, count)), jnp.float32)
@@ -217,7 +208,7 @@ def test_betas_that_are_1_in_float32_have_a_bound():
 @pytest.mark.parametrize("moments", NARROW)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e20])
 def test_nothing_not_finite_is_laundered(moments, bad):
-    p = zeros(32, 256)
+    p = zeros((32, 256))
     good = np.ones((32, 256), np.float32)
     g = good.copy()
     g[3, 5] = bad
@@ -239,7 +230,7 @@ def test_nothing_not_finite_is_laundered(moments, bad):
 
 @pytest.mark.parametrize("moments", NARROW)
 def test_apply_if_finite_leaves_the_state(moments):
-    p = zeros(32, 256)
+    p = zeros((32, 256))
     tx = optax.apply_if_finite(jadam.adam(0.1, moments=moments), 5)
     update = jax.jit(tx.update)
     _, state = update(np.ones(p.shape, np.float32), tx.init(p), p)
@@ -251,7 +242,7 @@ def test_apply_if_finite_leaves_the_state(moments):
 @pytest.mark.parametrize("moments", NARROW)
 def test_same_bits_again_and_on_eight_devices(moments):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    p = zeros(64, 1024)
+    p = zeros((64, 1024))
     tx, update = scale_by(moments)
     gradients = normal(5, *p.shape)
     states = [tx.init(p)]
@@ -295,7 +286,7 @@ def test_blocks_fit_shards(under_jit):
 @rows("make", ADAMS, default=["nadamw"])
 def test_jit_is_eager(make):
     # Under jit a multiplication and an addition may be one operation, so a value may round to the neighbouring code.
-    p = zeros(40, 300)
+    p = zeros((40, 300))
     tx = make(moments="int8")
     g = jax.device_put(normal(*p.shape))
     u, state = tx.update(g, tx.init(p), p)
@@ -309,7 +300,7 @@ def test_jit_is_eager(make):
 
 @rows("member", family.FAMILY, default=["adamaxw", "amsgrad", "radam"])
 def test_bfloat16_throughout_the_family(member):
-    p = {"w": ones(8, 16, dtype=jnp.bfloat16), "b": ones(3), "none": None, "empty": zeros(0, 3)}
+    p = {"w": ones((8, 16), jnp.bfloat16), "b": ones(3), "none": None, "empty": zeros((0, 3))}
     tx, plain = member.make(0.1, moments="bfloat16"), member.make(0.1)
     state, expected = tx.init(p), plain.init(p)
     assert jax.tree.structure(state) == jax.tree.structure(expected)
@@ -333,7 +324,7 @@ def test_int8_is_refused_elsewhere(member):
 
 
 def test_by_name():
-    p = {"embed": zeros(64, 128), "layer": {"kernel": zeros(64, 128), "bias": zeros(128)}}
+    p = {"embed": zeros((64, 128)), "layer": {"kernel": zeros((64, 128)), "bias": zeros(128)}}
     tx = jadam.adam(0.1, moments=lambda path, leaf: "bfloat16" if "embed" in path else "int8")
     state = tx.init(p)
     nu = optax.tree.get(state, "nu")
@@ -349,7 +340,7 @@ def test_by_name():
 
 @pytest.mark.parametrize("moments", NARROW)
 def test_wide_leaves_stay_wide(moments, x64):
-    p = {np.dtype(dtype).name: ones(64, 128, dtype=dtype) for dtype in (np.float64, np.complex64)}
+    p = {np.dtype(dtype).name: ones((64, 128), dtype) for dtype in (np.float64, np.complex64)}
     (tx, update), (plain, update_plain) = scale_by(moments), scale_by("float32")
     state = tx.init(p)
     assert {name: x.dtype.name for name, x in state.mu.items()} == {name: name for name in p}
@@ -357,7 +348,7 @@ def test_wide_leaves_stay_wide(moments, x64):
 
 
 def test_scheduled_and_traced_betas():
-    p = zeros(64, 128)
+    p = zeros((64, 128))
     g = np.ones(p.shape, np.float32)
     scheduled = jadam.scale_by_adam(b2=lambda count: jnp.where(count == 2, 0.5, 0.99), moments="int8")
     state, update = scheduled.init(p), jax.jit(scheduled.update)
@@ -374,7 +365,7 @@ def test_scheduled_and_traced_betas():
 @pytest.mark.parametrize("wrap", [lambda tx: tx, jadam.exact_bf16])
 def test_a_first_state_can_be_donated(wrap):
     """No two leaves of it are one buffer: XLA would refuse to take it twice."""
-    params = {"kernel": ones(64, 128), "bias": ones(128), "scale": ones()}
+    params = {"kernel": ones((64, 128)), "bias": ones(128), "scale": ones(())}
     tx = wrap(jadam.adam(1e-3, b1=lambda count: 0.9, moments="int8"))
     state = tx.init(params)
     step = jax.jit(lambda state, params: tx.update(params, state, params)[1], donate_argnums=0)
@@ -384,7 +375,7 @@ def test_a_first_state_can_be_donated(wrap):
 @pytest.mark.slow
 def test_scheduled_betas_without_a_bound_are_nan():
     tx = jadam.adam(1e-2, b1=lambda count: 0.99, b2=0.9, moments="int8")
-    p = ones(64, 128)
+    p = ones((64, 128))
     assert np.isnan(jax.jit(tx.update)(p, tx.init(p), p)[0]).all()
 
 
@@ -413,7 +404,7 @@ def test_strict_promotion_changes_no_bit(moments, wrap, strict):
     """Of both ways to take a step, of `jadam.statistics` and of `jadam.convert_moments`."""
     tx = wrap(jadam.adamw(1e-2, moments=moments))
     dtype = jnp.bfloat16 if wrap is jadam.exact_bf16 else jnp.float32
-    params = {"kernel": ones(64, 129, dtype=dtype), "bias": ones(3, dtype=dtype)}
+    params = {"kernel": ones((64, 129), dtype), "bias": ones(3, dtype)}
     numbers = normal(3, 64, 129).astype(dtype)
     grads = [{"kernel": x, "bias": x[0, :3]} for x in numbers]
 
@@ -438,6 +429,6 @@ def test_strict_promotion_changes_no_bit(moments, wrap, strict):
 def test_strict_promotion_where_a_step_is_two_calls(strict):
     """The update of an `exact_bf16` is wider than the parameters, which `optax.apply_updates` then refuses."""
     tx = jadam.exact_bf16(optax.sgd(2.0**-9))
-    p = ones(3, dtype=jnp.bfloat16)
+    p = ones(3, jnp.bfloat16)
     masters = jax.jit(lambda p, state: jadam.float32_params(*jadam.step(tx, p, state, p)))(p, tx.init(p))
     np.testing.assert_array_equal(masters, np.full(3, 1 - 2.0**-9, np.float32))

@@ -7,14 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import zeros
 
 from jadam._core.numerics import dither, linear_index
 from jadam._moments import formats
 from jadam._moments.formats import FORMATS, BFloat16, Float32
-
-
-def zeros(shape, dtype=np.float32):
-    return jnp.asarray(np.zeros(shape, dtype))
 
 
 def test_names():

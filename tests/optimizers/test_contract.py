@@ -14,11 +14,10 @@ import optax
 import oracle
 import pytest
 from family import FAMILY
-from helpers import grid, rows
+from helpers import MEMBERS, assert_equal, grid, leaves, rows
 
 import jadam
 
-MEMBERS = {member.name: member for member in FAMILY}
 every_member = pytest.mark.parametrize("member", FAMILY, ids=str)
 
 SCHEDULES = {
@@ -43,10 +42,6 @@ def tree(seed=0, dtype=np.float32):
 def matrix(x):
     """The one leaf of ``tree()`` that is a matrix."""
     return x["layers"][0][0]
-
-
-def leaves(*trees):
-    return zip(*map(jax.tree.leaves, trees), strict=True)
 
 
 def decay(member):
@@ -398,8 +393,7 @@ def without_bad_gradients():
 @every_member
 def test_apply_if_finite_leaves_the_state_alone(member):
     state, after, updates = (x[member.name] for x in without_bad_gradients())
-    for a, b in leaves(state.inner_state, after.inner_state):
-        np.testing.assert_array_equal(a, b)
+    assert_equal(state.inner_state, after.inner_state)
     assert np.any(optax.tree.get(state.inner_state, "mu")["w"])
     np.testing.assert_array_equal(updates["w"], 0)
 

@@ -10,13 +10,13 @@ import optax
 import oracle
 import pytest
 from family import FAMILY, MOMENTS, VARIANTS
+from helpers import MEMBERS
 from programs import torch_trajectories
 
 import jadam
 from jadam._core import numerics
 from jadam._optimizers import radam as _radam
 
-MEMBERS = {member.name: member for member in FAMILY}
 TORCH = np.load(torch_trajectories.FILE)
 
 

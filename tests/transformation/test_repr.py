@@ -6,10 +6,10 @@ import numpy as np
 import optax
 import treescope
 from flax import nnx
+from helpers import ones
 
 import jadam
 
-ONES = lambda shape: jnp.asarray(np.ones(shape, np.float32))
 CASES = {
     "jadam.adam(learning_rate=0.1)": lambda: jadam.adam(0.1, 0.9, b2=0.999),
     "jadam.adamw(learning_rate=<cosine_decay_schedule>, b2=0.95, moments='int8')": lambda: jadam.adamw(
@@ -47,13 +47,13 @@ def test_it_survives_what_flax_does_to_transformations():
 
 
 def test_states_are_plain_named_tuples():
-    text = treescope.render_to_text(jadam.record(jadam.adam(0.1), keep=2).init(ONES(2)))
+    text = treescope.render_to_text(jadam.record(jadam.adam(0.1), keep=2).init(ones(2)))
     assert text.startswith("RecordState(")
     assert "ScaleByAdamState(" in text
 
 
 def test_tables():
-    params = {"<b>": ONES((64, 128)), "c": ONES(3)}
+    params = {"<b>": ones((64, 128)), "c": ones(3)}
     described = jadam.describe(jadam.adam(0.1, moments="int8"), params)._repr_html_()
     assert described.count("<tr>") == 4
     assert "&lt;b&gt;" in described
@@ -66,8 +66,8 @@ def test_tables():
 
 
 def test_statistics_are_a_table_where_they_are_numbers():
-    tx, params = jadam.adam(0.1), {"<b>": ONES(3), "c": ONES(2)}
-    grads = {"<b>": ONES(3), "c": -np.ones(2, np.float32)}
+    tx, params = jadam.adam(0.1), {"<b>": ones(3), "c": ones(2)}
+    grads = {"<b>": ones(3), "c": -np.ones(2, np.float32)}
     seen = []
 
     @jax.jit

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import rows
+from helpers import leaves, rows, two_calls
 from jax.experimental import checkify
 
 import jadam
@@ -80,7 +80,7 @@ def test_schedules_that_want_numbers(name):
     state = tx.init(PARAMS)
     updates, _ = tx.update(GRADS, state, PARAMS)
     params, _ = jadam.step(tx, GRADS, state, PARAMS)
-    for u, p, new in zip(*map(jax.tree.leaves, (updates, PARAMS, params)), strict=True):
+    for u, p, new in leaves(updates, PARAMS, params):
         np.testing.assert_allclose(new, p + u, rtol=2.0**-22)  # a rounding of each side, and of the update
     assert jadam.describe(tx, PARAMS).one_pass == (jadam.backends()["cpu"].kernel is not None)
 
@@ -223,7 +223,7 @@ def test_a_class_that_checks_what_it_is_made_of(name):
     updates, _ = jax.jit(tx.update)(params, state, params)
     expected = jax.tree.map(lambda p, u: p + u, params, updates)
     found, _ = jadam.step(tx, params, state, params)
-    for x, y in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+    for x, y in leaves(found, expected):
         np.testing.assert_allclose(x, y, rtol=2.0**-22, atol=5e-8)  # 5e-7 of an update of 0.1
     assert jadam.describe(tx, params).leaves[0].name == "['layer'].weight"
 
@@ -294,7 +294,7 @@ def test_a_whole_equinox_model_as_params(name):
         (step(trained, state, model)[0], eqx.combine(expected, model)),
     ):
         assert jax.tree.structure(found) == jax.tree.structure(wanted)
-        for x, y in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+        for x, y in leaves(found, wanted):
             if eqx.is_inexact_array(y):  # two programs: a rounding of the update, which is at most 0.11, and of p
                 np.testing.assert_allclose(*(np.asarray(z, np.float32) for z in (x, y)), rtol=2.0**-22, atol=5.5e-8)
             else:
@@ -327,11 +327,7 @@ def stepped(tx):
 
 
 def called(tx):
-    def take(grads, state, params):
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    return take
+    return functools.partial(two_calls, tx)
 
 
 both = pytest.mark.parametrize("take", [stepped, called], ids=["step", "two calls"])
@@ -340,7 +336,7 @@ both = pytest.mark.parametrize("take", [stepped, called], ids=["step", "two call
 def assert_close(found, expected):
     """To 2 ulp, as compiled programs may contract products and sums."""
     assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for x, y in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+    for x, y in leaves(found, expected):
         assert x.dtype == y.dtype
         np.testing.assert_allclose(x, y, rtol=2.0**-22, atol=5e-8)  # and 5e-7 of an update of 0.1
 
@@ -389,7 +385,7 @@ def test_checkpoint(one_step, take):
     loss = lambda wrap, g: sum(map(jnp.sum, jax.tree.leaves(wrap(take(tx))(g, state, params)[0])))
     slopes = (jax.jit(jax.grad(functools.partial(loss, wrap))) for wrap in (lambda f: f, jax.checkpoint))
     expected, found = (slope(grads) for slope in slopes)
-    for x, y in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+    for x, y in leaves(found, expected):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7)
 
 
@@ -578,7 +574,7 @@ def test_an_eager_step_has_the_shardings_of_a_jitted_one(axis):
         params = put(jnp.ones(8))
         state, grads = tx.init(params), put(jnp.ones(8), "data")
         eager, jitted = (f(grads, state, params) for f in (stepped(tx), jax.jit(stepped(tx))))
-        for x, y in zip(*map(jax.tree.leaves, (eager, jitted)), strict=True):
+        for x, y in leaves(eager, jitted):
             assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
     assert_close(eager, jitted)
 

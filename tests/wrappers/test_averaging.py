@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import assert_equal
 
 import jadam
 
@@ -79,8 +80,7 @@ def test_float64(decay):
 def test_before_the_first_step_it_is_the_parameters():
     params = {"w": np.arange(3, dtype=np.float32), "b": None, "s": np.float32(2), "e": np.zeros((0, 2), np.float32)}
     state = jadam.average_params().init(params)
-    for a, b in zip(jax.tree.leaves(jadam.averaged_params(state)), jax.tree.leaves(params), strict=True):
-        np.testing.assert_array_equal(a, b)
+    assert_equal(jadam.averaged_params(state), params)
 
 
 WRAPPERS = {

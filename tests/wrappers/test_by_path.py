@@ -3,13 +3,14 @@
 import functools
 
 import equinox as eqx
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import linen, nnx
-from helpers import grid, rows
+from helpers import float32_params, grid, leaves, rows
 
 import jadam
 
@@ -22,7 +23,7 @@ RULES = [
 
 
 def params(seed=0, dtype=jnp.float32):
-    normal = lambda *shape: jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+    normal = functools.partial(helpers.normal, seed=seed, dtype=dtype)
     return {
         "embed": normal(64, 128),
         "layers": [{"kernel": normal(30, 20), "bias": normal(20)}, None],
@@ -123,16 +124,15 @@ def test_one_pass_under_exact_bf16_and_clipping(moments):
     tx = jadam.exact_bf16(tx)
     p32 = params()
     start = jax.jit(lambda p: jadam.from_float32(p, tx))(p32)
-    float32 = jax.jit(jadam.float32_params)
     results = []
     for take in (two_calls, one_pass):
         (p, state), step = start, take(tx)
         for i in range(3):
             p, state = step(params(i + 1, jnp.bfloat16), state, p)
-        results.append(jax.device_get(float32(p, state)))
+        results.append(jax.device_get(float32_params(p, state)))
     # A stochastic rounding that the two decide differently, 1e-4 of the codes, moves an element's next two steps, each
     # lr * R = 0.07 at most and lr on average, by a few per cent of itself.
-    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+    for a, b in leaves(*results):
         assert np.mean(np.abs(a - b) > 1e-6) < 1e-2
         np.testing.assert_allclose(a, b, rtol=0, atol=3e-3)
     np.testing.assert_array_equal(results[1]["embed"], p32["embed"])

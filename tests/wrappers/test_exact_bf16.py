@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from helpers import float32_params, two_calls
 from hypothesis import strategies as st
 from properties import holds
 
@@ -28,12 +29,7 @@ CHAINS = {
 
 def step_of(tx):
     """``step(params, state, g)`` as one trains with ``tx``."""
-
-    def step(params, state, g):
-        updates, state = tx.update(g, state, params)
-        return optax.apply_updates(params, updates), state
-
-    return step
+    return lambda params, state, g: two_calls(tx, g, state, params)
 
 
 def scan_of(tx):
@@ -46,9 +42,6 @@ def scan_of(tx):
 
 def start_of(tx):
     return jax.jit(lambda params32: jadam.from_float32(params32, tx))
-
-
-masters_of = jax.jit(jadam.float32_params)
 
 
 @functools.cache
@@ -83,7 +76,7 @@ def test_masters_are_those_of_float32(name):
     plain = CHAINS[name]()
     expected = np.asarray(scan_of(plain)(w, plain.init(jax.device_put(w)), gradients.astype(np.float32))[0])
     assert params.dtype == jnp.bfloat16
-    masters = np.asarray(masters_of(params, state))
+    masters = np.asarray(float32_params(params, state))
     assert (np.abs(masters - expected) <= 2e-6 * np.maximum(1, np.abs(expected))).all()
     assert np.abs(expected - w).max() > 0.01
     np.testing.assert_array_equal(params, masters.astype(jnp.bfloat16))  # no ties in random numbers
@@ -105,7 +98,7 @@ def test_against_numpy():
     params, state = scan_of(tx)(*start_of(tx)(master), gradients)
     for g in gradients:
         master = master + g.astype(np.float32) * np.float32(-(2.0**-7))
-    np.testing.assert_array_equal(masters_of(params, state), master)
+    np.testing.assert_array_equal(float32_params(params, state), master)
     high, rest = zip(*map(split, master), strict=True)
     np.testing.assert_array_equal(np.asarray(params).view(np.uint16), high)
     np.testing.assert_array_equal(state.remainder, rest)
@@ -149,7 +142,7 @@ def test_state_tells_what_apply_updates_does(under_jit):
     start, end = np.array(pairs, np.float32).T
     params, state = start_of(tx)(start)
     params, state = (jax.jit if under_jit else lambda f: f)(step_of(tx))(params, state, jax.device_put(end))
-    master = np.asarray(masters_of(params, state))
+    master = np.asarray(float32_params(params, state))
     rounded = np.asarray(split_by_jax(master)[0])
     same = (rounded == params) | (np.isnan(rounded) & np.isnan(params)) | np.isinf(np.float32(params))
     assert same.all(), [pair for pair, ok in zip(pairs, same, strict=True) if not ok]
@@ -166,7 +159,7 @@ def test_a_weight_that_collapses_across_zero():
     assert params == 64
     params, state = jax.jit(step_of(tx))(params, state, np.float32(-63.875 - 2.0**-18))
     assert params == 0
-    assert masters_of(params, state) == 0
+    assert float32_params(params, state) == 0
 
 
 def test_mixed_trees_and_keep():
@@ -204,22 +197,22 @@ def test_multi_steps_inside_sums_in_float32():
     tx = jadam.exact_bf16(optax.MultiSteps(optax.sgd(1.0), 256))
     gradients = np.array([[1.0], *[[1 / 256]] * 255], jnp.bfloat16)
     params, state = scan_of(tx)(*start_of(tx)(np.zeros(1, np.float32)), gradients)
-    np.testing.assert_allclose(masters_of(params, state), -(1 + 255 / 256) / 256, rtol=1e-5)
+    np.testing.assert_allclose(float32_params(params, state), -(1 + 255 / 256) / 256, rtol=1e-5)
 
 
 def test_apply_if_finite_inside():
     tx = jadam.exact_bf16(optax.apply_if_finite(jadam.adam(0.1), 5))
     step = jax.jit(step_of(tx))
     params, state = step(*start_of(tx)(np.float32([0.1])), np.array([np.nan], jnp.bfloat16))
-    np.testing.assert_array_equal(masters_of(params, state), np.float32([0.1]))
+    np.testing.assert_array_equal(float32_params(params, state), np.float32([0.1]))
     params, state = step(params, state, np.array([1.0], jnp.bfloat16))
-    np.testing.assert_allclose(masters_of(params, state), [0.0], atol=1e-7)
+    np.testing.assert_allclose(float32_params(params, state), [0.0], atol=1e-7)
 
 
 def test_not_finite_gradients_reach_the_masters():
     tx = jadam.exact_bf16(jadam.adam(0.1))
     params, state = jax.jit(step_of(tx))(*start_of(tx)(np.float32([0.1, 0.1])), np.array([np.nan, 1.0], jnp.bfloat16))
-    np.testing.assert_array_equal(np.isnan(masters_of(params, state)), [True, False])
+    np.testing.assert_array_equal(np.isnan(float32_params(params, state)), [True, False])
 
 
 def test_with_equinox():
@@ -239,7 +232,7 @@ def test_with_equinox():
     params = loose.astype(params.dtype)
     updates, state = update(g, state, params)
     params = optax.apply_updates(params, updates)
-    np.testing.assert_allclose(masters_of(params, state), [0.098, -3.002], rtol=1e-6)
+    np.testing.assert_allclose(float32_params(params, state), [0.098, -3.002], rtol=1e-6)
 
 
 def test_eight_devices():
@@ -250,7 +243,7 @@ def test_eight_devices():
     params, state = jadam.from_float32(jax.device_put(w, sharding), tx)
     assert state.remainder.sharding == sharding
     result = scan(params, state, gradients)
-    jax.tree.map(np.testing.assert_array_equal, masters_of(*result), masters_of(*trained("adamw")))
+    jax.tree.map(np.testing.assert_array_equal, float32_params(*result), float32_params(*trained("adamw")))
 
 
 @pytest.mark.parametrize("make", [optax.sgd, jadam.adam])
@@ -262,7 +255,9 @@ def test_extreme_masters_stay_what_they_are(make):
     params, state = start_of(tx)(masters)
     for _ in range(2):
         params, state = step(params, state, np.zeros(7, jnp.bfloat16))
-        np.testing.assert_array_equal(np.asarray(masters_of(params, state)).view(np.uint32), masters.view(np.uint32))
+        np.testing.assert_array_equal(
+            np.asarray(float32_params(params, state)).view(np.uint32), masters.view(np.uint32)
+        )
 
 
 def test_float32_params_of_flax_variables():
@@ -270,7 +265,7 @@ def test_float32_params_of_flax_variables():
     model = nnx.Linear(3, 2, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, jadam.exact_bf16(jadam.adam(1e-3)), wrt=nnx.Param)
     nnx.jit(lambda model, optimizer: optimizer.update(model, nnx.state(model, nnx.Param)))(model, optimizer)
-    masters = masters_of(nnx.state(model, nnx.Param), optimizer.opt_state)
+    masters = float32_params(nnx.state(model, nnx.Param), optimizer.opt_state)
     assert {x.dtype for x in jax.tree.leaves(masters)} == {np.dtype(np.float32)}
 
 
