@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import MESH, assert_equal, float32_params, leaves, two_calls
+from helpers import CPU, MESH, assert_equal, float32_params, leaves, two_calls
 from jax import export
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -96,7 +96,7 @@ def test_what_is_kept(transformation, take):
                 # XLA fuses the two programs otherwise: 16 roundings of a term and n / 2 of their root's sum, n = 8,248
                 np.testing.assert_allclose(kept[field][k], x, rtol=4140 * 2.0**-24)
     plain, alone = trained(inner, tree(dtype=dtype), some(11), take)
-    exact = take is one_pass and jadam.backends()["cpu"].kernel is not None
+    exact = take is one_pass and CPU.kernel is not None
     for a, b in leaves((p, state.inner_state), (plain, alone)):
         if exact:
             np.testing.assert_array_equal(a, b)
@@ -156,7 +156,7 @@ def test_the_steps_between_do_next_to_nothing(keep):
     assert " conditional(" not in text
     assert not re.search(rf"= f32\[({SHAPE[0]},{SHAPE[1]}|{keep},2,11)\]\S* copy\(", text)
     assert not re.search(r" (sqrt|scatter|reduce)\(", entry)
-    assert ("jadam_step" in entry) == (jadam.backends()["cpu"].kernel is not None)
+    assert ("jadam_step" in entry) == (CPU.kernel is not None)
     alone = compiled(None).memory_analysis().temp_size_in_bytes
     # the loop's own: at most 32,768 coordinates in some forms of 4 bytes, 1,024 bins
     assert program.memory_analysis().temp_size_in_bytes <= alone + 16 * 4 * 2**15

@@ -234,7 +234,7 @@ def test_hyperparameters_traced_where_the_step_is(name):
             np.testing.assert_allclose(a, b, rtol=4e-7, atol=4e-7 * 0.1)  # of lr * u
         else:
             np.testing.assert_array_equal(a, b)
-    if jadam.backends()["cpu"].kernel is not None:
+    if CPU.kernel is not None:
         assert custom_calls(traced, value, state) == 1
     several = jax.jit(jax.vmap(lambda x: traced(x, state)[0]["a"]))(np.float32([0.3, 0.15]))
     assert_steps_agree((several[0], state), (expected[0]["a"], state), (params["a"], state))

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen, nnx
-from helpers import float32_params, grid, leaves, rows
+from helpers import CPU, float32_params, grid, leaves, rows
 
 import jadam
 
@@ -137,7 +137,7 @@ def test_one_pass_under_exact_bf16_and_clipping(moments):
         np.testing.assert_allclose(a, b, rtol=0, atol=3e-3)
     np.testing.assert_array_equal(results[1]["embed"], p32["embed"])
     described = jadam.describe(tx, p)
-    assert described.one_pass == (jadam.backends()["cpu"].kernel is not None)
+    assert described.one_pass == (CPU.kernel is not None)
 
 
 def test_one_compile_with_schedules_of_everything():
