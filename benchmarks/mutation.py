@@ -61,7 +61,7 @@ SURVIVE = {
     "stored[1].dtype <=": "of what converts to bfloat16 only int8's codes are stored, and int8 is asked first",
     'name >= "int8"': "the other names that are let by come before int8",
     'whose > "moments"': "whose is moments or begins with it",
-    "looks_ahead=False": "what statistics says of NAdam: tests/test_statistics.py sees it",
+    "looks_ahead=False": "what statistics says of NAdam: tests/diagnostics/test_statistics.py sees it",
     "dithers = False": "leaves of one seed: tests/test_golden.py sees it",
     "dithers = True": "the same numbers, from a program for each leaf",
 }
@@ -109,7 +109,7 @@ def test(mutant: dict, tree: Path) -> int:
     own = MODULES[mutant["module"]]
     others = [name for name in TESTS if name not in own]
     for names, select in ((own, ["-k", mutant["function"]]), (own, []), (others, [])):
-        files = [f"tests/test_{name}.py" for name in names]
+        files = [str(next(Path("tests").rglob(f"test_{name}.py"))) for name in names]
         code = pytest.main(["-x", "-q", "-n", "0", "-p", "no:cacheprovider", *select, *files]) if files else 0
         if code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
             os._exit(code)

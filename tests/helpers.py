@@ -1,9 +1,37 @@
 """What several test files need."""
 
+import contextlib
+import functools
+import io
 import itertools
+import os
+import subprocess
 from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
+from family import FAMILY
+from jax.sharding import Mesh
+
+import jadam
+from jadam.__main__ import main
+from jadam._core import numerics
+from jadam._fused import step as _step
+
+ROOT = Path(__file__).parent.parent
+CPU = jadam.backends()["cpu"]
+MESH = Mesh(np.array(jax.devices()), ("data",))
+FORMATS = ["float32", "bfloat16", "int8"]
+MEMBERS = {member.name: member for member in FAMILY}
+ADAMS = ("adam", "adamw", "nadam", "nadamw")  # whose moments int8 can store
+needs_kernel = pytest.mark.skipif(CPU.kernel is None, reason=f"no CPU kernel: {CPU.reason}")
+
+
+# ---------------------------------------------------------------- rows of tests
 
 
 def rows(axis: str, values: Mapping | Iterable, default: Collection[str]):
@@ -33,3 +61,178 @@ def grid(axes: Mapping[str, Mapping | Iterable], default: Collection[str]):
 
 def _named(values) -> dict:
     return dict(values) if isinstance(values, Mapping) else {getattr(x, "__name__", str(x)): x for x in values}
+
+
+# ---------------------------------------------------------------- processes
+
+
+def environment(**more):
+    """Variables for a process that imports this jadam, and from ``tests`` what it needs."""
+    folders = Path(jadam.__file__).parents[1], ROOT / "tests"
+    return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders))} | more
+
+
+def printed(command, **how):
+    """What a command prints; it must succeed."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **how)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def command_line(arguments, folder):
+    """What ``jadam`` returns, prints, and prints as errors, in a folder."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main(arguments)
+        except SystemExit as stop:  # argparse's
+            code = stop.code
+    return code, out.getvalue(), err.getvalue()
+
+
+# ---------------------------------------------------------------- arrays
+
+
+def zeros(shape, dtype=np.float32):
+    """``jnp.zeros``, but nothing is compiled."""
+    return jax.device_put(np.zeros(shape, dtype))
+
+
+def ones(shape, dtype=np.float32):
+    """``jnp.ones``, but nothing is compiled."""
+    return jax.device_put(np.ones(shape, dtype))
+
+
+def normal(*shape, seed=0, dtype=np.float32):
+    """Normal numbers, for a seed and a shape always the same."""
+    return jax.device_put(np.asarray(np.random.default_rng(seed).standard_normal(shape), dtype))
+
+
+SHAPES = {"a": (33, 300), "b": (77,), "c": ()}
+
+
+def trees(seed, dtype=np.float32, shapes=SHAPES):
+    """A leaf of each shape, of all sizes; default a matrix of awkward width, a vector and a scalar."""
+    rng = np.random.default_rng(seed)
+    return {
+        k: jax.device_put(np.asarray(rng.standard_normal(x) * 10.0 ** rng.uniform(-3, 3, x), dtype))
+        for k, x in shapes.items()
+    }
+
+
+def leaves(*trees):
+    """The leaves of trees side by side."""
+    return zip(*map(jax.tree.leaves, trees), strict=True)
+
+
+def assert_equal(tree, expected):
+    """The same structure, dtypes and numbers."""
+    assert jax.tree.structure(tree) == jax.tree.structure(expected)
+    for x, y in leaves(tree, expected):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+
+
+def assert_finite_alike(tree, expected):
+    """The same numbers are finite."""
+    for x, y in leaves(tree, expected):
+        np.testing.assert_array_equal(np.isfinite(np.float32(x)), np.isfinite(np.float32(y)))
+
+
+# ---------------------------------------------------------------- formulas
+
+
+def lowbias32(x):
+    """Wellons' hash in Python's integers."""
+    x = (x ^ x >> 16) * 0x7FEB352D & 0xFFFFFFFF
+    x = (x ^ x >> 15) * 0x846CA68B & 0xFFFFFFFF
+    return x ^ x >> 16
+
+
+round_to_bfloat16 = jax.jit(numerics.round_to_bfloat16)
+float32_params = jax.jit(jadam.float32_params)
+
+
+# ---------------------------------------------------------------- steps
+
+
+def two_calls(tx, g, state, params):
+    """One step by ``tx.update`` and `optax.apply_updates`."""
+    updates, state = tx.update(g, state, params)
+    return optax.apply_updates(params, updates), state
+
+
+# Every rule and option that the kernel writes a second time.
+RULES = {
+    "adam": lambda **k: jadam.adam(1.0, **k),
+    "adam, small betas": lambda **k: jadam.adam(1.0, b1=0.2, b2=0.3, **k),
+    "adam, eps_root": lambda **k: jadam.adam(1.0, eps_root=1e-3, **k),
+    "adam, hat": lambda **k: jadam.adam(1.0, eps_mode="hat", **k),
+    "adam, uncorrected": lambda **k: jadam.adam(1.0, bias_correction=False, **k),
+    "adam, scheduled b1": lambda **k: jadam.adam(1.0, b1=optax.linear_schedule(0.5, 0.9, 8), **k),
+    "scale_by_adam": lambda **k: jadam.scale_by_adam(**k),
+    "adamw, masked": lambda **k: jadam.adamw(1.0, weight_decay=0.1, mask={"a": True, "b": False, "c": True}, **k),
+    "adamw, scheduled": lambda **k: jadam.adamw(
+        optax.linear_schedule(1.0, 0.5, 8), weight_decay=optax.linear_schedule(0.1, 0.2, 8), **k
+    ),
+    "adamw, max_lr": lambda **k: jadam.adamw(optax.linear_schedule(1.0, 0.5, 8), max_lr=1.0, weight_decay=0.1, **k),
+    "nadam": lambda **k: jadam.nadam(1.0, **k),
+    "nadamw, momentum": lambda **k: jadam.nadamw(1.0, weight_decay=0.1, momentum_decay=4e-3, **k),
+    "adamax": lambda **k: jadam.adamax(1.0, **k),
+    "amsgrad": lambda **k: jadam.amsgrad(1.0, **k),
+    "amsgrad of v": lambda **k: jadam.amsgrad(1.0, max_of="v", **k),
+    "radam": lambda **k: jadam.radam(1.0, **k),
+    "radam of nadam": lambda **k: jadam.radam(1.0, nesterov=True, **k),
+    "clip": lambda **k: jadam.chain(jadam.clip(1.0), jadam.adam(1.0, **k)),
+    "clip by norm": lambda **k: jadam.chain(jadam.clip_by_global_norm(1.0), jadam.adam(1.0, **k)),
+    "both": lambda **k: jadam.chain(jadam.clip(1.0), jadam.clip_by_global_norm(1.0), jadam.adam(1.0, **k)),
+}
+
+
+@functools.cache
+def make(rule, moments="float32"):
+    """The same object each time, so that tests share what is compiled for it."""
+    return RULES[rule](moments=moments)
+
+
+@functools.cache
+def compiled(tx):
+    """The step and the two calls."""
+    return [jax.jit(functools.partial(f, tx)) for f in (jadam.step, _step.two_calls)]
+
+
+def custom_calls(f, *args):
+    """How many kernels ``f`` calls."""
+    return jax.jit(f).lower(*args).as_text().count("@jadam_step")
+
+
+# The float32 parameters of `jadam.exact_bf16`, and the state of what it is around.
+masters_of = jax.jit(lambda params, state: (jadam.float32_params(params, state), state.inner_state))
+
+# XLA contracts products and sums on this machine; the portable loops may not, and then a product rounds once more.
+ULPS = 4 if "portable" in str(CPU.kernel) else 2
+
+
+def assert_steps_agree(new, expected, old, ulps=ULPS):
+    """The contract of the kernel, for ``(params, state)`` from the same start.
+
+    What is stored within ``ulps`` of max(|old|, |increment|); an update within 5e-7 of the larger of itself and 1;
+    bfloat16 moments, remainders and int8 codes equal but where the sides straddle a rounding edge.
+    """
+    new, expected, old = jax.device_get((new, expected, old))
+    assert jax.tree.structure(new) == jax.tree.structure(expected)
+    for is_param, parts in enumerate(zip(new[::-1], expected[::-1], old[::-1], strict=True)):
+        for a, b, c in leaves(*parts):
+            assert (a.shape, a.dtype) == (b.shape, b.dtype)
+            if a.dtype != jnp.float32 and not (is_param and a.dtype == jnp.bfloat16):
+                # 2 ulp of float32 are 2**-15 of bfloat16's spacing
+                assert np.mean(np.asarray(a) != np.asarray(b)) <= (1e-4 if a.size > 10**5 else 1e-3), a.dtype
+                continue
+            a, b, c = (np.asarray(x, np.float64) for x in (a, b, c))
+            close = ulps * 2.0**-23 * np.maximum(np.abs(c), np.abs(b - c)) + 1e-44
+            close += 5e-7 * np.maximum(1, np.abs(b - c)) * is_param
+            assert np.all((np.abs(a - b) <= close) | (a == b) | (np.isnan(a) & np.isnan(b))), (
+                is_param,
+                np.max(np.abs(a - b) / close * (a != b)),
+                a.shape,
+            )

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import jax
 import pytest
+from helpers import ROOT
 
 import jadam
 from jadam.__main__ import main
 
 TOP = Path(jadam.__file__).parent
-PAGE = Path(__file__).parent.parent / "CONTRIBUTING.md"
+PAGE = ROOT / "CONTRIBUTING.md"
 ENTRIES = ["__init__", "__main__"]  # import what is public
 LAYERS = re.findall(r"`jadam/(\w+?)(?:\.py)?`", PAGE.read_text().split("| folder |")[1].split("\n\n")[0])
 

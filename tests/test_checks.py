@@ -4,12 +4,11 @@ Each text tells the name, what it may be, what it was, and often what to do. `te
 all that is wrong with a file at once, a line each.
 """
 
-import contextlib
 import functools
-import io
 import re
 
 import equinox as eqx
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,23 +16,14 @@ import optax
 import pytest
 from flax import nnx
 from golden import texts
+from helpers import MESH, ones, zeros
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 import jadam
 import jadam.flax
 from jadam import torch_state
-from jadam.__main__ import main
 from jadam._diagnostics import plan as planning
 from jadam.sharding import spread, zero1
-
-
-def ones(shape, dtype=np.float32):
-    """As JAX's, without a program."""
-    return jnp.asarray(np.ones(shape, dtype))
-
-
-def zeros(shape, dtype=np.float32):
-    return jnp.asarray(np.zeros(shape, dtype))
 
 
 def cast(tree, dtype):
@@ -46,7 +36,6 @@ INT = {"w": ones(2), "ids": jnp.asarray(np.arange(3))}
 ADAM, EXACT, SGD = jadam.adam(1e-3), jadam.exact_bf16(jadam.adam(1e-3)), optax.sgd(1e-3)
 STATE = ADAM.init(W)
 RULES = [("", {})]
-MESH = Mesh(np.array(jax.devices()), ("data",))
 VECTOR = ones(16)
 DIVIDED = zero1(ADAM, VECTOR, MESH, "data")
 SHAPE = jax.ShapeDtypeStruct((2, 3), jnp.float32)
@@ -1151,13 +1140,7 @@ COMMAND_LINE = [
 def command_line(arguments, folder):
     """What ``jadam`` returns and prints in a folder with another in it."""
     (folder / "folder.png").mkdir(exist_ok=True)
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = main(arguments)
-        except SystemExit as stop:  # argparse's
-            code = stop.code
-    return code, out.getvalue(), err.getvalue()
+    return helpers.command_line(arguments, folder)
 
 
 @pytest.mark.parametrize("row", range(len(COMMAND_LINE)))

@@ -2,15 +2,14 @@
 
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import ROOT
 
-ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))  # behind an installed jadam
 
-from benchmarks import claims, training  # noqa: E402 -- needs the path
+from benchmarks import claims, training
 
 SIDES = list(claims.SIDES)
 FEW = claims.QUICK

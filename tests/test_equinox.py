@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import test_step
+from helpers import CPU, ULPS, assert_steps_agree, custom_calls, leaves, rows
 
 import jadam
 
@@ -85,14 +85,10 @@ def train(step, tx, model, steps=20, donate="none"):
 
 
 def assert_equal(tree, expected):
-    tree, expected = (eqx.filter(x, eqx.is_array) for x in (tree, expected))
-    assert jax.tree.structure(tree) == jax.tree.structure(expected)
-    for x, y in zip(jax.tree.leaves(tree), jax.tree.leaves(expected), strict=True):
-        assert x.dtype == y.dtype
-        np.testing.assert_array_equal(x, y)
+    helpers.assert_equal(*(eqx.filter(x, eqx.is_array) for x in (tree, expected)))
 
 
-@helpers.rows("moments", ["float32", "int8"], default=["int8"])  # small leaves stay float32
+@rows("moments", ["float32", "int8"], default=["int8"])  # small leaves stay float32
 def test_loop(moments, monkeypatch):
     """Two calls, one pass by XLA and one that is donated are equal to the bit, and learn."""
     monkeypatch.setenv("JADAM_KERNELS", "xla")
@@ -110,9 +106,9 @@ def test_loop(moments, monkeypatch):
     assert state[1][0].mu.order is None
 
 
-@helpers.rows("moments", ["float32", "int8"], default=["int8"])  # small leaves stay float32
+@rows("moments", ["float32", "int8"], default=["int8"])  # small leaves stay float32
 def test_the_kernel_takes_the_step(moments):
-    """From the same start, at learning rate 1, for which the tolerance in test_step is made."""
+    """From the same start, at learning rate 1, for which the tolerance is made."""
     tx = jadam.adamw(1.0, moments=moments)
     model = Net()
     params = eqx.filter(model, eqx.is_inexact_array)
@@ -121,11 +117,11 @@ def test_the_kernel_takes_the_step(moments):
     new, expected = (eqx.filter_jit(functools.partial(f, tx))(grads, state, model) for f in (one_pass, two_calls))
     (new, new_state), (expected, expected_state) = new, expected
     arrays = lambda model: eqx.filter(model, eqx.is_inexact_array)
-    ulps = test_step.ULPS * (2 if moments == "int8" else 1)  # as there
-    test_step.assert_steps_agree((arrays(new), new_state), (arrays(expected), expected_state), (params, state), ulps)
-    kernel = test_step.CPU.kernel is not None
+    ulps = ULPS * (2 if moments == "int8" else 1)  # as there
+    assert_steps_agree((arrays(new), new_state), (arrays(expected), expected_state), (params, state), ulps)
+    kernel = CPU.kernel is not None
     step = lambda grads, state, params: one_pass(tx, grads, state, eqx.combine(params, model))[1]
-    assert test_step.custom_calls(step, grads, state, params) == kernel
+    assert custom_calls(step, grads, state, params) == kernel
 
 
 @pytest.mark.slow
@@ -143,7 +139,7 @@ def test_exact_bf16_leaves_the_rounded_masters():
     assert_equal(jax.tree.map(lambda x: x.astype(jnp.bfloat16), loose), tight)
     masters = jadam.float32_params(tight, state)
     assert_equal(jadam.from_float32(masters, tx)[0], tight)
-    assert all((x != y).any() for x, y in zip(jax.tree.leaves(masters), jax.tree.leaves(loose), strict=True))
+    assert all((x != y).any() for x, y in leaves(masters, loose))
     with pytest.raises(TypeError, match=r"hidden\.weight was bfloat16.*leave float32 parameters to be cast back"):
         tx.update(grads, state, loose)
 

@@ -5,24 +5,23 @@ import functools
 import inspect
 
 import family
-import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import test_step
 from flax import linen as nn
 from flax import nnx
 from flax.core import FrozenDict
 from flax.training import train_state
+from helpers import ADAMS, CPU, ULPS, assert_equal, assert_steps_agree, float32_params, leaves, rows
 
 import jadam
 import jadam.flax
 
-KERNEL = test_step.CPU.kernel is not None
+KERNEL = CPU.kernel is not None
 
-# At learning rate 1, for which the kernel's tolerance in test_step is made.
+# At learning rate 1, for which the kernel's tolerance is made.
 ONE_PASS = {
     "adam": lambda: jadam.adam(1.0),
     "adamw, masked": lambda: jadam.adamw(1.0, weight_decay=0.1, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)),
@@ -59,24 +58,16 @@ def ones_like(tree):
     return jax.tree.map(np.ones_like, copies(tree))
 
 
-def assert_equal(tree, expected):
-    assert jax.tree.structure(tree) == jax.tree.structure(expected)
-    for x, y in zip(jax.tree.leaves(tree), jax.tree.leaves(expected), strict=True):
-        assert x.dtype == y.dtype
-        np.testing.assert_array_equal(x, y)
-
-
 def assert_same_step(name, path, new, expected, old):
     """Equal where XLA does both, else within the tolerance of the kernel; each is ``(params, state)``."""
     if path == "xla":
         return assert_equal(new, expected)
     if "exact" in name:  # the weights are their masters, rounded
         new, expected, old = ((float32_params(*x), x[1].inner_state) for x in (new, expected, old))
-    ulps = 2 * test_step.ULPS if "int8" in name else test_step.ULPS  # as there
-    return test_step.assert_steps_agree(new, expected, old, ulps)
+    ulps = 2 * ULPS if "int8" in name else ULPS  # as there
+    return assert_steps_agree(new, expected, old, ulps)
 
 
-float32_params = jax.jit(jadam.float32_params)
 averaged_params = jax.jit(jadam.averaged_params)
 
 
@@ -125,7 +116,7 @@ def params_and_state(model, optimizer):
     return copies((nnx.state(model, optimizer.wrt), optimizer.opt_state))
 
 
-@helpers.rows("name", ALL.keys(), default=["exact_bf16, int8", "optax.chain"])
+@rows("name", ALL.keys(), default=["exact_bf16, int8", "optax.chain"])
 def test_nnx_takes_flax_s_steps(name, monkeypatch):
     """From the same start, and the state of one is the state of the other."""
     make = lambda optimizer: (model := Net(dtype_for(name)), optimizer(model, ALL[name](), wrt=nnx.Param))
@@ -225,7 +216,7 @@ def test_nnx_filters(wrt):
         optimizer = jadam.flax.Optimizer(x, jadam.adam(1.0), wrt=wrt)
         optimizer.update(x, given)
         assert len(jax.tree.leaves(optimizer.opt_state[0].mu)) == len(jax.tree.leaves(nnx.state(x, wrt)))
-    for x, y in zip(*(jax.tree.leaves(nnx.state(x, wrt)) for x in (model, start)), strict=True):
+    for x, y in leaves(*(nnx.state(x, wrt) for x in (model, start))):
         np.testing.assert_allclose(x, y - 1, atol=5e-7)  # two roundings of numbers up to 2
     rest = nnx.state(model, nnx.Not(wrt))
     assert jax.tree.leaves(rest)
@@ -251,7 +242,7 @@ def test_nnx_extra_arguments():
     take(model, optimizer, ones_like(start), 0.0)
     assert_equal(copies(nnx.state(model)), start)
     take(model, optimizer, ones_like(start), -2.0)
-    for x, y in zip(*(jax.tree.leaves(x) for x in (copies(nnx.state(model)), start)), strict=True):
+    for x, y in leaves(copies(nnx.state(model)), start):
         np.testing.assert_allclose(x, y - 2, atol=1e-6)  # three roundings of numbers up to 4
     assert optimizer.step[...] == 2
     with pytest.raises(TypeError, match="scale"):
@@ -266,7 +257,7 @@ def test_nnx_graph_mode():
     grads = ones_like(nnx.state(model, nnx.Param))
     with nnx.set_graph_mode(False) if newer else contextlib.nullcontext():  # as trees, no parameter may be shared
         optimizer.update(model, grads)
-    for x, y in zip(*(jax.tree.leaves(nnx.state(x, nnx.Param)) for x in (model, start)), strict=True):
+    for x, y in leaves(*(nnx.state(x, nnx.Param) for x in (model, start))):
         np.testing.assert_allclose(x, y - 1, atol=5e-7)  # two roundings of numbers up to 2
 
 
@@ -291,7 +282,7 @@ def linen_params(dtype=jnp.float32):
     return jax.tree.map(lambda x: jnp.asarray(x, dtype), {"dense": dense, "scale": np.ones(())})
 
 
-@helpers.rows("name", ALL.keys(), default=["clipped", "optax"])
+@rows("name", ALL.keys(), default=["clipped", "optax"])
 def test_linen_takes_flax_s_steps(name, monkeypatch):
     fields = {"apply_fn": None, "params": linen_params(dtype_for(name)), "tx": ALL[name]()}
     state = jadam.flax.TrainState.create(**fields)
@@ -369,12 +360,11 @@ def test_linen_further_fields_and_bare_arrays():
 
 # -- Flax's own classes ------------------------------------------------------------------------------------------------
 
-INT8 = ("adam", "adamw", "nadam", "nadamw")
 MIXED = {True: lambda path, p: "int8" if "kernel" in path else "bfloat16", False: "bfloat16"}  # with int8 or without
 EVERY = {
     f"{member} {name}": (lambda member=member, moments=moments: member.make(0.1, moments=moments))
     for member in family.FAMILY
-    for name, moments in {"float32": "float32", "mixed": MIXED[member.name in INT8]}.items()
+    for name, moments in {"float32": "float32", "mixed": MIXED[member.name in ADAMS]}.items()
 }
 EVERY |= {
     "scheduled betas": lambda: jadam.adam(optax.linear_schedule(0.1, 0.0, 9), b1=optax.linear_schedule(0.5, 0.9, 9)),
@@ -385,7 +375,7 @@ EVERY |= {
 }
 
 
-@helpers.rows("name", EVERY.keys(), default=["nadamw mixed", "amsgrad mixed", "scheduled betas", "exact_bf16"])
+@rows("name", EVERY.keys(), default=["nadamw mixed", "amsgrad mixed", "scheduled betas", "exact_bf16"])
 def test_flax_s_own_classes(name):
     """Each trains as the other, to the bit; a step of Linen's is Optax's two calls on the arrays themselves."""
     tx = EVERY[name]()
@@ -414,7 +404,7 @@ def test_flax_s_own_classes(name):
         model, optimizer = nnx.merge(*nnx.split((model, optimizer)))
     assert sorted(traces) == ["linen", "nnx"]
     assert linen.step == optimizer.step[...] == 3
-    assert all((x != y).any() for x, y in zip(*map(jax.tree.leaves, (copies(linen.params), params)), strict=True))
+    assert all((x != y).any() for x, y in leaves(copies(linen.params), params))
     leaves_equal = lambda *trees: assert_equal(*map(jax.tree.leaves, trees))  # the trees are of other classes
     variables = nnx.state(model, nnx.Param)
     leaves_equal((variables, optimizer.opt_state), (linen.params, linen.opt_state))
@@ -437,7 +427,7 @@ def train_step(model, optimizer):
 OPTIMIZERS = {"flax": nnx.Optimizer, "jadam.flax": jadam.flax.Optimizer}
 
 
-@helpers.rows("make", OPTIMIZERS, default=["jadam.flax"])
+@rows("make", OPTIMIZERS, default=["jadam.flax"])
 def test_recording_of_training_that_has_begun(make):
     """The optimizer's state of before is put into that of one that records."""
     model = linear(2, 3)
@@ -450,7 +440,7 @@ def test_recording_of_training_that_has_begun(make):
     np.testing.assert_array_equal(jadam.history(optimizer.opt_state).steps, [2, 3])
 
 
-@helpers.rows("make", OPTIMIZERS, default=OPTIMIZERS)
+@rows("make", OPTIMIZERS, default=OPTIMIZERS)
 def test_statistics_of_what_nnx_holds(make):
     """Of its optimizer's state and the model's parameters as they are: the numbers of plain arrays."""
     model, tx = linear(2, 3), ADAM
@@ -462,5 +452,4 @@ def test_statistics_of_what_nnx_holds(make):
     pure = jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(optimizer.opt_state))
     expected = jadam.statistics(tx, pure, plain)
     assert list(told.leaves) == list(expected.leaves) == ["['bias']", "['kernel']"]
-    for a, b in zip(jax.tree.leaves(told), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_array_equal(a, b)
+    assert_equal(told, expected)

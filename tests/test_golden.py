@@ -18,14 +18,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from golden import cases, where
-from helpers import rows
+from helpers import assert_equal, rows, two_calls
 
 import jadam
 
 FOLDER = Path(os.environ.get("JADAM_GOLDEN", Path(__file__).parent / "golden"))
 MADE = json.loads((FOLDER / "made.json").read_text())
 SAVED = sorted(path.stem for path in (FOLDER / "states").glob("*.npz"))
-UPDATE = 5e-7  # how far the kernel's updates and XLA's may differ, relatively: see agreement.py
+UPDATE = 5e-7  # how far the kernel's updates and XLA's may differ, relatively: see helpers.py
 
 
 def ulps(name):
@@ -123,7 +123,7 @@ def test_two_calls(name):
     stack = lambda trees: jax.tree.map(lambda *x: jnp.stack(list(map(jnp.asarray, x))), *trees)
     before = stack([remembered[t - 1] for t in transitions])
     g = jax.tree.map(lambda g: g[np.array(transitions) - 1], gradients)
-    step = jax.jit(jax.vmap(functools.partial(cases.two_calls, case.make())))
+    step = jax.jit(jax.vmap(functools.partial(two_calls, case.make())))
     after = step(g, before[1], before[0])
     rows = {t: jax.tree.map(lambda x, i=i: x[i], after) for i, t in enumerate(transitions)}
     results = iter(rows.values())
@@ -133,7 +133,7 @@ def test_two_calls(name):
 @rows("name", list(cases.CASES), default=["adam, float32"])
 def test_eager(name):
     """The last step, outside of jit."""
-    step = functools.partial(cases.two_calls, cases.CASES[name].make())
+    step = functools.partial(two_calls, cases.CASES[name].make())
     assert check_steps(name, step, start(name), [cases.STEPS]) == []
 
 
@@ -150,10 +150,7 @@ def test_saved_states_load(name, kind):
         with ocp.StandardCheckpointer() as checkpointer:
             like = jax.tree.map(ocp.utils.to_shape_dtype_struct, jax.tree.map(jnp.asarray, state))
             again = checkpointer.restore((FOLDER / "states" / name).resolve(), like)
-    assert jax.tree.structure(again) == jax.tree.structure(state)
-    for x, y in zip(jax.tree.leaves(again), jax.tree.leaves(state), strict=True):
-        assert x.dtype == y.dtype
-        np.testing.assert_array_equal(x, y)
+    assert_equal(again, state)
     jax.eval_shape(cases.CASES[case].make().update, params, again, params)
 
 

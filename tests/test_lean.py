@@ -1,15 +1,15 @@
 """The benchmark `lean` in short: two bytes of state and bf16 weights end where float32 ends."""
 
 import importlib.util
-from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 
 @pytest.fixture(scope="module")
 def lean():
     """The module, which imports matplotlib and scikit-learn."""
-    spec = importlib.util.spec_from_file_location("lean", Path(__file__).parent.parent / "benchmarks" / "lean.py")
+    spec = importlib.util.spec_from_file_location("lean", ROOT / "benchmarks" / "lean.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import grid
+from helpers import grid, two_calls
 
 import jadam
 
@@ -210,10 +210,6 @@ AT_THE_END = {
 def taken(name, call):
     """Five steps from a state whose counts are ``count``: the parameters after each, and the last state."""
     tx = AT_THE_END[name]()
-
-    def two_calls(tx, grads, state, params):
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
 
     one = functools.partial(jadam.step if call == "step" else two_calls, tx)
 

@@ -1,11 +1,10 @@
 """Every notebook runs from top to bottom in a Jupyter kernel, and is committed as it then is."""
 
-from pathlib import Path
-
 import nbformat
 import pytest
+from helpers import ROOT
 
-NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 def outputs(notebook):

@@ -1,21 +1,20 @@
 """Training in two processes of four devices, both killed; it goes on in this one, which has eight."""
 
 import math
-import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-import processes_program as program
 import pytest
+from helpers import environment, leaves
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from programs import processes as program
 
 import jadam
 
@@ -34,12 +33,8 @@ def free_port():
 
 def started(name, folder, port, process):
     """A process with four devices; it imports the jadam that is tested here and writes into a log."""
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={program.DEVICES // program.PROCESSES}",
-        "PYTHONPATH": str(Path(jadam.__file__).parents[1]),
-        "no_grpc_proxy": "127.0.0.1",
-    }
+    devices = f"--xla_force_host_platform_device_count={program.DEVICES // program.PROCESSES}"
+    env = environment(JAX_PLATFORMS="cpu", XLA_FLAGS=devices, no_grpc_proxy="127.0.0.1")
     command = [sys.executable, "-W", "error", program.__file__, name, str(folder), str(port), str(process)]
     with open(folder / f"log-{process}", "w") as log:
         return subprocess.Popen(command, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
@@ -139,7 +134,7 @@ def test_the_same_losses(killed):
         loss, gradients = program.loss_and_gradients(params, *batch)
         bounds = largest_difference(params, batch)
         if j == 0:
-            for a, b, bound in zip(*map(jax.tree.leaves, (gradients, theirs, bounds)), strict=True):
+            for a, b, bound in leaves(gradients, theirs, bounds):
                 assert (np.abs(a - b) <= bound).all()
         # The loss is such a sum of eight itself. A gradient off by d moves a coordinate by at most 2 * LR * d / sqrt(v)
         # in each step from then on, of which there are j * (j + 1) / 2, and the loss by that times its gradient, which

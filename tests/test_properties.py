@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from agreement import ULPS
 from flax import nnx
+from helpers import ADAMS, ULPS, lowbias32, needs_kernel, round_to_bfloat16
+from helpers import MEMBERS as BY_NAME
 from hypothesis import assume
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
@@ -26,8 +27,6 @@ from jadam._moments import int8
 from jadam._transformation.transformation import Part
 
 E24 = 2.0**-24  # what one rounding to float32 changes at most, relatively
-ADAMS = ("adam", "adamw", "nadam", "nadamw")
-BY_NAME = {member.name: member for member in family.FAMILY}
 MEMBERS = [(m.name, x) for m in family.FAMILY for x in ("float32", "bfloat16")] + [(name, "int8") for name in ADAMS]
 RULES = [("adam", "float32"), ("nadam", "bfloat16"), ("adamax", "float32"), ("amsgrad", "bfloat16"), ("adamw", "int8")]
 NOT_RADAM = [m for m in family.FAMILY if m.name != "radam"]  # whose threshold makes float64's error a jump
@@ -483,13 +482,6 @@ def test_one_minus_power(b, t):
     assert (beta.b, beta.next_b) == (np.float32(b), np.float32(b))
 
 
-def lowbias32(x):
-    """Wellons' hash in Python's integers."""
-    x = (x ^ x >> 16) * 0x7FEB352D & 0xFFFFFFFF
-    x = (x ^ x >> 15) * 0x846CA68B & 0xFFFFFFFF
-    return x ^ x >> 16
-
-
 @holds(few=100, index=SEEDS, salt=SEEDS, t=SEEDS, k=st.integers(0, 5))
 def test_dither_is_these_bits(index, salt, t, k):
     """A saved run goes on with the bits it would have had: they are part of the format."""
@@ -503,7 +495,6 @@ def test_dither_is_these_bits(index, salt, t, k):
 
 
 EVERY = np.arange(2**16, dtype=np.uint32) << 16
-round_to_bfloat16 = jax.jit(numerics.round_to_bfloat16)
 
 
 @holds(few=50, x=NUMBERS, low=SEEDS)
@@ -707,7 +698,7 @@ def ulps_of(name, moments):
     return 5 if name == "amsgrad" or moments == "int8" else 3
 
 
-@pytest.mark.skipif(jadam.backends()["cpu"].kernel is None, reason="no CPU kernel")
+@needs_kernel
 @ways(default=2)
 @holds(few=5, many=MANY, how=settings_of())
 def test_kernel_is_xla(name, moments, how):

@@ -2,13 +2,12 @@
 
 import importlib.metadata
 import re
-from pathlib import Path
 
 import pytest
 import sybil.document
+from helpers import ROOT
 from sybil.parsers.markdown import PythonCodeBlockParser
 
-ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 TEXT = README.read_text()
 BOTH = TEXT + (ROOT / "CONTRIBUTING.md").read_text()

@@ -3,28 +3,27 @@
 import functools
 import re
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import rows
-from jax.sharding import AxisType, Mesh, NamedSharding
+from helpers import CPU, FORMATS, MESH, assert_equal, leaves, rows
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jadam
 import jadam.flax
 from jadam.sharding import zero1
 
-MESH = Mesh(np.array(jax.devices()), ("data",))
 WHOLE = NamedSharding(MESH, P())
-FORMATS = ["float32", "bfloat16", "int8"]
 
 
 def params(dtype=jnp.float32, seed=0):
     """Odd rows with six blocks of 128, a ragged last block, a vector, and what eight does not divide."""
-    normal = lambda *shape: jax.device_put(np.random.default_rng(seed).standard_normal(shape).astype(dtype))
+    normal = functools.partial(helpers.normal, seed=seed, dtype=dtype)
     return {
         "embed": normal(257, 768),
         "kernel": normal(128, 300),
@@ -104,7 +103,7 @@ def test_one_device_s_bits(name):
     got, expected = (trained(name, place, *start(name, place)) for place in ("eight", "one"))
     assert jax.tree.structure(got) == jax.tree.structure(expected)
     exact = not name.startswith("Optax")  # its stages are XLA's, which may fuse them otherwise: an ulp of lr * u
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+    for a, b in leaves(got, expected):
         if exact:
             np.testing.assert_array_equal(a, b)
         elif a.dtype == jnp.float32:
@@ -112,10 +111,7 @@ def test_one_device_s_bits(name):
     wanted = divided(name)[0].shardings
     for state in (divided(name)[1], got[1]):
         shardings = jax.tree.map(lambda x: x.sharding, state)
-        assert all(
-            a.is_equivalent_to(b, x.ndim)
-            for a, b, x in zip(*map(jax.tree.leaves, (shardings, wanted, state)), strict=True)
-        )
+        assert all(a.is_equivalent_to(b, x.ndim) for a, b, x in leaves(shardings, wanted, state))
     assert all(x.sharding.is_equivalent_to(WHOLE, x.ndim) for x in jax.tree.leaves(got[0]))
 
 
@@ -144,7 +140,7 @@ def test_what_travels(moments):
     assert sorted(np.prod([int(n) for n in shape.split(",")]) for _, shape in gathered) == sorted(sizes)
     assert {dtype for dtype, _ in gathered} <= {"bf16", "f32"}  # XLA widens it on a CPU
     assert not re.search(r" (all-to-all|collective-permute)\(", text)
-    assert ("jadam_step" in text) == (jadam.backends()["cpu"].kernel is not None)
+    assert ("jadam_step" in text) == (CPU.kernel is not None)
 
 
 def test_the_norm_is_that_of_all_gradients():
@@ -212,10 +208,7 @@ def test_states_restored_elsewhere_go_on():
     host = jax.tree.map(np.array, trained("int8", "eight", *start("int8", "eight"), 2))
     back = jax.device_put(host[0], WHOLE), jax.device_put(host[1], divided("int8")[0].shardings)
     alone = jax.device_put(host)
-    for a, b in zip(
-        *map(jax.tree.leaves, (trained("int8", "eight", *back, 1), trained("int8", "one", *alone, 1))), strict=True
-    ):
-        np.testing.assert_array_equal(a, b)
+    assert_equal(trained("int8", "eight", *back, 1), trained("int8", "one", *alone, 1))
 
 
 def test_the_two_calls_agree_and_describe_tells():
@@ -225,7 +218,7 @@ def test_the_two_calls_agree_and_describe_tells():
     state = divided.init(p)
     updates, _ = jax.jit(divided.update)(p, state, jax.device_put(p, WHOLE))
     expected, _ = jax.jit(tx.update)(p, tx.init(p), p)
-    for a, b in zip(*map(jax.tree.leaves, (updates, expected)), strict=True):
+    for a, b in leaves(updates, expected):
         np.testing.assert_allclose(a, b, rtol=1e-6)
     assert jadam.describe(divided, p).bytes == jadam.describe(tx, p).bytes
 

@@ -11,9 +11,9 @@ import numpy as np
 import optax
 import pytest
 import safetensors.numpy
-import torch_states
 from flax import nnx
-from helpers import grid, rows
+from helpers import grid, leaves, rows, two_calls
+from programs import torch_states
 
 import jadam
 from jadam import torch_state
@@ -72,7 +72,7 @@ def moments_in(state):
 def equal(a, b):
     """Bit for bit, NaN included, in the same dtypes."""
     assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    for x, y in leaves(a, b):
         assert x.dtype == y.dtype
         assert x.shape == y.shape
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
@@ -93,12 +93,7 @@ def programs(name, wrap, make=None):
 
 
 def jitted(tx):
-    @jax.jit
-    def step(g, params, state):
-        updates, state = tx.update(g, state, params)
-        return optax.apply_updates(params, updates), state
-
-    return step
+    return jax.jit(lambda g, params, state: two_calls(tx, g, state, params))
 
 
 def continued(name, wrap, step=torch_states.BEFORE, make=None):
@@ -320,7 +315,7 @@ def test_eight_devices(placed):
     filled = torch_state.from_torch(flat, state, names)
     equal(jax.device_get(filled), jax.device_get(torch_state.from_torch(flat, tx.init(params), names)))
     assert filled[0].mu.sharding == sharding
-    for x, old in zip(jax.tree.leaves(filled), jax.tree.leaves(state), strict=True):
+    for x, old in leaves(filled, state):
         assert (x.sharding, x.committed) == (old.sharding, old.committed)
     assert torch_state.to_torch(filled, names)["w.exp_avg"].shape == (256, 64)
 

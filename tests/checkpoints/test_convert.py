@@ -1,0 +1,140 @@
+"""`jadam.convert_moments`: from every format to every other, and what a saved state's version is for."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import FORMATS, grid, leaves, normal
+
+import jadam
+
+WIDTH = {"float32": 0, "bfloat16": 2**-7, "int8": 0.05}  # of a moment's own size, or for int8 of its block's largest
+
+
+def params():
+    return {"kernel": normal(64, 200), "bias": normal(200), "none": None}
+
+
+by_path = lambda moments: jadam.by_path([("bias", jadam.FROZEN), ("", {"moments": moments})], 1e-3)
+WRAPPED = {
+    "alone": lambda moments: jadam.adam(1e-3, moments=moments),
+    "chain": lambda moments: optax.chain(optax.clip(1.0), jadam.nadamw(1e-3, lambda t: 0.9, moments=moments)),
+    "exact_bf16": lambda moments: jadam.exact_bf16(jadam.adamw(1e-3, moments=moments)),
+    "adamw": lambda moments: jadam.adamw(1e-3, moments=moments),
+    "by_path": by_path,
+}
+
+
+@functools.cache
+def state_of(wrap, moments):
+    """A state after three steps."""
+    p, tx = params(), WRAPPED[wrap](moments)
+    state, update = tx.init(p), jax.jit(tx.update)
+    for i in range(3):
+        _, state = update(jax.tree.map(lambda x, i=i: np.cos(np.asarray(x) + np.float32(i)), p), state, p)
+    return state
+
+
+@grid(
+    {"new": FORMATS, "old": FORMATS, "wrap": ["alone", "chain", "exact_bf16"]},
+    default=[
+        "float32-bfloat16-alone",
+        "int8-float32-alone",
+        "bfloat16-int8-chain",
+        "int8-bfloat16-exact_bf16",
+    ],
+)
+def test_every_format_to_every_other(new, old, wrap):
+    """The avals are those of ``init`` and the moments are kept as well as the narrower format can."""
+
+    @jax.jit
+    def convert(state):
+        converted = jadam.convert_moments(state, new)
+        return converted, *(jadam.convert_moments(x, "float32") for x in (state, converted))
+
+    converted, before, after = convert(state_of(wrap, old))
+    tx = WRAPPED[wrap](new)
+    expected = jax.eval_shape(tx.init, params())
+    avals = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype, getattr(x, "weak_type", False)), tree)
+    assert avals(converted) == avals(expected)
+    for name in ("mu", "nu"):
+        for x, y in leaves(*(optax.tree.get(s, name) for s in (before, after))):
+            x, y = np.asarray(x), np.asarray(y)
+            size = np.abs(x) if new != "int8" or x.ndim < 2 else np.abs(x).max(axis=1, keepdims=True)
+            assert (np.abs(x - y) <= WIDTH[new] * size).all(), name
+    jax.eval_shape(tx.update, params(), converted, params())  # is accepted
+
+
+def test_widening_is_exact_and_there_and_back_the_same():
+    state = state_of("alone", "bfloat16")
+    wide = jadam.convert_moments(state, "float32")
+    np.testing.assert_array_equal(wide[0].mu["kernel"], state[0].mu["kernel"].astype(jnp.float32))
+    back = jadam.convert_moments(wide, "bfloat16")  # what bfloat16 holds is not rounded
+    jax.tree.map(np.testing.assert_array_equal, back, state)
+
+
+def test_optax_states():
+    """Of float32 parameters unchanged, of bfloat16 ones widened, after which jadam goes on."""
+    p = params()
+    state = optax.adam(1e-3).init(p)
+    jax.tree.map(np.testing.assert_array_equal, jadam.convert_moments(state, "float32"), state)
+    narrow = jax.tree.map(lambda x: np.asarray(x).astype(jnp.bfloat16), p)
+    state = jadam.convert_moments(optax.adam(1e-3).init(narrow), "float32")
+    jax.eval_shape(jadam.adam(1e-3).update, narrow, state, narrow)
+    state = jadam.convert_moments(optax.amsgrad(1e-3).init(narrow), "bfloat16")
+    jax.eval_shape(jadam.amsgrad(1e-3, moments="bfloat16").update, narrow, state, narrow)
+
+
+def test_a_function_and_shardings():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    columns = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "x"))
+    ones = np.ones((64, 768), np.float32)
+    p = {"a": jax.device_put(ones, columns), "b": jnp.asarray(ones)}
+    state = jadam.convert_moments(jadam.adam(1e-3).init(p), lambda path, leaf: "int8" if "a" in path else "bfloat16")
+    assert (state[0].mu["a"].dtype, state[0].mu["b"].dtype) == (jnp.int8, jnp.bfloat16)
+    assert state[0].mu_scale["a"].shape == (64, 8)  # 96 a block, which fits a shard
+    assert state[0].mu["a"].sharding.is_equivalent_to(columns, 2)
+
+
+def test_non_finite_moments_stay_so():
+    state = jadam.adam(1e-3).init(params())
+    nu = np.array(state[0].nu["kernel"])
+    nu[3, 5] = np.inf
+    state[0].nu["kernel"] = jnp.asarray(nu)
+    there_and_back = lambda state, to: jadam.convert_moments(jadam.convert_moments(state, to), "float32")
+    found = jax.jit(lambda state: {to: there_and_back(state, to)[0].nu["kernel"] for to in ("bfloat16", "int8")})(state)
+    for to, nu in found.items():
+        assert not np.isfinite(nu[3, 5]), to
+
+
+@pytest.mark.parametrize("wrap", [lambda tx: tx, jadam.exact_bf16], ids=["int8", "exact_bf16"])
+def test_a_version_that_is_not_known(wrap):
+    """Under jit too, and where a state is only read."""
+    tx = wrap(jadam.scale_by_adam(moments="int8"))
+    p = jax.tree.map(lambda x: np.asarray(x).astype(jnp.bfloat16), params())
+    state = tx.init(p)._replace(version=np.zeros(7, np.int8))
+    for use in (jax.jit(tx.update), lambda g, s, p: jax.jit(lambda g, s, p: jadam.step(tx, g, s, p))(g, s, p)):
+        with pytest.raises(ValueError, match=r"state.version must be 1, got 7: a \w+ saved by another version"):
+            use(p, state, p)
+    read = jadam.float32_params if wrap is jadam.exact_bf16 else lambda p, s: jadam.convert_moments(s, "float32")
+    with pytest.raises(ValueError, match=r"state.version must be 1, got 7"):
+        read(p, state)
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_groups_of_leaves(to):
+    """`jadam.by_path` goes on with what comes out, on the bits of adamw's moments."""
+    within = jadam.exact_bf16(by_path("int8"))  # another state
+    state = jax.eval_shape(lambda p: jadam.convert_moments(within.init(p), to), params())
+    assert jax.tree.structure(state.inner_state) == jax.tree.structure(jax.eval_shape(by_path(to).init, params()))
+    state, alone = jax.jit(lambda states: [jadam.convert_moments(x, to) for x in states])(
+        [state_of("by_path", "int8"), state_of("adamw", "int8")]
+    )
+    for name in ("mu", "nu"):
+        np.testing.assert_array_equal(getattr(state.moments, name)["kernel"], getattr(alone[0], name)["kernel"])
+    jadam.step(by_path(to), params(), state, params())
+    again = jax.eval_shape(lambda state: jadam.convert_moments(state, "int8"), state)
+    assert again.moments.mu["kernel"].dtype == jnp.int8

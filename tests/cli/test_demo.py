@@ -1,0 +1,184 @@
+"""The demo as its user meets it: with a terminal, a log file, a full disk or an impatient owner."""
+
+import contextlib
+import errno
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import disks
+import flax.nnx as nnx
+import optax
+import pytest
+from helpers import command_line
+
+from jadam.__main__ import main
+from jadam._cli import demo as _demo
+from jadam._cli import output as _output
+
+# matplotlib 3.9 with pyparsing from 3.3 on
+pytestmark = pytest.mark.filterwarnings("ignore:.* deprecated, use:DeprecationWarning")
+
+COMMAND = [sys.executable, "-m", "jadam", "demo"]
+
+
+@pytest.fixture(scope="module", params=["here", pytest.param("a process", marks=pytest.mark.slow)])
+def finished(request, tmp_path_factory):
+    """``(exit code, standard output, standard error, folder)`` of a run without options."""
+    folder = tmp_path_factory.mktemp("demo")
+    if request.param == "a process":
+        result = subprocess.run(COMMAND, cwd=folder, capture_output=True, text=True, timeout=120)
+        return result.returncode, result.stdout, result.stderr, folder
+    return *command_line(["demo"], folder), folder
+
+
+def rows(output):
+    """The table's rows: {optimizer: [learning rate, accuracy, steps to 90 %, seconds, bytes]}."""
+    cells = [[c.strip() for c in line.strip("│").split("│")] for line in output.splitlines() if line.startswith("│")]
+    return {name: [float(x) for x in rest] for name, *rest in cells}
+
+
+def test_trains_on_real_digits(finished):
+    code, out, err, folder = finished
+    assert (code, err) == (0, "")
+    table = rows(out)
+    assert list(table) == ["SGD", "optax.adam", "jadam.adam"]
+    rate, accuracy, steps_to_90, _, size = table["jadam.adam"]
+    assert (rate, size) == (1e-3, 8.0)
+    assert accuracy >= 0.95
+    assert steps_to_90 <= 500
+    picture = folder / "jadam-demo.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert str(picture) in out
+
+
+def test_a_log_gets_no_control_codes(finished):
+    _, out, _, _ = finished
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", out)
+
+
+def test_same_start_same_batches():
+    data = _demo.load(3)
+    start = lambda: _demo.Classifier(nnx.Rngs(3))
+    first, second = (
+        _demo.train("", rate, optax.sgd(rate), start, data, 1, 3, lambda *_: None).loss for rate in (0.1, 1e-3)
+    )
+    assert first == second  # the loss before the first step, whatever was trained before
+
+
+def written(main_end):
+    """What comes out of a pseudo-terminal, piece by piece, until its other end is closed."""
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline:
+        if select.select([main_end], [], [], 0.2)[0]:
+            try:
+                chunk = os.read(main_end, 65536)
+            except OSError:  # Linux: the other end is closed
+                return
+            if not chunk:
+                return
+            yield chunk
+
+
+def test_a_terminal_shows_progress(tmp_path, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.chdir(tmp_path)
+    main_end, side = pty.openpty()
+    pieces = []
+    reader = threading.Thread(target=lambda: pieces.extend(written(main_end)))
+    reader.start()
+    with open(side, "w") as terminal, contextlib.redirect_stdout(terminal):
+        code = main(["demo", "--steps", "100", "--lr", "1e-2"])
+    reader.join()
+    os.close(main_end)
+    output = b"".join(pieces).decode()
+    assert code == 0
+    assert "\x1b[?25l" in output  # the cursor is hidden while it draws
+    output = re.sub(r"\x1b\[[?\d;]*[a-zA-Z]", "", output)
+    assert re.search(r"jadam\.adam ━+ 100/100", output)
+    assert re.search(r"loss 0\.\d+, 9\d\.\d% of test digits", output)
+
+
+# A shell script's background jobs start with SIGINT ignored, and so would their children.
+INTERRUPTIBLE = (
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+)
+
+
+def test_ctrl_c_stops_cleanly(tmp_path):
+    main_end, side = pty.openpty()
+    env = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+    command = [sys.executable, "-c", INTERRUPTIBLE, *COMMAND, "--steps", "1000000"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdin=side, stdout=side, stderr=side, env=env)
+    os.close(side)
+    output, interrupted = b"", False
+    for chunk in written(main_end):
+        output += chunk
+        if not interrupted and b"loss" in output:
+            process.send_signal(signal.SIGINT)
+            interrupted = True
+    os.close(main_end)
+    assert process.wait(10) == 130
+    output = output.decode()
+    assert "\x1b[?25l" in output
+    assert "jadam demo: interrupted, no picture written" in output
+    assert "Traceback" not in output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_extras_are_one_line_and_exit_2(monkeypatch, capsys):
+    for name in ("flax", "flax.nnx"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "jadam._cli.demo")
+    monkeypatch.delattr("jadam._cli.demo")
+    assert main(["demo"]) == 2
+    assert capsys.readouterr() == ("", "jadam demo: error: flax is missing; pip install 'jadam[demo]'\n")
+
+
+def test_a_full_disk_leaves_the_old_picture(capsys, monkeypatch):
+    """`test_faults.py` has the other bad disks."""
+    quick = lambda name, rate, *_: _demo.Run(
+        name, rate, steps=[1], loss=[2.3], accuracy=[0.1], seconds=1.0, bytes_per_parameter=0.0
+    )
+    monkeypatch.setattr(_demo, "train", quick)
+    with disks.limited() as (directory, obstructed):
+        out = directory / "old.png"
+        out.write_bytes(b"precious")
+        with obstructed():
+            assert main(["demo", "--steps", "1", "--out", str(out)]) == 2
+        assert out.read_bytes() == b"precious"
+        assert list(directory.iterdir()) == [out]
+    assert capsys.readouterr().err == f"jadam demo: error: --out: cannot write {out}: {os.strerror(errno.EFBIG)}\n"
+
+
+def test_help():
+    result = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (0, "")
+    for option in ("--lr", "--steps", "--seed", "--out"):
+        assert option in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "text"),
+    [
+        (ModuleNotFoundError(name="sklearn.datasets"), 2, "error: sklearn is missing; pip install 'jadam[demo]'"),
+        (_output.CommandError("no\nroom"), 2, "error: no room"),
+        (OSError(28, "No space left on device"), 2, "error: cannot print: No space left on device"),
+        (KeyboardInterrupt(), 130, "interrupted, no picture written"),
+    ],
+)
+def test_what_stops_it_is_one_line_and_an_exit_code(raised, code, text, monkeypatch, capsys):
+    def run(**options):
+        raise raised
+
+    monkeypatch.setattr(_demo, "run", run)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # restored
+    assert main(["demo"]) == code
+    assert capsys.readouterr().err == f"jadam demo: {text}\n"

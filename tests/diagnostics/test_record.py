@@ -1,0 +1,430 @@
+"""`jadam.record`: the numbers of `jadam.statistics`, at their steps, in one program that never grows."""
+
+import functools
+import re
+import sys
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import CPU, MESH, assert_equal, float32_params, leaves, two_calls
+from jax import export
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jadam
+
+
+def tree(seed=0, dtype=np.float32):
+    """NumPy arrays, which cost no compilation."""
+    rng = np.random.default_rng(seed)
+    x = lambda *shape: rng.standard_normal(shape).astype(dtype)
+    return {"layers": [x(4, 4) for _ in range(2)], "kernel": x(64, 128), "bias": x(24)}
+
+
+def one_pass(tx, g, state, p):
+    return jadam.step(tx, g, state, p)
+
+
+@functools.cache
+def programs(tx, take=one_pass):
+    """``init``, and a step that is donated parameters and state."""
+    step = jax.jit(lambda p, state, g: take(tx, g, state, p), donate_argnums=(0, 1))
+    return jax.jit(tx.init), step
+
+
+def trained(tx, p, gradients, take=one_pass, each=None):
+    """In one program; ``each(i, p, state)`` looks on."""
+    init, step = programs(tx, take)
+    p, state = jax.tree.map(jnp.asarray, p), init(p)
+    for i, g in enumerate(gradients, start=1):
+        p, state = step(p, state, g)
+        if each is not None:
+            each(i, p, state)
+    assert step._cache_size() == 1
+    return p, state
+
+
+def some(steps):
+    return [tree(i + 1) for i in range(steps)]
+
+
+def by_name(path, p):
+    return "int8" if "kernel" in path else "bfloat16" if "bias" in path else "float32"
+
+
+def chained(moments):
+    return jadam.exact_bf16(jadam.chain(jadam.clip_by_global_norm(1.0), jadam.adamw(1e-2, moments=moments)))
+
+
+TRANSFORMATIONS = {
+    "int8": (jadam.adamw(1e-2, moments="int8"), np.float32),
+    "chain, exact_bf16": (chained("float32"), jnp.bfloat16),
+    "chain, exact_bf16, int8": (chained("int8"), jnp.bfloat16),
+    "by_path": (jadam.by_path([("bias", jadam.FROZEN), ("", {"b1": lambda t: 0.8})], 1e-2), np.float32),
+}
+
+
+@helpers.grid(
+    {"transformation": TRANSFORMATIONS, "take": [one_pass, two_calls]},
+    default=["chain, exact_bf16, int8-one_pass", "by_path-one_pass"],
+)
+def test_what_is_kept(transformation, take):
+    """Every second step's statistics, the last three; the training's bits are those without."""
+    inner, dtype = transformation
+    tx = jadam.record(inner, every=2, keep=3)
+    seen = {}
+
+    def look(i, p, state):
+        if i % 2 == 0 and i > 4:
+            seen[i] = jax.tree.map(np.asarray, jadam.statistics(tx, state, p, sample=2**15))
+
+    p, state = trained(tx, tree(dtype=dtype), some(11), take, look)
+    history = jadam.history(state)
+    np.testing.assert_array_equal(history.steps, [6, 8, 10])
+    frozen = {"['bias']"} if transformation is TRANSFORMATIONS["by_path"] else set()
+    assert set(history.leaves) == {n for n in seen[6].leaves if n not in frozen}
+    assert (len(history.leaves), "['bias']" in history.leaves) == ((3, False) if frozen else (4, True))
+    for k, i in enumerate(history.steps):
+        for told, kept in [(seen[i].total, history.total)] + [
+            (seen[i].leaves[n], x) for n, x in history.leaves.items()
+        ]:
+            for field, x in zip(told._fields, told, strict=True):
+                # XLA fuses the two programs otherwise: 16 roundings of a term and n / 2 of their root's sum, n = 8,248
+                np.testing.assert_allclose(kept[field][k], x, rtol=4140 * 2.0**-24)
+    plain, alone = trained(inner, tree(dtype=dtype), some(11), take)
+    exact = take is one_pass and CPU.kernel is not None
+    for a, b in leaves((p, state.inner_state), (plain, alone)):
+        if exact:
+            np.testing.assert_array_equal(a, b)
+        else:  # XLA may contract a product and a sum in one program only: codes and remainders hide how far
+            np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), rtol=0.02, atol=2.0**16)
+
+
+def test_it_never_grows():
+    """State, program and memory: whatever the number of steps, and under scan without a host callback."""
+    tx = jadam.record(jadam.adam(1e-2), every=3, keep=4)
+    p = jax.tree.map(jnp.asarray, tree())
+    state = programs(tx)[0](p)
+    before = [(x.shape, x.dtype) for x in jax.tree.leaves(state)]
+    step = lambda carry, g: (jadam.step(tx, g, carry[1], carry[0]), None)
+    run = jax.jit(lambda p, state, g: jax.lax.scan(step, (p, state), g)[0], donate_argnums=(0, 1))
+    gradients = jax.tree.map(lambda x: np.stack([x] * 10), tree(1))
+    program = run.lower(p, state, gradients).compile()  # takes no other shapes or dtypes
+    assert "callback" not in program.as_text()
+    for _ in range(5):
+        p, state = program(p, state, gradients)
+    assert [(x.shape, x.dtype) for x in jax.tree.leaves(state)] == before
+    np.testing.assert_array_equal(jadam.history(state).steps, [39, 42, 45, 48])
+
+
+def test_eager_steps_do_not_compile_either(caplog):
+    """After the first, whose loop is all that a record adds."""
+    tx, p = jadam.record(jadam.adam(1e-2), every=3), jnp.ones(5)
+    state = tx.init(p)
+    counts = []
+    for _ in range(4):
+        caplog.clear()
+        with jax.log_compiles():
+            p, state = two_calls(tx, p, state, p)
+        counts.append(sum("Finished XLA compilation" in record.message for record in caplog.records))
+    assert counts[0] > 0
+    assert counts[1:] == [0, 0, 0]
+
+
+SHAPE = (1024, 1024)
+
+
+@functools.cache
+def compiled(keep):
+    """A donated step; ``keep=None`` records nothing."""
+    tx, p = jadam.adam(1e-3), {"w": jax.ShapeDtypeStruct(SHAPE, jnp.float32)}
+    tx = tx if keep is None else jadam.record(tx, keep=keep)
+    return programs(tx)[1].lower(p, jax.eval_shape(tx.init, p), p).compile()
+
+
+@helpers.rows("keep", [10, 1000], default=["1000"])
+def test_the_steps_between_do_next_to_nothing(keep):
+    """The statistics are within a loop of at most one round; no parameter and no ring is copied."""
+    program = compiled(keep)
+    text = program.as_text()
+    entry = text[text.index("ENTRY") :]
+    assert len(re.findall(r" while\(", text)) == 1
+    assert " conditional(" not in text
+    assert not re.search(rf"= f32\[({SHAPE[0]},{SHAPE[1]}|{keep},2,11)\]\S* copy\(", text)
+    assert not re.search(r" (sqrt|scatter|reduce)\(", entry)
+    assert ("jadam_step" in entry) == (CPU.kernel is not None)
+    alone = compiled(None).memory_analysis().temp_size_in_bytes
+    # the loop's own: at most 32,768 coordinates in some forms of 4 bytes, 1,024 bins
+    assert program.memory_analysis().temp_size_in_bytes <= alone + 16 * 4 * 2**15
+
+
+ADAMW = {
+    "by name": jadam.adamw(1e-3, moments=by_name),
+    **{moments: jadam.adamw(1e-3, moments=moments) for moments in ("float32", "int8")},
+}
+
+
+@helpers.grid(
+    {"tx": ADAMW, "dtype": [jnp.float32, jnp.bfloat16]},
+    default=["by name-float32", "by name-bfloat16"],
+)
+def test_nothing_of_the_look_is_ahead_of_its_loop(tx, dtype):
+    """XLA takes out of a loop what is the same in every round, here into every step; constants cost nothing there."""
+    p = tree(dtype=dtype)
+    tx = jadam.record(jadam.exact_bf16(tx) if dtype == jnp.bfloat16 else tx)
+    text = programs(tx)[1].lower(p, jax.eval_shape(tx.init, p), p).compile().as_text()
+    entry = text[text.index("ENTRY") :].splitlines()
+    of_the_look = [line for line in entry if "/while/body/" in line]
+    assert any("/while/body/" in line for line in text.splitlines())
+    assert [line for line in of_the_look if not re.search(r" constant\(", line)] == []
+
+
+def test_describe_says_one_pass():
+    p = tree()
+    for tx in (jadam.adamw(1e-3, moments="int8"), jadam.chain(jadam.clip(1.0), jadam.adam(1e-3))):
+        alone, recorded = jadam.describe(tx, p), jadam.describe(jadam.record(tx, keep=10), p)
+        assert (recorded.one_pass, recorded.step) == (alone.one_pass, alone.step)
+        assert recorded.leaves == alone.leaves
+        assert recorded.bytes == alone.bytes + 10 * (5 * 11 * 4 + 4) + len("total") + sum(
+            1 + len(leaf.name) for leaf in alone.leaves
+        )
+    bare = np.ones((10, 11), np.float32)  # a parameter without a path is no reason to take the ring for its own
+    assert jadam.describe(jadam.record(jadam.adam(1e-3)), bare).leaves == jadam.describe(jadam.adam(1e-3), bare).leaves
+
+
+def test_sharded():
+    """`zero1` around `record`: the numbers of one device, the ring on all of them."""
+    p = tree()
+    tx = jadam.record(jadam.adamw(1e-2, moments="int8"), every=2, keep=2)
+    divided = jadam.sharding.zero1(tx, jax.tree.map(jnp.asarray, p), MESH, "data")
+    _, alone = trained(tx, p, some(5))
+    p = jax.device_put(p, NamedSharding(MESH, P()))
+    step = jax.jit(lambda p, state, g: jadam.step(divided, g, state, p), donate_argnums=(0, 1))
+    state = divided.init(p)
+    for g in some(5):
+        p, state = step(p, state, g)
+    assert step._cache_size() == 1
+    assert all(x.sharding.is_fully_replicated for x in state.ring)
+    np.testing.assert_array_equal(jadam.history(state).steps, [2, 4])
+    np.testing.assert_allclose(state.ring.values, alone.ring.values, rtol=2 * 8248 * 2.0**-24)  # sums in another order
+
+
+def test_recording_of_training_that_has_begun():
+    """Goes on at its count; another ``every`` overwrites the oldest as well; and without it as before."""
+    plain, p = jadam.adam(1e-2), {"w": np.ones(5, np.float32)}
+    p, inner = trained(plain, p, [p] * 3)
+    with pytest.raises(TypeError, match=r"RecordState.*_replace\(inner_state=state\)"):
+        jadam.step(jadam.record(plain), p, inner, p)
+    often, seldom = jadam.record(plain, every=1, keep=3), jadam.record(plain, every=4, keep=3)
+    state = often.init(p)._replace(inner_state=inner)
+    for tx, n, steps in ((often, 3, [4, 5, 6]), (seldom, 6, [6, 8, 12])):
+        for _ in range(n):
+            p, state = jadam.step(tx, p, state, p)
+        np.testing.assert_array_equal(jadam.history(state).steps, steps)
+    _, inner = jadam.step(plain, p, state.inner_state, p)
+    assert inner[0].count == 13
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", ["no parameters", "all frozen", "a wide count"])
+def test_the_rings_dtypes_under_x64(name):
+    """Are those it began with, whatever `jnp.zeros` means and whatever the count was restored as."""
+    inner = jadam.by_path([("", jadam.FROZEN)], 0.1) if name == "all frozen" else jadam.adam(0.1)
+    p = {} if name == "no parameters" else {"w": np.ones(3, np.float32)}
+    tx = jadam.record(inner, every=1, keep=2)
+    init, step = programs(tx)
+    state = init(p)
+    if name == "a wide count":
+        first, *rest = state.inner_state
+        state = state._replace(inner_state=(first._replace(count=jnp.int64(5)), *rest))
+    dtypes = [x.dtype for x in state.ring]
+    _, new = step(p, state, p)
+    assert [x.dtype for x in new.ring] == dtypes == [jnp.int32, jnp.float32, jnp.uint8]
+    assert len(jadam.history(new).steps) == 1
+
+
+def test_exact_bf16_from_float32():
+    tx = jadam.record(jadam.exact_bf16(jadam.adam(1e-4)), every=1, keep=5)
+    w = tree()
+    p, state = jax.jit(lambda w: jadam.from_float32(w, tx))(w)
+    assert jax.tree.structure(state) == jax.tree.structure(jax.eval_shape(tx.init, p))
+    assert_equal(float32_params(p, state), w)
+
+
+@pytest.mark.parametrize("take", [one_pass, two_calls])
+def test_training_is_differentiated(take):
+    """Backwards and forwards, as if nothing were recorded: XLA's loops have no derivative backwards of their own."""
+
+    def trained_from(tx, p):
+        state = tx.init(p)
+        for _ in range(3):
+            p, state = take(tx, jax.grad(lambda p: jnp.sum(jnp.cos(p)))(p), state, p)
+        return jnp.sum(p**2), getattr(state, "ring", None)  # the ring, or XLA drops its loops
+
+    def derivatives(tx):
+        f = functools.partial(trained_from, tx)
+        return jax.jit(lambda p: (jax.grad(f, has_aux=True)(p), jax.jvp(f, (p,), (p,), has_aux=True)[1:]))
+
+    tx, p = jadam.adam(0.1), np.linspace(0.1, 1.0, 5, dtype=np.float32)
+    with_it, without = (derivatives(x)(p) for x in (jadam.record(tx, every=2, keep=2), tx))
+    for (a, ring), (b, _) in zip(with_it, without, strict=True):
+        np.testing.assert_array_equal(a, b)
+        np.testing.assert_array_equal(ring.steps, [2, -1])
+
+
+@pytest.mark.slow
+def test_vmap_and_lowering_for_an_accelerator():
+    tx = jadam.record(jadam.adam(1e-2), every=2, keep=2)
+    p = jnp.ones((3, 5))
+    states = jax.vmap(tx.init)(p)
+    for _ in range(2):
+        p, states = jax.vmap(functools.partial(jadam.step, tx))(p, states, p)
+    np.testing.assert_array_equal(states.ring.steps, [[2, -1]] * 3)
+    program = export.export(jax.jit(functools.partial(jadam.step, tx)), platforms=["cuda", "tpu"])
+    one = jnp.ones(5)
+    assert "callback" not in program(one, tx.init(one), one).mlir_module()
+
+
+def test_history_and_its_errors():
+    tx = jadam.record(jadam.adam(1e-3), every=1, keep=3)
+    p = {"layers": [np.ones((), np.float32)] * 11, "bias": np.ones(2, np.float32)}
+    init = jax.jit(tx.init)
+    empty = jadam.history(init(p))
+    assert (len(empty.steps), repr(empty)) == (0, "History(0 records of 12 parameters)")
+    assert list(empty.leaves) == ["['bias']", *(f"['layers'][{i}]" for i in range(11))]  # as the parameters are ordered
+    assert empty.total["step_quantiles"].shape == (0, 5)
+    with pytest.raises(ValueError, match="plot needs a history of one record at least"):
+        jadam.plot(empty)
+    with pytest.raises(TypeError, match=r"plot needs what jadam\.history returned, got dict"):
+        jadam.plot({})
+    with pytest.raises(ValueError, match="the records of one record, found 0"):
+        jadam.history(jax.jit(jadam.adam(1e-3).init)(p))
+    assert "<table>" in empty._repr_html_()
+    batched = jax.jit(jax.vmap(tx.init))(np.ones((2, 5), np.float32))
+    with pytest.raises(ValueError, match=r"of one training, got steps of shape \(2, 3\)"):
+        jadam.history(batched)
+    assert len(jadam.history(jax.tree.map(lambda x: np.asarray(x)[1], batched)).steps) == 0
+    with pytest.raises(TypeError, match=r"got tracers\. Call history outside of jax\.jit"):
+        jax.jit(lambda state: jadam.history(state).steps)(init(p))
+    state = init(p)
+    state.ring.steps.delete()
+    with pytest.raises(ValueError, match=r"state\.ring\.steps must be there, but was donated"):
+        jadam.history(state)
+
+
+PLOTTED = jadam.record(jadam.adam(optax.constant_schedule(1e-2)), every=1, keep=5)
+NAMES = ["a", "b", "c", "d", "e", "$\\oops{$"]  # the last one is no formula of matplotlib's
+
+
+def recorded(values):
+    """The history of a step for each of ``values``: a gradient for each of six parameters, of 40, 80, ... 240 each."""
+    fill = lambda each: {name: np.full(40 * (1 + i), each[i], np.float32) for i, name in enumerate(NAMES)}
+    _, state = trained(PLOTTED, fill([1.0] * 6), [fill(each) for each in values])
+    return jadam.history(state)
+
+
+def random(steps):
+    return recorded(np.random.default_rng(0).standard_normal((steps, 6)))
+
+
+def draw(figure, tmp_path):
+    figure.savefig(tmp_path / "drawn.png", dpi=20)  # nothing warns
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_plot_and_table(steps):
+    history = random(steps)
+    figure = jadam.plot(history)
+    low, sizes, snr, bar = figure.axes
+    assert [axes.get_xlabel() for axes in (low, sizes, snr)] == ["step"] * 3
+    assert "parameters' unit" in sizes.get_ylabel()
+    assert "no unit" in snr.get_ylabel()
+    assert "no unit" in bar.get_ylabel()
+    assert low.collections[0].get_array().shape == (6, min(steps, 5))
+    assert figure._repr_png_().startswith(b"\x89PNG")  # nothing warns
+    assert [x.get_text() for x in low.get_yticklabels()] == list(history.leaves) == sorted(f"[{x!r}]" for x in NAMES)
+    table = history._repr_html_()
+    assert table.count("<tr>") == 1 + 1 + 6
+    assert f"{history.total['snr'][-1]:.3g}" in table
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_plot_tells_where_training_was_lost(bad, tmp_path):
+    figure = jadam.plot(recorded([[bad if i == 3 else 1] * 6 for i in range(5)]))
+    _, sizes, snr, _ = figure.axes
+    for axes in (sizes, snr):
+        (line,) = [line for line in axes.lines if line.get_label() == "first record not finite"]
+        assert line.get_xdata()[0] == 4
+    assert "first record not finite" in [text.get_text() for text in snr.get_legend().get_texts()]
+    draw(figure, tmp_path)
+
+
+# Gradients of 40, 80, ... 240 coordinates, of 840 together.
+CURVES = {
+    "some are lost": lambda i: [1] + 5 * [np.nan],
+    "most are 0": lambda i: 5 * [0] + [1],
+    "nearly all are 0": lambda i: [1] + 5 * [0],
+    "most are infinite": lambda i: 3 * [1] + 3 * [np.inf],
+    "all are lost": lambda i: 6 * [np.nan],
+    "all but the first are lost": lambda i: 6 * [np.nan if i else 1],
+    "all are 0": lambda i: 6 * [0],
+}
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_plot_of_hard_curves(name, tmp_path):
+    """It draws, without a warning, over all the records' steps."""
+    history = recorded([CURVES[name](i) for i in range(4)])
+    positive = (history.total["step_quantiles"][0] > 0) & np.isfinite(history.total["step_quantiles"][0])
+    assert list(positive) == {
+        "most are 0": [False] * 3 + [True] * 2,
+        "all but the first are lost": [True] * 5,
+    }.get(name, [False] * 5)
+    figure = jadam.plot(history)
+    draw(figure, tmp_path)
+    _, sizes, snr, _ = figure.axes
+    for axes in (sizes, snr):
+        left, right = axes.get_xlim()
+        assert left < 1
+        assert 4 < right < 4.5
+    if name == "all but the first are lost":
+        assert sizes.lines[0].get_marker() == "o"
+
+
+def test_plot_of_no_parameters():
+    tx = jadam.record(jadam.adam(1e-2), every=1)
+    _, state = trained(tx, {}, [{}])
+    with pytest.raises(ValueError, match="plot needs a history of one parameter at least"):
+        jadam.plot(jadam.history(state))
+
+
+def test_a_history_is_equal_to_itself():
+    history = random(1)
+    assert history == history
+    assert history != random(1)
+
+
+def test_a_pandas_frame():
+    import pandas
+
+    history = random(7)
+    frame = history.frame()
+    assert isinstance(frame, pandas.DataFrame)
+    assert frame.index.names == ["step", "parameter"]
+    assert frame.shape == (5 * 7, 11)
+    assert frame.loc[(4, "['e']"), "snr"] == history.leaves["['e']"]["snr"][1]
+    assert list(frame.columns[-5:]) == ["step_5%", "step_25%", "step_50%", "step_75%", "step_95%"]
+
+
+@pytest.mark.parametrize(
+    ("package", "call"), [("pandas", lambda history: history.frame()), ("matplotlib.figure", jadam.plot)]
+)
+def test_without_pandas_or_matplotlib(monkeypatch, package, call):
+    monkeypatch.setitem(sys.modules, package, None)
+    name = package.split(".")[0]
+    with pytest.raises(ImportError, match=f"needs {name}: pip install {name}"):
+        call(random(1))

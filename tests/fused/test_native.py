@@ -1,0 +1,70 @@
+"""The native rules and formats compile for other targets than the CPU's extension: they use no standard library."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers import printed
+
+import jadam
+
+HEADERS = Path(jadam.__file__).parent / "_fused" / "native"
+PROGRAM = """
+#include "formats.h"
+#include "rules.h"
+
+struct Take {
+  const jadam::Scalars& s;
+  float g;
+  jadam::Moments& x;
+  float& u;
+  template <class Rule>
+  JADAM_INLINE void operator()(Rule) { u = Rule::template direction<false>(s, g, x); }
+};
+
+JADAM_INLINE void every_function(int rule, const jadam::Scalars& s, float g, jadam::i8& rq, jadam::u8& sq,
+                                 jadam::u16& p, jadam::i16& r) {
+  jadam::Moments x{0.0f, 0.0f, 0.0f, 0.0f};
+  jadam::dequantize(rq, sq, 1.0f, 1.0f, x.m, x.v);
+  float u = 0.0f, r_scale, s_scale;
+  jadam::Rules::visit(rule, Take{s, g, x, u});
+  jadam::scales(1, 2, r_scale, s_scale);
+  const jadam::Dither dither(1u, 0u, 2u);
+  rq = static_cast<jadam::i8>(jadam::ratio_code(jadam::ratio(x.m, x.root), r_scale, dither.even(3u)));
+  sq = static_cast<jadam::u8>(jadam::root_code(x.root, s_scale, dither.odd(3u)));
+  jadam::split(jadam::join(p, r) - u, p, r);
+  p = static_cast<jadam::u16>(p ^ jadam::round_to_bfloat16(u, dither.start(4u)));
+}
+"""
+KERNEL = """
+extern "C" __global__ void kernel(int rule, jadam::Scalars s, const float* g, jadam::i8* rq, jadam::u8* sq,
+                                  jadam::u16* p, jadam::i16* r) {
+  const int i = threadIdx.x;
+  every_function(rule, s, g[i], rq[i], sq[i], p[i], r[i]);
+}
+"""
+
+
+def compiles(command, source):
+    """Raises with what the compiler says."""
+    printed([*command, "-std=c++17", f"-I{HEADERS}", str(source)])
+
+
+def test_for_a_host_without_a_standard_library(tmp_path):
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler is here")
+    (tmp_path / "program.cc").write_text(PROGRAM)
+    compiles(
+        [compiler, "-nostdinc", "-nostdinc++", "-ffreestanding", "-fsyntax-only", "-Werror"], tmp_path / "program.cc"
+    )
+
+
+@pytest.mark.slow
+def test_for_a_gpu(tmp_path):
+    compiler = shutil.which("nvcc")
+    if compiler is None:
+        pytest.skip("no nvcc is here")
+    (tmp_path / "program.cu").write_text(PROGRAM + KERNEL)
+    compiles([compiler, "-arch=sm_90", "-ptx", "-o", str(tmp_path / "program.ptx")], tmp_path / "program.cu")
+    assert "sqrt.rn.f32" in (tmp_path / "program.ptx").read_text()

@@ -1,0 +1,162 @@
+"""The TPU's and the GPU's kernel, interpreted here; `python -m benchmarks aot` compiles them for the real thing."""
+
+import contextlib
+import dataclasses
+import functools
+
+import helpers
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_finite_alike, assert_steps_agree, make, masters_of, ones
+
+import jadam
+from jadam._fused import pallas
+from jadam._fused import step as _step
+from jadam._transformation.transformation import update_leaf
+
+SOME = ["adam", "adam, scheduled b1", "nadamw, momentum", "adamw, masked", "both"]
+CASES = [(platform, name, "int8") for platform in pallas.PLATFORMS for name in SOME]
+CASES += [("tpu", name, "bfloat16") for name in ("adam", "amsgrad", "radam of nadam")]
+
+# A last block that is shorter, rows as narrow as a TPU turns them, a third axis, which only the GPU's kernel takes.
+SHAPES = {"a": (40, 300), "b": (4100, 16), "c": (8, 20, 130)}
+trees = functools.partial(helpers.trees, shapes=SHAPES)
+
+
+@functools.cache
+def interpreted(platform, tx):
+    """The step by the kernel, and the two calls."""
+
+    def one_pass(tx, grads, state, params):
+        jobs, finish = tx.plan(grads, state, params)
+        grads, (params, structure) = jax.tree.leaves(grads), jax.tree.flatten(params)
+        rows = pallas.kernel(platform, jobs, grads, params, interpret=True)
+        rows = [row or update_leaf(*x) for row, *x in zip(rows, jobs, grads, params, strict=True)]
+        return structure.unflatten([p for p, _ in rows]), finish([stored for _, stored in rows])
+
+    return [jax.jit(functools.partial(f, tx)) for f in (one_pass, _step.two_calls)]
+
+
+def calls(platform, tx, grads, state, params):
+    return str(jax.make_jaxpr(interpreted(platform, tx)[0])(grads, state, params)).count("pallas_call[")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("platform", "rule", "moments"), CASES)
+def test_kernel_against_the_two_calls(platform, rule, moments):
+    tx = make(rule, moments)
+    step, two_calls = interpreted(platform, tx)
+    params = trees(0)
+    state = tx.init(params)
+    for t in range(3):
+        grads = trees(t + 1)
+        expected = two_calls(grads, state, params)
+        # The two are the same code in loops of other shapes, where XLA contracts otherwise: the kernel's bounds.
+        assert_steps_agree(step(grads, state, params), expected, (params, state), 4)
+        params, state = expected
+    assert calls(platform, tx, grads, state, params) == (3 if platform == "cuda" else 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("platform", pallas.PLATFORMS)
+@pytest.mark.parametrize("moments", ["float32", "bfloat16", "int8"])
+def test_bf16_weights_with_remainder(platform, moments):
+    tx = jadam.exact_bf16(jadam.adamw(1.0, moments=moments))
+    step, two_calls = interpreted(platform, tx)
+    params, state = jax.jit(lambda masters: jadam.from_float32(masters, tx))(trees(0))
+    for t in range(3):
+        grads = trees(t + 1, jnp.bfloat16)
+        expected = two_calls(grads, state, params)
+        assert_steps_agree(*(masters_of(*x) for x in (step(grads, state, params), expected, (params, state))), 4)
+        params, state = expected
+    taken = {"cuda": 3 * (moments == "int8"), "tpu": 2}  # bfloat16 and float32 are the GPU's XLA's
+    assert calls(platform, tx, grads, state, params) == taken[platform]
+
+
+def test_the_comparison_bites():
+    """A kernel that took every place for its neighbour would round otherwise."""
+    tx = make("adam", "int8")
+    shapes = {"a": SHAPES["a"]}
+    params, grads = (trees(seed, shapes=shapes) for seed in range(2))
+    state = tx.init(params)
+    plan = tx.plan
+
+    def moved(*args):
+        jobs, finish = plan(*args)
+        return type(plan(*args))([job._replace(salt=job.salt + 1) for job in jobs], finish)
+
+    other = type(tx)(tx.init, dataclasses.replace(tx.update, plan=moved))
+    new = interpreted("cuda", other)[0](grads, state, params)
+    with pytest.raises(AssertionError):
+        assert_steps_agree(new, interpreted("cuda", tx)[1](grads, state, params), (params, state))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("platform", pallas.PLATFORMS)
+def test_not_finite(platform):
+    """A block whose values an integer cannot hold is not finite afterwards, as by the two calls."""
+    tx = make("adam", "int8")
+    step, two_calls = interpreted(platform, tx)
+    params, grads = trees(0), trees(1)
+    a = np.array(grads["a"])
+    for i, bad in enumerate((np.nan, np.inf, -np.inf, 1e30, 1e-30, -0.0)):
+        a[i, 50 * i] = bad
+    grads["a"] = jax.device_put(a)
+    state = tx.init(params)
+    for _ in range(2):
+        new, expected = step(grads, state, params), two_calls(grads, state, params)
+        assert_finite_alike(new, expected)
+        params, state = expected
+
+
+def test_what_is_left_to_xla_and_why():
+    params = {"a": ones((64, 128)), "b": ones((4, 64, 128)), "c": ones(7)}
+
+    def why(platform, tx):
+        rows = _step.outlook(platform, tx, params, jax.eval_shape(tx.init, params), params)
+        return [reason for _, reason in rows]
+
+    three = "3 dimensions, the TPU's kernel needs 2"
+    assert why("tpu", jadam.adam(1.0)) == why("cuda", jadam.adam(1.0)) == [None] * 3
+    assert why("cuda", jadam.adam(1.0, moments="int8")) == [None] * 3  # the vector is float32
+    assert why("tpu", jadam.adam(1.0, moments="int8")) == [None, three, None]
+    assert why("tpu", jadam.adam(1.0, moments="bfloat16")) == [None, three, "1 dimensions, the TPU's kernel needs 2"]
+
+
+def test_turned_off(monkeypatch):
+    """XLA's own step is one pass in float32 all the same."""
+    params = ones((64, 128))
+    for moments, reason in (("float32", None), ("int8", "JADAM_KERNELS=xla")):
+        tx = jadam.adam(1.0, moments=moments)
+        monkeypatch.setenv("JADAM_KERNELS", "xla")
+        assert _step.outlook("cuda", tx, params, tx.init(params), params) == [(None, reason)]
+
+
+def a_gpu_that_is_not_here():
+    """What Triton asks for in JAX from 0.12 on."""
+    device = getattr(jax.sharding, "AbstractDevice", None)
+    if "platform" not in getattr(device, "__annotations__", {}):
+        return contextlib.nullcontext()
+    h100 = device("NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=h100))
+
+
+@pytest.mark.parametrize(("platform", "call"), [("tpu", "tpu_custom_call"), ("cuda", "triton")])
+def test_lowers_for_a_platform_that_is_not_here(platform, call, monkeypatch):
+    tx = jadam.adam(1.0, moments="int8")
+    params = ones((64, 128))
+    args = jax.eval_shape(lambda: (params, tx.init(params), params))
+
+    def lowered():
+        step = jax.jit(functools.partial(jadam.step, tx))
+        with a_gpu_that_is_not_here() if platform == "cuda" else contextlib.nullcontext():
+            return jax.export.export(step, platforms=[platform], disabled_checks=allow)(*args).mlir_module()
+
+    names = ("tpu_custom_call", "__gpu$xla.gpu.triton", "triton_kernel_call")
+    allow = [jax.export.DisabledSafetyCheck.custom_call(name) for name in names]
+    assert call in lowered()
+    monkeypatch.setenv("JADAM_KERNELS", "xla")
+    assert call not in lowered()

@@ -1,0 +1,565 @@
+"""`jadam.step`: one pass that does what the two calls do, on every path that may serve it."""
+
+import functools
+import shutil
+import sys
+from pathlib import Path
+
+import handler
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import (
+    CPU,
+    RULES,
+    ULPS,
+    assert_equal,
+    assert_finite_alike,
+    assert_steps_agree,
+    compiled,
+    custom_calls,
+    environment,
+    leaves,
+    make,
+    masters_of,
+    needs_kernel,
+    ones,
+    printed,
+    rows,
+    trees,
+)
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jadam
+from jadam._fused import step as _step
+from jadam._fused.cpu import kernel as cpu
+
+INT8 = [name for name in RULES if not name.startswith(("adamax", "amsgrad", "radam"))]
+MOMENTS = {"float32": [*RULES], "bfloat16": [name for name in RULES if name != "adamax"], "int8": INT8}
+CASES = {f"{name}-{moments}": (name, moments) for moments, names in MOMENTS.items() for name in names}
+
+
+@needs_kernel
+@rows(
+    "case",
+    CASES,
+    default=[
+        "adam-float32",
+        "adam, scheduled b1-float32",
+        "adam, hat-float32",
+        "adamax-float32",
+        "amsgrad-float32",
+        "adam-bfloat16",
+        "radam of nadam-bfloat16",
+        "both-bfloat16",
+        "adam-int8",
+        "nadamw, momentum-int8",
+    ],
+)
+def test_kernel_against_the_two_calls(case):
+    rule, moments = case
+    tx = make(rule, moments)
+    step, calls = compiled(tx)
+    params = trees(0)
+    state = tx.init(params)
+    for t in range(12):
+        grads = trees(t + 1)
+        expected = calls(grads, state, params)
+        ulps = 2 * ULPS if moments == "int8" else ULPS  # its scales are of m / sqrt(v), two roundings more
+        assert_steps_agree(step(grads, state, params), expected, (params, state), ulps)
+        params, state = expected
+    assert custom_calls(functools.partial(jadam.step, tx), grads, state, params) == 1
+
+
+@needs_kernel
+@pytest.mark.parametrize("moments", ["float32", "bfloat16", "int8"])
+def test_bf16_weights_with_remainder(moments):
+    """Masters agree as float32 weights would; nothing but remainders and weights is in 16 bits.
+
+    For gradients in float32 and, of ``wide`` excepted, in bfloat16.
+    """
+    tx = jadam.exact_bf16(jadam.adamw(1.0, moments=moments))
+    step, calls = compiled(tx)
+    of = lambda seed, dtype: {**trees(seed, dtype), "wide": trees(100 + seed)["a"][:15]}
+    keep = lambda path, _: "c" in path
+    params, state = jax.jit(lambda masters: jadam.from_float32(masters, tx, keep=keep))(of(0, np.float32))
+    for t in range(12):
+        grads = of(t + 1, jnp.bfloat16)
+        expected = calls(grads, state, params)
+        ulps = 2 * ULPS if moments == "int8" else ULPS
+        assert_steps_agree(*(masters_of(*x) for x in (step(grads, state, params), expected, (params, state))), ulps)
+        params, state = expected
+    assert custom_calls(functools.partial(jadam.step, tx), grads, state, params) == 1
+
+
+@needs_kernel
+def test_the_comparison_bites():
+    """Another beta, another step count or another dither are seen."""
+    params, grads = trees(0), trees(1)
+    other = compiled(jadam.adam(1.0, b2=0.99901))[0]
+    state = make("adam").init(params)
+    expected = compiled(make("adam"))[0](grads, state, params)
+    with pytest.raises(AssertionError):
+        assert_steps_agree(other(grads, state, params), expected, (params, state))
+    state = make("adam", "int8").init(params)
+    step = compiled(make("adam", "int8"))[0]
+    shifted = state[0]._replace(count=np.asarray(state[0].count) + 1), state[1]
+    with pytest.raises(AssertionError):
+        assert_steps_agree(step(grads, shifted, params), step(grads, state, params), (params, state))
+
+
+@needs_kernel
+@pytest.mark.parametrize("moments", ["float32", "bfloat16", "int8"])
+def test_not_finite(moments):
+    """NaN and infinities come out where they come out of the two calls."""
+    tx = make("adam", moments)
+    step, calls = compiled(tx)
+    params, grads = trees(0), trees(1)
+    a = np.array(grads["a"])
+    for i, bad in enumerate((np.nan, np.inf, -np.inf, 1e30, 1e-30, -0.0)):
+        a[i, 7 * i] = bad
+    grads["a"] = jax.device_put(a)
+    state = tx.init(params)
+    for _ in range(3):
+        new, expected = step(grads, state, params), calls(grads, state, params)
+        assert_finite_alike(new, expected)
+        params, state = expected
+
+
+@needs_kernel
+@pytest.mark.parametrize("moments", ["float32", "bfloat16", "int8"])
+def test_in_place(moments):
+    """Donated, a step needs no memory beyond a few scalars: 0.01 byte a parameter here, nothing grows with them."""
+    tx = jadam.exact_bf16(jadam.adam(1e-3, moments=moments))
+    params = jax.device_put(np.zeros((512, 512), jnp.bfloat16))
+    state = tx.init(params)
+    f = jax.jit(lambda params, state, grads: jadam.step(tx, grads, state, params), donate_argnums=(0, 1))
+    in_place = f.lower(params, state, params).compile()
+    assert in_place.memory_analysis().temp_size_in_bytes <= 0.01 * params.size
+    grads = ones((512, 512), jnp.bfloat16)
+    expected = jax.device_get(jax.jit(functools.partial(jadam.step, tx))(grads, state, params))
+    assert_equal(in_place(params, state, grads), expected)
+    assert params.is_deleted()
+
+
+@needs_kernel
+def test_one_call_for_many_leaves():
+    params = [jax.ShapeDtypeStruct((3, i + 1), jnp.float32) for i in range(2 * cpu.LEAVES + 1)]
+    tx = jadam.adam(1e-3)
+    assert custom_calls(functools.partial(jadam.step, tx), params, jax.eval_shape(tx.init, params), params) == 3
+
+
+def test_one_trace_and_fixed_avals():
+    tx = jadam.exact_bf16(jadam.chain(jadam.clip_by_global_norm(1.0), jadam.adamw(1e-3, moments="int8")))
+    params = {"a": ones((64, 128), jnp.bfloat16), "b": ones(3)}
+    state = tx.init(params)
+    traces = []
+
+    @jax.jit
+    def train(params, state, grads):
+        traces.append(0)
+        return jadam.step(tx, grads, state, params)
+
+    for _ in range(3):
+        params, state = train(params, state, params)
+    _, scanned = jax.lax.scan(lambda c, _: (train(*c, c[0]), 0), (params, state), None, length=2)
+    assert len(traces) == 1
+    assert scanned.shape == (2,)
+
+
+# -- where no kernel serves --------------------------------------------------------------------------------------------
+
+ODD = {
+    "empty": ones((0, 3)),
+    "none": None,
+    "complex": ones(3, np.complex64),
+    "half": ones(5, np.float16),
+    "bf16": ones(5, jnp.bfloat16),
+    "plain": ones((2, 3)),
+}
+
+
+@rows("rule", ["adamw, scheduled", "nadamw, momentum", "adam, hat"], default=["adamw, scheduled"])
+def test_mixed_leaves(rule):
+    """Leaves that a kernel cannot take go the way of the two calls, to the bit, beside one that it can."""
+    tx = make(rule)
+    grads = jax.tree.map(lambda x: np.asarray(0.3, x.dtype) * np.asarray(x), ODD)
+    state = tx.init(ODD)
+    new, expected = (f(grads, state, ODD) for f in compiled(tx))
+    for a, b in leaves(new, expected):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(np.asarray(a, complex), np.asarray(b, complex), rtol=3e-7, atol=3e-7)  # 2 ulp of 1
+
+
+def test_float64_leaves(x64):
+    tx = jadam.adamw(1e-3, weight_decay=0.1)
+    params = {"wide": ones(7, np.float64), "plain": ones(7)}
+    grads = {k: np.asarray(x) / np.asarray(3, x.dtype) for k, x in params.items()}
+    new, expected = (f(grads, tx.init(params), params)[0] for f in compiled(tx))
+    assert new["wide"].dtype == jnp.float64
+    np.testing.assert_allclose(new["wide"], expected["wide"], rtol=4e-16)  # 2 ulp
+
+
+TRACED = {
+    "learning rate": lambda x: jadam.adam(x),
+    "weight decay, int8": lambda x: jadam.adamw(0.1, weight_decay=x, moments="int8"),
+    "beta, bfloat16": lambda x: jadam.nadamw(0.1, b1=x, moments="bfloat16"),
+    "within a schedule": lambda x: jadam.amsgrad(lambda count: x / (count + 1)),
+    "bounds": lambda x: jadam.chain(jadam.clip(x), jadam.clip_by_global_norm(x), jadam.adam(0.1, eps=1.0)),
+    "groups": lambda x: jadam.by_path([("a", {"lr_mult": 2.0}), ("b", jadam.FROZEN), ("", {})], x),
+    "exact_bf16": lambda x: jadam.exact_bf16(jadam.by_path([("a", {"moments": "int8"}), ("b", jadam.FROZEN)], x)),
+}
+
+
+@rows("name", [*TRACED], default=["learning rate", "bounds", "exact_bf16"])
+def test_hyperparameters_traced_where_the_step_is(name):
+    """In one pass, and on the bits of the same numbers known beforehand."""
+    make = TRACED[name]
+    params = trees(0, jnp.bfloat16 if name == "exact_bf16" else np.float32)
+    params = {k: params[k] for k in "ab"} if name == "exact_bf16" else params
+    value = jnp.float32(0.3)
+    step = lambda tx, state: jadam.step(tx, params, state, params)
+    traced = lambda x, state: step(make(x), state)
+    state = make(value).init(params)
+    expected = jax.jit(functools.partial(step, make(value)))(state)
+    new = jax.jit(traced)(value, state)
+    assert jax.tree.structure(new) == jax.tree.structure(expected)
+    for a, b in leaves(new, expected):
+        assert a.dtype == b.dtype
+        if name == "bounds":  # XLA may sum the norm's squares otherwise: an ulp of it, and 2 of what is scaled by it
+            np.testing.assert_allclose(a, b, rtol=4e-7, atol=4e-7 * 0.1)  # of lr * u
+        else:
+            np.testing.assert_array_equal(a, b)
+    if CPU.kernel is not None:
+        assert custom_calls(traced, value, state) == 1
+    several = jax.jit(jax.vmap(lambda x: traced(x, state)[0]["a"]))(np.float32([0.3, 0.15]))
+    assert_steps_agree((several[0], state), (expected[0]["a"], state), (params["a"], state))
+
+
+@pytest.mark.parametrize("moments", ["float32", "int8"])
+def test_with_jit_disabled(moments):
+    """As one debugs: the eager step's bits, eagerly and through a function that would be compiled."""
+    tx, p = (
+        jadam.adamw(0.1, moments=moments),
+        jax.device_put(np.linspace(-1, 1, 4096, dtype=np.float32).reshape(32, 128)),
+    )
+    state = tx.init(p)
+    expected = jadam.step(tx, p, state, p)
+    with jax.disable_jit():
+        for step in (jadam.step, jax.jit(jadam.step, static_argnums=0)):
+            assert_equal(step(tx, p, state, p), expected)
+
+
+def test_nothing_traced_outlives_its_trace():
+    params = trees(0)
+    make = lambda x: jadam.chain(jadam.clip(x), jadam.adamw(x, b1=x, weight_decay=x))
+    state = make(0.1).init(params)
+    with jax.checking_leaks():
+        jax.jit(lambda x: jadam.step(make(x), params, state, params))(jnp.float32(0.1))
+
+
+def test_derivative_by_a_hyperparameter():
+    """As of the two calls, through a step and the next, whose schedule goes on."""
+    params = np.float32([1.0, -2.0, 3.0])
+
+    def loss(step, x):
+        tx = jadam.adamw(lambda count: x * (count + 1), weight_decay=x)
+        p, state = params, tx.init(params)
+        for _ in range(2):
+            p, state = step(tx, jnp.sin(p), state, p)
+        return jnp.sum(p**2)
+
+    new, expected = (jax.jit(jax.grad(functools.partial(loss, f)))(0.1) for f in (jadam.step, _step.two_calls))
+    np.testing.assert_allclose(new, expected, rtol=1e-6)  # the same operations, whose products XLA may contract
+
+
+def test_vmap_and_grad():
+    tx = jadam.adam(0.1)
+    params = ones(3)
+    state = tx.init(params)
+    many = np.arange(6, dtype=np.float32).reshape(2, 3)
+    one = jax.jit(lambda g: jadam.step(tx, g, state, params)[0])
+    batched = jax.jit(jax.vmap(one))(many)
+    np.testing.assert_allclose(batched, np.stack([one(g) for g in many]), rtol=3e-7)
+    loss = lambda f, g: f(tx, g, state, params)[0].sum()
+    np.testing.assert_array_equal(
+        *(jax.jit(jax.grad(functools.partial(loss, f)))(many[1]) for f in (jadam.step, _step.two_calls))
+    )
+
+
+def assert_one_program(tx, *args):
+    """`step` traces what the two calls trace, to the last equation."""
+    traced = [str(jax.make_jaxpr(functools.partial(f, tx))(*args)) for f in (jadam.step, _step.two_calls)]
+    assert traced[0] == traced[1]
+    assert "jadam_step" not in traced[0]
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [optax.adam(1e-3), optax.chain(jadam.adam(1e-3)), jadam.chain(optax.trace(0.9), jadam.adam(1e-3))],
+    ids=["optax", "optax.chain", "another stage"],
+)
+def test_anything_else_is_the_two_calls(tx):
+    params = trees(0)
+    state = tx.init(params)
+    assert_one_program(tx, trees(1), state, params)
+    assert custom_calls(functools.partial(jadam.step, tx), trees(1), state, params) == 0
+
+
+def test_chain_is_optax_s():
+    stages = optax.clip_by_global_norm(1.0), optax.clip(0.5), optax.scale_by_schedule(lambda count: 1.0 + count)
+    mine = jadam.chain(jadam.clip_by_global_norm(1.0), jadam.clip(0.5), stages[2])
+    params = trees(0)
+    both = mine, optax.chain(*stages)
+    updates = [jax.jit(tx.update) for tx in both]
+    states = [tx.init(params) for tx in both]
+    assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
+    for t in range(3):
+        results = [update(trees(t), s, params) for update, s in zip(updates, states, strict=True)]
+        states = [state for _, state in results]
+        assert_equal(*results)
+
+
+# -- several devices, other platforms ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("moments", ["float32", "int8"])
+def test_sharded(moments):
+    """No gather of an array, the shardings stay, and the two calls' result; a kernel inside shard_map."""
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    on = lambda spec: NamedSharding(mesh, spec)
+    tx = make("adam", moments)
+    params, grads = (jax.device_put(np.asarray(trees(seed)["a"])[:32, :256], on(P("x"))) for seed in range(2))
+    state = tx.init(params)
+    step = compiled(tx)[0].lower(grads, state, params).compile()
+    text = step.as_text()
+    assert "all-gather" not in text
+    assert "jadam_step" not in text
+    new, new_state = step(grads, state, params)
+    assert new.sharding.is_equivalent_to(params.sharding, 2)
+    whole = jax.tree.map(np.asarray, (grads, state, params))
+    assert_steps_agree((new, new_state), compiled(tx)[1](*whole), (whole[2], whole[1]))
+
+
+@needs_kernel
+def test_inside_shard_map():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    tx = make("adam")
+    params, grads = (np.asarray(trees(seed)["a"])[:32, :256] for seed in range(2))
+    state = tx.init(params)
+    spec = jax.tree.map(lambda x: P("x") if x.ndim else P(), state)
+    step = jax.shard_map(
+        functools.partial(jadam.step, tx),
+        mesh=mesh,
+        in_specs=(P("x"), spec, P("x")),
+        out_specs=(P("x"), spec),
+        check_vma=False,
+    )
+    assert custom_calls(step, grads, state, params) == 1
+    step = jax.jit(step).lower(grads, state, params).compile()
+    assert "all-gather" not in step.as_text()
+    assert_steps_agree(step(grads, state, params), compiled(tx)[1](grads, state, params), (params, state))
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        jadam.adamw(0.1),
+        jadam.exact_bf16(jadam.adam(0.1)),
+        jadam.chain(jadam.clip(1.0), jadam.clip_by_global_norm(1.0), jadam.scale_by_radam()),
+    ],
+)
+def test_a_transformation_taken_apart_and_put_together_is_the_same(tx):
+    """Flax takes it for a tree; older versions do so in nnx.jit."""
+    again = jax.tree.map(lambda function: function, tx)
+    assert type(again) is type(tx)
+    params = ones(3)
+    assert _step.obstacle(again, params, tx.init(params), params) is None
+
+
+def test_clipping_taken_apart_and_put_together_is_the_same():
+    clip = jax.tree.map(lambda function: function, jadam.clip(1.0))
+    tx = jadam.chain(clip, jadam.adam(1.0))
+    params = ones(3)
+    assert _step.obstacle(tx, params, tx.init(params), params) is None
+
+
+@needs_kernel
+def test_export_decides_by_target():
+    """One export for two platforms: the CPU's branch calls the kernel, the other has none of it."""
+    tx = jadam.adam(1.0)
+    params = ones((4, 5))
+    step = jax.jit(functools.partial(jadam.step, tx))
+    args = params, tx.init(params), params
+    allow = [jax.export.DisabledSafetyCheck.custom_call("jadam_step")]
+    both = jax.export.export(step, platforms=["cpu", "tpu"], disabled_checks=allow)(*args)
+    assert "@jadam_step" in both.mlir_module()
+    assert "@jadam_step" not in jax.export.export(step, platforms=["tpu"])(*args).mlir_module()
+    assert_equal(both.call(*args), step(*args))
+
+
+# -- the extension -----------------------------------------------------------------------------------------------------
+
+
+def test_kernels_can_be_turned_off(monkeypatch):
+    monkeypatch.setenv("JADAM_KERNELS", "xla")
+    tx = jadam.adam(1.0, b1=0.5)
+    assert {x.kernel for x in jadam.backends().values()} == {None}
+    assert "JADAM_KERNELS=xla" in str(jadam.backends()["cpu"])
+    p = ones(3)
+    assert custom_calls(functools.partial(jadam.step, tx), p, tx.init(p), p) == 0
+    monkeypatch.setenv("JADAM_KERNELS", "none")
+    with pytest.raises(ValueError, match=r"^JADAM_KERNELS must be unset or 'xla', got 'none'\. Unset it\.$"):
+        jadam.backends()
+
+
+def python(program, cwd, **env):
+    """What ``program`` prints in a fresh Python."""
+    env = environment(**{"JAX_PLATFORMS": "cpu", **env})
+    return printed([sys.executable, "-c", program], cwd=cwd, env=env).strip()
+
+
+@needs_kernel
+def test_a_source_folder_finds_the_installed_extension(tmp_path):
+    """A clone's ``jadam/`` hides the installed one from a Python started beside it; other sources' is refused."""
+    shutil.copytree(Path(jadam.__file__).parent, tmp_path / "clone" / "jadam", ignore=shutil.ignore_patterns("*.so"))
+    installed = tmp_path / "site" / "jadam" / "_fused" / "cpu"
+    installed.mkdir(parents=True)
+    shutil.copy(CPU.reason, installed)
+    program = "import jadam; print(jadam.__file__, jadam.backends()['cpu'], sep='\\n')"
+    file, backend = python(program, tmp_path / "clone", PYTHONPATH=str(tmp_path / "site")).splitlines()
+    assert Path(file).is_relative_to(tmp_path / "clone")
+    assert backend == f"{CPU.kernel}: {installed / Path(CPU.reason).name}"
+    for name in cpu.SOURCES[::3]:  # cpu.cc and rules.h
+        source = tmp_path / "clone" / "jadam" / "_fused" / name
+        text = source.read_text()
+        source.write_text(text + "// changed\n")
+        _, backend = python(program, tmp_path / "clone", PYTHONPATH=str(tmp_path / "site")).splitlines()
+        assert backend.startswith("XLA: ")
+        assert backend.endswith("was built from other sources; reinstall jadam")
+        source.write_text(text)
+
+
+@needs_kernel
+@pytest.mark.slow
+@pytest.mark.parametrize("instructions", ["portable", "avx2"])
+def test_other_instructions(instructions, tmp_path):
+    """Processors without this one's instructions get the same step."""
+    program = """if True:
+        import helpers as t, jadam
+        for moments in ("float32", "bfloat16", "int8"):
+            for rule in ("adam", "nadam", "both"):
+                tx = t.make(rule, moments)
+                params = t.trees(0)
+                state = tx.init(params)
+                for i in range(3):
+                    new, expected = (f(t.trees(i + 1), state, params) for f in t.compiled(tx))
+                    t.assert_steps_agree(new, expected, (params, state), 2 * t.ULPS)
+                    params, state = expected
+        print(jadam.backends()["cpu"].kernel)
+    """
+    printed = python(program, tmp_path, JADAM_INSTRUCTIONS=instructions)
+    assert printed in (f"FFI, {instructions}", "FFI, portable")
+
+
+GOOD = {
+    "scalars": ones((1, len(cpu.SCALARS)), jnp.float32),
+    "count": jax.device_put(np.zeros(2, np.uint32)),
+    "leaves": [0, 0, 0, 0, 0, 0, 12, 12],
+    "inputs": [ones((2, 6))] * 4,
+    "outputs": [jax.ShapeDtypeStruct((2, 6), jnp.float32)] * 3,
+}
+INT8_INPUTS = [ones((2, 6))] * 2 + [ones((2, 6), jnp.int8), ones((2, 6), jnp.uint8)] + [ones((2, 2))] * 2
+INT8_OUTPUTS = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in INT8_INPUTS[1:]]
+WRONG = [
+    ({"leaves": [0, 0]}, "each attribute must have a number for every leaf"),
+    ({"leaves": [7, 0, 0, 0, 0, 0, 12, 12]}, "leaf 0: rule is out of range"),
+    ({"leaves": [0, -1, 0, 0, 0, 0, 12, 12]}, "leaf 0: format is out of range"),
+    ({"leaves": [0, 0, 4, 0, 0, 0, 12, 12]}, "leaf 0: clipping is out of range"),
+    ({"leaves": [0, 0, 0, 1, 0, 0, 12, 12]}, "leaf 0: scalars are out of range"),
+    (
+        {"leaves": [0, 2, 0, 0, 0, 0, 12, 12], "inputs": INT8_INPUTS, "outputs": INT8_OUTPUTS},
+        "leaf 0: block is out of range",
+    ),
+    (
+        {"leaves": [0, 2, 0, 0, 0, 2, 12, 12], "inputs": INT8_INPUTS, "outputs": INT8_OUTPUTS},
+        "leaf 0: scale has another size",
+    ),
+    ({"leaves": [3, 2, 0, 0, 0, 3, 12, 12], "inputs": INT8_INPUTS, "outputs": INT8_OUTPUTS}, "leaf 0: "),
+    ({"scalars": ones((1, 5))}, "scalars must be float32 in rows of"),
+    ({"scalars": ones((1, len(cpu.SCALARS)), jnp.bfloat16)}, "scalars must be float32 in rows of"),
+    ({"count": jax.device_put(np.zeros(2, np.int32))}, "count must be uint32, one and another for each leaf"),
+    ({"count": jax.device_put(np.zeros(1, np.uint32))}, "count must be uint32, one and another for each leaf"),
+    ({"leaves": [0, 0, 0, 0, 0, 0, 0, 12]}, "leaf 0: run is no whole number of rows"),
+    ({"leaves": [0, 0, 0, 0, 0, 0, 5, 12]}, "leaf 0: run is no whole number of rows"),
+    ({"leaves": [0, 2, 0, 0, 0, 3, 4, 12], "inputs": INT8_INPUTS, "outputs": INT8_OUTPUTS}, "leaf 0: run is no"),
+    ({"inputs": [ones((2, 6))] * 3}, "leaf 0: moment is missing"),
+    ({"inputs": [ones((2, 6))] * 5}, "more buffers than leaves use"),
+    ({"inputs": [ones((2, 6), jnp.int32)] + [ones((2, 6))] * 3}, "leaf 0: gradient has another dtype"),
+    ({"inputs": [ones((2, 6)), ones((2, 7))] + [ones((2, 6))] * 2}, "leaf 0: parameter has another size"),
+    ({"outputs": GOOD["outputs"][:2]}, "leaf 0: new moment is missing"),
+    ({"outputs": [jax.ShapeDtypeStruct((2, 6), jnp.int32)] * 3}, "leaf 0: new parameter has another dtype"),
+    ({"outputs": [jax.ShapeDtypeStruct((1, 6), jnp.float32)] * 3}, "leaf 0: new parameter has another size"),
+]
+
+
+@needs_kernel
+@pytest.mark.parametrize(("changed", "message"), WRONG)
+def test_the_handler_checks_what_it_is_handed(changed, message):
+    given = {**GOOD, **changed}
+    call = jax.ffi.ffi_call("jadam_step", given["outputs"])
+    with pytest.raises(Exception, match=f"jadam: {message}"):
+        jax.block_until_ready(
+            call(given["scalars"], given["count"], *given["inputs"], **handler.attributes(given["leaves"]))
+        )
+
+
+@needs_kernel
+def test_the_handler_refuses_a_wrong_alias():
+    """The new parameter in the place of a moment."""
+    call = jax.ffi.ffi_call("jadam_step", GOOD["outputs"], input_output_aliases={4: 0})
+    with pytest.raises(Exception, match="jadam: an output overlaps another buffer"):
+        jax.block_until_ready(
+            call(GOOD["scalars"], GOOD["count"], *GOOD["inputs"], **handler.attributes(GOOD["leaves"]))
+        )
+
+
+P32, P16, C64 = (ones((4, 4), dtype) for dtype in (np.float32, jnp.bfloat16, np.complex64))
+CLIP, NORM, ADAM = jadam.clip(0.5), jadam.clip_by_global_norm(0.5), jadam.adam(0.1)
+OBSTACLES = [
+    (jadam.chain(NORM, CLIP, ADAM), P32, "jadam.clip comes after another clipping"),
+    (jadam.chain(CLIP, CLIP, ADAM), P32, "jadam.clip comes after another clipping"),
+    (jadam.chain(NORM, NORM, ADAM), P32, "two jadam.clip_by_global_norm in one chain"),
+    (jadam.chain(ADAM, CLIP), P32, "jadam.chain's last stage is none of jadam's optimizers"),
+    (jadam.chain(optax.trace(0.9), ADAM), P32, "trace"),
+    (jadam.chain(CLIP, ADAM), P16, "16-bit gradients are clipped in 16 bits; wrap the chain in jadam.exact_bf16"),
+    (jadam.exact_bf16(optax.adam(0.1)), P16, "jadam.exact_bf16 is around none of jadam's optimizers nor jadam.chain"),
+    (optax.adam(0.1), P32, "none of jadam's optimizers; a chain must be jadam.chain"),
+]
+
+
+@pytest.mark.parametrize(("tx", "p", "reason"), OBSTACLES)
+def test_what_makes_two_calls_of_it(tx, p, reason):
+    """Is told, and `step` is the two calls."""
+    state = tx.init(p)
+    if reason != "trace":
+        assert _step.obstacle(tx, p, state, p) == reason
+    assert (_step.obstacle(tx, p, state, p) or "none") != "none"
+    assert_one_program(tx, p, state, p)
+
+
+def test_complex_gradients_are_clipped_by_optax_if_at_all():
+    tx = jadam.chain(CLIP, ADAM)
+    assert _step.obstacle(tx, C64, tx.init(C64), C64) == "complex gradients are clipped"
+
+
+def test_what_the_cpu_s_kernel_leaves_to_xla():
+    tell = lambda tx, p: _step.outlook("cpu", tx, p, tx.init(p), p)[0][1]
+    assert tell(ADAM, P32) is None
+    assert tell(jadam.adam(0.1, mu_dtype=jnp.bfloat16), P32) == "mu_dtype is XLA's"
+    assert tell(ADAM, ones((0, 4))) == "no elements"
+    assert "complex64" in tell(ADAM, C64)

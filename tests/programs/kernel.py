@@ -1,0 +1,677 @@
+"""What `test_kernel.py` runs in processes of its own: random calls of the CPU's handler, right and wrong, and children.
+
+``PYTHONPATH=tests python tests/programs/kernel.py direct 7 1`` does the one call whose seed is 7, ``by_xla 7 1`` lets
+XLA do it.
+"""
+
+import copy
+import ctypes
+import faulthandler
+import functools
+import importlib
+import json
+import multiprocessing
+import os
+import pkgutil
+import re
+import sys
+import time
+import warnings
+from collections import Counter
+from typing import NamedTuple
+
+import handler
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jadam
+from jadam import _optimizers
+from jadam._core.numerics import constant_beta
+from jadam._fused.cpu import kernel as cpu
+from jadam._fused.pallas import Int8Tile
+from jadam._moments import formats
+from jadam._transformation.transformation import Job, Part, Rule, Step, update_leaf
+
+ROWS, COLUMNS = 64, 512  # of the arrays on which what is expected is computed, whatever the leaf's shape
+NATIVE = {
+    rule.native: rule
+    for module in pkgutil.iter_modules(_optimizers.__path__, "jadam._optimizers.")
+    for rule in vars(importlib.import_module(module.name)).values()
+    if isinstance(rule, Rule)
+}
+RULES, FORMATS = [NATIVE[name] for name in cpu.load().rules], list(cpu.load().formats)
+SIZES = [0, 1, 2, 3, 5, 7, 97, 251, 509, 1021, *(n + i for n in (32, 128, 256, 512, 1024) for i in (-1, 0, 1))]
+BLOCKS = [1, 2, 3, 31, 32, 64, 97, 127, 128, 129, 255, 256, 511, 512]
+EDGES = [
+    *range(9),
+    511,
+    512,
+    513,
+    -1,
+    *(2**k + i for k in (31, 32) for i in (-1, 0)),
+    2**62,
+    2**63 - 1,
+    -(2**31),
+    -(2**63),
+]
+SPECIAL = [np.nan, np.inf, -np.inf, 0.0, -0.0, 1e30]
+LARGEST_RATIO = 32.0  # |g|/sqrt(v) is at most 1/sqrt(1 - b2), 31.6 at b2 = 0.999
+BFLOAT16 = jnp.dtype(jnp.bfloat16)
+
+
+class Block:
+    """An array at a place in memory that is a multiple of its element, with known bytes before, perhaps behind it."""
+
+    def __init__(self, rng, values, behind=None):
+        values = np.asarray(values)
+        size = max(1, values.dtype.itemsize)
+        self.offset = 64 + size * int(rng.integers(0, 64 // size))
+        end = self.offset + values.nbytes
+        # Behind nothing AddressSanitizer sees an access, behind something we see a write.
+        self.memory = rng.integers(0, 256, end + int(rng.choice([0, 64]) if behind is None else behind), np.uint8)
+        self.shape, self.dtype, self.null = values.shape, values.dtype, False
+        self.values[...] = values
+
+    def changed(self, **fields):
+        """Another array in the same memory."""
+        new = copy.copy(self)
+        vars(new).update(fields)
+        return new
+
+    @property
+    def values(self):
+        return np.ndarray(self.shape, self.dtype, self.memory, self.offset)
+
+    @property
+    def buffer(self):
+        return handler.Buffer(0 if self.null else self.address, self.shape, str(self.dtype))
+
+    @property
+    def address(self):
+        return self.memory.ctypes.data + self.offset
+
+
+class Call(NamedTuple):
+    """``inputs`` begin with scalars and count; ``steps`` are what each row of scalars was made of."""
+
+    inputs: list[Block]
+    outputs: list[Block]
+    leaves: list[int]
+    steps: list[dict]
+
+
+# -- a right call ------------------------------------------------------------------------------------------------------
+
+
+def any_step(rng):
+    """The fields of a job that make a row of scalars, every rule's."""
+    t = jnp.float32(rng.choice([1, 2, 10, 1000]))
+    b1, b2, momentum = (float(rng.choice(x)) for x in ([0.0, 0.3, 0.9], [0.3, 0.99, 0.999], [0.5, 0.95]))
+    betas = {name: constant_beta(b, t, np.float32) for name, b in (("b1", b1), ("b2", b2), ("momentum", momentum))}
+    others = {
+        "trusted": bool(rng.integers(2)),
+        "rectification": 0.5,
+        "eps": 1e-8,
+        "eps_root": float(rng.choice([0, 1e-3])),
+    }
+    return {
+        "step": Step(t=t, **betas, **{k: v if k == "trusted" else np.float32(v) for k, v in others.items()}),
+        "minus_lr": -float(rng.choice([1.0, 0.125])),
+        "weight_decay": float(rng.choice([0.0, 0.1])),
+        "bound": 0.5,
+        "norm": jnp.float32(2),
+        "max_norm": jnp.float32(0.5),  # a power of two, which leaves bfloat16 gradients exact
+    }
+
+
+def row(step):
+    unused = {"rule": None, "dtype": None, "format": None, "stored": (), "salt": 0, "count": None}
+    return np.asarray(cpu._row(Job(**unused, **step)))
+
+
+def any_shape(rng, least, most):
+    """Of rank ``least`` to 3, and at most ``most`` elements."""
+    shape = []
+    for _ in range(rng.integers(least, 4)):
+        shape.insert(0, int(rng.choice(SIZES if not shape else [0, 1, 2, 3, 5, 7, 13])))
+        if np.prod(shape) > most:
+            return tuple(shape[1:] or [1])
+    return tuple(shape)
+
+
+def numbers(rng, shape, special):
+    """Normal ones over four decades; none is subnormal, which XLA's threads take for 0."""
+    x = rng.standard_normal(shape) * 10.0 ** rng.uniform(-2, 2, shape)
+    return np.where(rng.random(shape) < 0.02 * special, rng.choice(SPECIAL, shape), x).astype(np.float32)
+
+
+def any_leaf(rng, rows):
+    """Settings, inputs and outputs."""
+    format = FORMATS[rng.integers(3)]
+    rule = int(rng.integers(2 if format == "int8" else len(RULES)))
+    block = int(rng.choice(BLOCKS)) if format == "int8" else int(rng.choice(EDGES))  # where it is not looked at
+    shape = any_shape(rng, format == "int8", ROWS if format == "int8" and block < 100 else ROWS * 100)
+    if format == "int8" and np.prod(shape[:-1]) * blocks_of(shape, block) > ROWS:
+        shape = shape[-1:] if blocks_of(shape[-1:], block) <= ROWS else (1,)
+    special = rng.random() < 0.2
+    narrow_g, narrow_p = rng.random(2) < 0.3
+    g = numbers(rng, shape, special).astype(BFLOAT16 if narrow_g else np.float32)
+    p = numbers(rng, shape, False)
+    own = [p.astype(BFLOAT16), rng.integers(-(2**15), 2**15, shape, np.int16)] if narrow_p else [p]
+    m = numbers(rng, shape, False)
+    v = m**2 * np.exp(rng.exponential(1.0, shape)).astype(np.float32)  # no smaller than the square of m
+    moments = [m, v, v * 2][: len(RULES[rule].moments)]
+    if format == "bfloat16":
+        moments = [x.astype(BFLOAT16) for x in moments]
+    if format == "int8":
+        scales = (*shape[:-1], blocks_of(shape, block))
+        moments = [rng.integers(-127, 128, shape, np.int8), rng.integers(0, 256, shape, np.uint8)]
+        moments += [rng.uniform(0.1, 7, scales).astype(np.float32), 10 ** rng.uniform(-2, 2, scales).astype(np.float32)]
+    n = int(np.prod(shape))
+    runs = [x for x in range(1, n + 1) if n % x == 0 and (format != "int8" or x % shape[-1] == 0)] or [
+        rng.choice(EDGES)
+    ]
+    run, stride = int(rng.choice(runs)), int(rng.choice([*EDGES, n, 12345]))
+    settings = [
+        rule,
+        FORMATS.index(format),
+        rng.integers(4),
+        rng.integers(rows),
+        rng.integers(2**32),
+        block,
+        run,
+        stride,
+    ]
+    outputs = [np.zeros_like(x) for x in (*own, *moments)]
+    return [int(x) for x in settings], [g, *own, *moments], outputs
+
+
+def blocks_of(shape, block):
+    return -(-shape[-1] // block)
+
+
+def any_call(rng):
+    steps = [any_step(rng) for _ in range(rng.integers(1, 3))]
+    several = [any_leaf(rng, len(steps)) for _ in range(rng.integers(1, 4))]
+    leaves = [x for settings, *_ in several for x in settings]
+    scalars = np.stack([row(x) for x in steps])
+    count = rng.integers(0, 2**32, 1 + len(several), np.uint32)
+    inputs = [Block(rng, x) for x in (scalars, count, *(x for _, inputs, _ in several for x in inputs))]
+    outputs, place = [], 2
+    for _, given, new in several:
+        for own, x in zip(inputs[place + 1 : place + len(given)], new, strict=True):
+            outputs.append(own if rng.random() < 0.5 else Block(rng, x))
+        place += len(given)
+    return Call(inputs, outputs, leaves, steps)
+
+
+# -- a wrong one -------------------------------------------------------------------------------------------------------
+
+
+def another_setting(rng, call):
+    leaves = list(call.leaves)
+    if leaves:
+        leaves[rng.integers(len(leaves))] = int(rng.choice(EDGES))
+    return call._replace(leaves=leaves)
+
+
+def more_or_fewer_settings(rng, call):
+    leaves = list(call.leaves)
+    return call._replace(leaves=[leaves[:-1], leaves[:-8], [*leaves, 0], leaves + leaves[:8]][rng.integers(4)])
+
+
+def another_buffer(rng, call):
+    """Of another dtype or shape, in memory that it fits."""
+    kind = rng.integers(2)
+    columns = [list(call.inputs), list(call.outputs)]
+    column = columns[kind]
+    if not column:
+        return call
+    place = int(rng.integers(len(column)))
+    shape, dtype = column[place].shape, column[place].dtype
+    if rng.random() < 0.5:
+        dtype = np.dtype(str(rng.choice(list(handler.CODES))))
+    else:
+        turned = [
+            (),
+            (0,),
+            (*shape, 1),
+            (*shape, 0),
+            (*shape, 2),
+            shape[:-1],
+            (*shape[:-1], sum(shape[-1:]) + 1),
+            shape[::-1],
+        ]
+        turned += [(*shape[:-1], max(0, sum(shape[-1:]) - 1)), (int(np.prod(shape)),)]
+        shape = turned[rng.integers(len(turned))]
+    values = np.zeros(shape, dtype)
+    if dtype == column[place].dtype and column[place].values.size:
+        values = np.resize(column[place].values, shape)  # so that rows of scalars are rows again
+    column[place] = Block(rng, values)
+    return call._replace(inputs=columns[0], outputs=columns[1])
+
+
+def buffers_moved(rng, call):
+    """One dropped, doubled or exchanged for another."""
+    columns = [list(call.inputs), list(call.outputs)]
+    column = columns[rng.integers(2)]
+    if not column:
+        return call
+    a, b = rng.integers(len(column), size=2)
+    if min(a, b) == 0 and column is columns[0]:  # what would pass for scalars could not be told from them
+        return call
+    match rng.integers(3):
+        case 0:
+            del column[a]
+        case 1:
+            column.insert(a, column[b])
+        case 2:
+            column[a], column[b] = column[b], column[a]
+    return call._replace(inputs=columns[0], outputs=columns[1])
+
+
+def overlapping(rng, call):
+    """An output in the place of any buffer, or some bytes into it."""
+    outputs = list(call.outputs)
+    if not outputs:
+        return call
+    place, others = int(rng.integers(len(outputs))), [*call.inputs, *call.outputs]
+    other, shift = others[rng.integers(len(others))], int(rng.choice([0, 0, 1, 2, 4, 64]))
+    if other.offset + shift + outputs[place].values.nbytes <= len(other.memory):
+        outputs[place] = outputs[place].changed(memory=other.memory, offset=other.offset + shift)
+    return call._replace(outputs=outputs)
+
+
+def misaligned(rng, call):
+    inputs = list(call.inputs)
+    place = int(rng.integers(len(inputs)))
+    new = Block(rng, inputs[place].values, behind=64)
+    inputs[place] = new.changed(offset=new.offset + 1)
+    return call._replace(inputs=inputs)
+
+
+def without_data(rng, call):
+    columns = [list(call.inputs), list(call.outputs)]
+    column = columns[rng.integers(2)]
+    if column:
+        place = int(rng.integers(len(column)))
+        column[place] = column[place].changed(null=True)
+    return call._replace(inputs=columns[0], outputs=columns[1])
+
+
+MISTAKES = [another_setting, another_setting, more_or_fewer_settings, another_buffer, another_buffer, buffers_moved]
+MISTAKES_IN_MEMORY = [*MISTAKES, overlapping, misaligned, without_data]
+
+
+# -- what comes out ----------------------------------------------------------------------------------------------------
+
+
+def places(shape, block):
+    """The row and column of each element in the arrays on which what is expected is computed; a row is a block."""
+    n = int(np.prod(shape))
+    if block is None:
+        return np.divmod(np.arange(n), COLUMNS)
+    element = np.arange(n)
+    column = element % max(1, shape[-1])
+    return element // max(1, shape[-1]) * blocks_of(shape, block) + column // block, column % block
+
+
+def expected(call, inputs):
+    """For every leaf ``(size of its largest term, new)`` of its parameter, as float32, and of what it stores.
+
+    For codes the size is whether they mean anything: where a scale is NaN they do not.
+    """
+    _, count, *arrays = inputs
+    count, arrays = count.ravel(), iter(arrays)  # of whatever shape
+    for first, settings in zip(count[1:], rows_of(call.leaves), strict=True):
+        rule, format, limit, scalars, salt, block, run, stride = settings
+        g, p = next(arrays), next(arrays)
+        rest = next(arrays).ravel() if p.dtype == BFLOAT16 else None
+        stored = [next(arrays).ravel() for _ in range(stored_by(rule, format))]
+        scaled = FORMATS[format] == "int8"
+        i, j = places(g.shape, block if scaled else None)
+
+        def lay(x, i=i, j=j):
+            laid = np.zeros((ROWS, COLUMNS), x.dtype)
+            laid[i, j] = x.ravel()
+            return jnp.asarray(laid)
+
+        def lay_scale(x):
+            return jnp.asarray(np.concatenate([x, np.zeros(ROWS - x.size, np.float32)])[:, None])
+
+        index = np.array([(int(first) + e // run * stride + e % run) % 2**32 for e in range(g.size)], np.uint32)
+        unused = {name for name, bit in (("bound", 1), ("norm", 2)) if not limit & bit}
+        step = call.steps[scalars % len(call.steps)]
+        job = Job(
+            rule=RULES[rule],
+            dtype=np.dtype(np.float32),
+            format=Int8Tile(1) if scaled else formats.FORMATS[FORMATS[format]],
+            stored=(*map(lay, stored[:2]), *map(lay_scale, stored[2:])) if scaled else tuple(map(lay, stored)),
+            salt=salt % 2**32,
+            count=jnp.asarray(count[0]),
+            remainder=None if rest is None else lay(rest),
+            index=lay(index),
+            **{k: v for k, v in step.items() if k not in unused},
+        )
+        new, others = update_leaf(job, lay(g), lay(p))
+        new, *others = [np.asarray(x) for x in (new, *others)]
+        old, g = master(p.ravel(), rest), np.abs(g.ravel().astype(np.float32))
+        yield np.abs(old) + LARGEST_RATIO, master(new[i, j], None if rest is None else others.pop(0)[i, j])
+        with np.errstate(over="ignore"):
+            sizes = [g, g * g + g, g * g + g]
+        for size, x, was in zip(sizes, others, stored[: 2 if scaled else 3], strict=False):
+            yield ~np.isnan(others[2][i, 0]) if scaled else np.abs(was.astype(np.float32)) + size, x[i, j]
+        for size, x, was in zip((LARGEST_RATIO, 0), others[2:], stored[2:], strict=True) if scaled else ():
+            yield np.maximum(was, x[: was.size, 0]) + size, x[: was.size, 0]
+
+
+def found(call):
+    """The new parameters and what is stored, as the handler wrote them."""
+    outputs = iter(x.values.ravel() for x in call.outputs)
+    for rule, format, *_ in rows_of(call.leaves):
+        p = next(outputs)
+        yield master(p, next(outputs) if p.dtype == BFLOAT16 else None)
+        for _ in range(stored_by(rule, format)):
+            yield next(outputs)
+
+
+def rows_of(leaves):
+    return [leaves[start : start + 8] for start in range(0, len(leaves), 8)]
+
+
+def stored_by(rule, format):
+    return 4 if FORMATS[format] == "int8" else len(RULES[rule].moments)
+
+
+def master(p, rest):
+    """The float32 weight; one set from outside to 0 or infinity loses a remainder that would make it NaN."""
+    if rest is None:
+        return p
+    pattern = p.view(np.uint16).astype(np.int64)
+    magnitude = pattern & 0x7FFF
+    stray = ((magnitude == 0) & (rest < 0)) | ((magnitude == 0x7F80) & (rest > 0))
+    return ((pattern << 16) + np.where(stray, 0, rest)).astype(np.uint32).view(np.float32)
+
+
+def not_finite(a, b):
+    """Neither is: where g * g overflows, a contracted x + b * (average - x) is infinite and else NaN."""
+    return ~np.isfinite(a) & ~np.isfinite(b)
+
+
+def check(call, wanted, tally):
+    """What was written is what is expected.
+
+    To 1e-5 of the largest term: eager operations round products that the kernel contracts, and it takes reciprocals of
+    the corrections. `test_step.py` has the sharp bounds; here it is a wrong place, row or rule that must show, which is
+    an error of order 1. Codes and bfloat16 may differ by a level where the sides straddle a rounding edge.
+    """
+    for (size, new), got in zip(wanted, found(call), strict=True):
+        assert (got.dtype, got.shape) == (new.dtype, new.shape)
+        if new.dtype in (np.float32, BFLOAT16):
+            a, b = got.astype(np.float32), new.astype(np.float32)
+            with np.errstate(invalid="ignore"):
+                same = (np.abs(a - b) <= 1e-5 * np.maximum(size, np.abs(b))) | not_finite(a, b)
+        if new.dtype == np.float32:
+            assert same.all(), (got[~same][:4], new[~same][:4])
+            continue
+        if new.dtype == BFLOAT16:
+            got, new, size = got.view(np.int16), new.view(np.int16), ~same
+        apart = np.abs(got.astype(int) - new.astype(int))[size]
+        tally["codes"] += got.size
+        tally["codes apart"] += np.count_nonzero(apart)
+        assert apart.max(initial=0) <= 1, apart.max()
+        assert np.count_nonzero(apart) <= 3 + 0.005 * got.size, (np.count_nonzero(apart), got.size)
+
+
+# -- by two ways -------------------------------------------------------------------------------------------------------
+
+
+def direct(call, rng):
+    """The handler's error or None; whatever it must not write is what it was."""
+    blocks = [*call.inputs, *call.outputs]
+    memory = {x.memory.ctypes.data: x.memory for x in blocks}
+    before = {address: x.copy() for address, x in memory.items()}
+    pool = [handler.Inline, handler.Full, handler.Late, handler.Threads][rng.integers(4)]()
+    error = handler.call([x.buffer for x in call.inputs], [x.buffer for x in call.outputs], call.leaves, pool)
+    pool.after()
+    written = {address: np.zeros(x.size, bool) for address, x in memory.items()}
+    for x in call.outputs if error is None else ():
+        written[x.memory.ctypes.data][x.offset : x.offset + x.values.nbytes] = True
+    for address, x in memory.items():
+        np.testing.assert_array_equal(x[~written[address]], before[address][~written[address]])
+    return error
+
+
+def by_xla(call, rng):
+    """The same by a compiled program, whose buffers are XLA's."""
+    places = {id(x): i for i, x in enumerate(call.inputs)}
+    aliases = {places[id(x)]: i for i, x in enumerate(call.outputs) if id(x) in places}
+    results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in call.outputs]
+    if not any(x.values.size for x in call.outputs):  # XLA leaves out a call without results
+        return direct(call, rng)
+    of = jax.ffi.ffi_call("jadam_step", results, input_output_aliases=aliases)
+    try:
+        new = of(*(jnp.asarray(x.values) for x in call.inputs), **handler.attributes(call.leaves))
+        new = [np.asarray(x) for x in new]
+    except Exception as error:
+        text = str(error)
+        return text[text.index("jadam: ") :] if "jadam: " in text else text
+    for x, values in zip(call.outputs, new, strict=True):
+        x.values[...] = values
+    return None
+
+
+def once(seed, way, mistakes, tally):
+    rng = np.random.default_rng(seed)
+    call = any_call(rng)
+    scalars = call.inputs[0].values.copy()
+    wrong = rng.integers(0, 3)
+    for _ in range(wrong):
+        call = mistakes[rng.integers(len(mistakes))](rng, call)
+    inputs = [x.values.copy() for x in call.inputs]
+    error = way(call, rng)
+    if error is None and not np.array_equal(np.resize(inputs[0], scalars.shape), scalars):
+        assert wrong
+        tally["other scalars"] += 1  # ones that pass for scalars, whatever they mean
+    elif error is None:
+        check(call, expected(call, inputs), tally)
+        tally["right"] += 1
+    else:
+        assert wrong, error
+        assert error.startswith("jadam: "), error
+        tally[re.sub(r"leaf \d: ", "", error.splitlines()[0])] += 1
+
+
+def fuzz(way, mistakes, first, n):
+    tally = Counter()
+    for seed in range(first, first + n):
+        print(f"{way.__name__} {seed} 1", flush=True)  # the last one is that of a crash
+        once(seed, way, mistakes, tally)
+    return {k: int(v) for k, v in tally.items()}
+
+
+def fuzz_directly(first, n):
+    return fuzz(direct, MISTAKES_IN_MEMORY, first, n)
+
+
+def fuzz_by_xla(first, n):
+    return fuzz(by_xla, MISTAKES, first, n)
+
+
+# -- training in this process, and in children -------------------------------------------------------------------------
+
+
+def matrix(rows, columns, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal((rows, columns)), jnp.float32)
+
+
+TRAINED = {
+    "float32": lambda: (jadam.adamw(1e-3), {"small": matrix(3, 5), "large": matrix(301, 307)}),
+    "int8": lambda: (jadam.adamw(1e-3, moments="int8"), {"large": matrix(257, 400)}),
+    "exact_bf16": lambda: (
+        jadam.exact_bf16(jadam.nadamw(1e-3, moments="bfloat16")),
+        {"large": matrix(200, 500).astype(jnp.bfloat16)},
+    ),
+    "few": lambda: (jadam.adam(1e-3), {"few": matrix(4, 8)}),
+}
+
+
+def trained(name, steps, donate=True, at=lambda step, params: None):
+    """The bytes of parameters and state after so many steps; ``at`` is called before each."""
+    tx, params = TRAINED[name]()
+    state = tx.init(params)
+
+    def train(params, state):
+        grads = jax.tree.map(lambda p: p - p[:, :1], params)
+        return jadam.step(tx, grads, state, params)
+
+    train = jax.jit(train, donate_argnums=(0, 1) if donate else ())
+    for step in range(steps):
+        at(step, params)
+        params, state = train(params, state)
+    return [np.asarray(x).tobytes() for x in jax.tree.leaves((params, state))]
+
+
+def resident():
+    """Bytes of memory that this process has, without what its allocator keeps though nothing is in it.
+
+    That goes up by some MB at any time: how XLA's threads come to be scheduled tells which holes of the heap they fill.
+    """
+    ctypes.CDLL(None).malloc_trim(0)
+    with open("/proc/self/statm") as f:
+        return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def memory(name, *ends):
+    """Prints the least resident bytes of the 1,000 steps up to each of these, in which one array more may be alive."""
+    least = dict.fromkeys(ends, 2**63)
+
+    def at(step, params):
+        jax.block_until_ready(params)  # else steps are queued, some more and some fewer each time
+        for end in ends:
+            if end - 1000 <= step <= end and step % 20 == 0:
+                least[end] = min(least[end], resident())
+
+    trained(name, ends[-1] + 1, at=at)
+    print(*least.values())
+
+
+def loader(queue):
+    """A data loader: it never touches JAX."""
+    rng = np.random.default_rng(0)
+    queue.put((rng.standard_normal((300, 300)) @ np.ones((300, 300))).sum())
+
+
+def bare_step(scalars):
+    """The handler's result for a leaf that takes several threads, which never come; nothing here is JAX's."""
+    rng, n = np.random.default_rng(0), 2**18
+    count = np.zeros(2, np.uint32)
+    arrays = [rng.random(n, np.float32) for _ in range(4)]
+    buffers = [handler.Buffer(x.ctypes.data, x.shape, str(x.dtype)) for x in (scalars, count, *arrays)]
+    assert handler.call(buffers, buffers[3:], [0, 0, 0, 0, 0, 0, n, n], handler.Late()) is None
+    return [x.tobytes() for x in arrays]
+
+
+def forked(names):
+    """Children that JAX allows, between the steps of a training, which ends on the bits it had without them."""
+    warnings.filterwarnings("ignore", message=".*fork")  # JAX's own and Python's, of what is tried here
+    scalars = row(any_step(np.random.default_rng(1)))[None]  # in the parent, as JAX computes it
+    never = bare_step(scalars)
+    codes, sums = [], []
+    context = multiprocessing.get_context("fork")
+    sanitized = "libasan" in os.environ.get("LD_PRELOAD", "")
+
+    def at(step, params):
+        if step % 5 == 0:
+            if sanitized:  # a fork must not meet a thread within the sanitizer's allocator, whose locks a child keeps
+                jax.block_until_ready(params)
+                time.sleep(0.1)
+            queue = context.SimpleQueue()
+            child = context.Process(target=loader, args=(queue,))
+            child.start()
+            sums.append(queue.get())
+            child.join()
+            codes.append(child.exitcode)
+            if (child := os.fork()) == 0:
+                os._exit(0 if bare_step(scalars) == never else 1)
+            codes.append(os.waitpid(child, 0)[1])
+
+    for name in names:
+        assert trained(name, 20, at=at) == trained(name, 20)
+    assert len(set(sums)) == 1
+    assert codes == [0] * 2 * 4 * len(names), codes
+    print("forked")
+
+
+def child_steps(queue, names):
+    queue.put([trained(name, 20) for name in names])
+
+
+def spawned(method, names):
+    """Children of another start method train as this process does, which has trained before."""
+    here = [trained(name, 20) for name in names]
+    context = multiprocessing.get_context(method)
+    queue = context.SimpleQueue()
+    child = context.Process(target=child_steps, args=(queue, names))
+    child.start()
+    assert queue.get() == here
+    child.join()
+    assert child.exitcode == 0
+    print(method)
+
+
+# -- a huge leaf -------------------------------------------------------------------------------------------------------
+
+
+def huge():
+    """A step of 2**31 + 4096 elements; rows in three places are to the bit those of small leaves that lie there."""
+    tx, columns, rows = jadam.adam(1e-3, moments="int8"), 4096, 3
+    whole = (2**31 // columns + 1, columns)
+    tiny, empty = tx.init(jnp.zeros((rows, columns)))
+    rng = np.random.default_rng(0)
+
+    def random_state():
+        codes = rng.integers(-127, 128, (rows, columns), np.int8), rng.integers(0, 256, (rows, columns), np.uint8)
+        return codes + tuple(np.abs(rng.standard_normal((rows, columns // 128), np.float32)) for _ in range(2))
+
+    starts = [0, whole[0] // 2, whole[0] - rows]  # the last one from 2**31 - 8192 on
+    windows = [[*(numbers(rng, (rows, columns), False) for _ in range(2)), *random_state()] for _ in starts]
+    arrays = []
+    for k, example in enumerate(windows[0]):
+        width = example.shape[1]
+        places = [(start * width, window[k]) for start, window in zip(starts, windows, strict=True)]
+        arrays.append(handler.Sparse((whole[0], width), example.dtype, places))
+    views = [x.window(0, x.shape[0] * x.shape[1]).reshape(x.shape) for x in arrays]
+    g, p, *stored = map(jnp.from_dlpack, views)  # no copies
+    names = ("mu", "nu", "mu_scale", "nu_scale")
+    of = lambda stored: (tiny._replace(**dict(zip(names, stored, strict=True))), empty)
+    p, (new, _) = jax.jit(functools.partial(jadam.step, tx))(g, of(stored), p)
+    found = [np.asarray(x) for x in (p, *(getattr(new, name) for name in names))]
+    for start, (g, p, *stored) in zip(starts, windows, strict=True):
+        job = tx.plan(jnp.asarray(g), of(map(jnp.asarray, stored)), jnp.asarray(p)).jobs[0]
+        job = job._replace(part=Part(jnp.uint32(start * columns), whole))
+        ((p, stored),) = cpu.kernel([job], [jnp.asarray(g)], [jnp.asarray(p)])
+        for a, b in zip((p, *stored), found, strict=True):
+            np.testing.assert_array_equal(a, b[start : start + rows])
+    print("huge")
+
+
+if __name__ == "__main__":
+    faulthandler.enable()
+    assert cpu.load()[0] is not None, cpu.load()[1]
+    match sys.argv[1:]:
+        case "fuzz", n, n_by_xla:
+            print(json.dumps([fuzz_directly(0, int(n)), fuzz_by_xla(0, int(n_by_xla))]))
+        case "direct", first, n:
+            print(fuzz_directly(int(first), int(n)))
+        case "by_xla", first, n:
+            print(fuzz_by_xla(int(first), int(n)))
+        case "memory", name, *ends:
+            memory(name, *map(int, ends))
+        case "forked", *names:
+            forked(names)
+        case ("huge",):
+            huge()
+        case method, *names:
+            spawned(method, names)
