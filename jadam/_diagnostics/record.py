@@ -143,7 +143,7 @@ def record(
 
     def plan(updates, state, params) -> Plan:
         checks.state_of(state, RecordState, BEGUN)
-        jobs, finish = tx.plan(updates, state.inner_state, params)
+        jobs, finish = tx.info.plan(updates, state.inner_state, params)
         return Plan(jobs, lambda stored: RecordState(finish(stored), state.ring))
 
     text = f"jadam.record({tx!r}, every={every}, keep={keep}, sample={sample})"

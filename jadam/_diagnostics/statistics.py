@@ -252,7 +252,7 @@ def looked_into(tx: Transformation, state, params) -> tuple[jax.Array, list[Job]
         if not isinstance(x, ByPathState):
             checks.same_tree(params, x.mu, "params", "state.mu", " With Flax NNX: nnx.state(model, nnx.Param).")
     try:
-        jobs = tx.plan(none_new, _rewound(state), params).jobs
+        jobs = tx.info.plan(none_new, _rewound(state), params).jobs
     except NotOnePass as reason:
         raise ValueError(
             f"statistics and record cannot look into the transformation: {reason}. Take the optimizer alone and its "

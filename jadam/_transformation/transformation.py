@@ -130,7 +130,11 @@ class Rule:
         return self.function.__name__
 
 
-KEEP = Rule(lambda step, g: (), optax.EmptyState)  # of a parameter that stays what it is; never called
+def _keep(step, g) -> Any:
+    """Never called. A function of this module, so that a pickled rule is `KEEP` again."""
+
+
+KEEP = Rule(_keep, optax.EmptyState)  # of a parameter that stays what it is
 
 
 class NotOnePass(Exception):
@@ -398,18 +402,13 @@ def info_of(tx: optax.GradientTransformation) -> Update:
 class Transformation(optax.GradientTransformationExtraArgs):
     """An Optax transformation that can also be taken apart, so that `jadam.step` does it in one pass.
 
-    ``plan(grads, state, params)`` returns a `Plan`, with the same checks as ``update``, or raises `NotOnePass`.
+    ``info.plan(grads, state, params)`` returns a `Plan`, with the same checks as ``update``, or raises `NotOnePass`.
     """
 
     @property
     def info(self) -> Update:
         """``update``, with its type."""
         return cast(Update, self.update)
-
-    @property
-    def plan(self) -> Callable[..., Plan]:
-        """What ``update`` holds."""
-        return self.info.plan
 
     def __repr__(self):
         return self.info.text or super().__repr__()
@@ -643,7 +642,7 @@ def descend(direction: Transformation, learning_rate, *decaying) -> Transformati
         checks.gradients(updates, state, params, planning=True)
         if decaying and params is None:
             raise ValueError("weight_decay needs params: call update(updates, state, params).")
-        jobs, finish = direction.plan(updates, state[0], params)
+        jobs, finish = direction.info.plan(updates, state[0], params)
         widest = jax.dtypes.canonicalize_dtype(np.float64)
         zero, one = jnp.zeros([], widest), jnp.ones([], widest)  # each stage tells its factor when it is given 1
         minus_lr, lr_state = stages[-1].update(one, state[-1])

@@ -158,7 +158,7 @@ def by_path(
         for (k, group), corrections in zip(parts.moving, state.corrections, strict=True):
             own = state.moments._replace(**{name: parts.only(k, getattr(state.moments, name)) for name in trees})
             own = ScheduledBetasState(corrections, own) if corrections else own
-            planned, finish = group.direction.plan(parts.only(k, updates), own, parts.only(k, params))
+            planned, finish = group.direction.info.plan(parts.only(k, updates), own, parts.only(k, params))
             finishers.append((parts.indices[k], finish))
             decay = group.weight_decay(count)
             changes = {"minus_lr": group.minus_lr(count), "weight_decay": decay, "group": group}

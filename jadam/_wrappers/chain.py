@@ -160,7 +160,7 @@ def chain(*stages: optax.GradientTransformation) -> Transformation:
             raise NotOnePass("16-bit gradients are clipped in 16 bits; wrap the chain in jadam.exact_bf16")
         if clips and any(jnp.iscomplexobj(g) for g in jax.tree.leaves(updates)):
             raise NotOnePass("complex gradients are clipped")
-        jobs, finish = last.plan(updates, last_state, params)
+        jobs, finish = last.info.plan(updates, last_state, params)
         for stage in clips:
             jobs = stage.info.limit(jobs, updates)
         return Plan(jobs, lambda *stored: (*states, finish(*stored)))

@@ -128,7 +128,7 @@ def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
         # A plan looks at shapes and dtypes, mostly. Masters and wide gradients are made leaf by leaf, in the one pass.
         masters = jax.tree.map(lambda p: _no_values(p) if _is_bf16(p) else p, params)
         wide_gradient = _widened if reads_gradients else lambda g, p: _no_values(g) if _is_bf16(p) else g
-        jobs, finish = tx.plan(jax.tree.map(wide_gradient, updates, params), state.inner_state, masters)
+        jobs, finish = tx.info.plan(jax.tree.map(wide_gradient, updates, params), state.inner_state, masters)
         old, structure = jax.tree.flatten(state.remainder)
         has = [_is_bf16(p) for p in jax.tree.leaves(params)]
         jobs = [x._replace(remainder=r) if y else x for x, r, y in zip(jobs, old, has, strict=True)]

@@ -31,7 +31,7 @@ def interpreted(platform, tx):
     """The step by the kernel, and the two calls."""
 
     def one_pass(tx, grads, state, params):
-        jobs, finish = tx.plan(grads, state, params)
+        jobs, finish = tx.update.plan(grads, state, params)
         grads, (params, structure) = jax.tree.leaves(grads), jax.tree.flatten(params)
         rows = pallas.kernel(platform, jobs, grads, params, interpret=True)
         rows = [row or update_leaf(*x) for row, *x in zip(rows, jobs, grads, params, strict=True)]
@@ -82,7 +82,7 @@ def test_the_comparison_bites():
     shapes = {"a": SHAPES["a"]}
     params, grads = (trees(seed, shapes=shapes) for seed in range(2))
     state = tx.init(params)
-    plan = tx.plan
+    plan = tx.update.plan
 
     def moved(*args):
         jobs, finish = plan(*args)

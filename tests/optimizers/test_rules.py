@@ -91,7 +91,7 @@ def test_without_correction():
 @pytest.mark.parametrize("bias_correction", [True, False])
 @pytest.mark.parametrize("eps_mode", ["paper", "hat"])
 def test_adjustment(eps_mode, bias_correction):
-    adjusted = _adam.adjustment(eps_mode, bias_correction)(step())
+    adjusted = _adam.adjustment(eps_mode, () if bias_correction else ("b1", "b2"))(step())
     for beta in (adjusted.b1, adjusted.b2):
         assert (beta.correction == 1) != bias_correction
     hat = EPS / np.sqrt(1 - B2**T) if bias_correction else EPS

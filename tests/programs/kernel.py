@@ -649,7 +649,7 @@ def huge():
     p, (new, _) = jax.jit(functools.partial(jadam.step, tx))(g, of(stored), p)
     found = [np.asarray(x) for x in (p, *(getattr(new, name) for name in names))]
     for start, (g, p, *stored) in zip(starts, windows, strict=True):
-        job = tx.plan(jnp.asarray(g), of(map(jnp.asarray, stored)), jnp.asarray(p)).jobs[0]
+        job = tx.update.plan(jnp.asarray(g), of(map(jnp.asarray, stored)), jnp.asarray(p)).jobs[0]
         job = job._replace(part=Part(jnp.uint32(start * columns), whole))
         ((p, stored),) = cpu.kernel([job], [jnp.asarray(g)], [jnp.asarray(p)])
         for a, b in zip((p, *stored), found, strict=True):
