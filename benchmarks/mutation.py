@@ -55,7 +55,7 @@ SURVIVE = {
     "info.bits > 32": "what is float32 is rounded to float32, so it is itself",
     "info.bits >= 33": "what is float32 is rounded to float32, so it is itself",
     "info.bits >= 31": "no dtype has 31 bits",
-    "step.t // step.t": "t is whole and at least 1: both are 1",
+    "hp.t // hp.t": "t is whole and at least 1: both are 1",
     'eps_mode <= "hat"': "the other word that is let by, paper, comes after hat",
     "dtype <= np.float32": "what is compared is float32 or wider",
     "stored[1].dtype <=": "of what converts to bfloat16 only int8's codes are stored, and int8 is asked first",

@@ -20,7 +20,7 @@ from rich.table import Table
 
 import jadam
 from benchmarks.lean import digits, text
-from benchmarks.speed import TOY, one_pass, shapes, two_calls
+from benchmarks.speed import TOY, one_pass, shapes, update_and_apply
 
 EVERY = 100
 TURN = 10  # steps of one side, then of the other
@@ -97,7 +97,7 @@ def run(options) -> dict:
     result = {}
     columns = ["ms a step without", "ratio", "quartiles", "the same twice", "its quartiles"]
     table = Table("", *columns, title=f"jadam.record, every={EVERY}; bar {BAR}")
-    how = {"step": one_pass, "two calls": two_calls}
+    how = {"step": one_pass, "two calls": update_and_apply}
     cases = [(case, moments, "step") for case in CYCLES for moments in ("float32", "int8")]
     for case, moments, name in track([*cases, ("2^25", "float32", "two calls")], description="record"):
         row = measure(case, moments, how[name])

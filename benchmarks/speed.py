@@ -47,7 +47,7 @@ def shapes(case) -> list[tuple[int, ...]]:
     return {"GPT-2": GPT2, "toy": TOY}.get(case) or [(32, 32)] * int(case.split()[0])
 
 
-def two_calls(tx):
+def update_and_apply(tx):
     """What a user of Optax writes."""
 
     def step(params, state, grads):
@@ -67,8 +67,8 @@ def sides():
     adam = functools.partial(jadam.adam, 1e-3)
     exact = lambda moments: jadam.exact_bf16(adam(moments=moments))
     return {
-        "optax": (optax.adam(1e-3), two_calls, jnp.float32),
-        "jadam, two calls": (adam(), two_calls, jnp.float32),
+        "optax": (optax.adam(1e-3), update_and_apply, jnp.float32),
+        "jadam, two calls": (adam(), update_and_apply, jnp.float32),
         "step, float32": (adam(), one_pass, jnp.float32),
         "step, bfloat16": (adam(moments="bfloat16"), one_pass, jnp.float32),
         "step, int8": (adam(moments="int8"), one_pass, jnp.float32),

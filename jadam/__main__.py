@@ -43,7 +43,7 @@ def _learning_rate(text: str) -> float:
     return value
 
 
-def _whole(smallest: int, largest: int):
+def _is_unsharded(smallest: int, largest: int):
     def whole(text: str) -> int:
         if not (len(text) <= 20 and text.removeprefix("-").isdecimal() and smallest <= int(text) <= largest):
             raise argparse.ArgumentTypeError(f"must be a whole number in [{smallest}, {largest}], got {text!r}")
@@ -66,8 +66,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--lr", type=_learning_rate, default=1e-3, help="learning rate of both Adams")
     demo.add_argument("--sgd-lr", type=_learning_rate, default=0.1, help="learning rate of SGD")
-    demo.add_argument("--steps", type=_whole(1, 10**6), default=1000, help="training steps, of 64 digits each")
-    demo.add_argument("--seed", type=_whole(0, 2**31 - 1), default=0, help="of the start, the split and the batches")
+    demo.add_argument("--steps", type=_is_unsharded(1, 10**6), default=1000, help="training steps, of 64 digits each")
+    demo.add_argument(
+        "--seed", type=_is_unsharded(0, 2**31 - 1), default=0, help="of the start, the split and the batches"
+    )
     demo.add_argument("--out", type=Path, default=Path("jadam-demo.png"), help="the picture to write")
     plan = commands.add_parser(
         "plan",

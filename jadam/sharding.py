@@ -18,15 +18,15 @@ import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jadam._core import checks
-from jadam._core.trees import leaf_name, owners, trained
-from jadam._fused.step import in_parts, two_calls
+from jadam._core.trees import leaf_name, match_state_to_params, params_with_gradients
+from jadam._fused.step import step_sharded, update_and_apply
 from jadam._moments.formats import is_placeholder, placeholder
-from jadam._moments.int8 import BLOCK, fitting_block
-from jadam._transformation.transformation import NotOnePass, OwnUpdate, no_plan
+from jadam._moments.int8 import BLOCK, largest_block
+from jadam._transformation.transformation import FunctionUpdate, NotFusible, not_fusible
 
 
 @dataclasses.dataclass(eq=False)
-class _Zero1Update(OwnUpdate):
+class _Zero1Update(FunctionUpdate):
     """``update`` of `zero1`, and how it divides the state."""
 
     layout: "Layout" = dataclasses.field(kw_only=True)
@@ -70,8 +70,8 @@ class Leaf:
 
     name: str
     shape: tuple[int, ...]
-    home: NamedSharding
-    part: NamedSharding
+    param_sharding: NamedSharding
+    state_sharding: NamedSharding
     bytes: int
     reason: str  # why it is not divided, or ""
     widened: str  # why its moments are float32 instead of int8, or ""
@@ -131,7 +131,9 @@ def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[s
     checks.trainable(params, "params")
     layout = _layout(tx, params, mesh, axes)
     inner = optax.with_extra_args_support(optax.GradientTransformation(tx.init, tx.update))
-    homes, parts = ([getattr(leaf, which) for leaf in layout.leaves] for which in ("home", "part"))
+    param_shardings, state_shardings = (
+        [getattr(leaf, which) for leaf in layout.leaves] for which in ("param_sharding", "state_sharding")
+    )
     wanted = jax.tree.leaves(layout.state)
     shardings = [x.sharding for x in wanted]
 
@@ -179,33 +181,35 @@ def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[s
         def whole(params):
             return list(map(_reshaped, jax.tree.leaves(tx.init(params)), wanted))
 
-        state = jax.jit(whole, out_shardings=shardings)(_put(params, homes))
+        state = jax.jit(whole, out_shardings=shardings)(_put(params, param_shardings))
         return jax.tree.unflatten(jax.tree.structure(jax.eval_shape(tx.init, params)), state)
 
     def update(updates, state, params=None, **extra_args):
         check(updates, "updates")
         state = checked(state)
-        updates = _put(updates, parts)
+        updates = _put(updates, state_shardings)
         if params is not None:
-            params, _ = trained(params, updates)
+            params, _ = params_with_gradients(params, updates)
             check(params, "params")
-            params = _put(params, parts)
+            params = _put(params, state_shardings)
         updates, state = inner.update(updates, state, params, **extra_args)
-        return _put(updates, homes), _put(state, shardings)
+        return _put(updates, param_shardings), _put(state, shardings)
 
     def step(grads, state, params):
         check(grads, "grads")
-        params, put = trained(params, grads)
+        params, put = params_with_gradients(params, grads)
         check(params, "params")
         state = checked(state)
-        grads, params = _put(grads, parts), _put(params, parts)
+        grads, params = _put(grads, state_shardings), _put(params, state_shardings)
         try:
-            params, state = in_parts(tx, grads, state, params, mesh, [x.spec for x in parts], _first)
-        except NotOnePass:
-            params, state = two_calls(tx, grads, state, params)
-        return put(jax.tree.leaves(_put(params, homes))), _put(state, shardings)
+            params, state = step_sharded(
+                tx, grads, state, params, mesh, [x.spec for x in state_shardings], _shard_offset
+            )
+        except NotFusible:
+            params, state = update_and_apply(tx, grads, state, params)
+        return put(jax.tree.leaves(_put(params, param_shardings))), _put(state, shardings)
 
-    return Zero1(init, _Zero1Update(no_plan, inner=tx, step=step, function=update, layout=layout))
+    return Zero1(init, _Zero1Update(not_fusible, inner=tx, step=step, function=update, layout=layout))
 
 
 def spread(shapes, mesh, axis: str | Sequence[str] | None) -> Any:
@@ -275,39 +279,39 @@ def _layout(tx, params, mesh, axes) -> Layout:
     names = [leaf_name(path) for path, _ in flat]
     states, structure = jax.tree.flatten(state)
     owned: dict[str, list] = {name: [] for name in names}
-    for (name, _), x in zip(owners(state, params), states, strict=True):
+    for (name, _), x in zip(match_state_to_params(state, params), states, strict=True):
         if name is not None:
             owned[name].append(x)
     leaves = {}
     for name, (_, x), p in zip(names, flat, plain, strict=True):
-        home = _home(x, mesh, name)
+        param_sharding = _param_sharding(x, mesh, name)
         large = [s for s in owned[name] if s.shape == p.shape]
         int8 = any(s.dtype == jnp.uint8 for s in large)
-        whole = PartitionSpec(*home.spec, *[None] * (len(p.shape) - len(home.spec)))
+        whole = PartitionSpec(*param_sharding.spec, *[None] * (len(p.shape) - len(param_sharding.spec)))
         widened = ""
-        if int8 and fitting_block(p.shape[-1], here := home.shard_shape(p.shape)[-1]) is None:
+        if int8 and largest_block(p.shape[-1], here := param_sharding.shard_shape(p.shape)[-1]) is None:
             int8, widened = False, f"its own sharding cuts its last axis into {here}, {_NO_BLOCK}"
         spec, reason = _divided(p.shape, whole, mesh, axes, int8)
         size = sum(s.size * s.dtype.itemsize for s in owned[name])
         reason = reason if large else "no state of its shape" if size else ""
-        part = NamedSharding(mesh, spec if large and not reason else whole)
-        leaves[name] = Leaf(name, p.shape, home, part, size, reason, widened)
+        state_sharding = NamedSharding(mesh, spec if large and not reason else whole)
+        leaves[name] = Leaf(name, p.shape, param_sharding, state_sharding, size, reason, widened)
 
     def place(owner, x):
         name, field = owner
         leaf = leaves.get(name)
         spec, shape, dtype = PartitionSpec(), x.shape, x.dtype
         if leaf is not None and x.shape == leaf.shape:
-            spec = leaf.part.spec
+            spec = leaf.state_sharding.spec
             dtype = jnp.float32 if leaf.widened and field in ("mu", "nu") else dtype
         elif leaf is not None and field in ("mu_scale", "nu_scale") and not is_placeholder(x):
             if leaf.widened:
                 return place((None, None), jax.eval_shape(placeholder, x))
-            block = fitting_block(leaf.shape[-1], leaf.part.shard_shape(leaf.shape)[-1])
-            spec, shape = leaf.part.spec, (*x.shape[:-1], -(-leaf.shape[-1] // block))
+            block = largest_block(leaf.shape[-1], leaf.state_sharding.shard_shape(leaf.shape)[-1])
+            spec, shape = leaf.state_sharding.spec, (*x.shape[:-1], -(-leaf.shape[-1] // block))
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, _trimmed(spec)))
 
-    placed = [place(owner, x) for owner, x in zip(owners(state, params), states, strict=True)]
+    placed = [place(owner, x) for owner, x in zip(match_state_to_params(state, params), states, strict=True)]
     if all(x.reason for x in leaves.values() if x.bytes):
         whole = "; ".join(f"{x.name}: {x.reason}" for x in list(leaves.values())[:5] if x.bytes)
         raise ValueError(f"zero1 can divide no parameter's state by {n} ({axes}): {whole or 'there is none'}.")
@@ -315,7 +319,7 @@ def _layout(tx, params, mesh, axes) -> Layout:
     return Layout(tuple(leaves.values()), structure.unflatten(placed), over)
 
 
-def _home(x, mesh, what) -> NamedSharding:
+def _param_sharding(x, mesh, what) -> NamedSharding:
     """A parameter's own sharding; whole where it has none."""
     sharding = getattr(x, "sharding", None)
     if not isinstance(sharding, NamedSharding):
@@ -369,7 +373,7 @@ def _divided(shape, spec, mesh, axes, int8) -> tuple[PartitionSpec, str]:
         here = size // _ways(wanted[k], mesh)
         if not _fits(shape, wanted, mesh)[k]:
             continue
-        if int8 and k == len(shape) - 1 and fitting_block(size, here) is None:
+        if int8 and k == len(shape) - 1 and largest_block(size, here) is None:
             reason = f"its last axis would be cut into {here}, {_NO_BLOCK}"
             continue
         return wanted, ""
@@ -409,7 +413,7 @@ def _put_one(x, sharding: NamedSharding):
     return jax.lax.with_sharding_constraint(x, sharding)
 
 
-def _first(shape, spec, mesh) -> jax.Array:
+def _shard_offset(shape, spec, mesh) -> jax.Array:
     """Within `jax.shard_map`: the index in an array of ``shape`` of the first element that this device has."""
     first, stride = jnp.uint32(0), 1
     for size, entry in reversed(list(zip(shape, spec, strict=True))):

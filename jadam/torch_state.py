@@ -196,12 +196,12 @@ class _Leaf:
 
     @property
     def format(self) -> formats.Format:
-        return formats.of(self.arrays)
+        return formats.format_of(self.arrays)
 
     @property
     def stored(self) -> tuple[jax.Array, ...]:
         """The arrays that the format uses; the others only fill a place."""
-        return self.arrays[: self.format.arrays(len(self.entries))]
+        return self.arrays[: self.format.num_arrays(len(self.entries))]
 
     @property
     def inverse(self) -> tuple[int, ...]:
@@ -318,7 +318,7 @@ def _encoded(leaf: _Leaf, entries, count: int) -> list[jax.Array]:
     own = lambda key: np.array(entries[key].transpose(leaf.layout))  # on a CPU JAX may go on using NumPy's memory
     moments = [_placed(own(key), leaf.arrays[0]) for key in leaf.moments]
     taken = jnp.asarray(max(count - 1, 0), jnp.uint32)
-    random = lambda k: formats.random_for(moments[0].shape, formats.salt(leaf.path), taken)(k)
+    random = lambda k: formats.random_bits(moments[0].shape, formats.salt(leaf.path), taken)(k)
     new = leaf.format.encode(moments, leaf.stored, random)
     return [_like(x, old) for x, old in zip((*new, *leaf.arrays[len(new) :]), leaf.arrays, strict=True)]
 

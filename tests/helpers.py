@@ -156,7 +156,7 @@ float32_params = jax.jit(jadam.float32_params)
 # ---------------------------------------------------------------- steps
 
 
-def two_calls(tx, g, state, params):
+def update_and_apply(tx, g, state, params):
     """One step by ``tx.update`` and `optax.apply_updates`."""
     updates, state = tx.update(g, state, params)
     return optax.apply_updates(params, updates), state
@@ -198,7 +198,7 @@ def make(rule, moments="float32"):
 @functools.cache
 def compiled(tx):
     """The step and the two calls."""
-    return [jax.jit(functools.partial(f, tx)) for f in (jadam.step, _step.two_calls)]
+    return [jax.jit(functools.partial(f, tx)) for f in (jadam.step, _step.update_and_apply)]
 
 
 def custom_calls(f, *args):

@@ -141,7 +141,7 @@ def radam(gradients, b1=0.9, b2=0.999, eps=1e-8, eps_root=0.0, threshold=5.0, ne
     return directions
 
 
-def descend(p, directions, learning_rate, weight_decay=0.0):
+def scale_by_learning_rate_and_decay(p, directions, learning_rate, weight_decay=0.0):
     """Loshchilov & Hutter 2019, Algorithm 2, decay times the learning rate: the parameters after each step.
 
     ``learning_rate`` is a function of t = 0, 1, ...

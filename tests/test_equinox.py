@@ -48,7 +48,7 @@ def loss_of(model):
 gradients = eqx.filter_jit(eqx.filter_grad(loss_of))
 
 
-def two_calls(tx, grads, state, model):
+def update_and_apply(tx, grads, state, model):
     updates, state = tx.update(grads, state, eqx.filter(model, eqx.is_inexact_array))
     return eqx.apply_updates(model, updates), state
 
@@ -60,8 +60,8 @@ def one_pass(tx, grads, state, model):
 
 
 def cast_back(tx, grads, state, model):
-    """`two_calls` that leaves every parameter in its dtype."""
-    new, state = two_calls(tx, grads, state, model)
+    """`update_and_apply` that leaves every parameter in its dtype."""
+    new, state = update_and_apply(tx, grads, state, model)
     return jax.tree.map(lambda p, q: q.astype(p.dtype) if eqx.is_inexact_array(p) else q, model, new), state
 
 
@@ -93,7 +93,7 @@ def test_loop(moments, monkeypatch):
     """Two calls, one pass by XLA and one that is donated are equal to the bit, and learn."""
     monkeypatch.setenv("JADAM_KERNELS", "xla")
     tx = jadam.chain(jadam.clip_by_global_norm(1.0), jadam.adamw(1e-2, moments=moments))
-    expected, losses = train(two_calls, tx, Net())
+    expected, losses = train(update_and_apply, tx, Net())
     assert losses[-1] < 0.3 * losses[0]
     for donate in ("none", "all"):
         trained, equal_losses = train(one_pass, tx, Net(), donate=donate)
@@ -114,7 +114,9 @@ def test_the_kernel_takes_the_step(moments):
     params = eqx.filter(model, eqx.is_inexact_array)
     grads = gradients(model)
     state = tx.init(params)
-    new, expected = (eqx.filter_jit(functools.partial(f, tx))(grads, state, model) for f in (one_pass, two_calls))
+    new, expected = (
+        eqx.filter_jit(functools.partial(f, tx))(grads, state, model) for f in (one_pass, update_and_apply)
+    )
     (new, new_state), (expected, expected_state) = new, expected
     arrays = lambda model: eqx.filter(model, eqx.is_inexact_array)
     ulps = ULPS * (2 if moments == "int8" else 1)  # as there

@@ -18,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from golden import cases, where
-from helpers import assert_equal, rows, two_calls
+from helpers import assert_equal, rows, update_and_apply
 
 import jadam
 
@@ -123,7 +123,7 @@ def test_two_calls(name):
     stack = lambda trees: jax.tree.map(lambda *x: jnp.stack(list(map(jnp.asarray, x))), *trees)
     before = stack([remembered[t - 1] for t in transitions])
     g = jax.tree.map(lambda g: g[np.array(transitions) - 1], gradients)
-    step = jax.jit(jax.vmap(functools.partial(two_calls, case.make())))
+    step = jax.jit(jax.vmap(functools.partial(update_and_apply, case.make())))
     after = step(g, before[1], before[0])
     rows = {t: jax.tree.map(lambda x, i=i: x[i], after) for i, t in enumerate(transitions)}
     results = iter(rows.values())
@@ -133,7 +133,7 @@ def test_two_calls(name):
 @rows("name", list(cases.CASES), default=["adam, float32"])
 def test_eager(name):
     """The last step, outside of jit."""
-    step = functools.partial(two_calls, cases.CASES[name].make())
+    step = functools.partial(update_and_apply, cases.CASES[name].make())
     assert check_steps(name, step, start(name), [cases.STEPS]) == []
 
 

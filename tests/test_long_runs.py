@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import grid, two_calls
+from helpers import grid, update_and_apply
 
 import jadam
 
@@ -211,7 +211,7 @@ def taken(name, call):
     """Five steps from a state whose counts are ``count``: the parameters after each, and the last state."""
     tx = AT_THE_END[name]()
 
-    one = functools.partial(jadam.step if call == "step" else two_calls, tx)
+    one = functools.partial(jadam.step if call == "step" else update_and_apply, tx)
 
     @jax.jit
     def five(count, params, state, gradients):

@@ -24,7 +24,7 @@ import jadam
 from jadam._core import numerics
 from jadam._fused import step as _step
 from jadam._moments import int8
-from jadam._transformation.transformation import Part
+from jadam._transformation.transformation import Shard
 
 E24 = 2.0**-24  # what one rounding to float32 changes at most, relatively
 MEMBERS = [(m.name, x) for m in family.FAMILY for x in ("float32", "bfloat16")] + [(name, "int8") for name in ADAMS]
@@ -527,13 +527,13 @@ def test_indices_of_a_part(part):
     whole, starts, sizes = part
     index = np.arange(math.prod(whole), dtype=np.uint32).reshape(whole)
     here = index[tuple(slice(s, s + n) for s, n in zip(starts, sizes, strict=True))]
-    part = Part(jnp.asarray(index[starts]), whole)
-    of_whole, of_part = jax.jit(lambda start: (numerics.linear_index(whole), Part(start, whole).indices(sizes)))(
-        index[starts]
-    )
+    part = Shard(jnp.asarray(index[starts]), whole)
+    of_whole, of_part = jax.jit(
+        lambda start: (numerics.linear_index(whole), Shard(start, whole).global_indices(sizes))
+    )(index[starts])
     np.testing.assert_array_equal(of_whole, index)
     np.testing.assert_array_equal(of_part, here)
-    if (runs := part.runs(sizes)) is not None:
+    if (runs := part.strided_runs(sizes)) is not None:
         run, stride = runs
         i = np.arange(here.size)
         np.testing.assert_array_equal(here.ravel(), index[starts] + i // run * stride + i % run)
@@ -602,7 +602,7 @@ def compiled(name, moments):
     def called(f, h, *args):
         return f(member.make(1.0, moments=moments, **h), *args)
 
-    step, calls = (functools.partial(called, f) for f in (jadam.step, _step.two_calls))
+    step, calls = (functools.partial(called, f) for f in (jadam.step, _step.update_and_apply))
     init = member.make(1.0, moments=moments).init
     return init, jax.jit(step), jax.jit(calls), calls
 

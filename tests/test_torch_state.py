@@ -12,7 +12,7 @@ import optax
 import pytest
 import safetensors.numpy
 from flax import nnx
-from helpers import grid, leaves, rows, two_calls
+from helpers import grid, leaves, rows, update_and_apply
 from programs import torch_states
 
 import jadam
@@ -93,7 +93,7 @@ def programs(name, wrap, make=None):
 
 
 def jitted(tx):
-    return jax.jit(lambda g, params, state: two_calls(tx, g, state, params))
+    return jax.jit(lambda g, params, state: update_and_apply(tx, g, state, params))
 
 
 def continued(name, wrap, step=torch_states.BEFORE, make=None):

@@ -72,17 +72,17 @@ def _converted(state, to: Moments, mixed: bool):
     names = [name for name in state._fields if name not in ("count", "version") and not name.endswith("_scale")]
     scales = [name for name in state._fields if name.endswith("_scale")]
     unknown = {"b1": None, "b2": None}
-    choose = formats.chooser(to, None, unknown if names == ["mu", "nu"] else None)
+    choose = formats.format_selector(to, None, unknown if names == ["mu", "nu"] else None)
     mixed = mixed or ((to == "int8" or callable(to)) and names == ["mu", "nu"])
     arrays = 2 * len(names) if mixed else len(names)
     leaves, structure = jax.tree_util.tree_flatten_with_path(state.mu)
 
     def leaf(path, *stored):
-        old = formats.of(stored)
-        own = stored[: old.arrays(len(names))]
+        old = formats.format_of(stored)
+        own = stored[: old.num_arrays(len(names))]
         moments = old.decode(own, at_least_float32(*own) if old.name == "float32" else jnp.float32)
         new = choose(path, own[0])
-        random = formats.random_for(own[0].shape, formats.salt(path), state.count)
+        random = formats.random_bits(own[0].shape, formats.salt(path), state.count)
         empty = new.init(own[0] if old.name != "float32" else moments[0], len(names))
         converted = new.encode(moments, empty, random)
         return *converted, *(formats.placeholder(own[0]) for _ in range(arrays - len(converted)))

@@ -6,7 +6,7 @@ Ties go away from zero, so that the count fits int16.
 import jax
 import jax.numpy as jnp
 
-from jadam._core.numerics import applied
+from jadam._core.numerics import apply_rounded
 
 bitcast = jax.lax.bitcast_convert_type
 
@@ -40,7 +40,7 @@ def distance(p, x):
 def remainder_of(p, x, update):
     """The remainder of ``x`` if ``p + update`` lands on ``x`` rounded, otherwise 0."""
     rounded, rest = split(x)
-    landed = bitcast(applied(_exactly(p), update, jnp.bfloat16), jnp.uint32)
+    landed = bitcast(apply_rounded(_exactly(p), update, jnp.bfloat16), jnp.uint32)
     return jnp.where(landed == bitcast(_exactly(rounded), jnp.uint32), rest, 0)
 
 

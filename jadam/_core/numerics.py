@@ -31,7 +31,7 @@ def constant_beta(b, t: Scalar, dtype) -> Beta:
     return Beta(value, one_minus(b, dtype), correction, value, next_correction)
 
 
-class Reached(NamedTuple):
+class CurrentCorrection(NamedTuple):
     """The correction of a scheduled beta at the step itself, where that of the step before is no longer known."""
 
     correction: jax.Array
@@ -42,14 +42,14 @@ class Reached(NamedTuple):
         return self.correction.dtype
 
 
-def scheduled_beta(b, next_b, correction: jax.Array | Reached) -> Beta:
+def scheduled_beta(b, next_b, correction: jax.Array | CurrentCorrection) -> Beta:
     """``b`` of a schedule, whose next value is ``next_b``; ``correction`` is that of the step before.
 
     ``1 - b_1 * b_2 * ... * b_t`` is the average of ones under those betas, which, unlike the product, does not
     cancel while it is close to 0.
     """
     now, then = (constant_beta(x, jnp.ones([], correction.dtype), correction.dtype) for x in (b, next_b))
-    correction = correction.correction if isinstance(correction, Reached) else ema(now, correction, 1)
+    correction = correction.correction if isinstance(correction, CurrentCorrection) else ema(now, correction, 1)
     return now._replace(correction=correction, next_b=then.b, next_correction=ema(then, correction, 1))
 
 
@@ -200,7 +200,7 @@ def round_to_bfloat16(x: jax.Array, bits: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
 
 
-def applied(p, u, dtype):
+def apply_rounded(p, u, dtype):
     """What `optax.apply_updates` makes of ``p`` and ``u`` where parameters are of ``dtype``, in float32 at least.
 
     Really rounded: under jit XLA drops the rounding of ``x.astype(bfloat16).astype(float32)``. Subnormal numbers of

@@ -19,7 +19,7 @@ def find_states(tree, kind: type | tuple[type, ...] | Callable[[Any], bool]) -> 
     return [x for x in jax.tree.leaves(tree, is_leaf=matches) if matches(x)]
 
 
-def trained(params, grads) -> tuple[Any, Callable[[list], Any]]:
+def params_with_gradients(params, grads) -> tuple[Any, Callable[[list], Any]]:
     """The parameters that have a gradient, and a function that puts new ones into the whole tree.
 
     A parameter whose gradient is None may be anything: a function, a string, an array that is not trained.
@@ -41,12 +41,12 @@ def trained(params, grads) -> tuple[Any, Callable[[list], Any]]:
     return structure.unflatten([part if on else None for on, part in zip(has, parts, strict=True)]), put
 
 
-class _Name(str):
-    """A key of `Named`, which `jax.tree_util.keystr` prints unchanged."""
+class _VerbatimKey(str):
+    """A key of `NamedLeaves`, which `jax.tree_util.keystr` prints unchanged."""
 
 
 @jax.tree_util.register_pytree_with_keys_class
-class Named:
+class NamedLeaves:
     """Some leaves of a tree, by the names of their paths, without the tree's own classes."""
 
     def __init__(self, names: Sequence[str], leaves: Sequence[Any]):
@@ -55,29 +55,31 @@ class Named:
 
     def tree_flatten_with_keys(self):
         """For JAX."""
-        return list(zip(map(_Name, self.names), self.leaves, strict=True)), self.names
+        return list(zip(map(_VerbatimKey, self.names), self.leaves, strict=True)), self.names
 
     @classmethod
-    def tree_unflatten(cls, names, leaves) -> "Named":
+    def tree_unflatten(cls, names, leaves) -> "NamedLeaves":
         """For JAX."""
         return cls(names, leaves)
 
 
-def owners(state, params) -> list[tuple[str | None, str | None]]:
+def match_state_to_params(state, params) -> list[tuple[str | None, str | None]]:
     """For each leaf of ``state`` the parameter that it belongs to, and in which tree of the state it lies, or Nones."""
     named = {_keys(path): (leaf_name(path), p) for path, p in jax.tree_util.tree_leaves_with_path(params)}
     of_all = lambda x: getattr(x, "of_all_parameters", False)
     found = []
     for path, x in jax.tree_util.tree_leaves_with_path(state, is_leaf=of_all):
-        found += [{}] * len(jax.tree.leaves(x)) if of_all(x) else [_owners(path, x, named)]
-    like = Counter(tree for owners in found for tree in owners)  # how many of the parameters' paths a tree has
+        found += [{}] * len(jax.tree.leaves(x)) if of_all(x) else [_matches(path, x, named)]
+    like = Counter(
+        tree for match_state_to_params in found for tree in match_state_to_params
+    )  # how many of the parameters' paths a tree has
     best = [
-        max(owners, key=like.__getitem__, default=None) for owners in found
+        max(match_state_to_params, key=like.__getitem__, default=None) for match_state_to_params in found
     ]  # the first, the longest path, of equals
     return [(None, None) if tree is None else x[tree] for x, tree in zip(found, best, strict=True)]
 
 
-def _owners(path, x, params) -> dict[tuple[str, ...], tuple[str, str | None]]:
+def _matches(path, x, params) -> dict[tuple[str, ...], tuple[str, str | None]]:
     """For each tree of the state in which ``x`` lies at a parameter's path: that parameter, and the tree's field."""
     keys, found = _keys(path), {}
     for i in range(len(keys) + 1):

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jadam._core import checks
-from jadam._core.trees import find_states, leaf_name, owners
+from jadam._core.trees import find_states, leaf_name, match_state_to_params
 from jadam._fused import pallas
 from jadam._fused.backends import Backend, backends, platform_of
-from jadam._fused.step import obstacle, outlook
+from jadam._fused.step import why_leaves_not_fused, why_not_fused
 from jadam._moments.formats import FORMATS
 from jadam._transformation.transformation import QuantizedAdamState
 
@@ -148,30 +148,32 @@ def _description(tx, state, params) -> Description:
     moments: dict[str, list] = {name: [] for name, _ in named}
     sizes = dict.fromkeys(moments, 0)
     other = 0
-    for (name, field), x in zip(owners(state, params), jax.tree.leaves(state), strict=True):
+    for (name, field), x in zip(match_state_to_params(state, params), jax.tree.leaves(state), strict=True):
         if name is None:
             other += _bytes(x)
         else:
             sizes[name] += _bytes(x)
             moments[name] += [x] if field in ("mu", "nu", "mu_scale", "nu_scale") else []
     quantized = bool(find_states(state, QuantizedAdamState))
-    groups, one_pass, step = _outlook(tx, state, params, [name for name, _ in named])
+    groups, one_pass, step = _fusion(tx, state, params, [name for name, _ in named])
     rows = zip(named, groups, strict=True)
     leaves = tuple(_leaf(name, p, moments[name], sizes[name], quantized, group) for (name, p), group in rows)
     return Description(leaves, other, one_pass, step)
 
 
-def _outlook(tx, state, params, names) -> tuple[list[Any], bool | None, str]:
+def _fusion(tx, state, params, names) -> tuple[list[Any], bool | None, str]:
     """Each leaf's rule of `jadam.by_path`, if any; whether `jadam.step` is one pass here, and that in words."""
     unknown = [None] * len(names)
     if tx is None:
         return unknown, None, "unknown, a state does not tell; describe the transformation"
-    reason = obstacle(tx, params, state, params)
+    reason = why_not_fused(tx, params, state, params)
     if reason is not None:
         return unknown, False, f"two calls: {reason}"
     platform = platform_of(jax.devices()[0])
     backend = backends().get(platform, Backend(None, "no kernel"))
-    groups, refusals = zip(*outlook(platform, tx, params, state, params), strict=True) if names else ((), ())
+    groups, refusals = (
+        zip(*why_leaves_not_fused(platform, tx, params, state, params), strict=True) if names else ((), ())
+    )
     if backend.kernel is None and platform not in pallas.PLATFORMS:
         return list(groups), False, f"two calls on {platform}: {backend.reason}"
     refused = [f"{name} ({reason})" for name, reason in zip(names, refusals, strict=True) if reason is not None]
@@ -183,13 +185,13 @@ def _outlook(tx, state, params, names) -> tuple[list[Any], bool | None, str]:
 def _leaf(name, p, moments, size, quantized, group):
     format, reason = "none", "no moments in this state"
     if len(moments) > 1:
-        format, reason = next(x for x in FORMATS.values() if x.stores(moments)).name, ""
+        format, reason = next(x for x in FORMATS.values() if x.matches(moments)).name, ""
         if format == "float32" and moments[0].dtype == jnp.bfloat16:
             reason = "mu_dtype"
         elif format == "bfloat16" and quantized:
             reason = "so chosen by moments"
         elif format != "int8" and quantized:
-            reason = FORMATS["int8"].refuses(p) or "so chosen by moments"
+            reason = FORMATS["int8"].unsupported_reason(p) or "so chosen by moments"
         elif format == "float32" and jnp.finfo(moments[0].dtype).bits > 32:
             reason = f"of the parameter's own {moments[0].dtype}"
     if group is not None:

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import AbstractMesh
 
 from jadam._core import checks
-from jadam._core.trees import owners
+from jadam._core.trees import match_state_to_params
 from jadam._diagnostics.describe import html_table, table
 from jadam._diagnostics.models import MODELS
 from jadam._optimizers.adam import adamw
@@ -117,7 +117,7 @@ def plan(
     divided = zero1(tx, params, mesh, axis)
     state = divided.layout.state
     sizes = dict.fromkeys(PARTS, 0)
-    for (name, field), x in zip(owners(state, params), jax.tree.leaves(state), strict=True):
+    for (name, field), x in zip(match_state_to_params(state, params), jax.tree.leaves(state), strict=True):
         kind = "other" if name is None else "remainders" if field == "remainder" else "moments"
         sizes[kind] += _here(x)
     sizes["parameters"] = sizes["gradients"] = sum(map(_here, jax.tree.leaves(params)))

@@ -13,19 +13,19 @@ import optax
 
 from jadam._core import checks
 from jadam._core.numerics import apply_updates
-from jadam._core.trees import find_states, leaf_name, trained
+from jadam._core.trees import find_states, leaf_name, params_with_gradients
 from jadam._diagnostics.describe import html_table
 from jadam._diagnostics.statistics import (
     QUANTILES,
     SCALARS,
     Measures,
-    in_rows,
-    in_words,
     inferring_shardings,
-    looked_into,
+    leaf_updates_of,
+    measure,
     steps_taken,
+    to_rows,
 )
-from jadam._transformation.transformation import OwnUpdate, Plan, Transformation
+from jadam._transformation.transformation import FunctionUpdate, FusedUpdate, Transformation
 
 COLUMNS = len(SCALARS) + len(QUANTILES)
 BEGUN = (
@@ -122,7 +122,7 @@ def record(
         found = []
 
         def look(state, params):
-            found.extend(not job.frozen for job in looked_into(tx, state, params)[1])
+            found.extend(not leaf_update.frozen for leaf_update in leaf_updates_of(tx, state, params)[1])
 
         jax.eval_shape(look, state, params)
         paths = [leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
@@ -137,17 +137,17 @@ def record(
         if params is None:
             raise ValueError("record needs params: call update(updates, state, params).")
         checks.state_of(state, RecordState, BEGUN)
-        params, _ = trained(params, updates)
+        params, _ = params_with_gradients(params, updates)
         updates, inner = tx.update(updates, state.inner_state, params, **extra_args)
         return updates, after_step(RecordState(inner, state.ring), apply_updates(params, updates))
 
-    def plan(updates, state, params) -> Plan:
+    def fuse(updates, state, params) -> FusedUpdate:
         checks.state_of(state, RecordState, BEGUN)
-        jobs, finish = tx.info.plan(updates, state.inner_state, params)
-        return Plan(jobs, lambda stored: RecordState(finish(stored), state.ring))
+        leaf_updates, rebuild_state = tx.info.fuse(updates, state.inner_state, params)
+        return FusedUpdate(leaf_updates, lambda stored: RecordState(rebuild_state(stored), state.ring))
 
     text = f"jadam.record({tx!r}, every={every}, keep={keep}, sample={sample})"
-    return Record(init, OwnUpdate(plan, text, tx, tx.info.reads_gradients, after_step, function=update))
+    return Record(init, FunctionUpdate(fuse, text, tx, tx.info.needs_gradient_values, after_step, function=update))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))  # or eager calls would compile the loop at every step
@@ -166,7 +166,7 @@ def _after_step(tx, every, sample, state, params):
             rounds, steps, values = carry
             # What is looked at comes with the number of the round: XLA else takes the look ahead of the loop, always.
             rounds, seen, count = jax.lax.optimization_barrier((rounds, (inner, params), steps_taken(inner)))
-            row = _row(in_rows(tx, sample, *seen)[1])
+            row = _row(measure(tx, sample, *seen)[1])
             slot = jnp.argmin(steps)
             put = lambda array, x: jax.lax.dynamic_update_index_in_dim(array, x, slot, 0)
             return rounds + 1, put(steps, count.astype(steps.dtype)), put(values, row)
@@ -220,7 +220,7 @@ class History:
             return html_table([("parameter",)], [repr(self)])
         each = {"total": self.total, **self.leaves}
         last = {name: Measures(*(x[key][-1] for key in Measures._fields)) for name, x in each.items()}
-        return html_table(in_words(last), [f"{self!r}; the last one"])
+        return html_table(to_rows(last), [f"{self!r}; the last one"])
 
 
 def history(state) -> History:

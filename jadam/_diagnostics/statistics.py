@@ -18,10 +18,10 @@ import optax
 from jadam._checkpoints.convert import has_moments
 from jadam._core import checks
 from jadam._core.bf16 import join
-from jadam._core.numerics import Beta, Reached, at_least_float32, divide, real
+from jadam._core.numerics import Beta, CurrentCorrection, at_least_float32, divide, real
 from jadam._core.trees import find_states, leaf_name
 from jadam._diagnostics.describe import html_table, table
-from jadam._transformation.transformation import Job, NotOnePass, ScheduledBetasState, Transformation, info_of
+from jadam._transformation.transformation import LeafUpdate, NotFusible, ScheduledBetasState, Transformation, info_of
 from jadam._wrappers.by_path import ByPathState
 
 QUANTILES = np.array([0.05, 0.25, 0.5, 0.75, 0.95], np.float32)
@@ -32,7 +32,7 @@ LOWER = np.where(np.finfo(np.float32).tiny > EDGES[:-1], 0, EDGES[:-1])  # subno
 UPPER = np.fmin(EDGES[1:], np.finfo(np.float32).max)
 UPPER[np.isinf(LOWER)] = np.inf  # a bin of its own
 NANS = 1 + np.flatnonzero(np.isinf(LOWER))[0]  # the bins from here on
-MOST = 2**20  # coordinates that are looked at at once
+MAX_BATCH = 2**20  # coordinates that are looked at at once
 SMALL = 2**10  # leaves up to here are of like size
 
 
@@ -58,11 +58,11 @@ class Statistics(NamedTuple):
     leaves: dict[str, Measures]
 
     def __str__(self):
-        return table(in_words({"total": self.total, **self.leaves})) if self._has_numbers() else repr(self)
+        return table(to_rows({"total": self.total, **self.leaves})) if self._has_numbers() else repr(self)
 
     def _repr_html_(self):
         """The table, for notebooks."""
-        return html_table(in_words({"total": self.total, **self.leaves})) if self._has_numbers() else None
+        return html_table(to_rows({"total": self.total, **self.leaves})) if self._has_numbers() else None
 
     def _has_numbers(self) -> bool:
         """Whether each is what `statistics` tells: not traced by `jax.jit`, nor of many trainings by `jax.vmap`."""
@@ -77,7 +77,7 @@ def _shape(x) -> tuple[int, ...] | None:
     )
 
 
-def in_words(each: dict[str, Measures]) -> list[tuple[str, ...]]:
+def to_rows(each: dict[str, Measures]) -> list[tuple[str, ...]]:
     """Rows of text, the first one the titles, for `table`."""
     rows: list[tuple[str, ...]] = [("parameter", *SCALARS, "median step, to 25 %")]
     for name, (*numbers, quantiles) in zip(each, jax.device_get(list(each.values())), strict=True):
@@ -143,7 +143,7 @@ def statistics(
         ['w']            3.54         0.1        0.0619    1          0           0                   0.1
     """
     sample = checks.whole("sample", sample, none=True)
-    tx = opened(tx)
+    tx = unwrap(tx)
     if "flax.nnx" in sys.modules:
         from jadam.flax import pure
 
@@ -172,30 +172,32 @@ class _Names(tuple):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _statistics(tx, sample, state, params, updates) -> tuple[_Names, Measures]:
-    names, rows = in_rows(tx, sample, state, params, updates)
+    names, rows = measure(tx, sample, state, params, updates)
     return _Names(names), rows
 
 
-def in_rows(tx: Transformation, sample, state, params, updates=None) -> tuple[list[str], Measures]:
+def measure(tx: Transformation, sample, state, params, updates=None) -> tuple[list[str], Measures]:
     """The parameters' paths, and `Measures` whose arrays have a row for the total, then one for each of these."""
     names = []
 
     def measured(state, params, updates) -> Measures:
-        count, jobs = looked_into(tx, state, params)
-        given = [None] * len(jobs) if updates is None else jax.tree.leaves(updates)
+        count, leaf_updates = leaf_updates_of(tx, state, params)
+        given = [None] * len(leaf_updates) if updates is None else jax.tree.leaves(updates)
         looked_at, numbers = [], []
-        for job, (path, p), u in zip(jobs, jax.tree_util.tree_leaves_with_path(params), given, strict=True):
-            if not job.frozen:
+        for leaf_update, (path, p), u in zip(
+            leaf_updates, jax.tree_util.tree_leaves_with_path(params), given, strict=True
+        ):
+            if not leaf_update.frozen:
                 names.append(leaf_name(path))
                 numbers.append(np.size(p))
-                looked_at.append(_of_coordinates(job, count > 0, jnp.asarray(p), u, sample))
+                looked_at.append(_measure_coordinates(leaf_update, count > 0, jnp.asarray(p), u, sample))
         if not names:
             none = jnp.zeros(1, jnp.float32)
             return Measures(none, none, none, none, none, none, jnp.zeros((1, len(QUANTILES)), jnp.float32))
         seen = np.array([math.prod(x.shape[1:]) for x in looked_at])
         batches = _batches(seen)
         back = np.argsort([i for batch in batches for i in batch])
-        told = zip(*(_of_leaves([looked_at[i] for i in batch]) for batch in batches), strict=True)
+        told = zip(*(_measure_leaves([looked_at[i] for i in batch]) for batch in batches), strict=True)
         sizes, shares, counts = (jnp.concatenate(x)[back] for x in told)
 
         def with_total(mean, each):
@@ -233,7 +235,7 @@ def inferring_shardings(f):
     return inferring
 
 
-def opened(tx) -> Transformation:
+def unwrap(tx) -> Transformation:
     """``tx``, or what `jadam.sharding.zero1` is around; raises where that is opaque."""
     if isinstance(tx, optax.GradientTransformation) and info_of(tx).step is not None:
         tx = info_of(tx).inner
@@ -245,20 +247,20 @@ def opened(tx) -> Transformation:
     return tx
 
 
-def looked_into(tx: Transformation, state, params) -> tuple[jax.Array, list[Job]]:
-    """The number of steps taken, and for every leaf the `Job` of the last of them."""
+def leaf_updates_of(tx: Transformation, state, params) -> tuple[jax.Array, list[LeafUpdate]]:
+    """The number of steps taken, and for every leaf the `LeafUpdate` of the last of them."""
     none_new = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), at_least_float32(p)), params)
     for x in find_states(state, lambda x: isinstance(x, ByPathState) or has_moments(x)):
         if not isinstance(x, ByPathState):
             checks.same_tree(params, x.mu, "params", "state.mu", " With Flax NNX: nnx.state(model, nnx.Param).")
     try:
-        jobs = tx.info.plan(none_new, _rewound(state), params).jobs
-    except NotOnePass as reason:
+        leaf_updates = tx.info.fuse(none_new, _state_before_step(state), params).leaf_updates
+    except NotFusible as reason:
         raise ValueError(
             f"statistics and record cannot look into the transformation: {reason}. Take the optimizer alone and its "
             "state, or optax.chain(..., record(...), ...)."
         ) from None
-    return steps_taken(state), jobs
+    return steps_taken(state), leaf_updates
 
 
 def steps_taken(state) -> jax.Array:
@@ -266,14 +268,14 @@ def steps_taken(state) -> jax.Array:
     return find_states(state, has_moments)[0].count
 
 
-def _rewound(state):
+def _state_before_step(state):
     """The state before the step that made it, but for the moments; at least that before the first step."""
 
     def has_its_own(x):
         return isinstance(x, (ScheduledBetasState, ByPathState)) or "count" in getattr(x, "_fields", ())
 
     def reached(corrections) -> Any:
-        return {name: Reached(c) for name, c in corrections.items()}
+        return {name: CurrentCorrection(c) for name, c in corrections.items()}
 
     def one(x):
         if isinstance(x, ScheduledBetasState):
@@ -285,18 +287,24 @@ def _rewound(state):
     return jax.tree.map(one, state, is_leaf=has_its_own)
 
 
-def _of_coordinates(job: Job, made, p, update, sample) -> jax.Array:
+def _measure_coordinates(leaf_update: LeafUpdate, made, p, update, sample) -> jax.Array:
     """Three sizes and three shares, ``[6, 1, *shape]``, of the coordinates of a leaf that are looked at."""
-    few = _few(p.shape, sample)
-    p = p[few] if job.remainder is None else join(p[few], job.remainder[few])
-    job = job._replace(stored=tuple(x[few] for x in job.stored))
-    m, *others = job.format.decode(job.stored, job.dtype)
-    m_hat = m / job.step.b1.correction
-    root = job.rule.root(job.step, *others)
-    update = _implied(job, m_hat, m, others, p) if update is None else update[few]
-    eps = jnp.maximum(job.step.eps, jnp.sqrt(jnp.asarray(job.step.eps_root, real(job.dtype))))
-    own = root - eps if job.rule.eps_in_root else root
-    zero = (job.stored[0] == 0) & (job.stored[1] != 0) if job.format.name == "int8" else jnp.zeros([], bool)
+    few = _subsample(p.shape, sample)
+    p = p[few] if leaf_update.remainder is None else join(p[few], leaf_update.remainder[few])
+    leaf_update = leaf_update._replace(stored=tuple(x[few] for x in leaf_update.stored))
+    m, *others = leaf_update.format.decode(leaf_update.stored, leaf_update.dtype)
+    m_hat = m / leaf_update.hyperparams.b1.correction
+    root = leaf_update.rule.root(leaf_update.hyperparams, *others)
+    update = _update_from_moments(leaf_update, m_hat, m, others, p) if update is None else update[few]
+    eps = jnp.maximum(
+        leaf_update.hyperparams.eps, jnp.sqrt(jnp.asarray(leaf_update.hyperparams.eps_root, real(leaf_update.dtype)))
+    )
+    own = root - eps if leaf_update.rule.eps_in_denominator else root
+    zero = (
+        (leaf_update.stored[0] == 0) & (leaf_update.stored[1] != 0)
+        if leaf_update.format.name == "int8"
+        else jnp.zeros([], bool)
+    )
     snr = jnp.where(made & (root != 0), divide(jnp.abs(m_hat), root), 0)
     sizes = (jnp.where(made, root, 0), jnp.where(made, jnp.abs(update), 0), jnp.abs(p))
     shares = (snr, (eps > own) & made, jnp.broadcast_to(zero, p.shape))
@@ -304,21 +312,21 @@ def _of_coordinates(job: Job, made, p, update, sample) -> jax.Array:
 
 
 def _batches(numbers) -> list[list[int]]:
-    """Which leaves, of so many coordinates, are looked at together: of like sizes, within `MOST`; or one alone.
+    """Which leaves, of so many coordinates, are looked at together: of like sizes, within `MAX_BATCH`; or one alone.
 
     By itself each would take XLA a tenth of a second to compile, and every step, whether it records or not, the time
     to allocate scalars for its sums.
     """
     batches, widest = [], 0
     for i in np.argsort(-numbers, kind="stable"):
-        if not batches or 2 * numbers[i] < widest > SMALL or widest * (1 + len(batches[-1])) > MOST:
+        if not batches or 2 * numbers[i] < widest > SMALL or widest * (1 + len(batches[-1])) > MAX_BATCH:
             batches.append([])
             widest = numbers[i]
         batches[-1].append(i)
     return batches
 
 
-def _of_leaves(batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _measure_leaves(batch) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Root mean squares and means, ``[leaves, 3]``, and ``[leaves, BINS]``, how many of the steps are in each bin."""
     numbers = np.array([math.prod(x.shape[1:]) for x in batch])
     unused = numbers.max() - numbers
@@ -347,7 +355,7 @@ def _mean(x, numbers, weights=1) -> jax.Array:
     return jnp.sum(x * weights, range(2, x.ndim)) / np.maximum(1, numbers).astype(np.float32)[None, :]
 
 
-def _few(shape, sample):
+def _subsample(shape, sample):
     """The index of at most about ``sample`` elements, for every array whose axes but the last are ``shape``'s."""
     fewer = 1 if sample is None else -(-math.prod(shape) // sample)
     leading = shape[: max(1, len(shape) - 1)]
@@ -359,13 +367,13 @@ def _few(shape, sample):
     return tuple(index)
 
 
-def _implied(job: Job, m_hat, m, others, p):
+def _update_from_moments(leaf_update: LeafUpdate, m_hat, m, others, p):
     """The update that the moments imply: the rule with decay rates of 1, which leave the moments what they are."""
-    step, one = job.step, np.dtype(real(job.dtype)).type(1)
+    hp, one = leaf_update.hyperparams, np.dtype(real(leaf_update.dtype)).type(1)
     hold = lambda beta: Beta(one, one - one, beta.correction, beta.next_b, beta.next_correction)
-    step = step.replace(b1=hold(step.b1), b2=hold(step.b2))
-    g = m_hat if job.rule.looks_ahead else jnp.zeros_like(m_hat)
-    return job.descended(job.rule.function(step, g, m, *others)[0], p)
+    hp = hp.replace(b1=hold(hp.b1), b2=hold(hp.b2))
+    g = m_hat if leaf_update.rule.nesterov else jnp.zeros_like(m_hat)
+    return leaf_update.scaled(leaf_update.rule.function(hp, g, m, *others)[0], p)
 
 
 def _histograms(sizes) -> jax.Array:

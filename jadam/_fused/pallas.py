@@ -19,7 +19,7 @@ import numpy as np
 from jadam._core.numerics import uniform
 from jadam._fused.backends import backends
 from jadam._moments.int8 import BLOCK, block_of, dequantize, quantize
-from jadam._transformation.transformation import Job, Step, update_leaf
+from jadam._transformation.transformation import Hyperparams, LeafUpdate, update_leaf
 
 PLATFORMS = ("cuda", "tpu")
 GPU_BLOCKS = 8  # a program; their scales are one sector of memory
@@ -31,7 +31,7 @@ class Int8Tile:
     """`Int8` where the blocks of an array are its whole ``axis``: nothing to reshape."""
 
     name = "int8"
-    dithers = True
+    stochastic = True
 
     def __init__(self, axis: int):
         """``axis`` is the blocks'."""
@@ -45,79 +45,85 @@ class Int8Tile:
         return quantize(m, v, uniform(random(0)), uniform(random(1)), axis=self.axis)
 
 
-def kernel(platform: str, jobs: list[Job], grads, params, interpret=False) -> list[tuple | None]:
-    """The new parameter and what is stored, for each leaf that XLA alone or `refuses` does not have."""
+def kernel(platform: str, leaf_updates: list[LeafUpdate], grads, params, interpret=False) -> list[tuple | None]:
+    """The new parameter and what is stored, for each leaf that XLA alone or `unsupported_reason` does not have."""
     call = {"cuda": _on_gpu, "tpu": _on_tpu}[platform]
 
-    def leaf(job, g, p):
-        if xla_suffices(platform, job) or refuses(platform, job, g, p):
+    def leaf(leaf_update, g, p):
+        if fused_by_xla(platform, leaf_update) or unsupported_reason(platform, leaf_update, g, p):
             return None
-        p, *stored = call(job, g, p, interpret)
+        p, *stored = call(leaf_update, g, p, interpret)
         return p, tuple(stored)
 
-    return list(map(leaf, jobs, grads, params))
+    return list(map(leaf, leaf_updates, grads, params))
 
 
-def xla_suffices(platform: str, job: Job) -> bool:
+def fused_by_xla(platform: str, leaf_update: LeafUpdate) -> bool:
     """Whether XLA's own step is one pass over the leaf, or none."""
-    if job.frozen:
+    if leaf_update.frozen:
         return True
-    narrow = job.format.name == "bfloat16" or job.remainder is not None
-    return job.format.name != "int8" and not (platform == "tpu" and narrow)
+    narrow = leaf_update.format.name == "bfloat16" or leaf_update.remainder is not None
+    return leaf_update.format.name != "int8" and not (platform == "tpu" and narrow)
 
 
-def refuses(platform: str, job: Job, g, p) -> str | None:
+def unsupported_reason(platform: str, leaf_update: LeafUpdate, g, p) -> str | None:
     """Why a leaf takes more than one pass, or None."""
-    if xla_suffices(platform, job):
+    if fused_by_xla(platform, leaf_update):
         return None
     if (backend := backends()[platform]).kernel is None:
         return backend.reason
-    if job.dtype != np.float32:
-        return f"{job.dtype} is XLA's"
+    if leaf_update.dtype != np.float32:
+        return f"{leaf_update.dtype} is XLA's"
     if not 0 < p.size <= 2**31:
         return "no elements" if not p.size else "more than 2**31 elements"
-    if job.part is not None and job.part.runs(p.shape) is None:
+    if leaf_update.shard is not None and leaf_update.shard.strided_runs(p.shape) is None:
         return "divided along several inner axes"
     if platform == "tpu" and p.ndim != 2:
         return f"{p.ndim} dimensions, the TPU's kernel needs 2"
-    if platform == "tpu" and _block(job, p) not in (BLOCK, p.shape[-1]):
-        return f"blocks of {_block(job, p)}, the TPU's kernel needs {BLOCK}"
+    if platform == "tpu" and _block(leaf_update, p) not in (BLOCK, p.shape[-1]):
+        return f"blocks of {_block(leaf_update, p)}, the TPU's kernel needs {BLOCK}"
     return None
 
 
-def _block(job: Job, p) -> int:
+def _block(leaf_update: LeafUpdate, p) -> int:
     """How long int8's blocks are; else what may be taken for one."""
-    return block_of(job.stored) if job.format.name == "int8" else min(BLOCK, p.shape[-1])
+    return block_of(leaf_update.stored) if leaf_update.format.name == "int8" else min(BLOCK, p.shape[-1])
 
 
-def _arrays(job: Job, g, p):
+def _arrays(leaf_update: LeafUpdate, g, p):
     """Gradient, parameter, remainder if there is one, moments or codes; and the scales."""
-    remainder = [] if job.remainder is None else [job.remainder]
-    codes, scales = (job.stored[:2], job.stored[2:]) if job.format.name == "int8" else (job.stored, ())
+    remainder = [] if leaf_update.remainder is None else [leaf_update.remainder]
+    codes, scales = (
+        (leaf_update.stored[:2], leaf_update.stored[2:])
+        if leaf_update.format.name == "int8"
+        else (leaf_update.stored, ())
+    )
     return [g, p, *remainder, *codes], list(scales)
 
 
-def _scalars(job: Job):
+def _scalars(leaf_update: LeafUpdate):
     """The job's scalars in one float32 array, and the function that from what reads its i-th makes the same job."""
     names = ("minus_lr", "weight_decay", "bound", "norm", "max_norm")
-    leaves, tree = jax.tree.flatten((vars(job.step), {name: getattr(job, name) for name in names}))
+    leaves, tree = jax.tree.flatten(
+        (vars(leaf_update.hyperparams), {name: getattr(leaf_update, name) for name in names})
+    )
     given = {i: x for i, x in enumerate(leaves) if isinstance(x, jax.Array)}
 
     def within(read, **fields):
         tiles = {
             i: (read(k) != 0 if x.dtype == bool else read(k).astype(x.dtype)) for k, (i, x) in enumerate(given.items())
         }
-        step, others = tree.unflatten(tiles.get(i, x) for i, x in enumerate(leaves))
-        return job._replace(step=Step(**step), **others, **fields)
+        hyperparams, others = tree.unflatten(tiles.get(i, x) for i, x in enumerate(leaves))
+        return leaf_update._replace(hyperparams=Hyperparams(**hyperparams), **others, **fields)
 
     return jnp.stack([*(x.astype(jnp.float32) for x in given.values()), jnp.zeros([], jnp.float32)]), within
 
 
-def _place(job: Job, p):
+def _place(leaf_update: LeafUpdate, p):
     """The step's count and the index of the first element in the whole array; and that array's ``(run, stride)``."""
-    first = jnp.uint32(0) if job.part is None else job.part.first
-    bits = jax.lax.bitcast_convert_type(jnp.stack([job.count.astype(jnp.uint32), first]), jnp.int32)
-    return bits, (job.part and job.part.runs(p.shape)) or (p.size, p.size)
+    first = jnp.uint32(0) if leaf_update.shard is None else leaf_update.shard.offset
+    bits = jax.lax.bitcast_convert_type(jnp.stack([leaf_update.count.astype(jnp.uint32), first]), jnp.int32)
+    return bits, (leaf_update.shard and leaf_update.shard.strided_runs(p.shape)) or (p.size, p.size)
 
 
 def _index(element, run: int, stride: int):
@@ -127,24 +133,24 @@ def _index(element, run: int, stride: int):
     return (element // run).astype(jnp.uint32) * jnp.uint32(stride & 0xFFFFFFFF) + (element % run).astype(jnp.uint32)
 
 
-def _update(job: Job, arrays, scales, inside) -> tuple[Any, ...]:
+def _update(leaf_update: LeafUpdate, arrays, scales, inside) -> tuple[Any, ...]:
     """A tile: all new arrays but the gradient. Where it is not ``inside`` the leaf it counts as 0."""
     g, p, *others = arrays
     g, *others = (jnp.where(inside, x, jnp.zeros_like(x)) for x in (g, *others))
-    remainder = None if job.remainder is None else others.pop(0)
-    p, stored = update_leaf(job._replace(remainder=remainder, stored=(*others, *scales)), g, p)
+    remainder = None if leaf_update.remainder is None else others.pop(0)
+    p, stored = update_leaf(leaf_update._replace(remainder=remainder, stored=(*others, *scales)), g, p)
     return (p, *stored)
 
 
-def _on_gpu(job: Job, g, p, interpret):
+def _on_gpu(leaf_update: LeafUpdate, g, p, interpret):
     """Flat arrays; a program takes `GPU_BLOCKS` blocks, each a row of its tile."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
-    scalars, within = _scalars(job)
-    place, (run, stride) = _place(job, p)
-    arrays, scales = _arrays(job, g, p)
-    n, block = p.shape[-1], _block(job, p)
+    scalars, within = _scalars(leaf_update)
+    place, (run, stride) = _place(leaf_update, p)
+    arrays, scales = _arrays(leaf_update, g, p)
+    n, block = p.shape[-1], _block(leaf_update, p)
     blocks = -(-n // block)
     total = p.size // n * blocks
     tile = (GPU_BLOCKS, 1 << (block - 1).bit_length())  # Triton wants powers of two
@@ -181,15 +187,15 @@ def _on_gpu(job: Job, g, p, interpret):
     return [x.reshape(old.shape) for x, old in zip(new, (*arrays[1:], *scales), strict=True)]
 
 
-def _on_tpu(job: Job, g, p, interpret):
+def _on_tpu(leaf_update: LeafUpdate, g, p, interpret):
     """Tiles of rows by whole blocks, transposed where the leaf is."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu
 
-    scalars, within = _scalars(job)
-    place, (run, stride) = _place(job, p)
-    arrays, scales = _arrays(job, g, p)
-    (rows, n), block = p.shape, _block(job, p)
+    scalars, within = _scalars(leaf_update)
+    place, (run, stride) = _place(leaf_update, p)
+    arrays, scales = _arrays(leaf_update, g, p)
+    (rows, n), block = p.shape, _block(leaf_update, p)
     blocks = -(-n // block)
     lanes, high = min(TPU_LANES, rows), min(TPU_BLOCKS, blocks)
     transposed = _tiles(n, rows) < _tiles(rows, n)
@@ -212,7 +218,7 @@ def _on_tpu(job: Job, g, p, interpret):
                 lambda i: scalars[i],
                 count=place[0].astype(jnp.uint32),
                 index=place[1].astype(jnp.uint32) + _index(element, run, stride),
-                format=Int8Tile(axis) if scales else job.format,
+                format=Int8Tile(axis) if scales else leaf_update.format,
             )
             one = ordered(slice(None), slice(k, k + 1))
             new = _update(here, [ref[tile] for ref in ins], [x[one] for x in old_scales], column < n)

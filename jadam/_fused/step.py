@@ -21,20 +21,20 @@ from jax.sharding import PartitionSpec
 
 from jadam._core import checks
 from jadam._core.numerics import apply_updates
-from jadam._core.trees import trained
+from jadam._core.trees import params_with_gradients
 from jadam._fused import pallas
 from jadam._fused.backends import backends, off, platform_of
 from jadam._fused.cpu import kernel as cpu
 from jadam._transformation.transformation import (
-    KnownCount,
-    NotOnePass,
+    ConcreteCount,
+    NotFusible,
     Operands,
     info_of,
-    no_plan,
+    not_fusible,
     pack,
+    stored_arrays,
     unpack,
     update_leaf,
-    what_is_stored,
 )
 
 
@@ -80,26 +80,26 @@ def step(tx: optax.GradientTransformation, grads, state, params):
     info = info_of(tx)
     if info.step is not None:
         return info.step(grads, state, params)
-    if info.plan is no_plan:
-        return two_calls(tx, grads, state, params)
+    if info.fuse is not_fusible:
+        return update_and_apply(tx, grads, state, params)
     whole = params
-    params, put = trained(params, grads)
+    params, put = params_with_gradients(params, grads)
     for tree, what in ((grads, "grads"), (state, "state"), (params, "params")):
         checks.values(tree, what)
     checks.together(grads=grads, state=state, params=params)
     if params is None:
         raise ValueError("step needs params: call step(tx, grads, state, params).")
     try:
-        jobs, finish = info.plan(grads, state, params)
-    except NotOnePass:
-        return two_calls(tx, grads, state, whole)
-    settings, operands = pack(jobs)
+        leaf_updates, rebuild_state = info.fuse(grads, state, params)
+    except NotFusible:
+        return update_and_apply(tx, grads, state, whole)
+    settings, operands = pack(leaf_updates)
     leaves, structure = jax.tree.flatten(params)
     arrays, tree = jax.tree.flatten((operands, jax.tree.leaves(grads), leaves))
     leaves, stored = _results(tree, step_p.bind(*arrays, settings=settings, tree=tree))
     # Times 1, which XLA leaves out: checkify looks for NaN behind operations that it knows, such as a product.
     leaves = [p * np.ones([], p.dtype) if isinstance(p, jax.core.Tracer) else p for p in leaves]
-    return put(leaves), _recorded(info, finish(stored), structure.unflatten(leaves))
+    return put(leaves), _with_record(info, rebuild_state(stored), structure.unflatten(leaves))
 
 
 def _results(tree, arrays) -> tuple[list, list[tuple]]:
@@ -110,25 +110,25 @@ def _results(tree, arrays) -> tuple[list, list[tuple]]:
 @functools.lru_cache(maxsize=256)
 def _structure_of_results(tree):
     operands, _, params = tree.unflatten(range(tree.num_leaves))
-    return jax.tree.structure((params, list(map(what_is_stored, operands.owned))))
+    return jax.tree.structure((params, list(map(stored_arrays, operands.owned))))
 
 
-def two_calls(tx, grads, state, params):
+def update_and_apply(tx, grads, state, params):
     """What `step` amounts to."""
     updates, state = tx.update(grads, state, params)
-    params, put = trained(params, updates)
+    params, put = params_with_gradients(params, updates)
     return put(jax.tree.leaves(apply_updates(params, updates))), state
 
 
-def obstacle(tx, grads, state, params) -> str | None:
+def why_not_fused(tx, grads, state, params) -> str | None:
     """Why `step` must be two calls whatever the platform, or None. Raises what the plan's checks raise."""
 
-    def plan(grads, state, params):
-        return pack(info_of(tx).plan(grads, _with_known_counts(state), params).jobs)[1]
+    def fuse(grads, state, params):
+        return pack(info_of(tx).fuse(grads, _with_known_counts(state), params).leaf_updates)[1]
 
     try:
-        jax.eval_shape(plan, grads, state, params)
-    except NotOnePass as reason:
+        jax.eval_shape(fuse, grads, state, params)
+    except NotFusible as reason:
         return str(reason)
     return None
 
@@ -136,43 +136,45 @@ def obstacle(tx, grads, state, params) -> str | None:
 def _with_known_counts(state):
     """``state`` with NumPy's 0 for every count, so that schedules get a number where all else is traced."""
     is_count = lambda x: jnp.ndim(x) == 0 and jnp.issubdtype(x.dtype, jnp.integer)
-    return jax.tree.map(lambda x: np.zeros([], x.dtype).view(KnownCount) if is_count(x) else x, state)
+    return jax.tree.map(lambda x: np.zeros([], x.dtype).view(ConcreteCount) if is_count(x) else x, state)
 
 
-def outlook(platform, tx, grads, state, params) -> list[tuple[str, str | None]]:
+def why_leaves_not_fused(platform, tx, grads, state, params) -> list[tuple[str, str | None]]:
     """For every leaf its rule of `jadam.by_path`, and why it takes a platform more than one pass, or None.
 
     Kernels are taken to be active.
     """
     found = []
-    refuses = cpu.refuses if platform == "cpu" else functools.partial(pallas.refuses, platform)
+    unsupported_reason = (
+        cpu.unsupported_reason if platform == "cpu" else functools.partial(pallas.unsupported_reason, platform)
+    )
 
-    def plan(grads, state, params):
-        jobs = info_of(tx).plan(grads, _with_known_counts(state), params).jobs
-        for job, g, p in zip(jobs, jax.tree.leaves(grads), jax.tree.leaves(params), strict=True):
-            found.append((job.group, None if job.frozen else refuses(job, g, p)))
+    def fuse(grads, state, params):
+        leaf_updates = info_of(tx).fuse(grads, _with_known_counts(state), params).leaf_updates
+        for leaf_update, g, p in zip(leaf_updates, jax.tree.leaves(grads), jax.tree.leaves(params), strict=True):
+            found.append((leaf_update.group, None if leaf_update.frozen else unsupported_reason(leaf_update, g, p)))
 
-    jax.eval_shape(plan, grads, state, params)
+    jax.eval_shape(fuse, grads, state, params)
     return found
 
 
-def _recorded(info, state, params):
+def _with_record(info, state, params):
     """The new state, with a record in it where `jadam.record` is due."""
     return state if info.after_step is None else info.after_step(state, params)
 
 
-def in_parts(tx, grads, state, params, mesh, specs, first):
+def step_sharded(tx, grads, state, params, mesh, specs, first):
     """`step` on a mesh, in parts: ``specs`` divide the leaves, ``first(shape, spec, mesh)`` is where a part begins.
 
     The plan is of whole arrays, so that a norm is that of all gradients; each device then does its parts of the jobs.
     """
     info = info_of(tx)
-    jobs, finish = info.plan(grads, state, params)
+    leaf_updates, rebuild_state = info.fuse(grads, state, params)
     leaves, structure = jax.tree.flatten(params)
-    settings, operands = pack(jobs, [p.shape for p in leaves])
+    settings, operands = pack(leaf_updates, [p.shape for p in leaves])
     leaves, stored = _on_mesh(settings, mesh, tuple(specs), first, operands, jax.tree.leaves(grads), leaves)
     params = structure.unflatten(leaves)
-    return params, _recorded(info, finish(stored), params)
+    return params, _with_record(info, rebuild_state(stored), params)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -180,8 +182,8 @@ def _on_mesh(settings, mesh, specs, first, operands, grads, params):
     specs = list(specs)
 
     def body(operands, grads, params):
-        firsts = [first(shape, spec, mesh) for shape, spec in zip(settings.shapes, specs, strict=True)]
-        arrays, tree = jax.tree.flatten((operands._replace(firsts=firsts), grads, params))
+        offsets = [first(shape, spec, mesh) for shape, spec in zip(settings.shapes, specs, strict=True)]
+        arrays, tree = jax.tree.flatten((operands._replace(offsets=offsets), grads, params))
         return _results(tree, step_p.bind(*arrays, settings=settings, tree=tree))
 
     of_owned = [jax.tree.map(lambda _, spec=spec: spec, x) for x, spec in zip(operands.owned, specs, strict=True)]
@@ -190,7 +192,7 @@ def _on_mesh(settings, mesh, specs, first, operands, grads, params):
         body,
         mesh=mesh,
         in_specs=(of_operands, specs, specs),
-        out_specs=(specs, list(map(what_is_stored, of_owned))),
+        out_specs=(specs, list(map(stored_arrays, of_owned))),
         check_vma=False,
     )(operands, grads, params)
 
@@ -207,15 +209,15 @@ step_p.multiple_results = True
 def _step_leaves(*arrays, settings, tree, platform):
     """What the primitive does: the kernel where the platform has one that is active, XLA elsewhere."""
     operands, grads, params = tree.unflatten(arrays)
-    jobs = unpack(settings, operands)
+    leaf_updates = unpack(settings, operands)
     traced = any(isinstance(x, jax.core.Tracer) for x in arrays)  # else JAX looks for the operation that made a NaN
     serves = traced and platform in KERNELS and backends()[platform].kernel is not None
     if traced and platform == "cpu" and not serves and not off():
         _warn(backends()["cpu"].reason)
-    done: list = KERNELS[platform](jobs, grads, params) if serves else [None] * len(jobs)
-    for i, (job, g, p) in enumerate(zip(jobs, grads, params, strict=True)):
+    done: list = KERNELS[platform](leaf_updates, grads, params) if serves else [None] * len(leaf_updates)
+    for i, (leaf_update, g, p) in enumerate(zip(leaf_updates, grads, params, strict=True)):
         if done[i] is None:
-            done[i] = update_leaf(job, g, p)
+            done[i] = update_leaf(leaf_update, g, p)
     return jax.tree.leaves(([p for p, _ in done], [stored for _, stored in done]))
 
 
@@ -261,7 +263,7 @@ def _(*avals, settings, tree):
     operands, _, params = tree.unflatten(avals)
     if not avals:
         return []
-    results = [x.strip_weak_type() for x in jax.tree.leaves((params, list(map(what_is_stored, operands.owned))))]
+    results = [x.strip_weak_type() for x in jax.tree.leaves((params, list(map(stored_arrays, operands.owned))))]
     return _varying_as(avals, results)
 
 
@@ -276,11 +278,11 @@ def _varying_as(avals, results):
 
 def _lowering(ctx, *arrays, settings, tree, platform):
     """A platform's kernel where it sees whole arrays, else XLA."""
-    function = functools.partial(_step_leaves, platform=platform if _whole(ctx) else None)
+    function = functools.partial(_step_leaves, platform=platform if _is_unsharded(ctx) else None)
     return mlir.lower_fun(function, multiple_results=True)(ctx, *arrays, settings=settings, tree=tree)
 
 
-def _whole(ctx) -> bool:
+def _is_unsharded(ctx) -> bool:
     """Whether a call sees all of its arrays: one device, or every axis of the mesh is manual as within `jax.shard_map`.
 
     Otherwise XLA's partitioner would gather what an opaque call gets.

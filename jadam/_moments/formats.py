@@ -28,17 +28,17 @@ class Format(Protocol):
     """How the moments of one leaf are stored."""
 
     name: str
-    dithers: bool  # whether encoding needs random bits
+    stochastic: bool  # whether encoding needs random bits
 
-    def refuses(self, p) -> str | None:
+    def unsupported_reason(self, p) -> str | None:
         """Why a leaf like ``p`` cannot be stored so, or None if it can."""
         ...
 
-    def stores(self, stored: Sequence[jax.Array]) -> bool:
+    def matches(self, stored: Sequence[jax.Array]) -> bool:
         """Whether ``stored`` are arrays of this format."""
         ...
 
-    def arrays(self, moments: int) -> int:
+    def num_arrays(self, moments: int) -> int:
         """How many arrays hold so many moments: the moments, then their scales if there are any."""
         ...
 
@@ -46,7 +46,7 @@ class Format(Protocol):
         """The arrays for moments of zero: the first is shaped and typed like ``p``, the others like it and real."""
         ...
 
-    def limit(self, step) -> Any:
+    def validate(self, hp) -> Any:
         """``step`` with NaN in it where the format cannot follow its hyperparameters."""
         ...
 
@@ -63,19 +63,19 @@ class Float32:
     """Moments as they are: 4 bytes each per parameter, 8 for a float64 leaf."""
 
     name = "float32"
-    dithers = False
+    stochastic = False
 
     def __init__(self, mu_dtype=None):
         """``mu_dtype`` is the first moment's dtype, default the parameter's, at least float32."""
         self.mu_dtype = mu_dtype
 
-    def refuses(self, p) -> str | None:
+    def unsupported_reason(self, p) -> str | None:
         return None
 
-    def stores(self, stored):
+    def matches(self, stored):
         return True  # the last of FORMATS
 
-    def arrays(self, moments):
+    def num_arrays(self, moments):
         return moments
 
     def init(self, p, moments):
@@ -83,8 +83,8 @@ class Float32:
         dtypes = [self.mu_dtype or dtype] + [real(dtype)] * (moments - 1)
         return tuple(jnp.zeros_like(p, dtype=x) for x in dtypes)
 
-    def limit(self, step):
-        return step
+    def validate(self, hp):
+        return hp
 
     def decode(self, stored, dtype):
         first, *others = stored
@@ -102,13 +102,13 @@ class BFloat16(Float32):
     """
 
     name = "bfloat16"
-    dithers = True
+    stochastic = True
 
-    def refuses(self, p):
+    def unsupported_reason(self, p):
         dtype = at_least_float32(p)
         return None if dtype == np.float32 else f"{dtype} is never stored narrower than itself"
 
-    def stores(self, stored):
+    def matches(self, stored):
         return stored[1].dtype == jnp.bfloat16  # with mu_dtype only the first is
 
     def init(self, p, moments):
@@ -122,12 +122,12 @@ class BFloat16(Float32):
 FORMATS: dict[str, Format] = {format.name: format for format in (Int8(), BFloat16(), Float32())}
 
 
-def of(stored: Sequence[jax.Array]) -> Format:
+def format_of(stored: Sequence[jax.Array]) -> Format:
     """The format of a leaf's arrays."""
-    return next(format for format in FORMATS.values() if format.stores(stored))
+    return next(format for format in FORMATS.values() if format.matches(stored))
 
 
-def chooser(moments: Moments, mu_dtype, betas: dict | None) -> Callable[[Any, Any], Format]:
+def format_selector(moments: Moments, mu_dtype, betas: dict | None) -> Callable[[Any, Any], Format]:
     """The function that chooses a leaf's format from its path and itself.
 
     Args:
@@ -151,19 +151,19 @@ def chooser(moments: Moments, mu_dtype, betas: dict | None) -> Callable[[Any, An
 
     if not callable(moments) or isinstance(moments, type):  # jnp.bfloat16 is a type
         wanted = named(moments)
-        return lambda path, p: formats["float32"] if wanted.refuses(p) else wanted
+        return lambda path, p: formats["float32"] if wanted.unsupported_reason(p) else wanted
     if mu_dtype is not None:
         raise ValueError(f"mu_dtype must be None where moments is a function, got {mu_dtype}. Drop mu_dtype.")
 
     def choose(path, p):
         name = leaf_name(path)
         wanted = named(moments(name, p), f"moments({name!r}, leaf)")
-        return formats["float32"] if wanted.refuses(p) else wanted
+        return formats["float32"] if wanted.unsupported_reason(p) else wanted
 
     return choose
 
 
-def random_for(shape, salt: int, count, index=None) -> Random:
+def random_bits(shape, salt: int, count, index=None) -> Random:
     """The random bits of a leaf at the step after ``count`` others; ``index`` is `linear_index`, or part of it."""
     index = linear_index(shape) if index is None else index
     return functools.partial(dither, index, salt, count.astype(jnp.uint32))

@@ -72,7 +72,7 @@ class Int8:
     """Two moments of Adam in 2 bytes per parameter and two float32 scales per block of up to 128."""
 
     name = "int8"
-    dithers = True
+    stochastic = True
 
     @staticmethod
     def check(betas: dict | None) -> None:
@@ -89,7 +89,7 @@ class Int8:
                 "Take moments='bfloat16', or a larger b2."
             )
 
-    def refuses(self, p):
+    def unsupported_reason(self, p):
         dtype = at_least_float32(p)
         if dtype != np.float32:
             return f"{dtype} is never stored narrower than itself"
@@ -104,10 +104,10 @@ class Int8:
             return f"blocks of {block}: int8 would not halve the state"
         return None
 
-    def stores(self, stored):
+    def matches(self, stored):
         return stored[1].dtype == jnp.uint8
 
-    def arrays(self, moments):
+    def num_arrays(self, moments):
         return 2 * moments
 
     def init(self, p, moments):
@@ -115,12 +115,12 @@ class Int8:
         scale = lambda: jnp.zeros((*p.shape[:-1], blocks), jnp.float32, device=_sharding(p))
         return jnp.zeros_like(p, dtype=jnp.int8), jnp.zeros_like(p, dtype=jnp.uint8), scale(), scale()
 
-    def limit(self, step):
-        b1, b2, a1, a2 = step.b1.b, step.b2.b, step.b1.one_minus_b, step.b2.one_minus_b
+    def validate(self, hp):
+        b1, b2, a1, a2 = hp.b1.b, hp.b2.b, hp.b1.one_minus_b, hp.b2.one_minus_b
         bounded = (b1 * b1 < b2) | (a2 < a1 * (2 - a1))  # the same twice: float32 may have 1 for b1 and b2, or for a2
         if isinstance(bounded, np.bool_) and bounded:
-            return step
-        return step.replace(b1=step.b1._replace(b=jnp.where(bounded, step.b1.b, jnp.nan)))
+            return hp
+        return hp.replace(b1=hp.b1._replace(b=jnp.where(bounded, hp.b1.b, jnp.nan)))
 
     def decode(self, stored, dtype):
         rq, sq, r_scale, s_scale = stored
@@ -154,10 +154,10 @@ def block_length(n: int, blocks: int) -> int:
 def _block_for(p) -> int | None:
     """The block length for a new state: `BLOCK`, or less where each shard would not hold whole blocks."""
     n, sharding = p.shape[-1], _sharding(p)
-    return fitting_block(n, n if sharding is None else sharding.shard_shape(p.shape)[-1])
+    return largest_block(n, n if sharding is None else sharding.shard_shape(p.shape)[-1])
 
 
-def fitting_block(n: int, here: int) -> int | None:
+def largest_block(n: int, here: int) -> int | None:
     """The longest blocks of an axis of ``n`` of which runs of ``here`` hold whole ones, or None; `BLOCK` in one run."""
     if here == n:
         return min(BLOCK, n)

@@ -14,74 +14,83 @@ import optax
 from jadam._core import checks
 from jadam._core.numerics import abs_sq, divide, ema, sqrt
 from jadam._moments.formats import Moments
-from jadam._transformation.transformation import Rule, Step, Transformation, descend, prints_as_call, scale_by_rule
+from jadam._transformation.transformation import (
+    Hyperparams,
+    Rule,
+    Transformation,
+    call_as_repr,
+    scale_by_learning_rate_and_decay,
+    scale_by_rule,
+)
 
 
-def adam_rule(step: Step, g, m, v):
+def adam_rule(hp: Hyperparams, g, m, v):
     """One step of Algorithm 1 on one array: the direction ``u``, to be taken ``-learning_rate`` times."""
-    m = ema(step.b1, m, g)
-    v = ema(step.b2, v, abs_sq(g))
-    m_hat = m / step.b1.correction
-    v_hat = v / step.b2.correction
-    return direction(step, m_hat, v_hat), m, v
+    m = ema(hp.b1, m, g)
+    v = ema(hp.b2, v, abs_sq(g))
+    m_hat = m / hp.b1.correction
+    v_hat = v / hp.b2.correction
+    return direction(hp, m_hat, v_hat), m, v
 
 
-def direction(step: Step, m_hat, v_hat):
+def direction(hp: Hyperparams, m_hat, v_hat):
     """The last line of Algorithm 1, without the learning rate."""
-    return divide(m_hat, sqrt(v_hat + step.eps_root) + step.eps)
+    return divide(m_hat, sqrt(v_hat + hp.eps_root) + hp.eps)
 
 
-def nadam_rule(step: Step, g, m, v):
+def nadam_rule(hp: Hyperparams, g, m, v):
     """Adam whose ``m_hat`` looks one step ahead (Dozat 2016, Algorithm 2)."""
-    m = ema(step.b1, m, g)
-    v = ema(step.b2, v, abs_sq(g))
-    return direction(step, look_ahead(step, m, g), v / step.b2.correction), m, v
+    m = ema(hp.b1, m, g)
+    v = ema(hp.b2, v, abs_sq(g))
+    return direction(hp, nesterov_m_hat(hp, m, g), v / hp.b2.correction), m, v
 
 
-def look_ahead(step: Step, m, g):
+def nesterov_m_hat(hp: Hyperparams, m, g):
     """Nesterov's ``m_hat``: the next step's momentum on ``m``, today's gradient besides, each corrected on its own.
 
     The momentum is ``b1``, under which ``m`` is the average, but for PyTorch's.
     """
-    momentum = step.momentum
+    momentum = hp.momentum
     return momentum.next_b * m / momentum.next_correction + momentum.one_minus_b * g / momentum.correction
 
 
 ADAM = Rule(adam_rule, optax.ScaleByAdamState, native="adam", int8=True)
-NADAM = Rule(nadam_rule, optax.ScaleByAdamState, native="nadam", int8=True, looks_ahead=True)
+NADAM = Rule(nadam_rule, optax.ScaleByAdamState, native="nadam", int8=True, nesterov=True)
 
 
-def with_eps_hat(step: Step) -> Step:
+def eps_before_correction(hp: Hyperparams) -> Hyperparams:
     """Kingma & Ba 2015, end of section 2: ``eps`` is added to ``sqrt(v)`` where Algorithm 1 has ``sqrt(v_hat)``."""
-    return step.replace(eps=step.eps / sqrt(step.b2.correction))
+    return hp.replace(eps=hp.eps / sqrt(hp.b2.correction))
 
 
-def without_correction(step: Step, *names: str) -> Step:
+def without_correction(hp: Hyperparams, *names: str) -> Hyperparams:
     """The bias corrections of these betas left out."""
-    one = step.t / step.t
-    return step.replace(**{name: vars(step)[name]._replace(correction=one, next_correction=one) for name in names})
+    one = hp.t / hp.t
+    return hp.replace(**{name: vars(hp)[name]._replace(correction=one, next_correction=one) for name in names})
 
 
-def adjustment(eps_mode: str, uncorrected: tuple[str, ...] = (), *further: Callable[[Step], Step]):
+def hyperparam_transform(
+    eps_mode: str, uncorrected: tuple[str, ...] = (), *further: Callable[[Hyperparams], Hyperparams]
+):
     """The function from a rule's scalars to those under ``eps_mode``, without the corrections of these betas.
 
     ``further`` functions are applied to its result.
     """
     checks.one_of("eps_mode", eps_mode, ("paper", "hat"))
-    return _adjustment(eps_mode == "hat", uncorrected, further)
+    return _hyperparam_transform(eps_mode == "hat", uncorrected, further)
 
 
 @functools.cache  # one function for all transformations with these switches, so that they share compiled programs
-def _adjustment(hat, uncorrected, further):
-    def adjust(step):
-        step = without_correction(step, *uncorrected) if uncorrected else step
-        step = with_eps_hat(step) if hat else step
-        return functools.reduce(lambda step, f: f(step), further, step)
+def _hyperparam_transform(hat, uncorrected, further):
+    def transform(hp):
+        hp = without_correction(hp, *uncorrected) if uncorrected else hp
+        hp = eps_before_correction(hp) if hat else hp
+        return functools.reduce(lambda hp, f: f(hp), further, hp)
 
-    return adjust
+    return transform
 
 
-@prints_as_call
+@call_as_repr
 def scale_by_adam(
     b1: optax.ScalarOrSchedule = 0.9,
     b2: optax.ScalarOrSchedule = 0.999,
@@ -162,11 +171,11 @@ def scale_by_adam(
         {"eps": eps, "eps_root": eps_root},
         mu_dtype,
         moments,
-        adjustment(eps_mode, () if bias_correction else ("b1", "b2", "momentum")),
+        hyperparam_transform(eps_mode, () if bias_correction else ("b1", "b2", "momentum")),
     )
 
 
-@prints_as_call
+@call_as_repr
 def adam(
     learning_rate: optax.ScalarOrSchedule,
     b1: optax.ScalarOrSchedule = 0.9,
@@ -208,10 +217,10 @@ def adam(
         True
     """
     switches = {"nesterov": nesterov, "eps_mode": eps_mode, "bias_correction": bias_correction, "moments": moments}
-    return descend(scale_by_adam(b1, b2, eps, eps_root, mu_dtype, **switches), learning_rate)
+    return scale_by_learning_rate_and_decay(scale_by_adam(b1, b2, eps, eps_root, mu_dtype, **switches), learning_rate)
 
 
-@prints_as_call
+@call_as_repr
 def adamw(
     learning_rate: optax.ScalarOrSchedule,
     b1: optax.ScalarOrSchedule = 0.9,
@@ -261,10 +270,10 @@ def adamw(
     """
     switches = {"nesterov": nesterov, "eps_mode": eps_mode, "bias_correction": bias_correction, "moments": moments}
     direction = scale_by_adam(b1, b2, eps, eps_root, mu_dtype, **switches)
-    return descend(direction, learning_rate, weight_decay, mask, max_lr)
+    return scale_by_learning_rate_and_decay(direction, learning_rate, weight_decay, mask, max_lr)
 
 
-@prints_as_call
+@call_as_repr
 def nadam(
     learning_rate: optax.ScalarOrSchedule,
     b1: optax.ScalarOrSchedule = 0.9,
@@ -314,10 +323,10 @@ def nadam(
     """
     switches = {"nesterov": nesterov, "eps_mode": eps_mode, "bias_correction": bias_correction, "moments": moments}
     scale = _scale_by_nadam(momentum_decay, b1, b2, eps, eps_root, mu_dtype, **switches)
-    return descend(scale, learning_rate)
+    return scale_by_learning_rate_and_decay(scale, learning_rate)
 
 
-@prints_as_call
+@call_as_repr
 def nadamw(
     learning_rate: optax.ScalarOrSchedule,
     b1: optax.ScalarOrSchedule = 0.9,
@@ -358,7 +367,7 @@ def nadamw(
     """
     switches = {"nesterov": nesterov, "eps_mode": eps_mode, "bias_correction": bias_correction, "moments": moments}
     scale = _scale_by_nadam(momentum_decay, b1, b2, eps, eps_root, mu_dtype, **switches)
-    return descend(scale, learning_rate, weight_decay, mask, max_lr)
+    return scale_by_learning_rate_and_decay(scale, learning_rate, weight_decay, mask, max_lr)
 
 
 def _scale_by_nadam(momentum_decay, b1, b2, eps, eps_root, mu_dtype, **switches):
@@ -372,4 +381,6 @@ def _scale_by_nadam(momentum_decay, b1, b2, eps, eps_root, mu_dtype, **switches)
     decay = checks.hyperparameter("momentum_decay", momentum_decay, ">= 0", schedule=False)
     momentum = lambda count: b1 * (1 - 0.5 * 0.96 ** (decay * (count + 1.0)))
     betas, scalars = {"b1": b1, "b2": b2, "momentum": momentum}, {"eps": eps, "eps_root": eps_root}
-    return scale_by_rule(NADAM, betas, scalars, mu_dtype, switches["moments"], adjustment(switches["eps_mode"]))
+    return scale_by_rule(
+        NADAM, betas, scalars, mu_dtype, switches["moments"], hyperparam_transform(switches["eps_mode"])
+    )

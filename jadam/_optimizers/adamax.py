@@ -8,21 +8,28 @@ import optax
 
 from jadam._core.numerics import divide, ema
 from jadam._moments.formats import Moments
-from jadam._transformation.transformation import Rule, Step, Transformation, descend, prints_as_call, scale_by_rule
+from jadam._transformation.transformation import (
+    Hyperparams,
+    Rule,
+    Transformation,
+    call_as_repr,
+    scale_by_learning_rate_and_decay,
+    scale_by_rule,
+)
 
 
-def adamax_rule(step: Step, g, m, u):
+def adamax_rule(hp: Hyperparams, g, m, u):
     """One step of Algorithm 2 on one array; ``u`` is the paper's letter for the decayed largest ``|g|``."""
-    m = ema(step.b1, m, g)
-    u = jnp.maximum(step.b2.b * u, jnp.abs(g) + step.eps)
-    m_hat = m / step.b1.correction
+    m = ema(hp.b1, m, g)
+    u = jnp.maximum(hp.b2.b * u, jnp.abs(g) + hp.eps)
+    m_hat = m / hp.b1.correction
     return divide(m_hat, u), m, u
 
 
-ADAMAX = Rule(adamax_rule, optax.ScaleByAdamState, native="adamax", root=lambda step, u: u, eps_in_root=True)
+ADAMAX = Rule(adamax_rule, optax.ScaleByAdamState, native="adamax", root=lambda hp, u: u, eps_in_denominator=True)
 
 
-@prints_as_call
+@call_as_repr
 def scale_by_adamax(
     b1: optax.ScalarOrSchedule = 0.9,
     b2: optax.ScalarOrSchedule = 0.999,
@@ -67,7 +74,7 @@ def scale_by_adamax(
     return scale_by_rule(ADAMAX, {"b1": b1, "b2": b2}, {"eps": eps}, moments=moments)
 
 
-@prints_as_call
+@call_as_repr
 def adamax(
     learning_rate: optax.ScalarOrSchedule,
     b1: optax.ScalarOrSchedule = 0.9,
@@ -95,10 +102,10 @@ def adamax(
         >>> print(tx.update(g, tx.init(g))[0].round(3))
         [-0.1  0.1]
     """
-    return descend(scale_by_adamax(b1, b2, eps, moments=moments), learning_rate)
+    return scale_by_learning_rate_and_decay(scale_by_adamax(b1, b2, eps, moments=moments), learning_rate)
 
 
-@prints_as_call
+@call_as_repr
 def adamaxw(
     learning_rate: optax.ScalarOrSchedule,
     b1: optax.ScalarOrSchedule = 0.9,
@@ -130,4 +137,6 @@ def adamaxw(
         >>> print(tx.update(0 * p, tx.init(p), p)[0])
         [-0.05 -0.05]
     """
-    return descend(scale_by_adamax(b1, b2, eps, moments=moments), learning_rate, weight_decay, mask, max_lr)
+    return scale_by_learning_rate_and_decay(
+        scale_by_adamax(b1, b2, eps, moments=moments), learning_rate, weight_decay, mask, max_lr
+    )

@@ -7,36 +7,43 @@ import optax
 from jadam._core import checks
 from jadam._core.numerics import abs_sq, ema
 from jadam._moments.formats import Moments
-from jadam._optimizers.adam import adjustment, direction
-from jadam._transformation.transformation import Rule, Step, Transformation, descend, prints_as_call, scale_by_rule
+from jadam._optimizers.adam import direction, hyperparam_transform
+from jadam._transformation.transformation import (
+    Hyperparams,
+    Rule,
+    Transformation,
+    call_as_repr,
+    scale_by_learning_rate_and_decay,
+    scale_by_rule,
+)
 
 
-def amsgrad_rule(step: Step, g, m, v, v_max):
+def amsgrad_rule(hp: Hyperparams, g, m, v, v_max):
     """Adam with the largest ``v_hat`` so far in place of ``v_hat``."""
-    m = ema(step.b1, m, g)
-    v = ema(step.b2, v, abs_sq(g))
-    v_max = jnp.maximum(v_max, v / step.b2.correction)
-    return direction(step, m / step.b1.correction, v_max), m, v, v_max
+    m = ema(hp.b1, m, g)
+    v = ema(hp.b2, v, abs_sq(g))
+    v_max = jnp.maximum(v_max, v / hp.b2.correction)
+    return direction(hp, m / hp.b1.correction, v_max), m, v, v_max
 
 
-def amsgrad_of_v_rule(step: Step, g, m, v, v_max):
+def amsgrad_of_v_rule(hp: Hyperparams, g, m, v, v_max):
     """The same with the largest ``v`` so far, corrected by today's ``1 - b2**t``."""
-    m = ema(step.b1, m, g)
-    v = ema(step.b2, v, abs_sq(g))
+    m = ema(hp.b1, m, g)
+    v = ema(hp.b2, v, abs_sq(g))
     v_max = jnp.maximum(v_max, v)
-    return direction(step, m / step.b1.correction, v_max / step.b2.correction), m, v, v_max
+    return direction(hp, m / hp.b1.correction, v_max / hp.b2.correction), m, v, v_max
 
 
-AMSGRAD = Rule(amsgrad_rule, optax.ScaleByAmsgradState, native="amsgrad", root=lambda step, v, v_max: jnp.sqrt(v_max))
+AMSGRAD = Rule(amsgrad_rule, optax.ScaleByAmsgradState, native="amsgrad", root=lambda hp, v, v_max: jnp.sqrt(v_max))
 AMSGRAD_OF_V = Rule(
     amsgrad_of_v_rule,
     optax.ScaleByAmsgradState,
     native="amsgrad_of_v",
-    root=lambda step, v, v_max: jnp.sqrt(v_max / step.b2.correction),
+    root=lambda hp, v, v_max: jnp.sqrt(v_max / hp.b2.correction),
 )
 
 
-@prints_as_call
+@call_as_repr
 def scale_by_amsgrad(
     b1: optax.ScalarOrSchedule = 0.9,
     b2: optax.ScalarOrSchedule = 0.999,
@@ -92,11 +99,11 @@ def scale_by_amsgrad(
         {"eps": eps, "eps_root": eps_root},
         mu_dtype,
         moments,
-        adjustment(eps_mode, tuple(beta for beta, on in corrected.items() if not on)),
+        hyperparam_transform(eps_mode, tuple(beta for beta, on in corrected.items() if not on)),
     )
 
 
-@prints_as_call
+@call_as_repr
 def amsgrad(
     learning_rate: optax.ScalarOrSchedule,
     b1: optax.ScalarOrSchedule = 0.9,
@@ -133,4 +140,6 @@ def amsgrad(
     """
     switches = {"max_of": max_of, "eps_mode": eps_mode, "moments": moments}
     corrections = (bias_correction_mu, bias_correction_nu)
-    return descend(scale_by_amsgrad(b1, b2, eps, eps_root, mu_dtype, *corrections, **switches), learning_rate)
+    return scale_by_learning_rate_and_decay(
+        scale_by_amsgrad(b1, b2, eps, eps_root, mu_dtype, *corrections, **switches), learning_rate
+    )

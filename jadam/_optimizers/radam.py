@@ -7,35 +7,42 @@ import optax
 from jadam._core import checks
 from jadam._core.numerics import Beta
 from jadam._moments.formats import Moments
-from jadam._optimizers.adam import adam_rule, adjustment, look_ahead, nadam_rule
-from jadam._transformation.transformation import Rule, Step, Transformation, descend, prints_as_call, scale_by_rule
+from jadam._optimizers.adam import adam_rule, hyperparam_transform, nadam_rule, nesterov_m_hat
+from jadam._transformation.transformation import (
+    Hyperparams,
+    Rule,
+    Transformation,
+    call_as_repr,
+    scale_by_learning_rate_and_decay,
+    scale_by_rule,
+)
 
 
-def radam_rule(step: Step, g, m, v):
+def radam_rule(hp: Hyperparams, g, m, v):
     """Adam's direction, rectified, once the average behind ``v`` is long enough; the bare ``m_hat`` before."""
-    u, m, v = adam_rule(step, g, m, v)
-    return jnp.where(step.trusted, step.rectification * u, m / step.b1.correction), m, v
+    u, m, v = adam_rule(hp, g, m, v)
+    return jnp.where(hp.trusted, hp.rectification * u, m / hp.b1.correction), m, v
 
 
-def radam_of_nadam_rule(step: Step, g, m, v):
+def radam_of_nadam_rule(hp: Hyperparams, g, m, v):
     """The same of NAdam's direction."""
-    u, m, v = nadam_rule(step, g, m, v)
-    return jnp.where(step.trusted, step.rectification * u, look_ahead(step, m, g)), m, v
+    u, m, v = nadam_rule(hp, g, m, v)
+    return jnp.where(hp.trusted, hp.rectification * u, nesterov_m_hat(hp, m, g)), m, v
 
 
 RADAM = Rule(radam_rule, optax.ScaleByAdamState, native="radam")
-RADAM_OF_NADAM = Rule(radam_of_nadam_rule, optax.ScaleByAdamState, native="radam_of_nadam", looks_ahead=True)
+RADAM_OF_NADAM = Rule(radam_of_nadam_rule, optax.ScaleByAdamState, native="radam_of_nadam", nesterov=True)
 
 
-def rectified(step: Step) -> Step:
+def with_rectification(hp: Hyperparams) -> Hyperparams:
     """``step`` with whether ``v`` is to be trusted and by what the direction is multiplied then."""
-    rho, rho_inf = average_length(step.b2, step.t)
-    trusted = rho >= step.threshold
+    rho, rho_inf = sma_length(hp.b2, hp.t)
+    trusted = rho >= hp.threshold
     r = (rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)
-    return step.replace(trusted=trusted, rectification=jnp.sqrt(jnp.where(trusted, r, 1)))
+    return hp.replace(trusted=trusted, rectification=jnp.sqrt(jnp.where(trusted, r, 1)))
 
 
-def average_length(b2: Beta, t):
+def sma_length(b2: Beta, t):
     """Liu et al. 2020, equation 3 and Algorithm 2: the length of the average after ``t`` steps, and its limit.
 
     ``rho_inf = 2 / (1-b2) - 1`` and ``rho = rho_inf - 2 * t * b2**t / (1 - b2**t)``, whose terms agree to all of
@@ -54,7 +61,7 @@ def average_length(b2: Beta, t):
     return jnp.where(a * t <= 1, series, direct), rho_inf
 
 
-@prints_as_call
+@call_as_repr
 def scale_by_radam(
     b1: optax.ScalarOrSchedule = 0.9,
     b2: optax.ScalarOrSchedule = 0.999,
@@ -105,11 +112,11 @@ def scale_by_radam(
         {"b1": b1, "b2": b2},
         {"eps": eps, "eps_root": eps_root, "threshold": threshold},
         moments=moments,
-        adjust=adjustment(eps_mode, (), rectified),
+        transform=hyperparam_transform(eps_mode, (), with_rectification),
     )
 
 
-@prints_as_call
+@call_as_repr
 def radam(
     learning_rate: optax.ScalarOrSchedule,
     b1: optax.ScalarOrSchedule = 0.9,
@@ -142,4 +149,4 @@ def radam(
         [-0.4  0.2]
     """
     direction = scale_by_radam(b1, b2, eps, eps_root, threshold, nesterov=nesterov, eps_mode=eps_mode, moments=moments)
-    return descend(direction, learning_rate)
+    return scale_by_learning_rate_and_decay(direction, learning_rate)

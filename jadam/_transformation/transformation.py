@@ -1,9 +1,9 @@
-"""From a rule for one array to an Optax transformation over a tree.
+"""Optax transformations from an update rule for one array.
 
-A `Rule` is a pure function ``f(step, g, *moments) -> (u, *moments)`` on arrays of one dtype, with this step's
-scalars in ``step``, and what the rest of the package needs to know about it. It knows nothing of trees, stored formats
-or schedules; this file knows nothing of Adam. `scale_by_rule` maps a rule over the tree once, `descend` puts weight
-decay and the learning rate behind it.
+A `Rule` holds a pure function ``f(hp, g, *moments) -> (u, *moments)`` on arrays of one dtype, where ``hp`` are the
+hyperparameters of this step, and what the rest of the package needs to know about it. A rule knows nothing of trees,
+stored formats or schedules; this file knows nothing of Adam. `scale_by_rule` maps a rule over a tree;
+`scale_by_learning_rate_and_decay` adds weight decay and the learning rate.
 """
 
 import collections
@@ -35,12 +35,12 @@ from jadam._core.numerics import (
     scheduled_beta,
     sqrt,
 )
-from jadam._core.trees import trained
+from jadam._core.trees import params_with_gradients
 from jadam._moments import formats
 
 
 @jax.tree_util.register_pytree_node_class
-class Step(SimpleNamespace):
+class Hyperparams(SimpleNamespace):
     """The scalars of one step, in the dtype of the leaf they are used on.
 
     ``t`` counts from 1; a `Beta` for every decay rate and a scalar for every other hyperparameter, by name. A tree
@@ -59,9 +59,9 @@ class Step(SimpleNamespace):
         """The hyperparameters by name."""
         super().__init__(**{"momentum": values.get("b1"), **values})
 
-    def replace(self, **changed) -> "Step":
+    def replace(self, **changed) -> "Hyperparams":
         """The same step with some scalars changed."""
-        return Step(**{**vars(self), **changed})
+        return Hyperparams(**{**vars(self), **changed})
 
     def tree_flatten(self):
         """For JAX."""
@@ -71,7 +71,7 @@ class Step(SimpleNamespace):
         return [x for x, array in zip(values, is_array, strict=True) if array], (known, tree)
 
     @classmethod
-    def tree_unflatten(cls, aux, arrays) -> "Step":
+    def tree_unflatten(cls, aux, arrays) -> "Hyperparams":
         """For JAX."""
         known, tree = aux
         arrays = iter(arrays)
@@ -104,22 +104,22 @@ class ScheduledBetasState(NamedTuple):
     inner_state: Any
 
 
-def corrected_root(step: Step, v):
+def adam_denominator(hp: Hyperparams, v):
     """``sqrt(v_hat)``, the denominator of Adam but for eps."""
-    return sqrt(v / step.b2.correction)
+    return sqrt(v / hp.b2.correction)
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """A relative of Adam: its formula for one array, and all that other files need to know about it."""
 
-    function: Callable[..., tuple[jax.Array, ...]]  # function(step, g, *moments) -> (u, *moments)
+    function: Callable[..., tuple[jax.Array, ...]]  # function(hp, g, *moments) -> (u, *moments)
     state_type: Any  # NamedTuple of count and the moments: mu like the parameter, the others real
     native: str | None = None  # its name in the compiled kernels, if it is there
     int8: bool = False  # whether m / sqrt(v) has the bound that int8 moments need
-    root: Callable[..., Any] = corrected_root  # root(step, *second moments), which divides m_hat
-    eps_in_root: bool = False  # whether the moment that is the root has eps in it already
-    looks_ahead: bool = False  # whether the direction has a share of the gradient itself, as Nesterov's
+    root: Callable[..., Any] = adam_denominator  # root(hp, *second moments), which divides m_hat
+    eps_in_denominator: bool = False  # whether the moment that is the root has eps in it already
+    nesterov: bool = False  # whether the direction has a share of the gradient itself, as Nesterov's
 
     @property
     def moments(self) -> tuple[str, ...]:
@@ -130,41 +130,41 @@ class Rule:
         return self.function.__name__
 
 
-def _keep(step, g) -> Any:
-    """Never called. A function of this module, so that a pickled rule is `KEEP` again."""
+def _frozen_rule(hp, g) -> Any:
+    """Never called. A function of this module, so that a pickled rule is `FROZEN_RULE` again."""
 
 
-KEEP = Rule(_keep, optax.EmptyState)  # of a parameter that stays what it is
+FROZEN_RULE = Rule(_frozen_rule, optax.EmptyState)  # of a parameter that stays what it is
 
 
-class NotOnePass(Exception):
+class NotFusible(Exception):
     """Raised by a plan for what `jadam.step` cannot do in one pass; its text is the reason."""
 
 
-class Part(NamedTuple):
+class Shard(NamedTuple):
     """Where in a whole array a device's part lies: the index of its first element, uint32, and the whole's shape."""
 
-    first: jax.Array
-    whole: tuple[int, ...]
+    offset: jax.Array
+    global_shape: tuple[int, ...]
 
-    def indices(self, shape) -> jax.Array:
+    def global_indices(self, shape) -> jax.Array:
         """The index in the whole of each element of the part, which has this shape."""
-        return self.first + linear_index(shape, self.whole)
+        return self.offset + linear_index(shape, self.global_shape)
 
-    def runs(self, shape) -> tuple[int, int] | None:
+    def strided_runs(self, shape) -> tuple[int, int] | None:
         """``(run, stride)`` if element ``i`` has index ``first + i // run * stride + i % run``, else None."""
-        cut = [axis for axis, (n, whole) in enumerate(zip(shape, self.whole, strict=True)) if n != whole]
+        cut = [axis for axis, (n, whole) in enumerate(zip(shape, self.global_shape, strict=True)) if n != whole]
         if any(math.prod(shape[:axis]) != 1 for axis in cut[:-1]):
             return None
         inner = cut[-1] if cut else 0
-        return math.prod(shape[inner:]), math.prod(self.whole[inner:])
+        return math.prod(shape[inner:]), math.prod(self.global_shape[inner:])
 
 
-class Job(NamedTuple):
+class LeafUpdate(NamedTuple):
     """What a step does to one leaf. Fields are `None` where there is nothing to do."""
 
     rule: Rule
-    step: Any  # a `Step`
+    hyperparams: Any  # a `Hyperparams`
     dtype: np.dtype  # of the arithmetic
     format: formats.Format
     stored: tuple[jax.Array, ...]
@@ -176,14 +176,14 @@ class Job(NamedTuple):
     norm: Any = None  # the gradient is divided by it
     max_norm: Any = None  # and multiplied by this
     remainder: jax.Array | None = None  # of a bfloat16 parameter, see `jadam.exact_bf16`
-    part: Part | None = None  # of which array this leaf is a part, where it is one
+    shard: Shard | None = None  # where the leaf is a shard of a larger array
     index: Any = None  # of each element in the whole array, where that is known already
     group: Any = None  # the rule of `jadam.by_path` that it follows: its name and moments
 
     @property
     def frozen(self) -> bool:
         """Whether the parameter stays what it is."""
-        return self.rule == KEEP  # a copy of it, in a transformation that was copied
+        return self.rule == FROZEN_RULE  # a copy of it, in a transformation that was copied
 
     def update(self, g, p):
         """``(u, stored)``: the rule on the decoded moments, what comes before it and behind it."""
@@ -195,18 +195,18 @@ class Job(NamedTuple):
             g = g / self.norm.astype(g.dtype) * self.max_norm.astype(g.dtype)
         moments = self.format.decode(self.stored, self.dtype)
         with jax.numpy_dtype_promotion("standard"):  # complex numbers times real ones
-            u, *moments = self.rule.function(self.step, g.astype(self.dtype), *moments)
-        index = self.part.indices(g.shape) if self.index is None and self.part is not None else self.index
-        random = formats.random_for(g.shape, self.salt, self.count, index)
-        return self.descended(u, p), self.format.encode(moments, self.stored, random)
+            u, *moments = self.rule.function(self.hyperparams, g.astype(self.dtype), *moments)
+        index = self.shard.global_indices(g.shape) if self.index is None and self.shard is not None else self.index
+        random = formats.random_bits(g.shape, self.salt, self.count, index)
+        return self.scaled(u, p), self.format.encode(moments, self.stored, random)
 
-    def moved(self, g, p):
+    def update_master(self, g, p):
         """``(x, stored)``: a bfloat16 parameter's float32 master after the step."""
         x, g = join(p, self.remainder), g.astype(at_least_float32(g))
         u, stored = self.update(g, x)
         return apply_updates(x, u.astype(promote(g, x))), stored
 
-    def descended(self, u, p):
+    def scaled(self, u, p):
         """The update that the rule's direction becomes: with weight decay, times the learning rate."""
         as_u = lambda x: jnp.asarray(x).astype(self.dtype)
         if self.weight_decay is not None:
@@ -214,17 +214,17 @@ class Job(NamedTuple):
         return as_u(self.minus_lr) * u
 
 
-def update_leaf(job: Job, g, p):
+def update_leaf(leaf_update: LeafUpdate, g, p):
     """The whole step of one leaf, from the gradient to the new parameter, and the tuple of what is stored.
 
     XLA runs it on arrays, Pallas on tiles.
     """
-    if job.frozen:
-        return p, () if job.remainder is None else (job.remainder,)
-    if job.remainder is None:
-        u, stored = job.update(g, p)
+    if leaf_update.frozen:
+        return p, () if leaf_update.remainder is None else (leaf_update.remainder,)
+    if leaf_update.remainder is None:
+        u, stored = leaf_update.update(g, p)
         return apply_updates(p, u.astype(promote(g, p))), stored
-    x, stored = job.moved(g, p)
+    x, stored = leaf_update.update_master(g, p)
     p, remainder = split(x)
     return p, (remainder, *stored)
 
@@ -234,69 +234,78 @@ class Operands(NamedTuple):
 
     scalars: list[jax.Array]  # each once, whichever jobs have it
     owned: list[tuple]  # of each job what is stored, and its remainder or None
-    firsts: list | None = None  # where in a whole array each job's part of it begins
+    offsets: list | None = None  # where in a whole array each job's part of it begins
 
 
 class Settings(NamedTuple):
     """Everything else about the jobs. Hashable; equal for transformations that differ in numbers only."""
 
-    jobs: tuple[Job, ...]  # without arrays
-    steps: tuple[int, ...]  # which of the steps each job has
+    leaf_updates: tuple[LeafUpdate, ...]  # without arrays
+    hyperparams: tuple[int, ...]  # which of them each leaf has
     places: tuple[int, ...]  # of each scalar among the arrays
     tree: Any  # of the steps and of each job's own scalars
     shapes: tuple | None  # of the whole arrays, where each job does a part
 
 
-TOGETHER = 32  # leaves that an eager update does at once
-OWN_SCALARS = ("minus_lr", "weight_decay", "bound", "norm", "max_norm", "count")
+LEAVES_PER_PROGRAM = 32  # leaves that an eager update does at once
+LEAF_SCALARS = ("minus_lr", "weight_decay", "bound", "norm", "max_norm", "count")
 
 
-def pack(jobs: list[Job], shapes=None) -> tuple[Settings, Operands]:
+def pack(leaf_updates: list[LeafUpdate], shapes=None) -> tuple[Settings, Operands]:
     """Split jobs into hashable settings and arrays; ``shapes`` are the whole arrays', where each job does a part."""
-    distinct = {id(job.step): job.step for job in jobs}
+    distinct = {id(leaf_update.hyperparams): leaf_update.hyperparams for leaf_update in leaf_updates}
     order = {key: i for i, key in enumerate(distinct)}
     values, tree = jax.tree.flatten(
-        (list(distinct.values()), [[getattr(job, name) for name in OWN_SCALARS] for job in jobs])
+        (
+            list(distinct.values()),
+            [[getattr(leaf_update, name) for name in LEAF_SCALARS] for leaf_update in leaf_updates],
+        )
     )
     scalars = {id(x): x for x in values}
     place = {key: i for i, key in enumerate(scalars)}
     settings = Settings(
-        jobs=tuple(
-            job._replace(
-                step=None,
+        leaf_updates=tuple(
+            leaf_update._replace(
+                hyperparams=None,
                 stored=(),
-                salt=job.salt if job.format.dithers else 0,  # else leaves that are alike would differ
+                salt=leaf_update.salt
+                if leaf_update.format.stochastic
+                else 0,  # else leaves that are alike would differ
                 remainder=None,
                 group=None,
-                **dict.fromkeys(OWN_SCALARS),
+                **dict.fromkeys(LEAF_SCALARS),
             )
-            for job in jobs
+            for leaf_update in leaf_updates
         ),
-        steps=tuple(order[id(job.step)] for job in jobs),
+        hyperparams=tuple(order[id(leaf_update.hyperparams)] for leaf_update in leaf_updates),
         places=tuple(place[id(x)] for x in values),
         tree=tree,
         shapes=None if shapes is None else tuple(shapes),
     )
     arrays = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in scalars.values()]
-    return settings, Operands(arrays, [(job.stored, job.remainder) for job in jobs])
+    return settings, Operands(arrays, [(leaf_update.stored, leaf_update.remainder) for leaf_update in leaf_updates])
 
 
-def unpack(settings: Settings, operands: Operands) -> list[Job]:
+def unpack(settings: Settings, operands: Operands) -> list[LeafUpdate]:
     """The jobs that `pack` split."""
-    steps, own = settings.tree.unflatten([operands.scalars[i] for i in settings.places])
-    parts: list = [None] * len(settings.jobs)
-    if operands.firsts is not None and settings.shapes is not None:
-        parts = [Part(first, shape) for first, shape in zip(operands.firsts, settings.shapes, strict=True)]
-    rows = zip(settings.jobs, settings.steps, own, operands.owned, parts, strict=True)
+    hyperparams, own = settings.tree.unflatten([operands.scalars[i] for i in settings.places])
+    shards: list = [None] * len(settings.leaf_updates)
+    if operands.offsets is not None and settings.shapes is not None:
+        shards = [Shard(first, shape) for first, shape in zip(operands.offsets, settings.shapes, strict=True)]
+    rows = zip(settings.leaf_updates, settings.hyperparams, own, operands.owned, shards, strict=True)
     return [
-        job._replace(
-            step=steps[i], stored=stored, remainder=r, part=part, **dict(zip(OWN_SCALARS, values, strict=True))
+        leaf_update._replace(
+            hyperparams=hyperparams[i],
+            stored=stored,
+            remainder=r,
+            shard=shard,
+            **dict(zip(LEAF_SCALARS, values, strict=True)),
         )
-        for job, i, values, (stored, r), part in rows
+        for leaf_update, i, values, (stored, r), shard in rows
     ]
 
 
-def what_is_stored(owned) -> tuple:
+def stored_arrays(owned) -> tuple:
     """What `Plan.finish` takes for a job: its remainder, if it has one, and its moments."""
     stored, remainder = owned
     return stored if remainder is None else (remainder, *stored)
@@ -306,12 +315,12 @@ def what_is_stored(owned) -> tuple:
 def _updates(settings, operands, grads, params) -> tuple[list[jax.Array], list[tuple]]:
     """The updates of leaves, and what is stored."""
     updates, stored = [], []
-    for job, g, p in zip(unpack(settings, operands), grads, params, strict=True):
-        if job.remainder is None:
-            u, new = job.update(g, p)
+    for leaf_update, g, p in zip(unpack(settings, operands), grads, params, strict=True):
+        if leaf_update.remainder is None:
+            u, new = leaf_update.update(g, p)
             u = u.astype(promote(g) if p is None else promote(g, p))
         else:
-            x, new = job.moved(g, p)
+            x, new = leaf_update.update_master(g, p)
             u = distance(p, x)
             new = (remainder_of(p, x, u), *new)
         updates.append(u)
@@ -319,17 +328,18 @@ def _updates(settings, operands, grads, params) -> tuple[list[jax.Array], list[t
     return updates, stored
 
 
-class Plan(NamedTuple):
-    """A step taken apart: a `Job` for each leaf of the gradients, and ``finish``, which makes the new state.
+class FusedUpdate(NamedTuple):
+    """A whole update as one `LeafUpdate` for each leaf of the gradients.
 
-    ``finish`` takes for each leaf the tuple of what it stores: the remainder if it has one, and the moments.
+    ``rebuild_state(stored)`` returns the new state. ``stored`` has a tuple for each leaf: its remainder, if it has one,
+    and its moments as stored.
     """
 
-    jobs: list[Job]
-    finish: Callable[..., Any]
+    leaf_updates: list[LeafUpdate]
+    rebuild_state: Callable[..., Any]
 
 
-def _programs(jobs: list[Job], grads: list, traced: bool) -> list[list[int]]:
+def _programs(leaf_updates: list[LeafUpdate], grads: list, traced: bool) -> list[list[int]]:
     """Groups of leaves, each updated by one compiled program.
 
     Under a trace every leaf is its own group: JAX traces and lowers a jitted function once for all leaves with the same
@@ -337,13 +347,17 @@ def _programs(jobs: list[Job], grads: list, traced: bool) -> list[list[int]]:
     32 like leaves share a program, which bounds the time to compile.
     """
     if traced:
-        return [[i] for i in range(len(jobs))]
-    if len(jobs) <= TOGETHER:
-        return [list(range(len(jobs)))] if jobs else []
+        return [[i] for i in range(len(leaf_updates))]
+    if len(leaf_updates) <= LEAVES_PER_PROGRAM:
+        return [list(range(len(leaf_updates)))] if leaf_updates else []
     alike = collections.defaultdict(list)
-    for i, (job, g) in enumerate(zip(jobs, grads, strict=True)):
-        alike[np.shape(g), jnp.result_type(g), job.format.name, job.rule].append(i)
-    return [indices[k : k + TOGETHER] for indices in alike.values() for k in range(0, len(indices), TOGETHER)]
+    for i, (leaf_update, g) in enumerate(zip(leaf_updates, grads, strict=True)):
+        alike[np.shape(g), jnp.result_type(g), leaf_update.format.name, leaf_update.rule].append(i)
+    return [
+        indices[k : k + LEAVES_PER_PROGRAM]
+        for indices in alike.values()
+        for k in range(0, len(indices), LEAVES_PER_PROGRAM)
+    ]
 
 
 @dataclasses.dataclass(eq=False)
@@ -354,32 +368,34 @@ class Update:
     ``update`` holds what must not be lost on the way. It is compared and hashed by identity, as a function is.
     """
 
-    plan: Callable[..., Plan]  # plan(grads, state, params), with all checks
-    text: str = ""  # the call that made the transformation
+    fuse: Callable[..., FusedUpdate]  # fuse(grads, state, params), with all checks
+    call: str = ""  # the call that made the transformation
     inner: Any = None  # the transformation that this one is around
-    reads_gradients: bool = False  # whether a plan depends on the gradients' values, as a norm does
+    needs_gradient_values: bool = False  # whether a plan depends on the gradients' values, as a norm does
     after_step: Callable[..., Any] | None = None  # after_step(state, params), of the new ones, returns the state
     step: Callable[..., Any] | None = None  # step(grads, state, params), if `jadam.step` has to be another
 
     def __call__(self, updates, state, params=None, **extra_args) -> Any:
         """Optax's ``update``: carries out the plan."""
-        params, _ = trained(params, updates)
+        params, _ = params_with_gradients(params, updates)
         checks.values(params, "params")
         checks.together(updates=updates, state=state, params=params)
-        jobs, finish = self.plan(updates, state, params)
+        leaf_updates, rebuild_state = self.fuse(updates, state, params)
         grads, structure = jax.tree.flatten(updates)
         params = [None] * len(grads) if params is None else jax.tree.leaves(params)
-        traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((jobs[:1], grads, params)))
-        updates, stored = [None] * len(jobs), [None] * len(jobs)
-        for group in _programs(jobs, grads, traced):
-            us, new = _updates(*pack([jobs[i] for i in group]), [grads[i] for i in group], [params[i] for i in group])
+        traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((leaf_updates[:1], grads, params)))
+        updates, stored = [None] * len(leaf_updates), [None] * len(leaf_updates)
+        for group in _programs(leaf_updates, grads, traced):
+            us, new = _updates(
+                *pack([leaf_updates[i] for i in group]), [grads[i] for i in group], [params[i] for i in group]
+            )
             for i, u, x in zip(group, us, new, strict=True):
                 updates[i], stored[i] = u, x
-        return structure.unflatten(updates), finish(stored)
+        return structure.unflatten(updates), rebuild_state(stored)
 
 
 @dataclasses.dataclass(eq=False)
-class OwnUpdate(Update):
+class FunctionUpdate(Update):
     """An ``update`` written as a function. `jadam.step` still uses the plan."""
 
     function: Callable[..., Any] = dataclasses.field(kw_only=True)  # function(updates, state, params, **extra_args)
@@ -389,20 +405,20 @@ class OwnUpdate(Update):
         return self.function(updates, state, params, **extra_args)
 
 
-def no_plan(grads, state, params) -> Plan:
+def not_fusible(grads, state, params) -> FusedUpdate:
     """The plan of a transformation that is not one of jadam's optimizers."""
-    raise NotOnePass("none of jadam's optimizers; a chain must be jadam.chain")
+    raise NotFusible("none of jadam's optimizers; a chain must be jadam.chain")
 
 
 def info_of(tx: optax.GradientTransformation) -> Update:
     """What jadam knows about a transformation; Optax's own have no plan."""
-    return tx.update if isinstance(tx.update, Update) else Update(no_plan)
+    return tx.update if isinstance(tx.update, Update) else Update(not_fusible)
 
 
 class Transformation(optax.GradientTransformationExtraArgs):
-    """An Optax transformation that can also be taken apart, so that `jadam.step` does it in one pass.
+    """An Optax transformation that `jadam.step` can fuse into one pass.
 
-    ``info.plan(grads, state, params)`` returns a `Plan`, with the same checks as ``update``, or raises `NotOnePass`.
+    ``info.fuse(grads, state, params)`` returns a `FusedUpdate`, or raises `NotFusible` and what ``update`` raises.
     """
 
     @property
@@ -411,7 +427,7 @@ class Transformation(optax.GradientTransformationExtraArgs):
         return cast(Update, self.update)
 
     def __repr__(self):
-        return self.info.text or super().__repr__()
+        return self.info.call or super().__repr__()
 
     def __treescope_repr__(self, path, subtree_renderer):
         """What treescope, which asks for it, shows in a notebook."""
@@ -420,9 +436,9 @@ class Transformation(optax.GradientTransformationExtraArgs):
         return rendering_parts.text(repr(self))
 
 
-def unchanged(step: Step) -> Step:
+def identity(hp: Hyperparams) -> Hyperparams:
     """The scalars as they are."""
-    return step
+    return hp
 
 
 def scale_by_rule(
@@ -431,7 +447,7 @@ def scale_by_rule(
     scalars: dict[str, Any],
     mu_dtype: Any = None,
     moments: formats.Moments = "float32",
-    adjust: Callable[[Step], Step] = unchanged,
+    transform: Callable[[Hyperparams], Hyperparams] = identity,
 ) -> Transformation:
     """The transformation that applies ``rule`` to every leaf.
 
@@ -447,7 +463,7 @@ def scale_by_rule(
     scalars = {name: _scalar(name, value) for name, value in scalars.items()}
     scheduled = [name for name, value in betas.items() if callable(value)]
     mu_dtype = checks.storage_dtype("mu_dtype", mu_dtype)
-    choose = formats.chooser(moments, mu_dtype, betas if rule.int8 else None)
+    choose = formats.format_selector(moments, mu_dtype, betas if rule.int8 else None)
     names = rule.moments
     quantized = rule.int8 and (moments == "int8" or callable(moments))
     state_type = QuantizedAdamState if quantized else rule.state_type
@@ -470,7 +486,7 @@ def scale_by_rule(
         state = state_type(jnp.zeros([], jnp.int32), *trees, *(make() for make in versions))
         return ScheduledBetasState({name: jnp.zeros([]) for name in scheduled}, state) if scheduled else state
 
-    def plan(updates, state, params=None) -> Plan:
+    def fuse(updates, state, params=None) -> FusedUpdate:
         if scheduled:
             checks.state_of(state, ScheduledBetasState)
         corrections, state = state if scheduled else ({}, state)
@@ -486,21 +502,21 @@ def scale_by_rule(
             if moments == "bfloat16":
                 checks.moments_narrow_enough(tree, name, state.mu)
         checks.holds_complex(state.mu, updates)
-        taken = state.count if isinstance(state.count, KnownCount) else jnp.asarray(state.count)
-        step, count, corrections = _at_step(betas, scalars, taken, corrections, adjust)
+        taken = state.count if isinstance(state.count, ConcreteCount) else jnp.asarray(state.count)
+        hyperparams, count, corrections = _hyperparams_at(betas, scalars, taken, corrections, transform)
 
         @functools.cache  # leaves that share it share its scalars
-        def limited(dtype, format):
-            return format.limit(step(dtype))
+        def validated(dtype, format):
+            return format.validate(hyperparams(dtype))
 
-        def job(path, g, *stored):
-            format = formats.of(stored)
-            own, unused = stored[: (n := format.arrays(len(names)))], stored[n:]
+        def leaf_update(path, g, *stored):
+            format = formats.format_of(stored)
+            own, unused = stored[: (n := format.num_arrays(len(names)))], stored[n:]
             checks.no_scales(not all(map(formats.is_placeholder, unused)), path)
             dtype = at_least_float32(g, *own)
-            return Job(rule, limited(real(dtype), format), dtype, format, own, formats.salt(path), taken)
+            return LeafUpdate(rule, validated(real(dtype), format), dtype, format, own, formats.salt(path), taken)
 
-        def finish(stored):
+        def rebuild_state(stored):
             trees = [structure.flatten_up_to(getattr(state, name)) for name in stored_names]
             full = [(*new, *old[len(new) :]) for new, old in zip(stored, zip(*trees, strict=True), strict=True)]
             columns = map(structure.unflatten, _columns(full, len(stored_names)))
@@ -509,9 +525,11 @@ def scale_by_rule(
 
         leaves, structure = jax.tree_util.tree_flatten_with_path(updates)
         trees = [structure.flatten_up_to(getattr(state, name)) for name in stored_names]
-        return Plan([job(path, g, *x) for (path, g), *x in zip(leaves, *trees, strict=True)], finish)
+        return FusedUpdate(
+            [leaf_update(path, g, *x) for (path, g), *x in zip(leaves, *trees, strict=True)], rebuild_state
+        )
 
-    return Transformation(init, Update(plan))
+    return Transformation(init, Update(fuse))
 
 
 def _columns(rows, n: int):
@@ -528,22 +546,26 @@ def _scalar(name, value, schedule=True):
     return checks.hyperparameter(name, value, ">= 0", schedule=schedule, wide=True)
 
 
-class KnownCount(np.ndarray):
+class ConcreteCount(np.ndarray):
     """A count that a schedule can read although all else is traced, as in `jadam.describe`."""
 
 
-def _at_step(betas, scalars, count, corrections, adjust):
-    """The `Step` after ``count`` others, a function of the dtype; the next count; scheduled betas' corrections."""
+def _hyperparams_at(betas, scalars, count, corrections, transform):
+    """The hyperparameters of the step after ``count`` others.
+
+    Returns:
+        A function from a dtype to `Hyperparams`, the next count, and the bias corrections of scheduled betas.
+    """
 
     def beta(name, count):
         value = betas[name]
-        return _beta(name, value_at(value, count), schedule=False) if callable(value) else value
+        return _beta(name, schedule_value(value, count), schedule=False) if callable(value) else value
 
     def scalar(name):
         value = scalars[name]
-        return _scalar(name, value_at(value, count), schedule=False) if callable(value) else value
+        return _scalar(name, schedule_value(value, count), schedule=False) if callable(value) else value
 
-    known = isinstance(count, KnownCount)
+    known = isinstance(count, ConcreteCount)
     next_count = count + count.dtype.type(1) if known else _incremented(count)
     varying = {}
     for name, done in corrections.items():
@@ -554,21 +576,24 @@ def _at_step(betas, scalars, count, corrections, adjust):
     others = {name: scalar(name) for name in scalars}
     fixed = tuple((name, x) for name, x in constant.items() if isinstance(x, float))
     given = {name: x for name, x in constant.items() if not isinstance(x, float)}
-    make = _step_of if known or varying else _compiled_step_of
+    make = _hyperparams if known or varying else _compiled_hyperparams
 
     @functools.cache  # per dtype, not per leaf
-    def step(dtype):
-        return make(adjust, dtype, fixed, next_count, given, others, varying)
+    def hyperparams(dtype):
+        return make(transform, dtype, fixed, next_count, given, others, varying)
 
-    return step, next_count, {name: value.correction for name, value in varying.items()}
+    return hyperparams, next_count, {name: value.correction for name, value in varying.items()}
 
 
-def _step_of(adjust, dtype, fixed, count, given, others, varying) -> Step:
-    """The `Step` of number ``count``: of ``fixed`` and ``given`` decay rates, ``varying`` ones and other scalars."""
+def _hyperparams(transform, dtype, fixed, count, given, others, varying) -> Hyperparams:
+    """The `Hyperparams` of step ``count``.
+
+    ``fixed`` decay rates are Python numbers, ``given`` ones arrays, ``varying`` ones the `Beta` of a schedule.
+    """
     t = count.astype(dtype)
     given = {name: checks.or_nan(value, "in [0, 1)") for name, value in given.items()}
-    return adjust(
-        Step(
+    return transform(
+        Hyperparams(
             t=t,
             **{name: Beta(*(x.astype(dtype) for x in value)) for name, value in varying.items()},
             **{name: constant_beta(value, t, dtype) for name, value in {**dict(fixed), **given}.items()},
@@ -577,14 +602,16 @@ def _step_of(adjust, dtype, fixed, count, given, others, varying) -> Step:
     )
 
 
-_compiled_step_of = jax.jit(_step_of, static_argnums=(0, 1, 2), inline=True)  # one program where nothing is traced
+_compiled_hyperparams = jax.jit(
+    _hyperparams, static_argnums=(0, 1, 2), inline=True
+)  # one program where nothing is traced
 _incremented = jax.jit(optax.safe_increment, inline=True)
 
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def prints_as_call(function: F) -> F:
+def call_as_repr(function: F) -> F:
     """Make the transformations that a public function returns print as its call, without default arguments."""
     parameters = inspect.signature(function).parameters
 
@@ -593,7 +620,7 @@ def prints_as_call(function: F) -> F:
         tx = function(*args, **kwargs)
         given = {**dict(zip(parameters, args, strict=False)), **kwargs}
         shown = [f"{x}={_short(given[x])}" for x in parameters if x in given and not _same(given[x], parameters[x])]
-        tx.update.text = f"jadam.{function.__name__}({', '.join(shown)})"
+        tx.update.call = f"jadam.{function.__name__}({', '.join(shown)})"
         return tx
 
     return cast(F, wrapper)
@@ -612,7 +639,7 @@ def _short(value) -> str:
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 
-def descend(direction: Transformation, learning_rate, *decaying) -> Transformation:
+def scale_by_learning_rate_and_decay(direction: Transformation, learning_rate, *decaying) -> Transformation:
     """``direction``, then weight decay, then ``-learning_rate``: Optax's own stages and their states, in float32.
 
     ``decaying`` is ``weight_decay, mask, max_lr``, or nothing.
@@ -637,26 +664,28 @@ def descend(direction: Transformation, learning_rate, *decaying) -> Transformati
     stages.append(optax.scale_by_learning_rate(learning_rate))
     chain = optax.chain(*stages)
 
-    def plan(updates, state, params):
+    def fuse(updates, state, params):
         checks.stages(state, len(stages))
         checks.gradients(updates, state, params, planning=True)
         if decaying and params is None:
             raise ValueError("weight_decay needs params: call update(updates, state, params).")
-        jobs, finish = direction.info.plan(updates, state[0], params)
+        leaf_updates, rebuild_state = direction.info.fuse(updates, state[0], params)
         widest = jax.dtypes.canonicalize_dtype(np.float64)
         zero, one = jnp.zeros([], widest), jnp.ones([], widest)  # each stage tells its factor when it is given 1
         minus_lr, lr_state = stages[-1].update(one, state[-1])
         if not decaying:
-            decays, decay_states = [None] * len(jobs), ()
+            decays, decay_states = [None] * len(leaf_updates), ()
         else:
             inner = state[1] if mask is None else state[1].inner_state
             decay, inner = optax.add_decayed_weights(weight_decay).update(zero, inner, one)
             decays = [decay if on else None for on in _leaf_mask(mask, params)]
             decay_states = (inner if mask is None else state[1]._replace(inner_state=inner),)
-        jobs = [x._replace(minus_lr=minus_lr, weight_decay=wd) for x, wd in zip(jobs, decays, strict=True)]
-        return Plan(jobs, lambda stored: (finish(stored), *decay_states, lr_state))
+        leaf_updates = [
+            x._replace(minus_lr=minus_lr, weight_decay=wd) for x, wd in zip(leaf_updates, decays, strict=True)
+        ]
+        return FusedUpdate(leaf_updates, lambda stored: (rebuild_state(stored), *decay_states, lr_state))
 
-    return Transformation(chain.init, Update(plan))
+    return Transformation(chain.init, Update(fuse))
 
 
 def _leaf_mask(mask, params) -> list[bool]:
@@ -666,7 +695,7 @@ def _leaf_mask(mask, params) -> list[bool]:
     return [on for on, part in zip(leaves, parts, strict=True) for _ in part]
 
 
-def value_at(value, count):
+def schedule_value(value, count):
     """A hyperparameter after ``count`` steps. Schedules may promote: Optax's own do, where the user wants it strict."""
     if not callable(value):
         return value
@@ -680,7 +709,7 @@ def or_nan(name: str, value):
         return checks.or_nan(value, ">= 0")
 
     def schedule(count):
-        x = value_at(value, count)
+        x = schedule_value(value, count)
         if isinstance(x, jax.Array):
             checks.scalar(name, x.shape)
             return checks.or_nan(x, ">= 0")
@@ -691,4 +720,8 @@ def or_nan(name: str, value):
 
 def over(weight_decay, max_lr):
     """A weight decay, a number or a schedule, free of the learning rate's scale."""
-    return (lambda count: value_at(weight_decay, count) / max_lr) if callable(weight_decay) else weight_decay / max_lr
+    return (
+        (lambda count: schedule_value(weight_decay, count) / max_lr)
+        if callable(weight_decay)
+        else weight_decay / max_lr
+    )

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from jadam._core import checks
-from jadam._core.numerics import Beta, applied, at_least_float32, ema, one_minus, one_minus_power
-from jadam._core.trees import find_states, trained
+from jadam._core.numerics import Beta, apply_rounded, at_least_float32, ema, one_minus, one_minus_power
+from jadam._core.trees import find_states, params_with_gradients
 from jadam._moments.formats import placeholder
 
 
@@ -68,7 +68,7 @@ def average_params(decay: float | jax.Array | None = 0.999) -> optax.GradientTra
         if params is None:
             raise ValueError("average_params needs params: call update(updates, state, params).")
         checks.state_of(state, AverageParamsState)
-        params, _ = trained(params, updates)
+        params, _ = params_with_gradients(params, updates)
         checks.gradients(updates, state, params)
         checks.same_tree(params, state.average, "params", "state.average")
         count = jnp.asarray(optax.safe_increment(state.count))
@@ -80,7 +80,7 @@ def average_params(decay: float | jax.Array | None = 0.999) -> optax.GradientTra
                 weight = 1 / t
             else:
                 weight = one_minus(checks.or_nan(decay, "in [0, 1)"), dtype) / one_minus_power(decay, t, dtype)
-            return ema(Beta(1 - weight, weight, t, t, t), average, applied(p, u, p.dtype).astype(average.dtype))
+            return ema(Beta(1 - weight, weight, t, t, t), average, apply_rounded(p, u, p.dtype).astype(average.dtype))
 
         averages = jax.tree.map(average, state.average, params, updates)
         return updates, AverageParamsState(count, averages, state.dtypes)

@@ -11,22 +11,22 @@ import optax
 
 from jadam._core import checks
 from jadam._core.numerics import at_least_float32
-from jadam._core.trees import Named, leaf_name
+from jadam._core.trees import NamedLeaves, leaf_name
 from jadam._moments import formats
 from jadam._moments.formats import Moments
 from jadam._optimizers.adam import scale_by_adam
 from jadam._transformation.transformation import (
-    KEEP,
-    Job,
-    Plan,
+    FROZEN_RULE,
+    FusedUpdate,
+    LeafUpdate,
     QuantizedAdamState,
     ScheduledBetasState,
     Transformation,
     Update,
+    call_as_repr,
     or_nan,
     over,
-    prints_as_call,
-    value_at,
+    schedule_value,
 )
 
 
@@ -57,7 +57,7 @@ class _Group(NamedTuple):
     weight_decay: Callable[[jax.Array], Any]
 
 
-@prints_as_call
+@call_as_repr
 def by_path(
     rules: Sequence[tuple[str, Any]],
     learning_rate: optax.ScalarOrSchedule,
@@ -129,8 +129,8 @@ def by_path(
         decay = decay if max_lr is None else over(decay, max_lr)
         told = settings if named == "float32" else {**settings, "moments": named}
         text = " ".join([repr(pattern.pattern), *(f"{name}={value!r}" for name, value in told.items())])
-        minus_lr = lambda count: -(value_at(or_nan("learning_rate", learning_rate), count) * lr_mult)
-        return _Group(text, pattern, direction, named, minus_lr, lambda count: value_at(decay, count))
+        minus_lr = lambda count: -(schedule_value(or_nan("learning_rate", learning_rate), count) * lr_mult)
+        return _Group(text, pattern, direction, named, minus_lr, lambda count: schedule_value(decay, count))
 
     groups = [group(*rule) for rule in _pairs(rules)]
     trees = [name for name in QuantizedAdamState._fields if name not in ("count", "version")]
@@ -145,7 +145,7 @@ def by_path(
             QuantizedAdamState(jnp.zeros([], jnp.int32), **merged, version=formats.version()), corrections
         )
 
-    def plan(updates, state, params) -> Plan:
+    def fuse(updates, state, params) -> FusedUpdate:
         if params is None:
             raise ValueError("by_path needs params: call update(updates, state, params).")
         checks.gradients(updates, state, params, planning=True)
@@ -153,32 +153,34 @@ def by_path(
         checks.state_of(state.moments, QuantizedAdamState)
         parts = _Parts(groups, updates)
         count = state.moments.count
-        jobs: list = [None] * len(parts.of_leaf)
-        finishers = []
+        leaf_updates: list = [None] * len(parts.of_leaf)
+        rebuilders = []
         for (k, group), corrections in zip(parts.moving, state.corrections, strict=True):
             own = state.moments._replace(**{name: parts.only(k, getattr(state.moments, name)) for name in trees})
             own = ScheduledBetasState(corrections, own) if corrections else own
-            planned, finish = group.direction.info.plan(parts.only(k, updates), own, parts.only(k, params))
-            finishers.append((parts.indices[k], finish))
+            planned, rebuild_state = group.direction.info.fuse(parts.only(k, updates), own, parts.only(k, params))
+            rebuilders.append((parts.indices[k], rebuild_state))
             decay = group.weight_decay(count)
             changes = {"minus_lr": group.minus_lr(count), "weight_decay": decay, "group": group}
-            for i, job in zip(parts.indices[k], planned, strict=True):
-                jobs[i] = job._replace(**changes)
+            for i, leaf_update in zip(parts.indices[k], planned, strict=True):
+                leaf_updates[i] = leaf_update._replace(**changes)
         for i, g in enumerate(jax.tree.leaves(updates)):
-            if jobs[i] is None:
+            if leaf_updates[i] is None:
                 frozen = groups[parts.of_leaf[i]]
-                jobs[i] = Job(KEEP, None, at_least_float32(g), formats.FORMATS["float32"], (), 0, count, group=frozen)
+                leaf_updates[i] = LeafUpdate(
+                    FROZEN_RULE, None, at_least_float32(g), formats.FORMATS["float32"], (), 0, count, group=frozen
+                )
 
-        def finish(stored):
-            states = [finish([stored[i] for i in indices]) for indices, finish in finishers]
+        def rebuild_state(stored):
+            states = [rebuild_state([stored[i] for i in indices]) for indices, rebuild_state in rebuilders]
             corrections, states = _apart(states)
             merged = {name: parts.together([getattr(x, name) for x in states]) for name in trees}
             moments = state.moments._replace(count=optax.safe_increment(count), **merged)
             return ByPathState(moments, corrections)
 
-        return Plan(jobs, finish)
+        return FusedUpdate(leaf_updates, rebuild_state)
 
-    return Transformation(init, Update(plan))
+    return Transformation(init, Update(fuse))
 
 
 class _Parts:
@@ -191,7 +193,7 @@ class _Parts:
         self.indices = [[i for i, own in enumerate(self.of_leaf) if own == k] for k in range(len(groups))]
         self.moving: list = [(k, group) for k, group in enumerate(groups) if group.direction is not None]
 
-    def only(self, k: int, tree) -> Named:
+    def only(self, k: int, tree) -> NamedLeaves:
         """The part of group ``k``."""
         try:
             leaves = self.structure.flatten_up_to(tree)
@@ -199,9 +201,9 @@ class _Parts:
             raise ValueError(
                 "state.moments must be of the gradients' tree, got another. The parameters must be those of init."
             ) from None
-        return Named(*([x[i] for i in self.indices[k]] for x in (self.names, leaves)))
+        return NamedLeaves(*([x[i] for i in self.indices[k]] for x in (self.names, leaves)))
 
-    def together(self, parts: list[Named]):
+    def together(self, parts: list[NamedLeaves]):
         """The tree of the parts of all groups that move, with None for the leaves of the others."""
         leaves: list = [None] * len(self.names)
         for (k, _), part in zip(self.moving, parts, strict=True):

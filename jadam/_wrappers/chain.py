@@ -12,16 +12,23 @@ import jax.numpy as jnp
 import optax
 
 from jadam._core import checks
-from jadam._transformation.transformation import NotOnePass, OwnUpdate, Plan, Transformation, info_of, no_plan
+from jadam._transformation.transformation import (
+    FunctionUpdate,
+    FusedUpdate,
+    NotFusible,
+    Transformation,
+    info_of,
+    not_fusible,
+)
 from jadam._wrappers.exact_bf16 import ExactBF16
 
 
 @dataclasses.dataclass(eq=False)
-class ClipUpdate(OwnUpdate):
+class ClipUpdate(FunctionUpdate):
     """``update`` of a clipping, and what it does to the jobs of a plan."""
 
     name: str = dataclasses.field(kw_only=True)
-    limit: Callable[..., Any] = dataclasses.field(kw_only=True)  # limit(jobs, updates) returns the jobs
+    clip_leaves: Callable[..., Any] = dataclasses.field(kw_only=True)  # clip_leaves(jobs, updates) returns the jobs
 
 
 class Clip(optax.GradientTransformation):
@@ -33,17 +40,19 @@ class Clip(optax.GradientTransformation):
         return cast(ClipUpdate, self.update)
 
     def __repr__(self):
-        return self.info.text
+        return self.info.call
 
 
-def _clip(tx, limit, name, bound) -> Clip:
+def _clip(tx, clip_leaves, name, bound) -> Clip:
     def update(updates, state, params=None) -> Any:
         checks.gradients(updates, state, None)
         leaves, structure = jax.tree.flatten(updates)  # a norm makes numbers of arrays: none for a user's own class
         leaves, state = tx.update(leaves, state)
         return structure.unflatten(leaves), state
 
-    return Clip(tx.init, ClipUpdate(no_plan, f"jadam.{name}({bound})", function=update, name=name, limit=limit))
+    return Clip(
+        tx.init, ClipUpdate(not_fusible, f"jadam.{name}({bound})", function=update, name=name, clip_leaves=clip_leaves)
+    )
 
 
 def clip(max_delta: jax.typing.ArrayLike) -> Clip:
@@ -67,8 +76,8 @@ def clip(max_delta: jax.typing.ArrayLike) -> Clip:
     """
     bound = checks.hyperparameter("max_delta", max_delta, "> 0", schedule=False)
 
-    limit = lambda jobs, updates: [job._replace(bound=bound) for job in jobs]
-    return _clip(optax.clip(bound), limit, "clip", bound)
+    clip_leaves = lambda leaf_updates, updates: [leaf_update._replace(bound=bound) for leaf_update in leaf_updates]
+    return _clip(optax.clip(bound), clip_leaves, "clip", bound)
 
 
 def clip_by_global_norm(max_norm: jax.typing.ArrayLike) -> Clip:
@@ -94,16 +103,16 @@ def clip_by_global_norm(max_norm: jax.typing.ArrayLike) -> Clip:
     """
     max_norm = checks.hyperparameter("max_norm", max_norm, "> 0", schedule=False)
 
-    def limit(jobs, updates):
+    def clip_leaves(leaf_updates, updates):
         leaves = jax.tree.leaves(updates)
-        if (bound := next((job.bound for job in jobs), None)) is not None:
+        if (bound := next((leaf_update.bound for leaf_update in leaf_updates), None)) is not None:
             leaves, _ = optax.clip(bound).update(leaves, optax.EmptyState())
         norm = optax.tree.norm(leaves)
         small = jnp.squeeze(norm < max_norm)
         by, to = jnp.where(small, 1.0, norm), jnp.where(small, 1.0, max_norm)
-        return [job._replace(norm=by, max_norm=to) for job in jobs]
+        return [leaf_update._replace(norm=by, max_norm=to) for leaf_update in leaf_updates]
 
-    return _clip(optax.clip_by_global_norm(max_norm), limit, "clip_by_global_norm", max_norm)
+    return _clip(optax.clip_by_global_norm(max_norm), clip_leaves, "clip_by_global_norm", max_norm)
 
 
 def chain(*stages: optax.GradientTransformation) -> Transformation:
@@ -150,24 +159,24 @@ def chain(*stages: optax.GradientTransformation) -> Transformation:
         checks.stages(state, len(stages))
         return inner.update(updates, state, params, **extra_args)
 
-    def plan(updates, state, params=None) -> Plan:
+    def fuse(updates, state, params=None) -> FusedUpdate:
         checks.stages(state, len(stages))
         *states, last_state = state
         if reason is not None:
-            raise NotOnePass(reason)
+            raise NotFusible(reason)
         checks.gradients(updates, state, params, planning=True)
         if clips and any(jnp.finfo(jnp.result_type(g)).bits < 32 for g in jax.tree.leaves(updates)):
-            raise NotOnePass("16-bit gradients are clipped in 16 bits; wrap the chain in jadam.exact_bf16")
+            raise NotFusible("16-bit gradients are clipped in 16 bits; wrap the chain in jadam.exact_bf16")
         if clips and any(jnp.iscomplexobj(g) for g in jax.tree.leaves(updates)):
-            raise NotOnePass("complex gradients are clipped")
-        jobs, finish = last.info.plan(updates, last_state, params)
+            raise NotFusible("complex gradients are clipped")
+        leaf_updates, rebuild_state = last.info.fuse(updates, last_state, params)
         for stage in clips:
-            jobs = stage.info.limit(jobs, updates)
-        return Plan(jobs, lambda *stored: (*states, finish(*stored)))
+            leaf_updates = stage.info.clip_leaves(leaf_updates, updates)
+        return FusedUpdate(leaf_updates, lambda *stored: (*states, rebuild_state(*stored)))
 
     text = f"jadam.chain({', '.join(map(repr, stages))})"
-    reads_gradients = any(stage.info.name == "clip_by_global_norm" for stage in clips if isinstance(stage, Clip))
-    return Transformation(inner.init, OwnUpdate(plan, text, None, reads_gradients, function=update))
+    needs_gradient_values = any(stage.info.name == "clip_by_global_norm" for stage in clips if isinstance(stage, Clip))
+    return Transformation(inner.init, FunctionUpdate(fuse, text, None, needs_gradient_values, function=update))
 
 
 def _why_not_one_pass(clips, last) -> str | None:

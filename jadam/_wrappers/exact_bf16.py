@@ -15,9 +15,16 @@ import optax
 from jadam._core import checks
 from jadam._core.bf16 import distance, join, remainder_of, split
 from jadam._core.numerics import apply_updates, at_least_float32
-from jadam._core.trees import find_states, leaf_name, trained
+from jadam._core.trees import find_states, leaf_name, params_with_gradients
 from jadam._moments.formats import VERSION, placeholder, version
-from jadam._transformation.transformation import NotOnePass, OwnUpdate, Plan, Transformation, Update, info_of
+from jadam._transformation.transformation import (
+    FunctionUpdate,
+    FusedUpdate,
+    NotFusible,
+    Transformation,
+    Update,
+    info_of,
+)
 
 
 class ExactBF16State(NamedTuple):
@@ -31,14 +38,14 @@ class ExactBF16State(NamedTuple):
     version: jax.Array
 
 
-class ExactUpdate(OwnUpdate):
+class ExactUpdate(FunctionUpdate):
     """``update`` of `exact_bf16`: carries out the inner plan, or calls the inner ``update`` where there is no plan."""
 
     def __call__(self, updates, state, params=None, **extra_args) -> Any:
         """Optax's ``update``."""
         try:
             return Update.__call__(self, updates, state, params)
-        except NotOnePass:
+        except NotFusible:
             return self.function(updates, state, params, **extra_args)
 
 
@@ -92,7 +99,7 @@ def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
             "exact_bf16 must not be around record, whose records would be of other weights: record(exact_bf16(tx))."
         )
     inner = optax.with_extra_args_support(optax.GradientTransformation(tx.init, tx.update))
-    reads_gradients = info_of(tx).reads_gradients
+    needs_gradient_values = info_of(tx).needs_gradient_values
 
     def init(params) -> Any:
         checks.trainable(params, "params")
@@ -104,43 +111,51 @@ def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
     def update(updates, state, params, **extra_args) -> Any:
         checks.state_of(state, ExactBF16State)
         checks.version(state, VERSION)
-        params, _ = trained(params, updates)
+        params, _ = params_with_gradients(params, updates)
         checks.gradients(updates, state, params)
         masters = _masters(params, state.remainder)
         wide = jax.tree.map(_widened, updates, params)
         updates, inner_state = inner.update(wide, state.inner_state, masters, **extra_args)
-        moved = apply_updates(masters, updates)
-        updates = jax.tree.map(lambda p, x, u: distance(p, x) if _is_bf16(p) else u, params, moved, updates)
+        update_master = apply_updates(masters, updates)
+        updates = jax.tree.map(lambda p, x, u: distance(p, x) if _is_bf16(p) else u, params, update_master, updates)
         remainder = jax.tree.map(
-            lambda p, x, u, r: remainder_of(p, x, u) if _is_bf16(p) else r, params, moved, updates, state.remainder
+            lambda p, x, u, r: remainder_of(p, x, u) if _is_bf16(p) else r,
+            params,
+            update_master,
+            updates,
+            state.remainder,
         )
         return updates, state._replace(remainder=remainder, inner_state=inner_state)
 
-    def plan(updates, state, params):
+    def fuse(updates, state, params):
         if params is None:
             raise ValueError("exact_bf16 needs params: call update(updates, state, params).")
         if not isinstance(tx, Transformation):
-            raise NotOnePass("jadam.exact_bf16 is around none of jadam's optimizers nor jadam.chain")
+            raise NotFusible("jadam.exact_bf16 is around none of jadam's optimizers nor jadam.chain")
         checks.state_of(state, ExactBF16State)
         checks.version(state, VERSION)
         checks.gradients(updates, state, params, planning=True)
         _check_remainder(params, state.remainder)
         # A plan looks at shapes and dtypes, mostly. Masters and wide gradients are made leaf by leaf, in the one pass.
         masters = jax.tree.map(lambda p: _no_values(p) if _is_bf16(p) else p, params)
-        wide_gradient = _widened if reads_gradients else lambda g, p: _no_values(g) if _is_bf16(p) else g
-        jobs, finish = tx.info.plan(jax.tree.map(wide_gradient, updates, params), state.inner_state, masters)
+        wide_gradient = _widened if needs_gradient_values else lambda g, p: _no_values(g) if _is_bf16(p) else g
+        leaf_updates, rebuild_state = tx.info.fuse(
+            jax.tree.map(wide_gradient, updates, params), state.inner_state, masters
+        )
         old, structure = jax.tree.flatten(state.remainder)
         has = [_is_bf16(p) for p in jax.tree.leaves(params)]
-        jobs = [x._replace(remainder=r) if y else x for x, r, y in zip(jobs, old, has, strict=True)]
+        leaf_updates = [x._replace(remainder=r) if y else x for x, r, y in zip(leaf_updates, old, has, strict=True)]
 
         def whole(stored):
             remainders = [x[0] if y else r for x, r, y in zip(stored, old, has, strict=True)]
             moments = [x[1:] if y else x for x, y in zip(stored, has, strict=True)]
-            return state._replace(remainder=structure.unflatten(remainders), inner_state=finish(moments))
+            return state._replace(remainder=structure.unflatten(remainders), inner_state=rebuild_state(moments))
 
-        return Plan(jobs, whole)
+        return FusedUpdate(leaf_updates, whole)
 
-    return ExactBF16(init, ExactUpdate(plan, f"jadam.exact_bf16({tx!r})", inner, reads_gradients, function=update))
+    return ExactBF16(
+        init, ExactUpdate(fuse, f"jadam.exact_bf16({tx!r})", inner, needs_gradient_values, function=update)
+    )
 
 
 def float32_params(params, state):

@@ -13,7 +13,7 @@ from helpers import lowbias32, round_to_bfloat16
 from jax.sharding import PartitionSpec as P
 
 from jadam._core import numerics
-from jadam._core.numerics import Reached, constant_beta, scheduled_beta
+from jadam._core.numerics import CurrentCorrection, constant_beta, scheduled_beta
 
 ULP = 2.0**-23  # of a float32 in [1, 2)
 RATES = [0.0, 1e-6, 0.1, 0.5, 0.9, 0.999, 0.999999]
@@ -55,13 +55,13 @@ def test_scheduled_beta(dtype, x64):
     for b, next_b in itertools.pairwise(rates):
         product *= b
         beta = scheduled_beta(b, next_b, correction)
-        again = scheduled_beta(b, next_b, Reached(beta.correction))
+        again = scheduled_beta(b, next_b, CurrentCorrection(beta.correction))
         # a mean of ones: each step rounds twice
         np.testing.assert_allclose(beta.correction, 1 - product, rtol=8 * eps)
         np.testing.assert_allclose(beta.next_correction, 1 - product * next_b, rtol=10 * eps)
         assert (beta.b, beta.next_b, beta.one_minus_b) == (dtype(b), dtype(next_b), dtype(1 - b))
         assert again == beta
-        assert Reached(beta.correction).dtype == dtype
+        assert CurrentCorrection(beta.correction).dtype == dtype
         correction = beta.correction
 
 
@@ -280,7 +280,7 @@ def test_round_to_bfloat16_of_what_is_not_finite():
     assert np.signbit(down[5])
 
 
-applied = jax.jit(numerics.applied, static_argnums=2)
+apply_rounded = jax.jit(numerics.apply_rounded, static_argnums=2)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, np.float64])
@@ -289,7 +289,7 @@ def test_applied(dtype, x64):
     wide = dtype if dtype == np.float64 else np.float32
     p = jnp.asarray(rng.standard_normal(1000), dtype)
     u = jnp.asarray(rng.standard_normal(1000) * 1e-2, wide)
-    found = applied(p, u, dtype)
+    found = apply_rounded(p, u, dtype)
     assert found.dtype == wide
     exact = (np.asarray(p, wide) + np.asarray(u)).astype(dtype).astype(wide)
     np.testing.assert_array_equal(found, exact)
@@ -300,7 +300,7 @@ def test_applied_leaves_subnormal_numbers_unrounded(dtype):
     smallest = float(jnp.finfo(dtype).smallest_normal)
     below, above = smallest * (1 - 2.0**-20), smallest * (1 + 2.0**-20)
     u = np.float32([0.3 * below, -0.3 * below, below, -below, above])
-    found = applied(np.zeros(5, dtype), u, dtype)
+    found = apply_rounded(np.zeros(5, dtype), u, dtype)
     expected = np.where(np.abs(u) < 2.0**-126, 0, u)  # XLA on a CPU has 0 for float32's subnormal numbers
     expected[4] = smallest
     np.testing.assert_array_equal(found, expected)

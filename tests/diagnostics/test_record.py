@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import CPU, MESH, assert_equal, float32_params, leaves, two_calls
+from helpers import CPU, MESH, assert_equal, float32_params, leaves, update_and_apply
 from jax import export
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -69,7 +69,7 @@ TRANSFORMATIONS = {
 
 
 @helpers.grid(
-    {"transformation": TRANSFORMATIONS, "take": [one_pass, two_calls]},
+    {"transformation": TRANSFORMATIONS, "take": [one_pass, update_and_apply]},
     default=["chain, exact_bf16, int8-one_pass", "by_path-one_pass"],
 )
 def test_what_is_kept(transformation, take):
@@ -129,7 +129,7 @@ def test_eager_steps_do_not_compile_either(caplog):
     for _ in range(4):
         caplog.clear()
         with jax.log_compiles():
-            p, state = two_calls(tx, p, state, p)
+            p, state = update_and_apply(tx, p, state, p)
         counts.append(sum("Finished XLA compilation" in record.message for record in caplog.records))
     assert counts[0] > 0
     assert counts[1:] == [0, 0, 0]
@@ -255,7 +255,7 @@ def test_exact_bf16_from_float32():
     assert_equal(float32_params(p, state), w)
 
 
-@pytest.mark.parametrize("take", [one_pass, two_calls])
+@pytest.mark.parametrize("take", [one_pass, update_and_apply])
 def test_training_is_differentiated(take):
     """Backwards and forwards, as if nothing were recorded: XLA's loops have no derivative backwards of their own."""
 

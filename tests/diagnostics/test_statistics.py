@@ -490,7 +490,7 @@ def test_a_sample():
 )
 def test_what_a_sample_is_of(shape, wanted):
     """About ``2**15``, fewest of the longest axis; more where a row has more."""
-    assert np.empty(shape)[measuring._few(shape, 2**15)].shape == wanted
+    assert np.empty(shape)[measuring._subsample(shape, 2**15)].shape == wanted
 
 
 @helpers.rows("most", [1, 4096], default=["4096"])
@@ -498,8 +498,8 @@ def test_leaves_by_themselves_and_together(monkeypatch, most):
     """How many are looked at at once changes nothing: the sums of the filled ones may be in another order."""
     p, state, _ = trained(FORMATTED, tree())
     told = jadam.statistics(FORMATTED, state, p)
-    monkeypatch.setattr(measuring, "MOST", most)
-    rows = jax.jit(lambda state, p: measuring.in_rows(FORMATTED, None, state, p)[1])(state, p)
+    monkeypatch.setattr(measuring, "MAX_BATCH", most)
+    rows = jax.jit(lambda state, p: measuring.measure(FORMATTED, None, state, p)[1])(state, p)
     for name, total, *each in zip(
         measuring.Measures._fields, *map(list, zip(*map(np.asarray, rows), strict=True)), strict=True
     ):

@@ -22,7 +22,7 @@ from programs import kernel as program
 import jadam
 from jadam import sharding
 from jadam._core.numerics import linear_index
-from jadam._transformation.transformation import Part
+from jadam._transformation.transformation import Shard
 
 pytestmark = needs_kernel
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads ELF, /proc or maps memory as Linux does")
@@ -199,10 +199,10 @@ def test_indices_of_huge_arrays(whole):
     size, first = int(np.prod(shape)), 2**32 - 7
     wanted = [index(i, shape, whole) for i in range(size)]
     np.testing.assert_array_equal(linear_index(shape, whole).ravel(), np.array([x % 2**32 for x in wanted], np.uint32))
-    part = Part(jnp.uint32(first), whole)
+    part = Shard(jnp.uint32(first), whole)
     indices = np.array([(first + x) % 2**32 for x in wanted], np.uint32)
-    np.testing.assert_array_equal(part.indices(shape).ravel(), indices)
-    run, stride = part.runs(shape)
+    np.testing.assert_array_equal(part.global_indices(shape).ravel(), indices)
+    run, stride = part.strided_runs(shape)
     assert [i // run * stride + i % run for i in range(size)] == wanted
     # The handler's, by its dither: the bits of leaves that lie where its elements do.
     arrays = [x.reshape(-1) for x in leaf("bfloat16", shape)]
@@ -224,7 +224,7 @@ def test_where_parts_of_huge_arrays_begin(size):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     first = jax.jit(
         jax.shard_map(
-            lambda: sharding._first((size, 3), P("x", None), mesh)[None],
+            lambda: sharding._shard_offset((size, 3), P("x", None), mesh)[None],
             mesh=mesh,
             in_specs=(),
             out_specs=P("x"),

@@ -31,13 +31,13 @@ def interpreted(platform, tx):
     """The step by the kernel, and the two calls."""
 
     def one_pass(tx, grads, state, params):
-        jobs, finish = tx.update.plan(grads, state, params)
+        leaf_updates, finish = tx.update.fuse(grads, state, params)
         grads, (params, structure) = jax.tree.leaves(grads), jax.tree.flatten(params)
-        rows = pallas.kernel(platform, jobs, grads, params, interpret=True)
-        rows = [row or update_leaf(*x) for row, *x in zip(rows, jobs, grads, params, strict=True)]
+        rows = pallas.kernel(platform, leaf_updates, grads, params, interpret=True)
+        rows = [row or update_leaf(*x) for row, *x in zip(rows, leaf_updates, grads, params, strict=True)]
         return structure.unflatten([p for p, _ in rows]), finish([stored for _, stored in rows])
 
-    return [jax.jit(functools.partial(f, tx)) for f in (one_pass, _step.two_calls)]
+    return [jax.jit(functools.partial(f, tx)) for f in (one_pass, _step.update_and_apply)]
 
 
 def calls(platform, tx, grads, state, params):
@@ -48,12 +48,12 @@ def calls(platform, tx, grads, state, params):
 @pytest.mark.parametrize(("platform", "rule", "moments"), CASES)
 def test_kernel_against_the_two_calls(platform, rule, moments):
     tx = make(rule, moments)
-    step, two_calls = interpreted(platform, tx)
+    step, update_and_apply = interpreted(platform, tx)
     params = trees(0)
     state = tx.init(params)
     for t in range(3):
         grads = trees(t + 1)
-        expected = two_calls(grads, state, params)
+        expected = update_and_apply(grads, state, params)
         # The two are the same code in loops of other shapes, where XLA contracts otherwise: the kernel's bounds.
         assert_steps_agree(step(grads, state, params), expected, (params, state), 4)
         params, state = expected
@@ -65,11 +65,11 @@ def test_kernel_against_the_two_calls(platform, rule, moments):
 @pytest.mark.parametrize("moments", ["float32", "bfloat16", "int8"])
 def test_bf16_weights_with_remainder(platform, moments):
     tx = jadam.exact_bf16(jadam.adamw(1.0, moments=moments))
-    step, two_calls = interpreted(platform, tx)
+    step, update_and_apply = interpreted(platform, tx)
     params, state = jax.jit(lambda masters: jadam.from_float32(masters, tx))(trees(0))
     for t in range(3):
         grads = trees(t + 1, jnp.bfloat16)
-        expected = two_calls(grads, state, params)
+        expected = update_and_apply(grads, state, params)
         assert_steps_agree(*(masters_of(*x) for x in (step(grads, state, params), expected, (params, state))), 4)
         params, state = expected
     taken = {"cuda": 3 * (moments == "int8"), "tpu": 2}  # bfloat16 and float32 are the GPU's XLA's
@@ -82,13 +82,15 @@ def test_the_comparison_bites():
     shapes = {"a": SHAPES["a"]}
     params, grads = (trees(seed, shapes=shapes) for seed in range(2))
     state = tx.init(params)
-    plan = tx.update.plan
+    plan = tx.update.fuse
 
     def moved(*args):
-        jobs, finish = plan(*args)
-        return type(plan(*args))([job._replace(salt=job.salt + 1) for job in jobs], finish)
+        leaf_updates, finish = plan(*args)
+        return type(plan(*args))(
+            [leaf_update._replace(salt=leaf_update.salt + 1) for leaf_update in leaf_updates], finish
+        )
 
-    other = type(tx)(tx.init, dataclasses.replace(tx.update, plan=moved))
+    other = type(tx)(tx.init, dataclasses.replace(tx.update, fuse=moved))
     new = interpreted("cuda", other)[0](grads, state, params)
     with pytest.raises(AssertionError):
         assert_steps_agree(new, interpreted("cuda", tx)[1](grads, state, params), (params, state))
@@ -99,7 +101,7 @@ def test_the_comparison_bites():
 def test_not_finite(platform):
     """A block whose values an integer cannot hold is not finite afterwards, as by the two calls."""
     tx = make("adam", "int8")
-    step, two_calls = interpreted(platform, tx)
+    step, update_and_apply = interpreted(platform, tx)
     params, grads = trees(0), trees(1)
     a = np.array(grads["a"])
     for i, bad in enumerate((np.nan, np.inf, -np.inf, 1e30, 1e-30, -0.0)):
@@ -107,7 +109,7 @@ def test_not_finite(platform):
     grads["a"] = jax.device_put(a)
     state = tx.init(params)
     for _ in range(2):
-        new, expected = step(grads, state, params), two_calls(grads, state, params)
+        new, expected = step(grads, state, params), update_and_apply(grads, state, params)
         assert_finite_alike(new, expected)
         params, state = expected
 
@@ -116,7 +118,7 @@ def test_what_is_left_to_xla_and_why():
     params = {"a": ones((64, 128)), "b": ones((4, 64, 128)), "c": ones(7)}
 
     def why(platform, tx):
-        rows = _step.outlook(platform, tx, params, jax.eval_shape(tx.init, params), params)
+        rows = _step.why_leaves_not_fused(platform, tx, params, jax.eval_shape(tx.init, params), params)
         return [reason for _, reason in rows]
 
     three = "3 dimensions, the TPU's kernel needs 2"
@@ -132,7 +134,7 @@ def test_turned_off(monkeypatch):
     for moments, reason in (("float32", None), ("int8", "JADAM_KERNELS=xla")):
         tx = jadam.adam(1.0, moments=moments)
         monkeypatch.setenv("JADAM_KERNELS", "xla")
-        assert _step.outlook("cuda", tx, params, tx.init(params), params) == [(None, reason)]
+        assert _step.why_leaves_not_fused("cuda", tx, params, tx.init(params), params) == [(None, reason)]
 
 
 def a_gpu_that_is_not_here():

@@ -273,7 +273,7 @@ def test_derivative_by_a_hyperparameter():
             p, state = step(tx, jnp.sin(p), state, p)
         return jnp.sum(p**2)
 
-    new, expected = (jax.jit(jax.grad(functools.partial(loss, f)))(0.1) for f in (jadam.step, _step.two_calls))
+    new, expected = (jax.jit(jax.grad(functools.partial(loss, f)))(0.1) for f in (jadam.step, _step.update_and_apply))
     np.testing.assert_allclose(new, expected, rtol=1e-6)  # the same operations, whose products XLA may contract
 
 
@@ -287,13 +287,13 @@ def test_vmap_and_grad():
     np.testing.assert_allclose(batched, np.stack([one(g) for g in many]), rtol=3e-7)
     loss = lambda f, g: f(tx, g, state, params)[0].sum()
     np.testing.assert_array_equal(
-        *(jax.jit(jax.grad(functools.partial(loss, f)))(many[1]) for f in (jadam.step, _step.two_calls))
+        *(jax.jit(jax.grad(functools.partial(loss, f)))(many[1]) for f in (jadam.step, _step.update_and_apply))
     )
 
 
 def assert_one_program(tx, *args):
     """`step` traces what the two calls trace, to the last equation."""
-    traced = [str(jax.make_jaxpr(functools.partial(f, tx))(*args)) for f in (jadam.step, _step.two_calls)]
+    traced = [str(jax.make_jaxpr(functools.partial(f, tx))(*args)) for f in (jadam.step, _step.update_and_apply)]
     assert traced[0] == traced[1]
     assert "jadam_step" not in traced[0]
 
@@ -378,14 +378,14 @@ def test_a_transformation_taken_apart_and_put_together_is_the_same(tx):
     again = jax.tree.map(lambda function: function, tx)
     assert type(again) is type(tx)
     params = ones(3)
-    assert _step.obstacle(again, params, tx.init(params), params) is None
+    assert _step.why_not_fused(again, params, tx.init(params), params) is None
 
 
 def test_clipping_taken_apart_and_put_together_is_the_same():
     clip = jax.tree.map(lambda function: function, jadam.clip(1.0))
     tx = jadam.chain(clip, jadam.adam(1.0))
     params = ones(3)
-    assert _step.obstacle(tx, params, tx.init(params), params) is None
+    assert _step.why_not_fused(tx, params, tx.init(params), params) is None
 
 
 @needs_kernel
@@ -547,18 +547,18 @@ def test_what_makes_two_calls_of_it(tx, p, reason):
     """Is told, and `step` is the two calls."""
     state = tx.init(p)
     if reason != "trace":
-        assert _step.obstacle(tx, p, state, p) == reason
-    assert (_step.obstacle(tx, p, state, p) or "none") != "none"
+        assert _step.why_not_fused(tx, p, state, p) == reason
+    assert (_step.why_not_fused(tx, p, state, p) or "none") != "none"
     assert_one_program(tx, p, state, p)
 
 
 def test_complex_gradients_are_clipped_by_optax_if_at_all():
     tx = jadam.chain(CLIP, ADAM)
-    assert _step.obstacle(tx, C64, tx.init(C64), C64) == "complex gradients are clipped"
+    assert _step.why_not_fused(tx, C64, tx.init(C64), C64) == "complex gradients are clipped"
 
 
 def test_what_the_cpu_s_kernel_leaves_to_xla():
-    tell = lambda tx, p: _step.outlook("cpu", tx, p, tx.init(p), p)[0][1]
+    tell = lambda tx, p: _step.why_leaves_not_fused("cpu", tx, p, tx.init(p), p)[0][1]
     assert tell(ADAM, P32) is None
     assert tell(jadam.adam(0.1, mu_dtype=jnp.bfloat16), P32) == "mu_dtype is XLA's"
     assert tell(ADAM, ones((0, 4))) == "no elements"

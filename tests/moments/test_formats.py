@@ -165,7 +165,7 @@ def test_rounding_is_unbiased():
     stored = int8.init(zeros((1, 128)), 2)
 
     def decoded(count):
-        return int8.decode(int8.encode((m, v), stored, formats.random_for(m.shape, 0, count)), jnp.float32)
+        return int8.decode(int8.encode((m, v), stored, formats.random_bits(m.shape, 0, count)), jnp.float32)
 
     many = [np.asarray(x) for x in jax.jit(jax.vmap(decoded))(np.arange(n))]
     # The dither walks evenly round the circle, so the mean's error shrinks like 1/n, not like its root; the largest
@@ -174,7 +174,7 @@ def test_rounding_is_unbiased():
     ratio = np.asarray(many[0] / np.sqrt(many[1]), np.float64).mean(0)
     np.testing.assert_allclose(ratio, m / np.sqrt(v), atol=1e-3)
     moments = jax.device_put((m, v))
-    encoded = lambda t: formats.FORMATS["bfloat16"].encode(moments, moments, formats.random_for(m.shape, 0, t))
+    encoded = lambda t: formats.FORMATS["bfloat16"].encode(moments, moments, formats.random_bits(m.shape, 0, t))
     for x, exact in zip(jax.jit(jax.vmap(encoded))(np.arange(n)), (m, v), strict=True):
         # a spacing times the discrepancy of the walk, some log(n) / n
         np.testing.assert_allclose(np.asarray(x, np.float64).mean(0), exact, rtol=2**-7 / 500)

@@ -28,11 +28,11 @@ def test_float32(dtype, mu_dtype):
     assert (first.dtype, second.dtype, third.dtype) == (mu_dtype or wide, jnp.float32, jnp.float32)
     assert {x.shape for x in (first, second, third)} == {(2, 3)}
     assert not any(np.asarray(x).any() for x in (first, second, third))
-    assert format.arrays(2) == 2
-    assert format.refuses(p) is None
-    assert format.stores((first, second))
+    assert format.num_arrays(2) == 2
+    assert format.unsupported_reason(p) is None
+    assert format.matches((first, second))
     given = object()
-    assert format.limit(given) is given
+    assert format.validate(given) is given
 
 
 def test_float32_decodes_and_encodes():
@@ -51,14 +51,14 @@ def test_bfloat16():
     format, p = BFloat16(), zeros((2, 3))
     assert [(x.dtype, x.shape) for x in format.init(p, 3)] == [(jnp.bfloat16, (2, 3))] * 3
     assert not any(np.asarray(x).any() for x in format.init(p, 2))
-    assert format.refuses(p) is None
-    assert format.refuses(zeros(2, jnp.bfloat16)) is None
-    assert format.refuses(zeros(2, jnp.complex64)) == "complex64 is never stored narrower than itself"
+    assert format.unsupported_reason(p) is None
+    assert format.unsupported_reason(zeros(2, jnp.bfloat16)) is None
+    assert format.unsupported_reason(zeros(2, jnp.complex64)) == "complex64 is never stored narrower than itself"
     narrow, wide = zeros(2, jnp.bfloat16), zeros(2)
-    assert format.stores((narrow, narrow))
-    assert not format.stores((narrow, wide))  # by mu_dtype
-    assert not format.stores((wide, wide))
-    assert format.arrays(3) == 3
+    assert format.matches((narrow, narrow))
+    assert not format.matches((narrow, wide))  # by mu_dtype
+    assert not format.matches((wide, wide))
+    assert format.num_arrays(3) == 3
 
 
 def test_bfloat16_rounds_each_moment_with_its_own_bits():
@@ -78,7 +78,7 @@ def test_bfloat16_rounds_each_moment_with_its_own_bits():
     ((jnp.float32, jnp.float32), "float32"),
 ])  # fmt: skip
 def test_of(dtypes, name):
-    assert formats.of([zeros((4, 4), dtype) for dtype in dtypes]).name == name
+    assert formats.format_of([zeros((4, 4), dtype) for dtype in dtypes]).name == name
 
 
 BETAS = {"b1": 0.9, "b2": 0.999}
@@ -87,13 +87,13 @@ LARGE, SMALL = zeros((64, 128)), zeros(64)
 
 def test_chooser_by_name():
     for name in FORMATS:
-        choose = formats.chooser(name, None, BETAS)
+        choose = formats.format_selector(name, None, BETAS)
         assert choose((), LARGE).name == name
         assert choose((), zeros((64, 128), jnp.complex64)).name == "float32"
-    assert formats.chooser("int8", None, BETAS)((), SMALL).name == "float32"
-    assert formats.chooser("bfloat16", None, None)((), SMALL).name == "bfloat16"
-    assert formats.chooser("float32", jnp.bfloat16, None)((), SMALL).mu_dtype == jnp.bfloat16
-    assert formats.chooser("bfloat16", None, None)((), zeros(2, jnp.complex64)).mu_dtype is None
+    assert formats.format_selector("int8", None, BETAS)((), SMALL).name == "float32"
+    assert formats.format_selector("bfloat16", None, None)((), SMALL).name == "bfloat16"
+    assert formats.format_selector("float32", jnp.bfloat16, None)((), SMALL).mu_dtype == jnp.bfloat16
+    assert formats.format_selector("bfloat16", None, None)((), zeros(2, jnp.complex64)).mu_dtype is None
 
 
 def test_chooser_by_function():
@@ -103,7 +103,7 @@ def test_chooser_by_function():
         seen.append((path, leaf.shape))
         return {"['a']": "int8", "['b']": "bfloat16"}[path]
 
-    choose = formats.chooser(moments, None, BETAS)
+    choose = formats.format_selector(moments, None, BETAS)
     (a, _), (b, _) = jax.tree_util.tree_leaves_with_path({"a": 1, "b": 2})
     assert (choose(a, LARGE).name, choose(a, SMALL).name, choose(b, SMALL).name) == ("int8", "float32", "bfloat16")
     assert seen == [("['a']", (64, 128)), ("['a']", (64,)), ("['b']", (64,))]
@@ -121,11 +121,11 @@ NAMES = "'bfloat16' or 'float32' or 'int8'"
 ])  # fmt: skip
 def test_chooser_refuses(given, text):
     with pytest.raises(ValueError, match=re.escape(text)):
-        formats.chooser(*given)
+        formats.format_selector(*given)
 
 
 def test_chooser_refuses_what_a_function_gives():
-    choose = formats.chooser(lambda path, leaf: 8, None, BETAS)
+    choose = formats.format_selector(lambda path, leaf: 8, None, BETAS)
     with pytest.raises(ValueError, match=rf"^moments\(\'\', leaf\) must be {NAMES}, got 8\.$"):
         choose((), LARGE)
 
@@ -140,8 +140,8 @@ def test_random_bits():
         """Found and expected of the whole by stream, then of a part."""
         index = linear_index((2, 3))
         part = index[:, 1:]
-        whole = formats.random_for((2, 3), salt, t, None)
-        found = [whole(0), whole(1), whole(2), formats.random_for((2, 2), salt, t, part)(0)]
+        whole = formats.random_bits((2, 3), salt, t, None)
+        found = [whole(0), whole(1), whole(2), formats.random_bits((2, 2), salt, t, part)(0)]
         t = t.astype(jnp.uint32)
         return found, [*(dither(index, salt, t, k) for k in range(3)), dither(part, salt, t, 0)]
 

@@ -123,7 +123,7 @@ def test_matches_its_oracle(member):
     for p, start, *gs in leaves(found, tree(), *gradients):
         directions = member.oracle([np.asarray(g, np.float64) for g in gs], **member.settings)
         rates = lambda t: 0.01 * 0.5 * (1 + np.cos(np.pi * t / 60))
-        expected = oracle.descend(start, directions, rates, **decay(member))[-1]
+        expected = oracle.scale_by_learning_rate_and_decay(start, directions, rates, **decay(member))[-1]
         np.testing.assert_allclose(p, expected, atol=60 * (1e-8 + 3 * 2**-24))
 
 
@@ -135,7 +135,7 @@ def test_matches_its_oracle_in_float64(member):
     assert all(x.dtype in (jnp.float64, jnp.int32) for x in jax.tree.leaves(states[member.name]))
     for p, start, *gs in leaves(params[member.name], tree(dtype=np.float64), *gradients):
         directions = member.oracle([np.asarray(g) for g in gs], **member.settings)
-        expected = oracle.descend(start, directions, lambda t: 0.01, **decay(member))[-1]
+        expected = oracle.scale_by_learning_rate_and_decay(start, directions, lambda t: 0.01, **decay(member))[-1]
         np.testing.assert_allclose(p, expected, rtol=0, atol=1e-12)
 
 

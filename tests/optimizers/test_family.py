@@ -230,7 +230,7 @@ LENGTHS = (0.5, 0.9, 0.999, 0.9999, 0.999999)
 def lengths(t):
     """For each ``b2``, the length of its average at step ``t`` and in the end."""
     beta = lambda b2: numerics.constant_beta(b2, t, np.dtype("float32"))
-    return [_radam.average_length(beta(b2), t) for b2 in LENGTHS]
+    return [_radam.sma_length(beta(b2), t) for b2 in LENGTHS]
 
 
 @pytest.mark.parametrize("b2", LENGTHS)

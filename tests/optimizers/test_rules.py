@@ -12,7 +12,7 @@ import jadam
 from jadam._core import checks
 from jadam._core.numerics import constant_beta
 from jadam._optimizers import adam as _adam
-from jadam._transformation.transformation import Step
+from jadam._transformation.transformation import Hyperparams
 
 B1, B2, EPS, EPS_ROOT, T = 0.9, 0.99, 1e-3, 1e-2, 3
 G, M, V = np.array([0.5, -2.0, 0.0, 1e-3]), np.array([0.25, 1.0, 0.0, -3e-3]), np.array([0.1, 4.0, 0.0, 2e-4])
@@ -23,7 +23,7 @@ DTYPE = np.dtype("float32")
 
 def step(**more):
     betas = {name: constant_beta(b, jnp.float32(T), DTYPE) for name, b in (("b1", B1), ("b2", B2))}
-    return Step(t=jnp.float32(T), **betas, eps=DTYPE.type(EPS), eps_root=DTYPE.type(EPS_ROOT), **more)
+    return Hyperparams(t=jnp.float32(T), **betas, eps=DTYPE.type(EPS), eps_root=DTYPE.type(EPS_ROOT), **more)
 
 
 def arrays(*xs):
@@ -68,7 +68,7 @@ def test_nadam_rule():
 @pytest.mark.parametrize("momentum", [None, 0.6])
 def test_look_ahead(momentum):
     given = {} if momentum is None else {"momentum": constant_beta(momentum, jnp.float32(T), DTYPE)}
-    found = _adam.look_ahead(step(**given), *arrays(M, G))
+    found = _adam.nesterov_m_hat(step(**given), *arrays(M, G))
     # m and g have other signs in two places: relative to the larger term
     exact = look_ahead_of(M, G, momentum or B1)
     assert (np.abs(found - exact) <= 10 * 2.0**-24 * (np.abs(M) + np.abs(G)) * 2).all()
@@ -76,7 +76,7 @@ def test_look_ahead(momentum):
 
 def test_with_eps_hat():
     """The paper's section 2: alpha * sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps_hat)."""
-    hat = _adam.with_eps_hat(step())
+    hat = _adam.eps_before_correction(step())
     np.testing.assert_allclose(hat.eps, EPS / np.sqrt(1 - B2**T), **CLOSE)
     assert {**vars(hat), "eps": 0} == {**vars(step()), "eps": 0}
 
@@ -91,12 +91,12 @@ def test_without_correction():
 @pytest.mark.parametrize("bias_correction", [True, False])
 @pytest.mark.parametrize("eps_mode", ["paper", "hat"])
 def test_adjustment(eps_mode, bias_correction):
-    adjusted = _adam.adjustment(eps_mode, () if bias_correction else ("b1", "b2"))(step())
+    adjusted = _adam.hyperparam_transform(eps_mode, () if bias_correction else ("b1", "b2"))(step())
     for beta in (adjusted.b1, adjusted.b2):
         assert (beta.correction == 1) != bias_correction
     hat = EPS / np.sqrt(1 - B2**T) if bias_correction else EPS
     np.testing.assert_allclose(adjusted.eps, hat if eps_mode == "hat" else EPS, **CLOSE)
-    assert _adam.adjustment(eps_mode)(step()).b1.correction != 1
+    assert _adam.hyperparam_transform(eps_mode)(step()).b1.correction != 1
 
 
 @pytest.mark.parametrize(("make", "theirs"), [(f, getattr(optax, f.__name__)) for f in (jadam.adam, jadam.adamw)])

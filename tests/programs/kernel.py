@@ -31,7 +31,7 @@ from jadam._core.numerics import constant_beta
 from jadam._fused.cpu import kernel as cpu
 from jadam._fused.pallas import Int8Tile
 from jadam._moments import formats
-from jadam._transformation.transformation import Job, Part, Rule, Step, update_leaf
+from jadam._transformation.transformation import Hyperparams, LeafUpdate, Rule, Shard, update_leaf
 
 ROWS, COLUMNS = 64, 512  # of the arrays on which what is expected is computed, whatever the leaf's shape
 NATIVE = {
@@ -116,7 +116,7 @@ def any_step(rng):
         "eps_root": float(rng.choice([0, 1e-3])),
     }
     return {
-        "step": Step(t=t, **betas, **{k: v if k == "trusted" else np.float32(v) for k, v in others.items()}),
+        "hyperparams": Hyperparams(t=t, **betas, **{k: v if k == "trusted" else np.float32(v) for k, v in others.items()}),
         "minus_lr": -float(rng.choice([1.0, 0.125])),
         "weight_decay": float(rng.choice([0.0, 0.1])),
         "bound": 0.5,
@@ -127,7 +127,7 @@ def any_step(rng):
 
 def row(step):
     unused = {"rule": None, "dtype": None, "format": None, "stored": (), "salt": 0, "count": None}
-    return np.asarray(cpu._row(Job(**unused, **step)))
+    return np.asarray(cpu._row(LeafUpdate(**unused, **step)))
 
 
 def any_shape(rng, least, most):
@@ -343,7 +343,7 @@ def expected(call, inputs):
         index = np.array([(int(first) + e // run * stride + e % run) % 2**32 for e in range(g.size)], np.uint32)
         unused = {name for name, bit in (("bound", 1), ("norm", 2)) if not limit & bit}
         step = call.steps[scalars % len(call.steps)]
-        job = Job(
+        leaf_update = LeafUpdate(
             rule=RULES[rule],
             dtype=np.dtype(np.float32),
             format=Int8Tile(1) if scaled else formats.FORMATS[FORMATS[format]],
@@ -354,7 +354,7 @@ def expected(call, inputs):
             index=lay(index),
             **{k: v for k, v in step.items() if k not in unused},
         )
-        new, others = update_leaf(job, lay(g), lay(p))
+        new, others = update_leaf(leaf_update, lay(g), lay(p))
         new, *others = [np.asarray(x) for x in (new, *others)]
         old, g = master(p.ravel(), rest), np.abs(g.ravel().astype(np.float32))
         yield np.abs(old) + LARGEST_RATIO, master(new[i, j], None if rest is None else others.pop(0)[i, j])
@@ -649,9 +649,9 @@ def huge():
     p, (new, _) = jax.jit(functools.partial(jadam.step, tx))(g, of(stored), p)
     found = [np.asarray(x) for x in (p, *(getattr(new, name) for name in names))]
     for start, (g, p, *stored) in zip(starts, windows, strict=True):
-        job = tx.update.plan(jnp.asarray(g), of(map(jnp.asarray, stored)), jnp.asarray(p)).jobs[0]
-        job = job._replace(part=Part(jnp.uint32(start * columns), whole))
-        ((p, stored),) = cpu.kernel([job], [jnp.asarray(g)], [jnp.asarray(p)])
+        leaf_update = tx.update.fuse(jnp.asarray(g), of(map(jnp.asarray, stored)), jnp.asarray(p)).leaf_updates[0]
+        leaf_update = leaf_update._replace(shard=Shard(jnp.uint32(start * columns), whole))
+        ((p, stored),) = cpu.kernel([leaf_update], [jnp.asarray(g)], [jnp.asarray(p)])
         for a, b in zip((p, *stored), found, strict=True):
             np.testing.assert_array_equal(a, b[start : start + rows])
     print("huge")

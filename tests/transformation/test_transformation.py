@@ -15,12 +15,12 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import CPU, leaves, rows, two_calls
+from helpers import CPU, leaves, rows, update_and_apply
 from jax.experimental import checkify
 
 import jadam
 import jadam.flax
-from jadam._transformation.transformation import Rule, descend, scale_by_rule
+from jadam._transformation.transformation import Rule, scale_by_learning_rate_and_decay, scale_by_rule
 
 PARAMS = {"w": np.ones((3, 4), np.float32), "b": np.ones(4, np.float32)}
 GRADS = {"w": np.full((3, 4), 0.5, np.float32), "b": np.full(4, 0.5, np.float32)}
@@ -231,8 +231,8 @@ def test_a_class_that_checks_what_it_is_made_of(name):
 def test_a_plan_is_made_once(monkeypatch):
     """In a trace, and in an eager step."""
     tx, plans = jadam.adam(0.1), []
-    plan = tx.update.plan
-    monkeypatch.setattr(tx.update, "plan", lambda *args: plans.append(1) or plan(*args))
+    plan = tx.update.fuse
+    monkeypatch.setattr(tx.update, "fuse", lambda *args: plans.append(1) or plan(*args))
     state = tx.init(PARAMS)
     jax.jit(functools.partial(jadam.step, tx)).lower(GRADS, state, PARAMS).compile()
     assert len(plans) == 1
@@ -305,7 +305,9 @@ def fails(step, g, m, v):
     raise RuntimeError("within the rule")
 
 
-FAILING = descend(scale_by_rule(Rule(fails, optax.ScaleByAdamState), {"b1": 0.9, "b2": 0.999}, {"eps": 1e-8}), 0.1)
+FAILING = scale_by_learning_rate_and_decay(
+    scale_by_rule(Rule(fails, optax.ScaleByAdamState), {"b1": 0.9, "b2": 0.999}, {"eps": 1e-8}), 0.1
+)
 
 
 @pytest.mark.parametrize(
@@ -327,7 +329,7 @@ def stepped(tx):
 
 
 def called(tx):
-    return functools.partial(two_calls, tx)
+    return functools.partial(update_and_apply, tx)
 
 
 both = pytest.mark.parametrize("take", [stepped, called], ids=["step", "two calls"])

@@ -45,7 +45,7 @@ def apply(p, u):
     return optax.apply_updates(p, u)
 
 
-def two_calls(tx):
+def update_and_apply(tx):
     """``step(g, state, p)`` by ``tx.update`` and `optax.apply_updates`, jitted one by one."""
     update = jax.jit(tx.update)
 
@@ -76,8 +76,8 @@ def only(tree, *paths):
 
 
 @grid(
-    {"rate": {"schedule": COSINE, "constant": 1e-2}, "take": [two_calls, one_pass]},
-    default=["schedule-two_calls", "schedule-one_pass"],
+    {"rate": {"schedule": COSINE, "constant": 1e-2}, "take": [update_and_apply, one_pass]},
+    default=["schedule-update_and_apply", "schedule-one_pass"],
 )
 def test_each_leaf_is_trained_by_its_own_adamw(rate, take):
     """Bit for bit: the same rule with the same scalars; only Optax's stages round -lr * u in another order."""
@@ -112,7 +112,7 @@ def test_frozen_leaves_cost_nothing_and_stay():
     assert described.bytes == sum(x.nbytes for x in jax.tree.leaves(state))
     updates, _ = jax.jit(tx.update)(params(1), state, p)
     assert not np.any(updates["embed"])
-    for take in (two_calls, one_pass):
+    for take in (update_and_apply, one_pass):
         embed = np.asarray(take(tx)(params(1), state, p)[0]["embed"])
         assert np.signbit(embed).all() == (take is one_pass), take
 
@@ -125,7 +125,7 @@ def test_one_pass_under_exact_bf16_and_clipping(moments):
     p32 = params()
     start = jax.jit(lambda p: jadam.from_float32(p, tx))(p32)
     results = []
-    for take in (two_calls, one_pass):
+    for take in (update_and_apply, one_pass):
         (p, state), step = start, take(tx)
         for i in range(3):
             p, state = step(params(i + 1, jnp.bfloat16), state, p)

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import float32_params, two_calls
+from helpers import float32_params, update_and_apply
 from hypothesis import strategies as st
 from properties import holds
 
@@ -29,7 +29,7 @@ CHAINS = {
 
 def step_of(tx):
     """``step(params, state, g)`` as one trains with ``tx``."""
-    return lambda params, state, g: two_calls(tx, g, state, params)
+    return lambda params, state, g: update_and_apply(tx, g, state, params)
 
 
 def scan_of(tx):

@@ -19,114 +19,125 @@ import numpy as np
 
 from jadam._moments.formats import FORMATS
 from jadam._moments.int8 import block_of
-from jadam._transformation.transformation import Job
+from jadam._transformation.transformation import LeafUpdate
 
 EXTENSION = "_cpu.dll" if sys.platform == "win32" else "_cpu.so"
 LEAVES = 24  # a call; XLA's compile time grows with the square of a call's aliases
 
 
-def kernel(jobs: list[Job], grads, params) -> list[tuple | None]:
-    """The new parameter and what is stored, for each leaf that `refuses` does not."""
-    done: list = [None] * len(jobs)
-    taken = [i for i, x in enumerate(zip(jobs, grads, params, strict=True)) if refuses(*x) is None]
+def kernel(leaf_updates: list[LeafUpdate], grads, params) -> list[tuple | None]:
+    """The new parameter and what is stored, for each leaf that `unsupported_reason` does not."""
+    done: list = [None] * len(leaf_updates)
+    taken = [i for i, x in enumerate(zip(leaf_updates, grads, params, strict=True)) if unsupported_reason(*x) is None]
     if not taken:
         return done
     distinct: dict = {}  # rows of scalars, which most leaves share
-    rows = {i: distinct.setdefault(_scalars_of(jobs[i]), (len(distinct), jobs[i]))[0] for i in taken}
-    scalars = jnp.stack([_row(job) for _, job in distinct.values()])
+    rows = {i: distinct.setdefault(_scalars_of(leaf_updates[i]), (len(distinct), leaf_updates[i]))[0] for i in taken}
+    scalars = jnp.stack([_row(leaf_update) for _, leaf_update in distinct.values()])
     for start in range(0, len(taken), LEAVES):
         group = taken[start : start + LEAVES]
-        columns = ([column[i] for i in group] for column in (jobs, grads, params, rows))
+        columns = ([column[i] for i in group] for column in (leaf_updates, grads, params, rows))
         for i, result in zip(group, _call(scalars, *columns), strict=True):
             done[i] = result
     return done
 
 
-def refuses(job: Job, g, p) -> str | None:
+def unsupported_reason(leaf_update: LeafUpdate, g, p) -> str | None:
     """Why the kernel cannot take a leaf, or None."""
-    if job.rule.native is None:
-        return f"no kernel for {job.rule}"
-    if job.dtype != np.float32:
-        return f"{job.dtype} is XLA's"
+    if leaf_update.rule.native is None:
+        return f"no kernel for {leaf_update.rule}"
+    if leaf_update.dtype != np.float32:
+        return f"{leaf_update.dtype} is XLA's"
     if g.dtype not in (jnp.float32, jnp.bfloat16):
         return f"gradients in {g.dtype} are XLA's"
-    if p.dtype != jnp.float32 and job.remainder is None:
+    if p.dtype != jnp.float32 and leaf_update.remainder is None:
         return f"{p.dtype} without jadam.exact_bf16 is XLA's"
-    if job.format.name == "float32" and any(x.dtype != jnp.float32 for x in job.stored):
+    if leaf_update.format.name == "float32" and any(x.dtype != jnp.float32 for x in leaf_update.stored):
         return "mu_dtype is XLA's"
     if not p.size:
         return "no elements"
-    if job.part is not None and job.part.runs(p.shape) is None:
+    if leaf_update.shard is not None and leaf_update.shard.strided_runs(p.shape) is None:
         return "divided along several inner axes"
     return None
 
 
-def _call(scalars, jobs, grads, params, rows):
+def _call(scalars, leaf_updates, grads, params, rows):
     """One call for a group of leaves, each with its row of ``scalars``."""
-    library, settings, firsts, inputs, outputs, aliases = load(), [], [], [], [], {}
-    for job, g, p, row in zip(jobs, grads, params, rows, strict=True):
-        run, stride = (p.size, p.size) if job.part is None else job.part.runs(p.shape)
-        firsts += [] if job.part is None else [job.part.first]
+    library, settings, offsets, inputs, outputs, aliases = load(), [], [], [], [], {}
+    for leaf_update, g, p, row in zip(leaf_updates, grads, params, rows, strict=True):
+        run, stride = (p.size, p.size) if leaf_update.shard is None else leaf_update.shard.strided_runs(p.shape)
+        offsets += [] if leaf_update.shard is None else [leaf_update.shard.offset]
         settings.append(
             {
-                "rule": library.rules.index(job.rule.native),
-                "format": library.formats.index(job.format.name),
-                "clipping": (job.bound is not None) + 2 * (job.norm is not None),
+                "rule": library.rules.index(leaf_update.rule.native),
+                "format": library.formats.index(leaf_update.format.name),
+                "clipping": (leaf_update.bound is not None) + 2 * (leaf_update.norm is not None),
                 "scalars": row,
-                "salt": job.salt,
-                "block": block_of(job.stored) if job.format.name == "int8" else 0,
+                "salt": leaf_update.salt,
+                "block": block_of(leaf_update.stored) if leaf_update.format.name == "int8" else 0,
                 "run": run,
                 "stride": stride,
             }
         )
-        own = [p, *([] if job.remainder is None else [job.remainder]), *job.stored]
+        own = [p, *([] if leaf_update.remainder is None else [leaf_update.remainder]), *leaf_update.stored]
         inputs.append(g)
         for x in own:
             aliases[len(inputs) + 2] = len(outputs)
             inputs.append(x)
             outputs.append(jax.ShapeDtypeStruct(x.shape, x.dtype))
-    count = jobs[0].count.astype(jnp.uint32)
-    count = jnp.stack([count, *firsts]) if firsts else jnp.pad(count[None], (0, len(jobs)))
+    count = leaf_updates[0].count.astype(jnp.uint32)
+    count = jnp.stack([count, *offsets]) if offsets else jnp.pad(count[None], (0, len(leaf_updates)))
     call = jax.ffi.ffi_call("jadam_step", outputs, input_output_aliases=aliases)
     attributes = {name: np.array([leaf[name] for leaf in settings], np.int64) for name in settings[0]}
     results = iter(call(scalars, count, *inputs, **attributes))
-    for job in jobs:
-        p, *stored = (next(results) for _ in range(1 + (job.remainder is not None) + len(job.stored)))
+    for leaf_update in leaf_updates:
+        p, *stored = (next(results) for _ in range(1 + (leaf_update.remainder is not None) + len(leaf_update.stored)))
         yield p, tuple(stored)
 
 
-def _scalars_of(job: Job) -> tuple[int, ...]:
-    """Equal for jobs with the same scalars."""
-    return tuple(map(id, (job.step, job.minus_lr, job.weight_decay, job.bound, job.norm)))
+def _scalars_of(leaf_update: LeafUpdate) -> tuple[int, ...]:
+    """A key that is equal for leaves with the same scalars."""
+    return tuple(
+        map(
+            id,
+            (
+                leaf_update.hyperparams,
+                leaf_update.minus_lr,
+                leaf_update.weight_decay,
+                leaf_update.bound,
+                leaf_update.norm,
+            ),
+        )
+    )
 
 
-def _row(job: Job) -> jax.Array:
+def _row(leaf_update: LeafUpdate) -> jax.Array:
     """The scalars of a job, in the library's order."""
-    return jnp.stack([jnp.asarray(SCALARS[name](job)).astype(jnp.float32) for name in load().scalars])
+    return jnp.stack([jnp.asarray(SCALARS[name](leaf_update)).astype(jnp.float32) for name in load().scalars])
 
 
 # The scalars of a step by the names that rules.h has for them: what Python divides by, the kernel multiplies by.
-SCALARS: dict[str, Callable[[Job], Any]] = {
-    "b1": lambda job: job.step.b1.b,
-    "one_minus_b1": lambda job: job.step.b1.one_minus_b,
-    "correction1": lambda job: 1 / jnp.asarray(job.step.b1.correction),
-    "b2": lambda job: job.step.b2.b,
-    "one_minus_b2": lambda job: job.step.b2.one_minus_b,
-    "correction2": lambda job: 1 / jnp.asarray(job.step.b2.correction),
-    "root_correction2": lambda job: jnp.sqrt(1 / jnp.asarray(job.step.b2.correction)),
-    "next": lambda job: job.step.momentum.next_b,
-    "next_correction": lambda job: 1 / jnp.asarray(job.step.momentum.next_correction),
-    "newest": lambda job: job.step.momentum.one_minus_b,
-    "newest_correction": lambda job: 1 / jnp.asarray(job.step.momentum.correction),
-    "eps": lambda job: job.step.eps,
-    "eps_root": lambda job: job.step.eps_root,
-    "trusted": lambda job: job.step.trusted,
-    "rectification": lambda job: job.step.rectification,
-    "minus_lr": lambda job: job.minus_lr,
-    "weight_decay": lambda job: 0 if job.weight_decay is None else job.weight_decay,
-    "bound": lambda job: 0 if job.bound is None else job.bound,
-    "norm": lambda job: 1 if job.norm is None else job.norm,
-    "max_norm": lambda job: 1 if job.max_norm is None else job.max_norm,
+SCALARS: dict[str, Callable[[LeafUpdate], Any]] = {
+    "b1": lambda leaf_update: leaf_update.hyperparams.b1.b,
+    "one_minus_b1": lambda leaf_update: leaf_update.hyperparams.b1.one_minus_b,
+    "correction1": lambda leaf_update: 1 / jnp.asarray(leaf_update.hyperparams.b1.correction),
+    "b2": lambda leaf_update: leaf_update.hyperparams.b2.b,
+    "one_minus_b2": lambda leaf_update: leaf_update.hyperparams.b2.one_minus_b,
+    "correction2": lambda leaf_update: 1 / jnp.asarray(leaf_update.hyperparams.b2.correction),
+    "root_correction2": lambda leaf_update: jnp.sqrt(1 / jnp.asarray(leaf_update.hyperparams.b2.correction)),
+    "next": lambda leaf_update: leaf_update.hyperparams.momentum.next_b,
+    "next_correction": lambda leaf_update: 1 / jnp.asarray(leaf_update.hyperparams.momentum.next_correction),
+    "newest": lambda leaf_update: leaf_update.hyperparams.momentum.one_minus_b,
+    "newest_correction": lambda leaf_update: 1 / jnp.asarray(leaf_update.hyperparams.momentum.correction),
+    "eps": lambda leaf_update: leaf_update.hyperparams.eps,
+    "eps_root": lambda leaf_update: leaf_update.hyperparams.eps_root,
+    "trusted": lambda leaf_update: leaf_update.hyperparams.trusted,
+    "rectification": lambda leaf_update: leaf_update.hyperparams.rectification,
+    "minus_lr": lambda leaf_update: leaf_update.minus_lr,
+    "weight_decay": lambda leaf_update: 0 if leaf_update.weight_decay is None else leaf_update.weight_decay,
+    "bound": lambda leaf_update: 0 if leaf_update.bound is None else leaf_update.bound,
+    "norm": lambda leaf_update: 1 if leaf_update.norm is None else leaf_update.norm,
+    "max_norm": lambda leaf_update: 1 if leaf_update.max_norm is None else leaf_update.max_norm,
 }
 
 SOURCES = ("cpu/cpu.cc", "native/formats.h", "native/portable.h", "native/rules.h")  # below jadam/_fused
