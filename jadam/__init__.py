@@ -1,10 +1,24 @@
-"""Adam (Kingma & Ba 2015) and its relatives for JAX, as pure ``init``/``update`` pairs that chain with Optax.
+"""Adam and its relatives for JAX: drop-in replacements for Optax's, with lean states and a fused step.
 
-The code lies in layers, each of which uses only those before it: `jadam._core`, checks and exact formulas;
-`jadam._moments`, how moments are stored; `jadam._transformation`, from a rule for one array to an Optax
-transformation; `jadam._optimizers`, Adam and its relatives (read `jadam._optimizers.adam` first); `jadam._wrappers`,
-what goes around them; `jadam._fused`, the step in one pass and its kernels; `jadam.sharding`, `jadam.flax`;
-`jadam._checkpoints`, `jadam.torch_state`; `jadam._diagnostics`; `jadam._cli`.
+Change one import, the rest of the training loop stays as it is::
+
+    tx = jadam.adamw(1e-3)  # was: optax.adamw(1e-3)
+
+Optimizers: `adam`, `adamw`, `nadam`, `nadamw`, `adamax`, `adamaxw`, `amsgrad`, `radam`. Their ``scale_by_*`` forms have
+no learning rate. `by_path` sets options by the names of parameters. `chain`, `clip` and `clip_by_global_norm` are
+Optax's, in a form that `step` can fuse; `average_params` keeps an average of the parameters.
+
+Memory: ``moments="bfloat16"`` or ``"int8"`` stores the state in 4 or 2 bytes per parameter. `exact_bf16` trains
+bfloat16 weights as if they were float32. `sharding.zero1` divides the state over devices; `plan` computes the memory
+needed.
+
+Speed: `step` does ``tx.update`` and ``optax.apply_updates`` in one pass over memory; `backends` tells which kernel
+serves. For Flax there are `jadam.flax.Optimizer` and `jadam.flax.TrainState`.
+
+Insight: `describe` shows what a state holds, `statistics` what Adam is doing; `record`, `history` and `plot` do so over
+time.
+
+Checkpoints: `convert_moments`, `checksum`, `torch_state`.
 """
 
 import lazy_loader

@@ -5,6 +5,7 @@ import functools
 import io
 import itertools
 import os
+import re
 import subprocess
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -187,6 +188,18 @@ RULES = {
     "clip by norm": lambda **k: jadam.chain(jadam.clip_by_global_norm(1.0), jadam.adam(1.0, **k)),
     "both": lambda **k: jadam.chain(jadam.clip(1.0), jadam.clip_by_global_norm(1.0), jadam.adam(1.0, **k)),
 }
+for _member in FAMILY:  # those that no row above names
+    if not any(re.match(rf"{_member.name}\b", name) for name in RULES):
+        RULES[_member.name] = functools.partial(_member.make, 1.0)
+
+
+def takes_int8(rule) -> bool:
+    """Whether a row of ``RULES`` can store its moments in int8."""
+    try:
+        make(rule, "int8")
+    except ValueError:
+        return False
+    return True
 
 
 @functools.cache

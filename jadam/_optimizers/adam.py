@@ -1,12 +1,13 @@
-"""Adam, Algorithm 1 of Kingma & Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015, arXiv:1412.6980.
+"""Adam: Algorithm 1 of Kingma & Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015, arXiv:1412.6980.
 
-Letters are the paper's: gradient ``g``, moments ``m`` and ``v``, their bias-corrected forms ``m_hat`` and
-``v_hat``, step ``t``. Arguments and state fields (``b1, b2, eps``; ``count, mu, nu``) are Optax's.
+Variables have the paper's names: gradient ``g``, moments ``m`` and ``v``, bias-corrected moments ``m_hat`` and
+``v_hat``, step ``t``. Arguments and state fields have Optax's: ``b1, b2, eps`` and ``count, mu, nu``.
 """
+
+from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import optax
@@ -14,41 +15,41 @@ import optax
 from jadam._core import checks
 from jadam._core.numerics import abs_sq, divide, ema, sqrt
 from jadam._moments.formats import Moments
+from jadam._transformation.public import EpsMode, Mask, call_as_repr
 from jadam._transformation.transformation import (
     Hyperparams,
     Rule,
     Transformation,
-    call_as_repr,
     scale_by_learning_rate_and_decay,
     scale_by_rule,
 )
 
 
 def adam_rule(hp: Hyperparams, g, m, v):
-    """One step of Algorithm 1 on one array: the direction ``u``, to be taken ``-learning_rate`` times."""
+    """One step of Algorithm 1 on one array. Returns the direction ``u``; the update is ``-learning_rate * u``."""
     m = ema(hp.b1, m, g)
     v = ema(hp.b2, v, abs_sq(g))
     m_hat = m / hp.b1.correction
     v_hat = v / hp.b2.correction
-    return direction(hp, m_hat, v_hat), m, v
+    return adam_direction(hp, m_hat, v_hat), m, v
 
 
-def direction(hp: Hyperparams, m_hat, v_hat):
+def adam_direction(hp: Hyperparams, m_hat, v_hat):
     """The last line of Algorithm 1, without the learning rate."""
     return divide(m_hat, sqrt(v_hat + hp.eps_root) + hp.eps)
 
 
 def nadam_rule(hp: Hyperparams, g, m, v):
-    """Adam whose ``m_hat`` looks one step ahead (Dozat 2016, Algorithm 2)."""
+    """Adam with the ``m_hat`` of Nesterov momentum (Dozat 2016, Algorithm 2)."""
     m = ema(hp.b1, m, g)
     v = ema(hp.b2, v, abs_sq(g))
-    return direction(hp, nesterov_m_hat(hp, m, g), v / hp.b2.correction), m, v
+    return adam_direction(hp, nesterov_m_hat(hp, m, g), v / hp.b2.correction), m, v
 
 
 def nesterov_m_hat(hp: Hyperparams, m, g):
-    """Nesterov's ``m_hat``: the next step's momentum on ``m``, today's gradient besides, each corrected on its own.
+    """``m_hat`` of Nesterov momentum: ``m`` under the next momentum plus the current gradient, each bias-corrected.
 
-    The momentum is ``b1``, under which ``m`` is the average, but for PyTorch's.
+    The momentum is ``b1``, except under PyTorch's schedule (``momentum_decay`` of `nadam`).
     """
     momentum = hp.momentum
     return momentum.next_b * m / momentum.next_correction + momentum.one_minus_b * g / momentum.correction
@@ -59,12 +60,12 @@ NADAM = Rule(nadam_rule, optax.ScaleByAdamState, native="nadam", int8=True, nest
 
 
 def eps_before_correction(hp: Hyperparams) -> Hyperparams:
-    """Kingma & Ba 2015, end of section 2: ``eps`` is added to ``sqrt(v)`` where Algorithm 1 has ``sqrt(v_hat)``."""
+    """Add ``eps`` to ``sqrt(v)`` instead of ``sqrt(v_hat)`` (Kingma & Ba 2015, end of section 2)."""
     return hp.replace(eps=hp.eps / sqrt(hp.b2.correction))
 
 
 def without_correction(hp: Hyperparams, *names: str) -> Hyperparams:
-    """The bias corrections of these betas left out."""
+    """Leave out the bias corrections of the betas ``names``."""
     one = hp.t / hp.t
     return hp.replace(**{name: vars(hp)[name]._replace(correction=one, next_correction=one) for name in names})
 
@@ -72,15 +73,18 @@ def without_correction(hp: Hyperparams, *names: str) -> Hyperparams:
 def hyperparam_transform(
     eps_mode: str, uncorrected: tuple[str, ...] = (), *further: Callable[[Hyperparams], Hyperparams]
 ):
-    """The function from a rule's scalars to those under ``eps_mode``, without the corrections of these betas.
+    """Build the function that adapts a rule's hyperparameters to the options of the public functions.
 
-    ``further`` functions are applied to its result.
+    Args:
+        eps_mode: where ``eps`` is added.
+        uncorrected: betas without bias correction.
+        further: functions to apply afterwards.
     """
     checks.one_of("eps_mode", eps_mode, ("paper", "hat"))
     return _hyperparam_transform(eps_mode == "hat", uncorrected, further)
 
 
-@functools.cache  # one function for all transformations with these switches, so that they share compiled programs
+@functools.cache  # equal options give the same function, so that transformations share compiled programs
 def _hyperparam_transform(hat, uncorrected, further):
     def transform(hp):
         hp = without_correction(hp, *uncorrected) if uncorrected else hp
@@ -99,7 +103,7 @@ def scale_by_adam(
     mu_dtype: jax.typing.DTypeLike | None = None,
     *,
     nesterov: bool = False,
-    eps_mode: str = "paper",
+    eps_mode: EpsMode = "paper",
     bias_correction: bool = True,
     moments: Moments = "float32",
 ) -> Transformation:
@@ -113,46 +117,49 @@ def scale_by_adam(
         \hat m_t &= m_t / (1 - b_1^t),      & \hat v_t &= v_t / (1 - b_2^t), \\
         u_t &= \hat m_t / (\sqrt{\hat v_t + \texttt{eps\_root}} + \texttt{eps}).
 
-    Departures from the paper: ``eps_root`` (0 in the paper) and ``nesterov``. All arithmetic is in float32,
-    or float64 where gradient or state are; see the README for the error bound. Two consequences of float32's
-    range: a coordinate with :math:`|g|` below about 1e-19 is squared to less than float32 can hold and moves by
-    at most :math:`\hat m` / ``eps`` (by :math:`\hat m` if ``eps`` is 0); one above 1e19 makes ``nu`` infinite,
-    the update 0, and from the next step on NaN; NaN at once if ``b2`` is below 1/2.
+    ``eps_root`` (0 in the paper) and ``nesterov`` are additions. Arithmetic is in float32, or in float64 if the
+    gradient or the state is; the README gives the error bound. The range of float32 has two consequences:
+
+    * :math:`|g|` below about 1e-19 has a square of 0. The update is then at most :math:`\hat m` / ``eps``, or
+      :math:`\hat m` if ``eps`` is 0.
+    * :math:`|g|` above 1e19 makes ``nu`` infinite. The update is 0 at this step and NaN from the next step on; it is
+      NaN at once if ``b2`` is below 1/2.
 
     Args:
         b1: decay rate of the first moment, in [0, 1).
         b2: decay rate of the second moment, in [0, 1).
-        eps: added to the denominator, >= 0, in the gradient's unit.
-        eps_root: added inside the square root, >= 0, in the gradient's unit squared.
-        mu_dtype: dtype in which ``mu`` is stored; default the parameter's, at least float32.
-        nesterov: look one step ahead, as NAdam does (Dozat 2016).
+        eps: added to the denominator, >= 0, in the unit of the gradient.
+        eps_root: added inside the square root, >= 0, in the unit of the gradient squared.
+        mu_dtype: dtype in which the first moment is stored. Default: the dtype of the parameter, at least float32.
+        nesterov: True takes the Nesterov momentum of NAdam (Dozat 2016).
         eps_mode: ``"paper"`` adds ``eps`` as Algorithm 1 does; ``"hat"`` adds it to :math:`\sqrt{v_t}` before the
-            correction, the cheaper order at the end of the paper's section 2 and TensorFlow's Adam.
-        bias_correction: False leaves out both corrections, as the paper's section 6.4 does to show their use.
-        moments: how the two moments are stored: ``"float32"``, 8 bytes per parameter; ``"bfloat16"``, 4;
-            ``"int8"``, 2.06, see `jadam.QuantizedAdamState`; or a function ``f(path, leaf)`` to one of these, ``path``
-            being a string such as ``"['embed']['kernel']"``. The step itself is computed in float32, from moments
-            decoded and before they are rounded; no derivative passes through int8 codes to later steps. A leaf that
-            would not gain stays float32: one that is complex or float64; for int8 also one of fewer than 2 dimensions
-            or 4,096 elements, or with a last axis under 4.
+            bias correction, as the paper's cheaper order (end of section 2) and TensorFlow's Adam do.
+        bias_correction: False leaves out both bias corrections, as section 6.4 of the paper does.
+        moments: storage of the two moments: ``"float32"``, 8 bytes per parameter; ``"bfloat16"``, 4; ``"int8"``, 2.06,
+            see `jadam.QuantizedAdamState`. Or a function ``f(path, leaf)`` that returns one of these, where ``path`` is
+            a string such as ``"['embed']['kernel']"``. The step is computed in float32 from the decoded moments; no
+            derivative passes through int8 codes. Some leaves stay float32 in any case: complex and float64 ones; for
+            int8 also those with fewer than 2 dimensions, fewer than 4,096 elements or a last axis under 4.
 
-        The four numbers may be Python numbers, best because :math:`1-b` is then exact; or schedules of the number of
-        steps taken, as theorem 4.1 has of :math:`b_1`: then :math:`b^t` becomes the product of the betas so far; or
-        scalar arrays of at least float32, traced or not, as `optax.inject_hyperparams` passes them: then
-        :math:`b^t` is today's beta to the power t. A traced value out of range cannot raise; it makes the update NaN,
-        and so does, for int8, a scheduled or traced pair with ``b1*b1 >= b2``.
+        ``b1``, ``b2``, ``eps`` and ``eps_root`` may each be
+
+        * a Python number, the most exact choice, because :math:`1-b` is computed in float64;
+        * a schedule of the number of steps taken: :math:`b^t` becomes the product of the betas so far;
+        * a scalar array, float32 or wider, traced or not, as `optax.inject_hyperparams` passes it: :math:`b^t` is the
+          current beta to the power t. A traced value out of range cannot raise an error; it makes the update NaN. So
+          does, for int8, a scheduled or traced pair with ``b1*b1 >= b2``.
 
     Returns:
-        A transformation with state `optax.ScaleByAdamState`: ``count`` int32, the number of steps taken, which
-        saturates; ``mu`` and ``nu`` shaped like the parameters, of their dtype widened to float32, ``nu`` real:
-        8 bytes per parameter. If a beta is a schedule, a `ScheduledBetasState` around it. Updates have the dtype of
-        the gradient promoted with the parameter's.
+        A transformation with state `optax.ScaleByAdamState`: ``count``, int32, is the number of steps taken and
+        saturates; ``mu`` and ``nu`` have the shapes of the parameters and their dtypes, at least float32; ``nu`` is
+        real. If a beta is a schedule, a `ScheduledBetasState` wraps it. Updates have the dtype to which gradient and
+        parameter promote.
 
     Raises:
-        ValueError: a hyperparameter outside its range, ``moments="int8"`` with ``b1*b1 >= b2`` or with ``mu_dtype``, or
-            gradients that do not match the state.
-        TypeError: a hyperparameter that is no number or narrower than float32, a leaf that is not floating, or
-            a state with 16-bit second moments.
+        ValueError: if a hyperparameter is out of range, ``moments="int8"`` is used with ``b1*b1 >= b2`` or with
+            ``mu_dtype``, or gradients do not match the state.
+        TypeError: if a hyperparameter is not a number or is narrower than float32, a leaf is not floating, or the
+            second moments of the state are 16-bit.
 
     Example:
         >>> import jax.numpy as jnp, jadam
@@ -185,18 +192,28 @@ def adam(
     mu_dtype: jax.typing.DTypeLike | None = None,
     *,
     nesterov: bool = False,
-    eps_mode: str = "paper",
+    eps_mode: EpsMode = "paper",
     bias_correction: bool = True,
     moments: Moments = "float32",
 ) -> Transformation:
-    r"""Adam: :math:`\theta_t = \theta_{t-1} - \alpha_t u_t` with :math:`u_t` of `scale_by_adam`.
+    r"""Adam (Kingma & Ba 2015, Algorithm 1), a drop-in for `optax.adam`: the same arguments, state and checkpoints.
 
-    Kingma & Ba 2015, Algorithm 1. A drop-in for `optax.adam`: the same arguments, state and checkpoints.
+    :math:`\theta_t = \theta_{t-1} - \alpha_t u_t` with :math:`u_t` of `scale_by_adam`.
 
     Args:
-        learning_rate: step size :math:`\alpha`, >= 0, in the parameters' unit, or a schedule that maps the number
-            of steps taken (int32) to it.
-        b1, b2, eps, eps_root, mu_dtype, nesterov, eps_mode, bias_correction, moments: see `scale_by_adam`.
+        learning_rate: step size :math:`\alpha` >= 0: a number, or a schedule of the number of steps taken.
+        b1: decay rate of the first moment, in [0, 1).
+        b2: decay rate of the second moment, in [0, 1).
+        eps: added to the denominator, >= 0, in the unit of the gradient.
+        eps_root: added inside the square root, >= 0, in the unit of the gradient squared.
+        mu_dtype: dtype in which the first moment is stored. Default: the dtype of the parameter, at least float32.
+        nesterov: True takes the Nesterov momentum of `jadam.nadam`.
+        eps_mode: ``"paper"`` adds ``eps`` as Algorithm 1 does; ``"hat"`` adds it before the bias correction.
+        bias_correction: False leaves out both bias corrections.
+        moments: storage of the moments: ``"float32"``, ``"bfloat16"`` or ``"int8"``, or a function ``f(path, leaf)``
+            that returns one of these.
+
+        `scale_by_adam` says more about each.
 
     Returns:
         A transformation with `optax.adam`'s state: a tuple of `optax.ScaleByAdamState` and the learning rate's.
@@ -229,36 +246,46 @@ def adamw(
     eps_root: optax.ScalarOrSchedule = 0.0,
     mu_dtype: jax.typing.DTypeLike | None = None,
     weight_decay: optax.ScalarOrSchedule = 1e-4,
-    mask: Any | Callable[[optax.Params], Any] | None = None,
+    mask: Mask | None = None,
     *,
     nesterov: bool = False,
-    eps_mode: str = "paper",
+    eps_mode: EpsMode = "paper",
     bias_correction: bool = True,
     moments: Moments = "float32",
     max_lr: float | None = None,
 ) -> Transformation:
-    r"""Adam with decoupled weight decay: :math:`\theta_t = \theta_{t-1} - \alpha_t (u_t + \lambda \theta_{t-1})`.
+    r"""Adam with decoupled weight decay, a drop-in for `optax.adamw`: the same arguments, state and checkpoints.
 
-    Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, arXiv:1711.05101, Algorithm 2, with
-    the decay multiplied by the learning rate as Optax and PyTorch do. A drop-in for `optax.adamw`: the same
-    arguments, state and checkpoints.
+    :math:`\theta_t = \theta_{t-1} - \alpha_t (u_t + \lambda \theta_{t-1})` with :math:`u_t` of `scale_by_adam`:
+    Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, arXiv:1711.05101, Algorithm 2. As in Optax
+    and PyTorch, the learning rate multiplies the decay.
 
     Args:
-        learning_rate: see `adam`.
-        b1, b2, eps, eps_root, mu_dtype, nesterov, eps_mode, bias_correction, moments: see `scale_by_adam`.
-        weight_decay: :math:`\lambda` >= 0, or a schedule of it.
-        mask: a tree of booleans with the parameters' structure (or a prefix of it), or a function from the
-            parameters to one: True where the decay applies. Default: everywhere.
-        max_lr: None couples the decay to the learning rate, :math:`\alpha_t \lambda`. A number > 0, the schedule's
-            largest value, decouples it: :math:`(\alpha_t / \texttt{max\_lr}) \lambda`, Loshchilov & Hutter's
-            :math:`\eta_t \lambda`, for which :math:`\lambda` must be smaller by a factor max_lr.
+        learning_rate: step size :math:`\alpha` >= 0: a number, or a schedule of the number of steps taken.
+        b1: decay rate of the first moment, in [0, 1).
+        b2: decay rate of the second moment, in [0, 1).
+        eps: added to the denominator, >= 0, in the unit of the gradient.
+        eps_root: added inside the square root, >= 0, in the unit of the gradient squared.
+        mu_dtype: dtype in which the first moment is stored. Default: the dtype of the parameter, at least float32.
+        weight_decay: :math:`\lambda` >= 0: a number, or a schedule of the number of steps taken.
+        mask: a tree of booleans like the parameters, a prefix of it, or a function from the parameters to one. Weight
+            decay applies where it is True. Default: everywhere.
+        nesterov: True takes the Nesterov momentum of `jadam.nadam`.
+        eps_mode: ``"paper"`` adds ``eps`` as Algorithm 1 does; ``"hat"`` adds it before the bias correction.
+        bias_correction: False leaves out both bias corrections.
+        moments: storage of the moments: ``"float32"``, ``"bfloat16"`` or ``"int8"``, or a function ``f(path, leaf)``
+            that returns one of these.
+        max_lr: None multiplies the decay by the learning rate. A number > 0, the peak of the schedule, makes the decay
+            independent of it: :math:`(\alpha_t / \texttt{max\_lr}) \lambda`.
+
+        `scale_by_adam` says more about each.
 
     Returns:
         A transformation with `optax.adamw`'s state; ``update`` needs ``params``.
 
     Raises:
-        ValueError, TypeError: see `scale_by_adam`; also for ``learning_rate``, ``weight_decay`` and ``mask``, and for
-            an ``update`` without ``params``.
+        ValueError, TypeError: see `scale_by_adam`; also for ``learning_rate``, ``weight_decay``, ``mask`` and
+            ``max_lr``, and for an ``update`` without ``params``.
 
     Example:
         >>> import jax.numpy as jnp, jadam
@@ -283,33 +310,43 @@ def nadam(
     mu_dtype: jax.typing.DTypeLike | None = None,
     *,
     nesterov: bool = True,
-    eps_mode: str = "paper",
+    eps_mode: EpsMode = "paper",
     bias_correction: bool = True,
     moments: Moments = "float32",
     momentum_decay: float | None = None,
 ) -> Transformation:
     r"""Adam with Nesterov momentum, a drop-in for `optax.nadam`.
 
-    Dozat 2016, Algorithm 2, is `jadam.adam` with, for a constant :math:`\mu_t = b_1`,
+    Dozat, "Incorporating Nesterov Momentum into Adam", ICLR workshop 2016, Algorithm 2: `jadam.adam` with
 
     .. math::
 
-        \hat m_t = \frac{\mu_{t+1} m_t}{1 - \prod_{i=1}^{t+1} \mu_i} + \frac{(1 - \mu_t) g_t}{1 - \prod_{i=1}^t \mu_i}.
+        \hat m_t = \frac{\mu_{t+1} m_t}{1 - \prod_{i=1}^{t+1} \mu_i} + \frac{(1 - \mu_t) g_t}{1 - \prod_{i=1}^t \mu_i},
 
-    Departure from the paper, which multiplies :math:`\hat v` by a further :math:`b_2`: as in Optax and PyTorch, no
-    factor. A schedule for ``b1`` is the paper's :math:`\mu_t`, in :math:`m_t` as well.
+    where :math:`\mu_t` is ``b1``, a constant or a schedule. The paper also multiplies :math:`\hat v` by :math:`b_2`;
+    like Optax and PyTorch, jadam does not.
 
-    PyTorch keeps :math:`m_t` under the constant :math:`b_1` and takes :math:`\mu_t = b_1 (1 - 0.96^{t \psi} / 2)`
-    in :math:`\hat m_t` only: ``momentum_decay`` is its :math:`\psi`, and 4e-3 its default.
+    With ``momentum_decay`` :math:`\psi`, :math:`\hat m_t` takes :math:`\mu_t = b_1 (1 - 0.96^{t \psi} / 2)` and
+    :math:`m_t` keeps the constant :math:`b_1`, as in PyTorch, where :math:`\psi` is 4e-3 by default.
 
     Args:
-        learning_rate: see `jadam.adam`.
-        b1, b2, eps, eps_root, mu_dtype, eps_mode, bias_correction, moments: see `jadam.scale_by_adam`.
+        learning_rate: step size :math:`\alpha` >= 0: a number, or a schedule of the number of steps taken.
+        b1: decay rate of the first moment, in [0, 1).
+        b2: decay rate of the second moment, in [0, 1).
+        eps: added to the denominator, >= 0, in the unit of the gradient.
+        eps_root: added inside the square root, >= 0, in the unit of the gradient squared.
+        mu_dtype: dtype in which the first moment is stored. Default: the dtype of the parameter, at least float32.
         nesterov: False gives `jadam.adam`.
-        momentum_decay: None for Dozat's rule, a number >= 0 for PyTorch's.
+        eps_mode: ``"paper"`` adds ``eps`` as Algorithm 1 does; ``"hat"`` adds it before the bias correction.
+        bias_correction: False leaves out both bias corrections.
+        moments: storage of the moments: ``"float32"``, ``"bfloat16"`` or ``"int8"``, or a function ``f(path, leaf)``
+            that returns one of these.
+        momentum_decay: :math:`\psi` >= 0 takes PyTorch's momentum schedule; None takes Dozat's.
+
+        `scale_by_adam` says more about each.
 
     Returns:
-        A transformation with `optax.nadam`'s state; with ``momentum_decay``, a `ScheduledBetasState` around it.
+        A transformation with `optax.nadam`'s state. With ``momentum_decay``, a `ScheduledBetasState` wraps it.
 
     Raises:
         ValueError, TypeError: see `jadam.adam`; also for ``momentum_decay`` with a schedule for ``b1``.
@@ -335,22 +372,37 @@ def nadamw(
     eps_root: optax.ScalarOrSchedule = 0.0,
     mu_dtype: jax.typing.DTypeLike | None = None,
     weight_decay: optax.ScalarOrSchedule = 1e-4,
-    mask: Any | Callable[[optax.Params], Any] | None = None,
+    mask: Mask | None = None,
     *,
     nesterov: bool = True,
-    eps_mode: str = "paper",
+    eps_mode: EpsMode = "paper",
     bias_correction: bool = True,
     moments: Moments = "float32",
     momentum_decay: float | None = None,
     max_lr: float | None = None,
 ) -> Transformation:
-    """`nadam` with decoupled weight decay, a drop-in for `optax.nadamw`.
+    r"""`nadam` with decoupled weight decay, a drop-in for `optax.nadamw`.
 
     Args:
-        learning_rate: see `jadam.adam`.
-        b1, b2, eps, eps_root, mu_dtype, nesterov, eps_mode, bias_correction, moments, momentum_decay: see
-            `nadam`.
-        weight_decay, mask, max_lr: see `jadam.adamw`.
+        learning_rate: step size :math:`\alpha` >= 0: a number, or a schedule of the number of steps taken.
+        b1: decay rate of the first moment, in [0, 1).
+        b2: decay rate of the second moment, in [0, 1).
+        eps: added to the denominator, >= 0, in the unit of the gradient.
+        eps_root: added inside the square root, >= 0, in the unit of the gradient squared.
+        mu_dtype: dtype in which the first moment is stored. Default: the dtype of the parameter, at least float32.
+        weight_decay: :math:`\lambda` >= 0: a number, or a schedule of the number of steps taken.
+        mask: a tree of booleans like the parameters, a prefix of it, or a function from the parameters to one. Weight
+            decay applies where it is True. Default: everywhere.
+        nesterov: False gives `jadam.adamw`.
+        eps_mode: ``"paper"`` adds ``eps`` as Algorithm 1 does; ``"hat"`` adds it before the bias correction.
+        bias_correction: False leaves out both bias corrections.
+        moments: storage of the moments: ``"float32"``, ``"bfloat16"`` or ``"int8"``, or a function ``f(path, leaf)``
+            that returns one of these.
+        momentum_decay: :math:`\psi` >= 0 takes PyTorch's momentum schedule; None takes Dozat's.
+        max_lr: None multiplies the decay by the learning rate. A number > 0, the peak of the schedule, makes the decay
+            independent of it: :math:`(\alpha_t / \texttt{max\_lr}) \lambda`.
+
+        `scale_by_adam` says more about each.
 
     Returns:
         A transformation with `optax.nadamw`'s state; ``update`` needs ``params``.

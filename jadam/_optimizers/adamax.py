@@ -1,25 +1,24 @@
 """AdaMax: Adam with the infinity norm in place of the second moment (Kingma & Ba 2015, section 7.1, Algorithm 2)."""
 
-from collections.abc import Callable
-from typing import Any
+from __future__ import annotations
 
 import jax.numpy as jnp
 import optax
 
 from jadam._core.numerics import divide, ema
 from jadam._moments.formats import Moments
+from jadam._transformation.public import Mask, call_as_repr
 from jadam._transformation.transformation import (
     Hyperparams,
     Rule,
     Transformation,
-    call_as_repr,
     scale_by_learning_rate_and_decay,
     scale_by_rule,
 )
 
 
 def adamax_rule(hp: Hyperparams, g, m, u):
-    """One step of Algorithm 2 on one array; ``u`` is the paper's letter for the decayed largest ``|g|``."""
+    """One step of Algorithm 2 on one array. The moment ``u``, in the paper's notation, is the infinity norm."""
     m = ema(hp.b1, m, g)
     u = jnp.maximum(hp.b2.b * u, jnp.abs(g) + hp.eps)
     m_hat = m / hp.b1.correction
@@ -47,18 +46,18 @@ def scale_by_adamax(
         \nu_t = \max(b_2 \nu_{t-1}, |g_t| + \texttt{eps}), \qquad
         u_t = m_t / ((1 - b_1^t)\, \nu_t).
 
-    Departure from the paper: ``eps``, which it lacks, is where Optax and PyTorch have it. With ``eps=0`` a
-    coordinate that never had a gradient gets a zero update.
+    The paper has no ``eps``; it is added where Optax and PyTorch add it. With ``eps=0`` the update of a coordinate
+    whose gradients were all 0 is 0.
 
     Args:
         b1: decay rate of the first moment, in [0, 1).
-        b2: decay rate of the largest gradient, in [0, 1).
-        eps: added to :math:`|g|`, >= 0, in the gradient's unit.
-        moments: see `jadam.scale_by_adam`; no ``"int8"``.
+        b2: decay rate of the infinity norm, in [0, 1).
+        eps: added to :math:`|g|`, >= 0, in the unit of the gradient.
+        moments: storage of the moments: ``"float32"`` or ``"bfloat16"``, or a function ``f(path, leaf)`` that returns
+            one of these.
 
     Returns:
-        A transformation with state `optax.ScaleByAdamState`, :math:`\nu` in ``nu``; otherwise as
-        `jadam.scale_by_adam`.
+        A transformation with state `optax.ScaleByAdamState`, where ``nu`` is :math:`\nu`.
 
     Raises:
         ValueError, TypeError: see `jadam.scale_by_adam`.
@@ -83,11 +82,15 @@ def adamax(
     *,
     moments: Moments = "float32",
 ) -> Transformation:
-    """AdaMax, a drop-in for `optax.adamax` and equal to `torch.optim.Adamax`; see `scale_by_adamax`.
+    r"""AdaMax, a drop-in for `optax.adamax` and equal to `torch.optim.Adamax`; see `scale_by_adamax`.
 
     Args:
-        learning_rate: see `jadam.adam`.
-        b1, b2, eps, moments: see `scale_by_adamax`.
+        learning_rate: step size :math:`\alpha` >= 0: a number, or a schedule of the number of steps taken.
+        b1: decay rate of the first moment, in [0, 1).
+        b2: decay rate of the infinity norm, in [0, 1).
+        eps: added to :math:`|g|`, >= 0, in the unit of the gradient.
+        moments: storage of the moments: ``"float32"`` or ``"bfloat16"``, or a function ``f(path, leaf)`` that returns
+            one of these.
 
     Returns:
         A transformation with `optax.adamax`'s state.
@@ -112,17 +115,25 @@ def adamaxw(
     b2: optax.ScalarOrSchedule = 0.999,
     eps: optax.ScalarOrSchedule = 1e-8,
     weight_decay: optax.ScalarOrSchedule = 1e-4,
-    mask: Any | Callable[[optax.Params], Any] | None = None,
+    mask: Mask | None = None,
     *,
     moments: Moments = "float32",
     max_lr: float | None = None,
 ) -> Transformation:
-    """AdaMax with decoupled weight decay, a drop-in for `optax.adamaxw`.
+    r"""AdaMax with decoupled weight decay, a drop-in for `optax.adamaxw`.
 
     Args:
-        learning_rate: see `jadam.adam`.
-        b1, b2, eps, moments: see `scale_by_adamax`.
-        weight_decay, mask, max_lr: see `jadam.adamw`.
+        learning_rate: step size :math:`\alpha` >= 0: a number, or a schedule of the number of steps taken.
+        b1: decay rate of the first moment, in [0, 1).
+        b2: decay rate of the infinity norm, in [0, 1).
+        eps: added to :math:`|g|`, >= 0, in the unit of the gradient.
+        weight_decay: :math:`\lambda` >= 0: a number, or a schedule of the number of steps taken.
+        mask: a tree of booleans like the parameters, a prefix of it, or a function from the parameters to one. Weight
+            decay applies where it is True. Default: everywhere.
+        moments: storage of the moments: ``"float32"`` or ``"bfloat16"``, or a function ``f(path, leaf)`` that returns
+            one of these.
+        max_lr: None multiplies the decay by the learning rate. A number > 0, the peak of the schedule, makes the decay
+            independent of it: :math:`(\alpha_t / \texttt{max\_lr}) \lambda`.
 
     Returns:
         A transformation with `optax.adamaxw`'s state; ``update`` needs ``params``.

@@ -1,5 +1,9 @@
 """AMSGrad: Adam whose second moment never shrinks (Reddi, Kale & Kumar, ICLR 2018, arXiv:1904.09237)."""
 
+from __future__ import annotations
+
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -7,31 +11,31 @@ import optax
 from jadam._core import checks
 from jadam._core.numerics import abs_sq, ema
 from jadam._moments.formats import Moments
-from jadam._optimizers.adam import direction, hyperparam_transform
+from jadam._optimizers.adam import adam_direction, hyperparam_transform
+from jadam._transformation.public import EpsMode, call_as_repr
 from jadam._transformation.transformation import (
     Hyperparams,
     Rule,
     Transformation,
-    call_as_repr,
     scale_by_learning_rate_and_decay,
     scale_by_rule,
 )
 
 
 def amsgrad_rule(hp: Hyperparams, g, m, v, v_max):
-    """Adam with the largest ``v_hat`` so far in place of ``v_hat``."""
+    """Adam with the maximum of ``v_hat`` over all steps in place of ``v_hat``."""
     m = ema(hp.b1, m, g)
     v = ema(hp.b2, v, abs_sq(g))
     v_max = jnp.maximum(v_max, v / hp.b2.correction)
-    return direction(hp, m / hp.b1.correction, v_max), m, v, v_max
+    return adam_direction(hp, m / hp.b1.correction, v_max), m, v, v_max
 
 
 def amsgrad_of_v_rule(hp: Hyperparams, g, m, v, v_max):
-    """The same with the largest ``v`` so far, corrected by today's ``1 - b2**t``."""
+    """Adam with the maximum of ``v`` over all steps, divided by the current ``1 - b2**t``, in place of ``v_hat``."""
     m = ema(hp.b1, m, g)
     v = ema(hp.b2, v, abs_sq(g))
     v_max = jnp.maximum(v_max, v)
-    return direction(hp, m / hp.b1.correction, v_max / hp.b2.correction), m, v, v_max
+    return adam_direction(hp, m / hp.b1.correction, v_max / hp.b2.correction), m, v, v_max
 
 
 AMSGRAD = Rule(amsgrad_rule, optax.ScaleByAmsgradState, native="amsgrad", root=lambda hp, v, v_max: jnp.sqrt(v_max))
@@ -53,8 +57,8 @@ def scale_by_amsgrad(
     bias_correction_mu: bool = True,
     bias_correction_nu: bool = True,
     *,
-    max_of: str = "v_hat",
-    eps_mode: str = "paper",
+    max_of: Literal["v_hat", "v"] = "v_hat",
+    eps_mode: EpsMode = "paper",
     moments: Moments = "float32",
 ) -> Transformation:
     r"""Rescale gradients by AMSGrad's rule, without the learning rate.
@@ -64,18 +68,24 @@ def scale_by_amsgrad(
     * ``max_of="v_hat"`` (Optax): :math:`\max_{s \le t} v_s / (1 - b_2^s)`,
     * ``max_of="v"`` (PyTorch): :math:`(\max_{s \le t} v_s) / (1 - b_2^t)`.
 
-    The paper itself has no bias correction; there, with both corrections off, the two orders are one.
+    The paper has no bias correction. With both corrections off, the two are the same.
 
     Args:
-        b1, b2, eps, eps_root, mu_dtype, eps_mode: see `jadam.scale_by_adam`.
-        moments: the same; no ``"int8"``.
-        bias_correction_mu: False leaves out the first moment's correction.
-        bias_correction_nu: False leaves out the second moment's.
-        max_of: of which second moment the maximum is taken, ``"v_hat"`` or ``"v"``.
+        b1: decay rate of the first moment, in [0, 1).
+        b2: decay rate of the second moment, in [0, 1).
+        eps: added to the denominator, >= 0, in the unit of the gradient.
+        eps_root: added inside the square root, >= 0, in the unit of the gradient squared.
+        mu_dtype: dtype in which the first moment is stored. Default: the dtype of the parameter, at least float32.
+        bias_correction_mu: False leaves out the bias correction of the first moment.
+        bias_correction_nu: False leaves out the bias correction of the second moment.
+        max_of: the second moment whose maximum is kept, ``"v_hat"`` (Optax) or ``"v"`` (PyTorch).
+        eps_mode: ``"paper"`` adds ``eps`` as Algorithm 1 does; ``"hat"`` adds it before the bias correction.
+        moments: storage of the moments: ``"float32"`` or ``"bfloat16"``, or a function ``f(path, leaf)`` that returns
+            one of these.
 
     Returns:
-        A transformation with state `optax.ScaleByAmsgradState`: as `jadam.scale_by_adam`, and ``nu_max``, of
-        ``max_of``: 12 bytes per parameter.
+        A transformation with state `optax.ScaleByAmsgradState`: the state of `jadam.scale_by_adam` and ``nu_max``, the
+        maximum, 12 bytes per parameter in all.
 
     Raises:
         ValueError, TypeError: see `jadam.scale_by_adam`; also for another ``max_of``.
@@ -84,7 +94,7 @@ def scale_by_amsgrad(
         >>> import jax.numpy as jnp, jadam
         >>> tx = jadam.scale_by_amsgrad(b1=0.0, b2=0.5)
         >>> state = tx.init(jnp.zeros(1))
-        >>> for g in (10.0, 1.0):  # the small gradient is still measured by the large one
+        >>> for g in (10.0, 1.0):  # the denominator of the small gradient is still that of the large one
         ...     updates, state = tx.update(jnp.array([g]), state)
         >>> print(updates.round(3))
         [0.1]
@@ -114,16 +124,25 @@ def amsgrad(
     bias_correction_mu: bool = True,
     bias_correction_nu: bool = True,
     *,
-    max_of: str = "v_hat",
-    eps_mode: str = "paper",
+    max_of: Literal["v_hat", "v"] = "v_hat",
+    eps_mode: EpsMode = "paper",
     moments: Moments = "float32",
 ) -> Transformation:
-    """AMSGrad, a drop-in for `optax.amsgrad`; ``max_of="v"`` is ``torch.optim.Adam(amsgrad=True)``.
+    r"""AMSGrad, a drop-in for `optax.amsgrad`; ``max_of="v"`` is ``torch.optim.Adam(amsgrad=True)``.
 
     Args:
-        learning_rate: see `jadam.adam`.
-        b1, b2, eps, eps_root, mu_dtype, bias_correction_mu, bias_correction_nu, max_of, eps_mode,
-            moments: see `scale_by_amsgrad`.
+        learning_rate: step size :math:`\alpha` >= 0: a number, or a schedule of the number of steps taken.
+        b1: decay rate of the first moment, in [0, 1).
+        b2: decay rate of the second moment, in [0, 1).
+        eps: added to the denominator, >= 0, in the unit of the gradient.
+        eps_root: added inside the square root, >= 0, in the unit of the gradient squared.
+        mu_dtype: dtype in which the first moment is stored. Default: the dtype of the parameter, at least float32.
+        bias_correction_mu: False leaves out the bias correction of the first moment.
+        bias_correction_nu: False leaves out the bias correction of the second moment.
+        max_of: the second moment whose maximum is kept, ``"v_hat"`` (Optax) or ``"v"`` (PyTorch).
+        eps_mode: ``"paper"`` adds ``eps`` as Algorithm 1 does; ``"hat"`` adds it before the bias correction.
+        moments: storage of the moments: ``"float32"`` or ``"bfloat16"``, or a function ``f(path, leaf)`` that returns
+            one of these.
 
     Returns:
         A transformation with `optax.amsgrad`'s state.

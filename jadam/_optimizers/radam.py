@@ -1,5 +1,7 @@
 """RAdam: Adam that waits until its second moment can be trusted (Liu et al., ICLR 2020, arXiv:1908.03265)."""
 
+from __future__ import annotations
+
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -8,24 +10,24 @@ from jadam._core import checks
 from jadam._core.numerics import Beta
 from jadam._moments.formats import Moments
 from jadam._optimizers.adam import adam_rule, hyperparam_transform, nadam_rule, nesterov_m_hat
+from jadam._transformation.public import EpsMode, call_as_repr
 from jadam._transformation.transformation import (
     Hyperparams,
     Rule,
     Transformation,
-    call_as_repr,
     scale_by_learning_rate_and_decay,
     scale_by_rule,
 )
 
 
 def radam_rule(hp: Hyperparams, g, m, v):
-    """Adam's direction, rectified, once the average behind ``v`` is long enough; the bare ``m_hat`` before."""
+    """Adam's direction times the rectification once ``v`` is reliable, ``m_hat`` before."""
     u, m, v = adam_rule(hp, g, m, v)
     return jnp.where(hp.trusted, hp.rectification * u, m / hp.b1.correction), m, v
 
 
 def radam_of_nadam_rule(hp: Hyperparams, g, m, v):
-    """The same of NAdam's direction."""
+    """`radam_rule` with NAdam's direction and ``m_hat``."""
     u, m, v = nadam_rule(hp, g, m, v)
     return jnp.where(hp.trusted, hp.rectification * u, nesterov_m_hat(hp, m, g)), m, v
 
@@ -35,7 +37,7 @@ RADAM_OF_NADAM = Rule(radam_of_nadam_rule, optax.ScaleByAdamState, native="radam
 
 
 def with_rectification(hp: Hyperparams) -> Hyperparams:
-    """``step`` with whether ``v`` is to be trusted and by what the direction is multiplied then."""
+    """Add ``trusted``, whether ``v`` is reliable at this step, and the ``rectification`` factor."""
     rho, rho_inf = sma_length(hp.b2, hp.t)
     trusted = rho >= hp.threshold
     r = (rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)
@@ -43,12 +45,13 @@ def with_rectification(hp: Hyperparams) -> Hyperparams:
 
 
 def sma_length(b2: Beta, t):
-    """Liu et al. 2020, equation 3 and Algorithm 2: the length of the average after ``t`` steps, and its limit.
+    """``rho`` and ``rho_inf``: the length of the moving average after ``t`` steps, and its limit.
 
-    ``rho_inf = 2 / (1-b2) - 1`` and ``rho = rho_inf - 2 * t * b2**t / (1 - b2**t)``, whose terms agree to all of
-    float32's digits but one or two while ``t`` is small. With ``a = 1-b2`` the same number is
-    ``2*t - 1 - 2 * d / (a * (a*t - d))``, where ``d = b2**t - 1 + a*t`` is the binomial series of ``(1-a)**t`` from its
-    second term on; up to ``a*t = 1`` twenty terms leave less than 1e-18 of it.
+    Liu et al. 2020, equation 3 and Algorithm 2: ``rho_inf = 2 / (1-b2) - 1`` and
+    ``rho = rho_inf - 2 * t * b2**t / (1 - b2**t)``. For small ``t`` this difference cancels almost all digits of
+    float32. With ``a = 1-b2``, ``rho`` is also ``2*t - 1 - 2 * d / (a * (a*t - d))``, where ``d = b2**t - 1 + a*t`` is
+    the binomial series of ``(1-a)**t`` without its first two terms. For ``a*t <= 1`` the error of twenty terms is below
+    1e-18.
     """
     a = b2.one_minus_b
     rho_inf = 2 / a - 1
@@ -70,7 +73,7 @@ def scale_by_radam(
     threshold: optax.ScalarOrSchedule = 5.0,
     *,
     nesterov: bool = False,
-    eps_mode: str = "paper",
+    eps_mode: EpsMode = "paper",
     moments: Moments = "float32",
 ) -> Transformation:
     r"""Rescale gradients by RAdam's rule, without the learning rate.
@@ -83,14 +86,19 @@ def scale_by_radam(
 
         r_t = \sqrt{\frac{(\rho_t - 4)(\rho_t - 2) \rho_\infty}{(\rho_\infty - 4)(\rho_\infty - 2) \rho_t}}.
 
-    Departures from the paper: its threshold is 4, Optax's and PyTorch's is 5; it has no ``eps``. PyTorch adds
-    ``eps`` before the correction: ``eps_mode="hat"`` equals `torch.optim.RAdam`.
+    The paper has threshold 4 and no ``eps``; Optax and PyTorch have threshold 5. PyTorch adds ``eps`` before the bias
+    correction: ``eps_mode="hat"`` equals `torch.optim.RAdam`.
 
     Args:
-        b1, b2, eps, eps_root, nesterov, eps_mode: see `jadam.scale_by_adam`. If ``b2`` is a schedule,
-            :math:`\rho_t` is that of today's value.
-        moments: see `jadam.scale_by_adam`; no ``"int8"``.
-        threshold: the :math:`\rho_t` from which on Adam's direction is taken, >= 4, in steps.
+        b1: decay rate of the first moment, in [0, 1).
+        b2: decay rate of the second moment, in [0, 1). Of a schedule, :math:`\rho_t` takes the current value.
+        eps: added to the denominator, >= 0, in the unit of the gradient.
+        eps_root: added inside the square root, >= 0, in the unit of the gradient squared.
+        threshold: :math:`\rho_t` from which on Adam's direction is taken, >= 4, in steps.
+        nesterov: True takes the Nesterov momentum of `jadam.nadam`.
+        eps_mode: ``"paper"`` adds ``eps`` as Algorithm 1 does; ``"hat"`` adds it before the bias correction.
+        moments: storage of the moments: ``"float32"`` or ``"bfloat16"``, or a function ``f(path, leaf)`` that returns
+            one of these.
 
     Returns:
         A transformation with `jadam.scale_by_adam`'s state.
@@ -126,14 +134,22 @@ def radam(
     threshold: optax.ScalarOrSchedule = 5.0,
     *,
     nesterov: bool = False,
-    eps_mode: str = "paper",
+    eps_mode: EpsMode = "paper",
     moments: Moments = "float32",
 ) -> Transformation:
-    """Rectified Adam, a drop-in for `optax.radam`; with ``eps_mode="hat"`` equal to `torch.optim.RAdam`.
+    r"""Rectified Adam, a drop-in for `optax.radam`; with ``eps_mode="hat"`` equal to `torch.optim.RAdam`.
 
     Args:
-        learning_rate: see `jadam.adam`.
-        b1, b2, eps, eps_root, threshold, nesterov, eps_mode, moments: see `scale_by_radam`.
+        learning_rate: step size :math:`\alpha` >= 0: a number, or a schedule of the number of steps taken.
+        b1: decay rate of the first moment, in [0, 1).
+        b2: decay rate of the second moment, in [0, 1).
+        eps: added to the denominator, >= 0, in the unit of the gradient.
+        eps_root: added inside the square root, >= 0, in the unit of the gradient squared.
+        threshold: :math:`\rho_t` from which on Adam's direction is taken, >= 4, in steps.
+        nesterov: True takes the Nesterov momentum of `jadam.nadam`.
+        eps_mode: ``"paper"`` adds ``eps`` as Algorithm 1 does; ``"hat"`` adds it before the bias correction.
+        moments: storage of the moments: ``"float32"`` or ``"bfloat16"``, or a function ``f(path, leaf)`` that returns
+            one of these.
 
     Returns:
         A transformation with `optax.radam`'s state.

@@ -9,11 +9,10 @@ stored formats or schedules; this file knows nothing of Adam. `scale_by_rule` ma
 import collections
 import dataclasses
 import functools
-import inspect
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.core
@@ -606,37 +605,6 @@ _compiled_hyperparams = jax.jit(
     _hyperparams, static_argnums=(0, 1, 2), inline=True
 )  # one program where nothing is traced
 _incremented = jax.jit(optax.safe_increment, inline=True)
-
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def call_as_repr(function: F) -> F:
-    """Make the transformations that a public function returns print as its call, without default arguments."""
-    parameters = inspect.signature(function).parameters
-
-    @functools.wraps(function)
-    def wrapper(*args, **kwargs):
-        tx = function(*args, **kwargs)
-        given = {**dict(zip(parameters, args, strict=False)), **kwargs}
-        shown = [f"{x}={_short(given[x])}" for x in parameters if x in given and not _same(given[x], parameters[x])]
-        tx.update.call = f"jadam.{function.__name__}({', '.join(shown)})"
-        return tx
-
-    return cast(F, wrapper)
-
-
-def _same(value, parameter: inspect.Parameter) -> bool:
-    """Whether ``value`` is the parameter's default."""
-    return value is parameter.default or (isinstance(value, (int, float, str)) and value == parameter.default)
-
-
-def _short(value) -> str:
-    """A value's ``repr``, without addresses, and not long; of a schedule the function that made it."""
-    if inspect.isroutine(value):
-        return f"<{value.__qualname__.split('.<locals>')[0].strip('<>')}>"
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def scale_by_learning_rate_and_decay(direction: Transformation, learning_rate, *decaying) -> Transformation:

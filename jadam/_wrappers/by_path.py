@@ -15,6 +15,7 @@ from jadam._core.trees import NamedLeaves, leaf_name
 from jadam._moments import formats
 from jadam._moments.formats import Moments
 from jadam._optimizers.adam import scale_by_adam
+from jadam._transformation.public import call_as_repr
 from jadam._transformation.transformation import (
     FROZEN_RULE,
     FusedUpdate,
@@ -23,7 +24,6 @@ from jadam._transformation.transformation import (
     ScheduledBetasState,
     Transformation,
     Update,
-    call_as_repr,
     or_nan,
     over,
     schedule_value,

@@ -285,15 +285,20 @@ def test_the_family(member):
     p = {"w": np.ones_like(kernel(0)["w"])}
     state = initial(tx)(p)
     for g in gs:
+        (leaf_update,), _ = tx.update.fuse({"w": g.astype(np.float32)}, state, p)
         _, state, u = updating(tx)({"w": g.astype(np.float32)}, state, p)
     directions = member.oracle(gs, **settings)
     told, given = (x.total for x in telling(tx)(state, p, u))
     b1, b2, eps = settings["b1"], settings["b2"], settings["eps"]
     m = functools.reduce(lambda m, g: b1 * m + (1 - b1) * g, gs, 0)
-    v = functools.reduce(lambda v, g: b2 * v + (1 - b2) * g**2, gs, 0)
     t = len(gs)
     v_hats = [functools.reduce(lambda v, g: b2 * v + (1 - b2) * g**2, gs[:k], 0) / (1 - b2**k) for k in range(1, t + 1)]
-    root = np.sqrt(v / (1 - b2**t))
+    root = np.sqrt(v_hats[-1])
+    rule = leaf_update.rule
+    if rule.state_type not in (optax.ScaleByAdamState, optax.ScaleByAmsgradState):  # a later relative: its own root
+        root = np.asarray(
+            rule.root(leaf_update.hyperparams, *(optax.tree.get(state, x)["w"] for x in rule.moments[1:]))
+        )
     if member.name.startswith("adamax"):
         root = functools.reduce(lambda x, g: np.maximum(b2 * x, np.abs(g) + eps), gs, 0)
     if member.name == "amsgrad":

@@ -48,9 +48,9 @@ def test_adam_rule():
 
 def test_direction():
     m_hat, v_hat = arrays(M, V)
-    np.testing.assert_allclose(_adam.direction(step(), m_hat, v_hat), expected_direction(M, V), **CLOSE)
+    np.testing.assert_allclose(_adam.adam_direction(step(), m_hat, v_hat), expected_direction(M, V), **CLOSE)
     nothing = step().replace(eps=DTYPE.type(0), eps_root=DTYPE.type(0))
-    assert _adam.direction(nothing, jnp.zeros(1), jnp.zeros(1)) == 0
+    assert _adam.adam_direction(nothing, jnp.zeros(1), jnp.zeros(1)) == 0
 
 
 def look_ahead_of(m, g, momentum=B1):

@@ -1,0 +1,58 @@
+"""What the public functions that make transformations share: a readable signature, and the call as ``repr``."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar, cast
+
+F = TypeVar("F", bound=Callable[..., Any])
+EpsMode = Literal["paper", "hat"]
+Mask = Any | Callable[[Any], Any]  # a tree of booleans, or a function from the parameters to one
+
+
+class Signature(inspect.Signature):
+    """A signature that prints one parameter a line, with the names of type aliases as they are written.
+
+    `help` of Python 3.11 and 3.12 would print one long line.
+    """
+
+    def __str__(self):
+        lines, keyword_only = [], False
+        for p in self.parameters.values():
+            if p.kind is p.KEYWORD_ONLY and not keyword_only:
+                lines, keyword_only = [*lines, "    *,"], True
+            default = "" if p.default is p.empty else f" = {p.default!r}"
+            lines.append(f"    {p.name}: {p.annotation}{default},")
+        return "\n".join(["(", *lines, f") -> {self.return_annotation}"])
+
+
+def call_as_repr(function: F) -> F:
+    """Make the returned transformation print as the call of ``function``, without arguments that are defaults."""
+    signature = inspect.signature(function)
+    parameters = signature.parameters
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        tx = function(*args, **kwargs)
+        given = {**dict(zip(parameters, args, strict=False)), **kwargs}
+        shown = [
+            f"{x}={_short(given[x])}" for x in parameters if x in given and not _is_default(given[x], parameters[x])
+        ]
+        tx.update.call = f"jadam.{function.__name__}({', '.join(shown)})"
+        return tx
+
+    public = cast(Any, wrapper)
+    public.__signature__ = Signature(list(parameters.values()), return_annotation=signature.return_annotation)
+    return public
+
+
+def _is_default(value, parameter: inspect.Parameter) -> bool:
+    return value is parameter.default or (isinstance(value, (int, float, str)) and value == parameter.default)
+
+
+def _short(value) -> str:
+    """The ``repr`` of a value, cut to 200 characters; for a schedule, the name of the function that made it."""
+    if inspect.isroutine(value):
+        return f"<{value.__qualname__.split('.<locals>')[0].strip('<>')}>"
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."
