@@ -309,7 +309,7 @@ def test_bfloat16_throughout_the_family(member):
         g = jax.tree.map(lambda x, t=t: np.full(x.shape, 1 + t % 3, x.dtype), p)
         u, state = update(g, state, p)
         v, expected = update_plain(g, expected, p)
-        # a moment's error is at most bfloat16's spacing, 2**-7, of which v's counts half; if v has m in it, m's once more
+        # a moment's error is at most bfloat16's spacing, 2**-7, of which v's counts half; a v made of m has m's too
         rtol = 2**-6 if isinstance(expected[0], (optax.ScaleByAdamState, optax.ScaleByAmsgradState)) else 2**-5
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=rtol), u, v)
     assert update._cache_size() == 1
