@@ -43,7 +43,7 @@ class Optimizer(nnx.Optimizer):
 
     def __init__(self, model, tx, *, wrt, **kwargs):
         """`nnx.Optimizer`'s."""
-        checks.transformation("Optimizer needs", tx)
+        checks.check_transformation("Optimizer needs", tx)
         super().__init__(model, tx, wrt=wrt, **kwargs)
 
     # Flax's returns None or updates, depending on its version.
@@ -90,8 +90,8 @@ class TrainState(train_state.TrainState):
     @classmethod
     def create(cls, *, apply_fn, params, tx, **kwargs):
         """A new one, at step 0; `train_state.TrainState`'s."""
-        checks.transformation("TrainState needs", tx)
-        checks.arrays(params, "params")
+        checks.check_transformation("TrainState needs", tx)
+        checks.check_arrays(params, "params")
         return super().create(apply_fn=apply_fn, params=params, tx=tx, **kwargs)
 
     def apply_gradients(self, *, grads, **kwargs):

@@ -123,12 +123,12 @@ def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[s
         >>> print(*tx.init(params)[0].mu["kernel"].sharding.spec)
         data
     """
-    checks.transformation("zero1 needs", tx)
+    checks.check_transformation("zero1 needs", tx)
     _checks_mesh(mesh)
     axes = tuple(name for name in _axes(axis, mesh) if mesh.shape[name] > 1)
     if not axes:
         raise ValueError(f"axis {axis!r} has size 1 in the mesh {dict(mesh.shape)}: there is nothing to divide over.")
-    checks.trainable(params, "params")
+    checks.check_trainable(params, "params")
     layout = _layout(tx, params, mesh, axes)
     inner = optax.with_extra_args_support(optax.GradientTransformation(tx.init, tx.update))
     param_shardings, state_shardings = (
@@ -138,7 +138,7 @@ def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[s
     shardings = [x.sharding for x in wanted]
 
     def values(tree, what):
-        checks.values(tree, what)
+        checks.check_values(tree, what)
         if isinstance(mesh, AbstractMesh) and not all(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree)):
             raise ValueError(
                 "mesh must be a jax.sharding.Mesh for init and update, got an AbstractMesh, which has no devices and "
@@ -176,7 +176,7 @@ def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[s
 
     def init(params):
         check(params, "params")
-        checks.trainable(params, "params")
+        checks.check_trainable(params, "params")
 
         def whole(params):
             return list(map(_reshaped, jax.tree.leaves(tx.init(params)), wanted))
@@ -236,7 +236,7 @@ def spread(shapes, mesh, axis: str | Sequence[str] | None) -> Any:
         >>> print(*jadam.sharding.spread(jnp.ones((2, 8)), mesh, "model").sharding.spec)
         None model
     """
-    checks.arrays(shapes, "shapes")
+    checks.check_arrays(shapes, "shapes")
     _checks_mesh(mesh)
     axes = () if axis is None else _axes(axis, mesh)
     n = math.prod(mesh.shape[name] for name in axes)
@@ -256,14 +256,14 @@ def spread(shapes, mesh, axis: str | Sequence[str] | None) -> Any:
 
 def _checks_mesh(mesh) -> None:
     if not isinstance(mesh, (Mesh, AbstractMesh)):
-        got = checks.shown(mesh)
+        got = checks.short_repr(mesh)
         raise TypeError(f"mesh must be a jax.sharding.Mesh, got {got}. Make one: jax.make_mesh((8,), ('data',)).")
 
 
 def _axes(axis, mesh) -> tuple[str, ...]:
     axes = tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
     if not axes or any(not isinstance(name, str) or name not in mesh.shape for name in axes):
-        raise ValueError(f"axis must be of the mesh's {tuple(mesh.shape)}, got {checks.shown(axis)}.")
+        raise ValueError(f"axis must be of the mesh's {tuple(mesh.shape)}, got {checks.short_repr(axis)}.")
     if len(set(axes)) < len(axes):
         raise ValueError(f"axis must name each axis of the mesh once, got {axis!r}.")
     return axes

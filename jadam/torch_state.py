@@ -41,7 +41,7 @@ import numpy as np
 from jadam._checkpoints.checksum import checksum
 from jadam._checkpoints.convert import has_moments
 from jadam._core import checks
-from jadam._core.files import replacing
+from jadam._core.files import atomic_replace
 from jadam._core.numerics import at_least_float32
 from jadam._core.trees import find_states
 from jadam._moments import formats
@@ -163,7 +163,7 @@ def to_torch(state, names, path=None) -> dict[str, np.ndarray]:
         flat[leaf.step] = np.array(leaf.count, np.float32)
     if path is not None and safetensors is not None:
         try:
-            with replacing(path) as scratch:
+            with atomic_replace(path) as scratch:
                 safetensors.numpy.save_file(flat, scratch, {_CHECKSUM: _checksum(flat)})
         except (OSError, safetensors.SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
@@ -234,7 +234,7 @@ def _leaves(state, names) -> tuple[list[_Leaf], list[str]]:
     """The leaves that have a name, and what is wrong with the others."""
     if not isinstance(names, Mapping):
         raise TypeError(
-            f"names must be a dict from leaf paths to PyTorch's names, got {checks.shown(names)} of type "
+            f"names must be a dict from leaf paths to PyTorch's names, got {checks.short_repr(names)} of type "
             f"{type(names).__name__}."
         )
     leaves, problems, seen, owner = [], [], set(), {}
@@ -318,7 +318,7 @@ def _encoded(leaf: _Leaf, entries, count: int) -> list[jax.Array]:
     own = lambda key: np.array(entries[key].transpose(leaf.layout))  # on a CPU JAX may go on using NumPy's memory
     moments = [_placed(own(key), leaf.arrays[0]) for key in leaf.moments]
     taken = jnp.asarray(max(count - 1, 0), jnp.uint32)
-    random = lambda k: formats.random_bits(moments[0].shape, formats.salt(leaf.path), taken)(k)
+    random = lambda k: formats.random_bits(moments[0].shape, formats.leaf_salt(leaf.path), taken)(k)
     new = leaf.format.encode(moments, leaf.stored, random)
     return [_like(x, old) for x, old in zip((*new, *leaf.arrays[len(new) :]), leaf.arrays, strict=True)]
 
@@ -371,7 +371,7 @@ def _safetensors_path(name: str, path) -> Path:
     """``path``, which could be a pickle if it did not end so."""
     if not isinstance(path, (str, os.PathLike)):
         kinds = "a dict of arrays or the path of a .safetensors file" if name == "source" else "a path"
-        raise TypeError(f"{name} must be {kinds}, got {checks.shown(path)} of type {type(path).__name__}.")
+        raise TypeError(f"{name} must be {kinds}, got {checks.short_repr(path)} of type {type(path).__name__}.")
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(

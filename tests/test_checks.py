@@ -5,6 +5,7 @@ all that is wrong with a file at once, a line each.
 """
 
 import functools
+import json
 import re
 
 import equinox as eqx
@@ -15,6 +16,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from flax.serialization import to_state_dict
 from golden import texts
 from helpers import MESH, ones, zeros
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
@@ -39,6 +41,13 @@ RULES = [("", {})]
 VECTOR = ones(16)
 DIVIDED = zero1(ADAM, VECTOR, MESH, "data")
 SHAPE = jax.ShapeDtypeStruct((2, 3), jnp.float32)
+COMPLEX = cast(W, np.complex64)
+MATRIX = zeros((64, 128))
+INT8 = jadam.adam(1e-3, moments="int8")
+CODES = INT8.init(MATRIX)
+UNTYPED = "State comes before params. If it was restored without its types (JSON, msgpack, Orbax): "
+REBUILD = "jax.tree.unflatten(jax.tree.structure(tx.init(params)), jax.tree.leaves(state))"
+TEMPLATE = "restore it into the template tx.init(params)"
 
 
 def updated(tx=None, params=W, **changed):
@@ -85,8 +94,16 @@ HYPERPARAMETERS = [
     (lambda: jadam.adam(1e-3, b2=0.9j), TypeError, "b2 must be a number or a schedule in [0, 1), got 0.9j"),
     (lambda: jadam.adam(1e-3, b2=ones(3) * 0.9), ValueError, "b2 must be a scalar, got an array of shape (3,)"),
     (lambda: jadam.adam(1e-3, b2=np.ones(3) * 0.9), ValueError, "b2 must be a scalar, got an array of shape (3,)"),
-    (lambda: jadam.adam(1e-3, b2=jnp.int32(0)), TypeError, "b2 must be a real floating number in [0, 1), got an array"),
-    (lambda: jadam.adam(1e-3, b2=jnp.bfloat16(0.9)), TypeError, "b2 must be float32 or wider, got bfloat16"),
+    (
+        lambda: jadam.adam(1e-3, b2=jnp.int32(0)),
+        TypeError,
+        "b2 must be a real floating-point number in [0, 1), got an array",
+    ),
+    (
+        lambda: jadam.adam(1e-3, b2=jnp.bfloat16(0.9)),
+        TypeError,
+        "b2 must be float32 or wider, got bfloat16: 16 bits round 0.999 to 1 or 1e-8 to 0. Use a Python number or a float32 array. With optax.inject_hyperparams: hyperparam_dtype=jnp.float32.",
+    ),
     (lambda: jadam.adam(1e-3, eps=jnp.float16(1e-3)), TypeError, "eps must be float32 or wider, got float16"),
     (lambda: jadam.adam(1e-3, eps=-1e-8), ValueError, "eps must be >= 0, got -1e-08."),
     (lambda: jadam.adam(1e-3, eps_root=-1), ValueError, "eps_root must be >= 0, got -1."),
@@ -126,7 +143,7 @@ HYPERPARAMETERS = [
     (
         lambda: jadam.adamw(0.1, max_lr=optax.constant_schedule(1.0)),
         TypeError,
-        "max_lr must be a number > 0, got the callable <function",
+        "max_lr must be a number > 0, got <function",
     ),
     (lambda: jadam.adamw(0.1, mask="kernel"), TypeError, "mask must be True or False, got 'kernel'."),
     (
@@ -137,7 +154,7 @@ HYPERPARAMETERS = [
     (
         lambda: jadam.adamw(0.1, mask={"w": True}).init(W),
         ValueError,
-        "mask must have the parameters' tree or a part of it from the top, got PyTreeDef({'w': *}) for PyTreeDef(",
+        "mask must have the parameters' tree structure or a prefix of it, got PyTreeDef({'w': *}) for PyTreeDef(",
     ),
     (
         lambda: jadam.adamw(0.1, mask=lambda params: params).init(W),
@@ -213,7 +230,17 @@ HYPERPARAMETERS = [
     (
         lambda: jadam.average_params(optax.constant_schedule(0.9)),
         TypeError,
-        "decay must be a number in [0, 1), got the callable",
+        "decay must be a number in [0, 1), got <function",
+    ),
+    (
+        lambda: updated(optax.inject_hyperparams(jadam.adam)(1e-3), HALF),
+        TypeError,
+        "b1 must be float32 or wider, got bfloat16: 16 bits round 0.999 to 1 or 1e-8 to 0. Use a Python number or a float32 array. With optax.inject_hyperparams: hyperparam_dtype=jnp.float32.",
+    ),
+    (
+        lambda: updated(jadam.adam(1e-3, b2=lambda count: jnp.bfloat16(0.99))),
+        TypeError,
+        "b2 must be float32 or wider, got bfloat16: 16 bits round 0.999 to 1 or 1e-8 to 0. Use a Python number or a float32 array.",
     ),
 ]
 
@@ -224,17 +251,17 @@ TREES = [
         "params['ids'] must be floating or complex to be trained, got int32",
     ),
     (lambda: jadam.adam(1e-3).init({"m": ones(2, bool)}), TypeError, "params['m'] must be floating or complex"),
-    (lambda: updated(g={"w": W["w"]}), ValueError, "params['b']['c'] has no counterpart in updates"),
-    (lambda: updated(g={"w": W["w"]}, p=None), ValueError, "updates['b']['c'] is missing (or None), state.mu has it"),
-    (lambda: updated(g={**W, "z": W["w"]}, p=None), ValueError, "updates['z'] has no counterpart in state.mu"),
-    (lambda: updated(g={**W, "b": {"c": None}}, p=None), ValueError, "updates['b']['c'] is missing (or None)"),
+    (lambda: updated(g={"w": W["w"]}), ValueError, "updates['b']['c'] is missing or None, params has it."),
+    (lambda: updated(g={"w": W["w"]}, p=None), ValueError, "updates['b']['c'] is missing or None, state.mu has it"),
+    (lambda: updated(g={**W, "z": W["w"]}, p=None), ValueError, "state.mu['z'] is missing or None, updates has it."),
+    (lambda: updated(g={**W, "b": {"c": None}}, p=None), ValueError, "updates['b']['c'] is missing or None"),
     (
         lambda: updated(g={**W, "b": {"c": zeros(4)}}, p=None),
         ValueError,
         "updates['b']['c'] has shape (4,), state.mu",
     ),
-    (lambda: updated(g=(W["w"],), p=None), ValueError, "updates[0] has no counterpart in state.mu"),
-    (lambda: updated(jadam.scale_by_adam(), g=[W], p=None), ValueError, "updates[0]['b']['c'] has no counterpart"),
+    (lambda: updated(g=(W["w"],), p=None), ValueError, "state.mu[0] is missing or None, updates has it."),
+    (lambda: updated(jadam.scale_by_adam(), g=[W], p=None), ValueError, "state.mu[0]['b']['c'] is missing or None"),
     (lambda: updated(p={**W, "w": ones(2)}), ValueError, "params['w'] has shape (2,), updates has (2, 3)"),
     (lambda: updated(g=cast(W, int)), TypeError, "updates['b']['c'] must be floating"),
     (
@@ -255,7 +282,7 @@ TREES = [
     (
         lambda: updated(jadam.adam(1e-3, mu_dtype=jnp.bfloat16), g=ones(2, jnp.complex64), params=ones(2)),
         TypeError,
-        "mu_dtype must be complex for complex gradients, got bfloat16 for updates. Leave it out.",
+        "updates is a complex gradient, but params is real (float32). Take the gradient's real part: jnp.real(g).",
     ),
     (lambda: updated(g={**W, "w": "one"}), TypeError, "updates['w'] must be an array, got 'one' of type str."),
     (
@@ -277,35 +304,35 @@ TREES = [
     (
         lambda: updated(g=donated()),
         ValueError,
-        "updates['b']['c'] must be there, but was donated to an earlier step or deleted. Go on with what that step returned.",
+        "updates['b']['c'] was donated to an earlier step; use the value that step returned.",
     ),
-    (lambda: updated(p=donated()), ValueError, "params['b']['c'] must be there, but was donated"),
-    (lambda: updated(state=donated(STATE)), ValueError, "state[0].count must be there, but was donated"),
+    (lambda: updated(p=donated()), ValueError, "params['b']['c'] was donated"),
+    (lambda: updated(state=donated(STATE)), ValueError, "state[0].count was donated"),
     (
         lambda: updated(jadam.adam(1e-3, moments="int8"), state=donated(jadam.adam(1e-3, moments="int8").init(W))),
         ValueError,
-        "state[0].count must be there, but was donated",
+        "state[0].count was donated",
     ),
     (
         lambda: updated(jadam.by_path(RULES, 1e-3), p=donated()),
         ValueError,
-        "params['b']['c'] must be there, but was donated",
+        "params['b']['c'] was donated",
     ),
     (lambda: updated(state=None), TypeError, "state must be the tuple of 2 that init returns, got NoneType."),
     (
         lambda: updated(state=W),
         TypeError,
-        "state must be the tuple of 2 that init returns, got dict of 2. Was it made by another transformation?",
+        "state must be the tuple of 2 that init returns, got dict of 2. State comes before params. If it was restored without its types (JSON, msgpack, Orbax): jax.tree.unflatten(",
     ),
     (
         lambda: updated(state=SGD.init(W)),
         TypeError,
-        "state must be the ScaleByAdamState that init returns, got EmptyState. Was it made by another",
+        "state must be the ScaleByAdamState that init returns, got EmptyState. It was made by another optimizer",
     ),
     (
         lambda: updated(state=(STATE[0]._replace(count=3), STATE[1])),
         TypeError,
-        "state.count must be int32, got int. Cast no state as a whole;",
+        "state.count must be int32, got int. Convert it: jnp.int32(state.count).",
     ),
     (
         lambda: updated(state=(STATE[0]._replace(count=zeros(8, int)), STATE[1])),
@@ -315,7 +342,7 @@ TREES = [
     (
         lambda: updated(state=(STATE[0]._replace(mu=None), STATE[1])),
         ValueError,
-        "updates['b']['c'] has no counterpart in state.mu",
+        "state.mu is None.",
     ),
     (
         lambda: updated(jadam.adam(1e-3, b1=optax.constant_schedule(0.9)), state=STATE),
@@ -327,8 +354,8 @@ TREES = [
         TypeError,
         "state must be the tuple of 2 that init returns, got tuple of 1.",
     ),
-    (lambda: stepped(g=None), ValueError, "params['b']['c'] has no counterpart in updates"),
-    (lambda: stepped(p=None), ValueError, "step needs params: call step(tx, grads, state, params)."),
+    (lambda: stepped(g=None), ValueError, "grads is None. Call step(tx, grads, state, params)."),
+    (lambda: stepped(p=None), ValueError, "params is None. Call step(tx, grads, state, params)."),
     (lambda: stepped(g={**W, "w": ones(3)}), ValueError, "params['w'] has shape (2, 3), updates has (3,)."),
     (
         lambda: stepped(state=SGD.init(W)),
@@ -337,21 +364,21 @@ TREES = [
     ),
     (lambda: stepped(g={**W, "w": "one"}), TypeError, "grads['w'] must be an array, got 'one' of type str."),
     (lambda: stepped(state="state"), TypeError, "state must be an array, got 'state' of type str."),
-    (lambda: stepped(p=donated()), ValueError, "params['b']['c'] must be there, but was donated to an earlier step"),
+    (lambda: stepped(p=donated()), ValueError, "params['b']['c'] was donated to an earlier step"),
     (
         lambda: stepped(p={**W, "w": SHAPE}),
         TypeError,
-        "params['w'] must be an array, got a ShapeDtypeStruct, which has no values. For shapes: jax.eval_shape.",
+        "params['w'] must be an array, got a ShapeDtypeStruct, which has no values. To compute with shapes: jax.eval_shape.",
     ),
     (
         lambda: stepped(g=on(1), p=on(2)),
         ValueError,
-        "all must be on the same devices, got params['b']['c'] on [CpuDevice(id=2)] and grads['b']['c'] on [CpuDevice(id=1)]. Move one: jax.device_put(params, sharding).",
+        "grads, state, params must be on the same devices, got params['b']['c'] on [CpuDevice(id=2)] and grads['b']['c'] on [CpuDevice(id=1)]. Move one: jax.device_put(params, sharding).",
     ),
     (
         lambda: jadam.step(None, 1, 2, 3),
         TypeError,
-        "step needs an Optax transformation, got None. Pass jadam.adam(...), for one.",
+        "step needs an Optax transformation, got None. For example: jadam.adam(1e-3).",
     ),
     (lambda: jadam.step(jadam.adam, W, STATE, W), TypeError, "step needs an Optax transformation, got <function adam"),
     (lambda: jadam.chain(ADAM, 3), TypeError, "chain's stage 1 must be an Optax transformation, got 3."),
@@ -410,13 +437,59 @@ TREES = [
         TypeError,
         "Optimizer needs an Optax transformation, got <function adam",
     ),
+    (lambda: updated(g=None), ValueError, "updates is None. Gradients, parameters and the tree given to init"),
+    (lambda: updated(g=None, p=None), ValueError, "updates is None."),
+    (lambda: updated(EXACT, HALF, g=None), ValueError, "updates is None."),
+    (
+        lambda: updated(g=COMPLEX),
+        TypeError,
+        "updates['b']['c'] is a complex gradient, but params['b']['c'] is real (float32). Take the gradient's real part: jnp.real(g).",
+    ),
+    (
+        lambda: stepped(INT8, MATRIX, g=MATRIX + 1j),
+        TypeError,
+        "updates is a complex gradient, but params is real (float32). Take the gradient's real part: jnp.real(g).",
+    ),
+    (
+        lambda: updated(g=COMPLEX, p=None),
+        TypeError,
+        "updates['b']['c'] is a complex gradient, but state.mu['b']['c'] is real (float32). Take the gradient's real part: jnp.real(g). If the parameter is complex, leave out mu_dtype.",
+    ),
+    (
+        lambda: updated(jadam.adam(1e-3, mu_dtype=jnp.bfloat16), COMPLEX),
+        TypeError,
+        "state.mu['b']['c'] must be complex for a complex parameter, got bfloat16. Leave out mu_dtype, and call init on these parameters.",
+    ),
+    (lambda: updated(state=list(STATE)), TypeError, f"got list of 2. {UNTYPED}{REBUILD}."),
+    (lambda: updated(state=to_state_dict(STATE)), TypeError, f"got dict of 2. {UNTYPED}{REBUILD}."),
+    (lambda: stepped(INT8, MATRIX, state=to_state_dict(CODES)), TypeError, f"got dict of 2. {UNTYPED}{TEMPLATE}."),
+    (
+        lambda: updated(jadam.scale_by_adam(), state=to_state_dict(STATE[0])),
+        TypeError,
+        f"state must be the ScaleByAdamState that init returns, got dict. {UNTYPED}{REBUILD}.",
+    ),
+    (
+        lambda: updated(EXACT, HALF, state=to_state_dict(EXACT.init(HALF))),
+        TypeError,
+        f"state must be the ExactBF16State that init returns, got dict. {UNTYPED}{TEMPLATE}.",
+    ),
+    (
+        lambda: updated(EXACT, HALF, state=None),
+        TypeError,
+        "state must be the ExactBF16State that init returns, got NoneType. Make it with tx.init(params).",
+    ),
+    (
+        lambda: ADAM.init({"f": len}),
+        TypeError,
+        "of type builtin_function_or_method. Pass arrays only: eqx.filter(model, eqx.is_inexact_array) or nnx.state(model, nnx.Param).",
+    ),
 ]
 
 DTYPES = [
     (
         lambda: updated(g={**W, "w": np.zeros((2, 3), jax.dtypes.float0)}),
         TypeError,
-        "updates['w'] must be floating or complex to be trained, got float0, as the gradient of an integer is.",
+        "updates['w'] must be floating or complex to be trained, got float0, the gradient of an integer.",
     ),
     (
         lambda: updated(g={**W, "w": jax.random.split(jax.random.key(0), 6).reshape(2, 3)}),
@@ -431,12 +504,12 @@ DTYPES = [
     (
         lambda: ADAM.init(ones(3, jnp.float8_e4m3fn)),
         TypeError,
-        "params must have 16 bits or more to be trained, got float8_e4m3fn. Keep it in bfloat16, and cast in the model.",
+        "params must have at least 16 bits to be trained, got float8_e4m3fn. Keep it in bfloat16, and cast it in the model.",
     ),
     (
         lambda: updated(g={**W, "w": ones((2, 3), jnp.float8_e5m2)}),
         TypeError,
-        "updates['w'] must have 16 bits or more to be trained, got float8_e5m2.",
+        "updates['w'] must have at least 16 bits to be trained, got float8_e5m2.",
     ),
     (
         lambda: updated(jadam.chain(jadam.clip(1.0), ADAM), g=cast(W, int)),
@@ -456,12 +529,12 @@ DTYPES = [
     (
         lambda: updated(state=(STATE[0]._replace(count=jnp.float32(3)), STATE[1])),
         TypeError,
-        "state.count must be int32, got float32. Cast no state as a whole;",
+        "state.count must be int32, got float32. Do not cast the whole state.",
     ),
     (
         lambda: jadam.exact_bf16(0.1),
         TypeError,
-        "exact_bf16 needs an Optax transformation, got 0.1. Pass jadam.adam(...), for one.",
+        "exact_bf16 needs an Optax transformation, got 0.1. For example: jadam.adam(1e-3).",
     ),
     (
         lambda: jadam.exact_bf16(optax.chain(EXACT)).init(W),
@@ -517,7 +590,7 @@ DTYPES = [
     (
         lambda: jadam.float32_params({"w": HALF["w"]}, EXACT.init(HALF)),
         ValueError,
-        "params['b']['c'] is missing (or None), state.remainder has it.",
+        "params['b']['c'] is missing or None, state.remainder has it.",
     ),
     (
         lambda: jadam.float32_params(W, EXACT.init(HALF)),
@@ -527,7 +600,7 @@ DTYPES = [
     (
         lambda: jadam.float32_params(donated(HALF), EXACT.init(HALF)),
         ValueError,
-        "params['b']['c'] must be there, but was donated",
+        "params['b']['c'] was donated",
     ),
     (
         lambda: planning.shapes_of("gpt2", "half-ish"),
@@ -542,10 +615,7 @@ DTYPES = [
     (lambda: planning.shapes_of("gpt5"), ValueError, "model must be 'gpt2' or 'llama-7b' or 'llama-70b', got 'gpt5'."),
 ]
 
-MATRIX = zeros((64, 128))
-INT8 = jadam.adam(1e-3, moments="int8")
-CODES = INT8.init(MATRIX)
-FORMAT = "moments must be 'bfloat16' or 'float32' or 'int8' or a function f(path, leaf) to one of these, got "
+FORMAT = "moments must be 'bfloat16' or 'float32' or 'int8' or a function f(path, leaf) that returns one of them, got "
 
 FORMATS = [
     (lambda: jadam.adam(0.1, moments="int4"), ValueError, FORMAT + "'int4'."),
@@ -574,17 +644,17 @@ FORMATS = [
     (
         lambda: jadam.adam(0.1, mu_dtype=jnp.bfloat16, moments=lambda path, leaf: "int8"),
         ValueError,
-        "mu_dtype must be None where moments is a function, got bfloat16. Drop mu_dtype.",
+        "mu_dtype must be None when moments is a function, got bfloat16. Drop mu_dtype.",
     ),
     (
         lambda: jadam.adam(0.1, 0.9, 0.81, moments="int8"),
         ValueError,
-        "moments='int8' needs b1*b1 < b2, got b1 = 0.9 and b2 = 0.81: m / sqrt(v) would have no bound.",
+        "moments='int8' needs b1*b1 < b2, got b1 = 0.9 and b2 = 0.81: m / sqrt(v) would be unbounded.",
     ),
     (
         lambda: jadam.adam(0.1, 0.9, 0.5, moments="int8"),
         ValueError,
-        "moments='int8' needs b1*b1 < b2, got b1 = 0.9 and b2 = 0.5: m / sqrt(v) would have no bound.",
+        "moments='int8' needs b1*b1 < b2, got b1 = 0.9 and b2 = 0.5: m / sqrt(v) would be unbounded.",
     ),
     (
         lambda: jadam.adam(0.1, 0.9, 0.5, moments=lambda path, leaf: "int8").init(MATRIX),
@@ -594,12 +664,12 @@ FORMATS = [
     (
         lambda: jadam.amsgrad(0.1, moments="int8"),
         ValueError,
-        "moments must be 'bfloat16' or 'float32' here, got 'int8', whose codes",
+        "moments must be 'bfloat16' or 'float32' for this optimizer, got 'int8', which needs the bound",
     ),
     (
         lambda: updated(ADAM, MATRIX, state=CODES),
         TypeError,
-        "state must be the ScaleByAdamState that init returns, got QuantizedAdamState. Was it made by another transformation? If with other moments: jadam.convert_moments.",
+        "state must be the ScaleByAdamState that init returns, got QuantizedAdamState. It was made by another optimizer, or with other arguments. If only its moments are stored differently: jadam.convert_moments(state, moments).",
     ),
     (
         lambda: updated(INT8, MATRIX, state=ADAM.init(MATRIX)),
@@ -619,7 +689,7 @@ FORMATS = [
     (
         lambda: updated(INT8, MATRIX, state=(CODES[0]._replace(mu=MATRIX, nu=MATRIX), CODES[1])),
         TypeError,
-        "state.mu must be int8, for it has scales. Cast no state as a whole;",
+        "state.mu must be int8 because it has scales, got float32. Do not cast the whole state.",
     ),
     (
         lambda: updated(INT8, MATRIX, state=(CODES[0]._replace(version=zeros(2)), CODES[1])),
@@ -635,7 +705,7 @@ FORMATS = [
 
 RECORD = jadam.record(ADAM)
 ZERO1 = zero1(ADAM, VECTOR, MESH, "data")
-WHOLE = "must be a whole number > 0 and < 2**31, got "
+WHOLE = "must be an integer in [1, 2**31), got "
 
 TOLD = [  # statistics and records
     (
@@ -651,7 +721,7 @@ TOLD = [  # statistics and records
     (
         lambda: jadam.statistics(ADAM, W, W),
         TypeError,
-        "got dict of 2. Was it made by another transformation? It goes before params.",
+        "got dict of 2. State comes before params.",
     ),
     (
         lambda: jadam.statistics(None, None, W),
@@ -694,7 +764,7 @@ TOLD = [  # statistics and records
         "state must be the ScaleByAdamState that init returns, got ScaleByAmsgradState.",
     ),
     (lambda: jadam.statistics(ADAM, "state", W), TypeError, "state must be an array, got 'state' of type str."),
-    (lambda: jadam.statistics(ADAM, donated(STATE), W), ValueError, "state[0].count must be there, but was donated"),
+    (lambda: jadam.statistics(ADAM, donated(STATE), W), ValueError, "state[0].count was donated"),
     (
         lambda: jadam.statistics(jadam.by_path(RULES, 1e-3), jadam.by_path(RULES, 1e-3).init(W), [W]),
         ValueError,
@@ -703,12 +773,12 @@ TOLD = [  # statistics and records
     (
         lambda: jadam.statistics(ADAM, STATE, W, sample=0),
         ValueError,
-        "sample must be a whole number > 0 and < 2**31 or None, got 0.",
+        "sample must be an integer in [1, 2**31) or None, got 0.",
     ),
     (
         lambda: jadam.statistics(ADAM, STATE, W, sample=1e3),
         ValueError,
-        "sample must be a whole number > 0 and < 2**31 or None, got 1000.0.",
+        "sample must be an integer in [1, 2**31) or None, got 1000.0.",
     ),
     (
         lambda: jadam.record(optax.adam(1e-3)),
@@ -746,7 +816,7 @@ TOLD = [  # statistics and records
     (
         lambda: updated(ADAM, state=RECORD.init(W)),
         TypeError,
-        "state must be the tuple of 2 that init returns, got RecordState of a transformation around this one. Take what is within: state.inner_state.",
+        "state must be the tuple of 2 that init returns, got RecordState, the state of a wrapper. Pass state.inner_state.",
     ),
     (lambda: jadam.record(ADAM, every=0), ValueError, f"every {WHOLE}0."),
     (lambda: jadam.record(ADAM, every=None), ValueError, f"every {WHOLE}None."),
@@ -754,7 +824,7 @@ TOLD = [  # statistics and records
     (lambda: jadam.record(ADAM, every=2**40), ValueError, f"every {WHOLE}1099511627776."),
     (lambda: jadam.record(ADAM, keep=-3), ValueError, f"keep {WHOLE}-3."),
     (lambda: jadam.record(ADAM, keep=10.0), ValueError, f"keep {WHOLE}10.0."),
-    (lambda: jadam.record(ADAM, sample=0), ValueError, "sample must be a whole number > 0 and < 2**31 or None, got 0."),
+    (lambda: jadam.record(ADAM, sample=0), ValueError, "sample must be an integer in [1, 2**31) or None, got 0."),
     (
         lambda: jadam.history(STATE),
         ValueError,
@@ -838,7 +908,7 @@ SHARDINGS = [
     (
         lambda: zero1(3, VECTOR, MESH, "data"),
         TypeError,
-        "zero1 needs an Optax transformation, got 3. Pass jadam.adam(...), for one.",
+        "zero1 needs an Optax transformation, got 3. For example: jadam.adam(1e-3).",
     ),
     (
         lambda: zero1(ADAM, VECTOR, {"data": 8}, "data"),
@@ -948,7 +1018,7 @@ SHARDINGS = [
     (
         lambda: stepped(DIVIDED, VECTOR, p=donated(VECTOR)),
         ValueError,
-        "params must be there, but was donated to an earlier step",
+        "params was donated to an earlier step",
     ),
     (lambda: spread(VECTOR, {"data": 8}, "data"), TypeError, "mesh must be a jax.sharding.Mesh, got {'data': 8}."),
     (lambda: spread(VECTOR, MESH, "model"), ValueError, "axis must be of the mesh's ('data',), got 'model'."),
@@ -1013,12 +1083,12 @@ STATES = [  # conversions and checkpoints
     (
         lambda: jadam.convert_moments(jadam.amsgrad(1e-3).init(W), "int8"),
         ValueError,
-        "moments must be 'bfloat16' or 'float32' here, got 'int8'",
+        "moments must be 'bfloat16' or 'float32' for this optimizer, got 'int8'",
     ),
     (
         lambda: jadam.convert_moments(donated(STATE), "int8"),
         ValueError,
-        "state[0].count must be there, but was donated",
+        "state[0].count was donated",
     ),
     (
         lambda: jadam.convert_moments(jax.eval_shape(ADAM.init, W), "int8"),
@@ -1253,6 +1323,16 @@ def test_a_traced_rate_out_of_range_is_seen(name):
         assert np.isnan(u).all(), row
     for row, u in updates(0.5).items():
         assert np.isfinite(u).all(), row
+
+
+@pytest.mark.parametrize("untyped", [lambda state: json.loads(json.dumps(state)), to_state_dict], ids=["list", "dict"])
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+def test_a_state_restored_without_its_types_can_be_rebuilt(untyped, moments):
+    """As the error's text says."""
+    tx, params = jadam.adam(1e-3, moments=moments), {"a": 1.0, "b": {"c": 2.0}}
+    state = tx.update(params, tx.init(params), params)[1]
+    names = {"jax": jax, "tx": tx, "params": params, "state": untyped(jax.tree.map(float, state))}
+    jax.tree.map(np.testing.assert_array_equal, eval(REBUILD, names), state)
 
 
 def test_a_state_in_the_place_of_parameters():

@@ -43,7 +43,7 @@ def convert_moments(state, to: Moments) -> Any:
         >>> print(state[0].mu["w"].dtype)
         int8
     """
-    checks.values(state, "state")
+    checks.check_values(state, "state")
     found = []
 
     def one(x):
@@ -68,7 +68,7 @@ def has_moments(x) -> bool:
 
 def _converted(state, to: Moments, mixed: bool):
     if hasattr(state, "version"):
-        checks.version(state, formats.VERSION)
+        checks.check_version(state, formats.VERSION)
     names = [name for name in state._fields if name not in ("count", "version") and not name.endswith("_scale")]
     scales = [name for name in state._fields if name.endswith("_scale")]
     unknown = {"b1": None, "b2": None}
@@ -82,7 +82,7 @@ def _converted(state, to: Moments, mixed: bool):
         own = stored[: old.num_arrays(len(names))]
         moments = old.decode(own, at_least_float32(*own) if old.name == "float32" else jnp.float32)
         new = choose(path, own[0])
-        random = formats.random_bits(own[0].shape, formats.salt(path), state.count)
+        random = formats.random_bits(own[0].shape, formats.leaf_salt(path), state.count)
         empty = new.init(own[0] if old.name != "float32" else moments[0], len(names))
         converted = new.encode(moments, empty, random)
         return *converted, *(formats.placeholder(own[0]) for _ in range(arrays - len(converted)))

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from jadam._core.files import replacing, scratch_of
+from jadam._core.files import atomic_replace, temporary_path
 
 
 class CommandError(Exception):
@@ -20,8 +20,8 @@ def check_picture(out: Path) -> None:
     try:
         if out.is_dir():
             raise CommandError(f"--out must be a file, {out} is a folder")
-        scratch_of(out).touch()
-        scratch_of(out).unlink()
+        temporary_path(out).touch()
+        temporary_path(out).unlink()
     except OSError as error:
         raise CommandError(f"--out: cannot write {out.name} into {out.parent}: {error.strerror}") from None
     except ValueError as error:  # a null byte
@@ -31,7 +31,7 @@ def check_picture(out: Path) -> None:
 def save_picture(figure, out: Path) -> None:
     """Write the whole picture or, on failure, leave what was there."""
     try:
-        with replacing(out) as scratch:
+        with atomic_replace(out) as scratch:
             figure.savefig(scratch, dpi=130, format=out.suffix.removeprefix(".").lower())
     except OSError as error:
         raise CommandError(f"--out: cannot write {out}: {error.strerror}") from None

@@ -1,1 +1,1 @@
-"""What everything else uses: checks of the input, formulas that are exact in floating point, trees."""
+"""Input checks, accurate floating-point formulas, bfloat16 pairs, trees and files: used by all other folders."""

@@ -1,6 +1,6 @@
-"""A float32 number as its bfloat16 neighbour and the distance to it, counted in float32's own steps.
+"""A float32 number as a pair: the nearest bfloat16, and an int16 remainder that counts float32 spacings from it.
 
-Ties go away from zero, so that the count fits int16.
+Ties are rounded away from zero, so that the remainder fits int16.
 """
 
 import jax
@@ -12,16 +12,19 @@ bitcast = jax.lax.bitcast_convert_type
 
 
 def split(x):
-    """float32 as bfloat16 and the remainder, int16."""
+    """Split float32 into the nearest bfloat16 and an int16 remainder."""
     bits = bitcast(x, jnp.uint32)
-    bits = jnp.where(jnp.isnan(x), jnp.uint32(0x7FC00000), bits)  # rounding up another could make it -0.0
+    bits = jnp.where(jnp.isnan(x), jnp.uint32(0x7FC00000), bits)  # rounding up another NaN could give -0.0
     high = (bits + 0x8000) >> 16
     rest = (bits - (high << 16)).astype(jnp.uint16)
     return bitcast(high.astype(jnp.uint16), jnp.bfloat16), bitcast(rest, jnp.int16)
 
 
 def join(p, remainder):
-    """`split` undone; a weight that was set to 0 or infinity from outside loses a remainder that makes it NaN."""
+    """The inverse of `split`.
+
+    If a user set a parameter to 0 or infinity, a remainder that would make it NaN is dropped.
+    """
     high = bitcast(p, jnp.uint16)
     rest = remainder.astype(jnp.int32)
     magnitude = high & 0x7FFF
@@ -30,20 +33,20 @@ def join(p, remainder):
     return bitcast(bits, jnp.float32)
 
 
-def distance(p, x):
-    """The update that takes ``p`` to ``x`` rounded to bfloat16: -0.0, which changes nothing, where it is there."""
+def update_to(p, x):
+    """The update from ``p`` to ``x`` rounded to bfloat16. It is -0.0, which changes no bit, where they are equal."""
     rounded = split(x)[0]
-    there = bitcast(rounded, jnp.uint16) == bitcast(p, jnp.uint16)
-    return jnp.where(there, -0.0, _exactly(rounded) - _exactly(p))
+    equal = bitcast(rounded, jnp.uint16) == bitcast(p, jnp.uint16)
+    return jnp.where(equal, -0.0, _to_float32(rounded) - _to_float32(p))
 
 
 def remainder_of(p, x, update):
-    """The remainder of ``x`` if ``p + update`` lands on ``x`` rounded, otherwise 0."""
+    """The remainder of ``x`` where ``p + update`` is ``x`` rounded to bfloat16, otherwise 0."""
     rounded, rest = split(x)
-    landed = bitcast(apply_rounded(_exactly(p), update, jnp.bfloat16), jnp.uint32)
-    return jnp.where(landed == bitcast(_exactly(rounded), jnp.uint32), rest, 0)
+    updated = bitcast(apply_rounded(_to_float32(p), update, jnp.bfloat16), jnp.uint32)
+    return jnp.where(updated == bitcast(_to_float32(rounded), jnp.uint32), rest, 0)
 
 
-def _exactly(p):
-    """bfloat16 as float32, by bits: under jit XLA may take ``p`` from before it was rounded."""
+def _to_float32(p):
+    """Convert bfloat16 to float32 by bits: under jit, XLA may skip the rounding to bfloat16 before a convert."""
     return bitcast(bitcast(p, jnp.uint16).astype(jnp.uint32) << 16, jnp.float32)

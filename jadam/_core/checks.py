@@ -1,4 +1,4 @@
-"""Bad input stops here, with one line that says the name, the range, the value and the remedy."""
+"""Checks of the input. Every error is one line: the name, its range, the value and the remedy."""
 
 import functools
 import math
@@ -20,207 +20,214 @@ _RANGES: dict[str, Callable[[Any], Any]] = {
 
 
 def hyperparameter(name: str, value, allowed: str, *, hint: str = "", schedule: bool = True, wide: bool = False) -> Any:
-    """Return ``value`` as a float, a scalar `jax.Array`, or the schedule it is.
+    """Return ``value`` as a float, a scalar `jax.Array` or a schedule.
 
     Args:
-        allowed: a key of the table above. Traced values and schedules cannot be compared with it here.
-        schedule: whether a callable is welcome.
+        allowed: a key of `_RANGES`. Traced values and schedules are not compared with it here.
+        hint: the remedy for a value out of range.
+        schedule: whether a schedule is allowed.
         wide: whether an array must be float32 or wider.
     """
-    if callable(value):
-        if schedule:
-            return value
-        raise TypeError(f"{name} must be a number {allowed}, got the callable {shown(value)}.")
+    if callable(value) and schedule:
+        return value
     if isinstance(value, jax.Array):
-        return _array(name, value, allowed, hint, wide)
+        return _array_hyperparameter(name, value, allowed, hint, wide)
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (numbers.Real, np.ndarray)):
-        kinds = "a number or a schedule" if schedule else "a number"
-        raise TypeError(f"{name} must be {kinds} {allowed}, got {shown(value)} of type {type(value).__name__}.")
-    scalar(name, getattr(value, "shape", ()))
+        raise TypeError(
+            f"{name} must be a number{' or a schedule' * schedule} {allowed}, got {short_repr(value)} of type "
+            f"{type(value).__name__}."
+        )
+    check_scalar(name, getattr(value, "shape", ()))
     value = float(value)
-    _in_range(name, value, allowed, hint)
+    _check_range(name, value, allowed, hint)
     return value
 
 
-def _array(name, value, allowed, hint, wide):
-    scalar(name, value.shape)
+def _array_hyperparameter(name, value, allowed, hint, wide):
+    check_scalar(name, value.shape)
     if not jnp.issubdtype(value.dtype, jnp.floating):
-        raise TypeError(f"{name} must be a real floating number {allowed}, got an array of {value.dtype}.")
+        raise TypeError(f"{name} must be a real floating-point number {allowed}, got an array of {value.dtype}.")
     if wide and jnp.finfo(value.dtype).bits < 32:
         raise TypeError(
-            f"{name} must be float32 or wider, got {value.dtype}, in which 0.999 is 1 or 1e-8 is 0. "
-            "optax.inject_hyperparams casts to the parameters' dtype: pass it hyperparam_dtype=jnp.float32."
+            f"{name} must be float32 or wider, got {value.dtype}: 16 bits round 0.999 to 1 or 1e-8 to 0. Use a Python "
+            "number or a float32 array. With optax.inject_hyperparams: hyperparam_dtype=jnp.float32."
         )
     if not isinstance(value, jax.core.Tracer):
-        _in_range(name, float(value), allowed, hint)
+        _check_range(name, float(value), allowed, hint)
     return value
 
 
-def scalar(name: str, shape) -> None:
-    """Raise unless ``shape`` is that of a scalar."""
+def check_scalar(name: str, shape) -> None:
     if shape:
-        raise ValueError(f"{name} must be a scalar, got an array of shape {shape}. Use jax.vmap for several at once.")
+        raise ValueError(f"{name} must be a scalar, got an array of shape {shape}. Use jax.vmap for several values.")
 
 
-def _in_range(name, value, allowed, hint):
+def _check_range(name, value, allowed, hint):
     if not _RANGES[allowed](value):
         raise ValueError(f"{name} must be {allowed}, got {value:g}. {hint}".rstrip())
 
 
-def or_nan(value, allowed: str):
-    """A traced ``value``, or NaN where it is out of range: nothing under jit can raise, NaN is seen."""
+def nan_if_out_of_range(value, allowed: str):
+    """``value``, with NaN in place of an array that is out of range: compiled code cannot raise."""
     return jnp.where(_RANGES[allowed](value), value, jnp.nan) if isinstance(value, jax.Array) else value
 
 
-def one_of(name: str, value, allowed: tuple) -> None:
-    """Raise unless ``value`` is one of ``allowed``."""
+def check_one_of(name: str, value, allowed: tuple) -> None:
     if not any(value is x or (isinstance(x, str) and value == x) for x in allowed):
-        raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {shown(value)}.")
+        raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {short_repr(value)}.")
 
 
-def whole(name: str, value, *, none: bool = False) -> Any:
-    """``value``, of any integer type, as an int; or None, where that is welcome."""
+def positive_int(name: str, value, *, none: bool = False) -> Any:
+    """Return ``value``, of any integer type, as an int. ``none``: whether None is allowed."""
     if value is None and none:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 < value < 2**31:
-        raise ValueError(f"{name} must be a whole number > 0 and < 2**31{' or None' * none}, got {shown(value)}.")
+        raise ValueError(f"{name} must be an integer in [1, 2**31){' or None' * none}, got {short_repr(value)}.")
     return int(value)
 
 
-def transformation(who: str, tx) -> None:
-    """Raise unless ``tx`` is an Optax transformation; ``who`` "needs" one."""
+def check_transformation(subject: str, tx) -> None:
+    """Raise unless ``tx`` is an Optax transformation. ``subject`` begins the sentence, e.g. "step needs"."""
     if not (hasattr(tx, "init") and hasattr(tx, "update")):
-        raise TypeError(f"{who} an Optax transformation, got {shown(tx)}. Pass jadam.adam(...), for one.")
+        raise TypeError(f"{subject} an Optax transformation, got {short_repr(tx)}. For example: jadam.adam(1e-3).")
 
 
-def mask_for(mask) -> Callable[[Any], Any]:
-    """A mask of `optax.masked` as a function of the tree that it is for, which raises unless it fits."""
-    callables = [callable(x) for x in jax.tree.leaves(mask)]  # a tree may be callable itself, as Equinox' are
+def mask_function(mask) -> Callable[[Any], Any]:
+    """A mask of `optax.masked` as a function from a tree to its mask, which raises if the mask does not fit."""
+    callables = [callable(x) for x in jax.tree.leaves(mask)]  # an Equinox module of booleans may be callable itself
     if callables and all(callables):
-        return lambda tree: _fitting(mask(tree), tree)
-    _booleans(mask)
-    return lambda tree: _fitting(mask, tree)
+        return lambda tree: _checked_mask(mask(tree), tree)
+    _check_booleans(mask)
+    return lambda tree: _checked_mask(mask, tree)
 
 
-def _fitting(mask, tree):
-    _booleans(mask)
+def _checked_mask(mask, tree):
+    _check_booleans(mask)
     try:
         jax.tree.map(lambda on, x: None, mask, tree)
     except ValueError:
-        here, there = (shown(jax.tree.structure(x)) for x in (mask, tree))
+        found, expected = (short_repr(jax.tree.structure(x)) for x in (mask, tree))
         raise ValueError(
-            f"mask must have the parameters' tree or a part of it from the top, got {here} for {there}."
+            f"mask must have the parameters' tree structure or a prefix of it, got {found} for {expected}."
         ) from None
     return mask
 
 
-def _booleans(mask):
+def _check_booleans(mask):
     for path, x in jax.tree_util.tree_leaves_with_path(mask):
-        known = not isinstance(x, jax.core.Tracer)
-        if not (isinstance(x, bool) or (known and getattr(x, "dtype", None) == np.bool_ and not x.shape)):
-            raise TypeError(f"mask{jax.tree_util.keystr(path)} must be True or False, got {shown(x)}.")
+        concrete = not isinstance(x, jax.core.Tracer)
+        if not (isinstance(x, bool) or (concrete and getattr(x, "dtype", None) == np.bool_ and not x.shape)):
+            raise TypeError(
+                f"mask{jax.tree_util.keystr(path)} must be True or False, got {short_repr(x)}. A mask is a tree of "
+                "booleans, or a function that makes one from the parameters."
+            )
 
 
-def shown(value) -> str:
-    """A value's ``repr`` in one line, and not long."""
+def short_repr(value) -> str:
+    """The ``repr`` of ``value`` in one line of at most 100 characters."""
     try:
         text = " ".join(repr(value).split())
-    except RuntimeError:  # a deleted array's
+    except RuntimeError:  # a deleted array has no repr
         text = f"<{type(value).__name__}>"
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
-def storage_dtype(name: str, dtype):
-    """``dtype`` as a floating dtype, or None."""
+def floating_dtype(name: str, dtype):
+    """Return ``dtype`` as a floating-point dtype, or None."""
     if dtype is None:
         return None
     try:
         dtype = jax.dtypes.canonicalize_dtype(dtype)
     except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a floating dtype such as jnp.bfloat16, got {shown(dtype)}.") from None
+        raise TypeError(f"{name} must be a floating dtype such as jnp.bfloat16, got {short_repr(dtype)}.") from None
     if not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(f"{name} must be a floating dtype such as jnp.bfloat16, got {dtype}.")
     return dtype
 
 
-def _failing(check: Callable[..., bool], tree, *like):
-    """``(path, leaf, ...)`` of the first leaf, with those of the trees like it, that fails the check; nothing if none.
+def _first_failure(check: Callable[..., bool], tree, *others):
+    """Yield ``(path, *leaves)`` of the first leaves of ``tree`` and ``others`` that fail ``check``, if any do.
 
-    Paths are made only for it: an eager step has several checks of hundreds of leaves.
+    Makes the path of that leaf only: an eager step runs several checks over hundreds of leaves.
     """
-    columns = [jax.tree.leaves(x) for x in (tree, *like)]
+    columns = [jax.tree.leaves(x) for x in (tree, *others)]
     for i, row in enumerate(zip(*columns, strict=True)):
         if not check(*row):
             yield jax.tree_util.keystr(jax.tree_util.tree_leaves_with_path(tree)[i][0]), *row
             return
 
 
-def holds_complex(mu, updates) -> None:
-    """Raise if a complex gradient's first moment is stored in a real dtype, which would drop its imaginary part."""
-    fits = lambda g, m: np.iscomplexobj(m) or not np.iscomplexobj(g)
-    for path, _, m in _failing(fits, updates, mu):
+def check_complex_gradients(updates, mu, params) -> None:
+    """Raise if a first moment in a real dtype would drop the imaginary part of its gradient."""
+    fits = lambda g, m, p: np.iscomplexobj(m) or not np.iscomplexobj(g)
+    for path, _, m, p in _first_failure(fits, updates, mu, mu if params is None else params):
+        if np.iscomplexobj(p):
+            raise TypeError(
+                f"state.mu{path} must be complex for a complex parameter, got {m.dtype}. Leave out mu_dtype, and call "
+                "init on these parameters."
+            )
         raise TypeError(
-            f"mu_dtype must be complex for complex gradients, got {m.dtype} for updates{path}. Leave it out."
+            f"updates{path} is a complex gradient, but {'state.mu' if params is None else 'params'}{path} is real "
+            f"({_dtype(p)}). Take the gradient's real part: jnp.real(g)."
+            f"{' If the parameter is complex, leave out mu_dtype.' * (params is None)}"
         )
 
 
 def _is_array(leaf) -> bool:
-    """Whether it is an array, a number or a `jax.ShapeDtypeStruct`."""
     if isinstance(leaf, (jax.Array, numbers.Number)):
         return True
     dtype = getattr(leaf, "dtype", None)
     return hasattr(leaf, "shape") and isinstance(dtype, np.dtype) and dtype.kind not in "OSU"
 
 
-def arrays(tree, what: str) -> None:
+def check_arrays(tree, what: str) -> None:
     """Raise unless every leaf of ``tree`` is an array, a number or a `jax.ShapeDtypeStruct`."""
-    for path, leaf in _failing(_is_array, tree):
-        raise TypeError(f"{what}{path} must be an array, got {shown(leaf)} of type {type(leaf).__name__}.")
+    for path, leaf in _first_failure(_is_array, tree):
+        raise TypeError(
+            f"{what}{path} must be an array, got {short_repr(leaf)} of type {type(leaf).__name__}."
+            f"{_FILTER * (what == 'params')}"
+        )
 
 
-def _is_there(leaf) -> bool:
-    """Whether an array can be read."""
+def _has_values(leaf) -> bool:
     if isinstance(leaf, jax.Array):
         return isinstance(leaf, jax.core.Tracer) or not leaf.is_deleted()
     return not isinstance(leaf, jax.ShapeDtypeStruct)
 
 
-def values(tree, what: str) -> None:
-    """Raise unless every leaf of ``tree`` is an array, or a number, that can be read."""
-    arrays(tree, what)
-    for path, leaf in _failing(_is_there, tree):
+def check_values(tree, what: str) -> None:
+    """Raise unless every leaf of ``tree`` is a number or an array with values: neither donated nor a shape alone."""
+    check_arrays(tree, what)
+    for path, leaf in _first_failure(_has_values, tree):
         if isinstance(leaf, jax.ShapeDtypeStruct):
             raise TypeError(
-                f"{what}{path} must be an array, got a ShapeDtypeStruct, which has no values. For shapes: "
+                f"{what}{path} must be an array, got a ShapeDtypeStruct, which has no values. To compute with shapes: "
                 "jax.eval_shape."
             )
-        raise ValueError(
-            f"{what}{path} must be there, but was donated to an earlier step or deleted. Go on with what that step "
-            "returned."
-        )
+        raise ValueError(f"{what}{path} was donated to an earlier step; use the value that step returned.")
 
 
-def _committed(x):
-    """The devices that an array must stay on, or None."""
-    known = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
-    return x.sharding.device_set if known and x.committed else None
+def _committed_devices(x):
+    """The devices that an array is committed to, or None."""
+    concrete = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+    return x.sharding.device_set if concrete and x.committed else None
 
 
-def together(**trees) -> None:
-    """Raise unless all arrays that are committed to devices are on the same ones."""
-    if len({frozenset(on) for x in jax.tree.leaves(trees) if (on := _committed(x))}) < 2:
+def check_same_devices(**trees) -> None:
+    """Raise unless all committed arrays are on the same devices."""
+    if len({frozenset(devices) for x in jax.tree.leaves(trees) if (devices := _committed_devices(x))}) < 2:
         return
-    found = [
+    arrays = [
         (devices, f"{what}{jax.tree_util.keystr(path)}", what)
         for what, tree in trees.items()
         for path, x in jax.tree_util.tree_leaves_with_path(tree)
-        if (devices := _committed(x))
+        if (devices := _committed_devices(x))
     ]
-    first, other = found[0], next(x for x in found if x[0] != found[0][0])
-    here, there = (shown(sorted(devices, key=lambda x: x.id)) for devices, *_ in (other, first))
+    first, other = arrays[0], next(x for x in arrays if x[0] != arrays[0][0])
+    on_first, on_other = (short_repr(sorted(devices, key=lambda x: x.id)) for devices, *_ in (first, other))
     raise ValueError(
-        f"all must be on the same devices, got {other[1]} on {here} and {first[1]} on {there}. Move one: "
-        f"jax.device_put({other[2]}, sharding)."
+        f"{', '.join(trees)} must be on the same devices, got {other[1]} on {on_other} and {first[1]} on {on_first}. "
+        f"Move one: jax.device_put({other[2]}, sharding)."
     )
 
 
@@ -229,93 +236,109 @@ def _is_trainable(dtype) -> bool:
     return jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits >= 16
 
 
-def trainable(tree, what: str) -> None:
-    """Raise unless every leaf of ``tree`` is real or complex floating, of 16 bits at least."""
-    arrays(tree, what)
-    dtype_of = lambda leaf: getattr(leaf, "dtype", None) or jnp.result_type(leaf)
-    for path, leaf in _failing(lambda leaf: _is_trainable(dtype_of(leaf)), tree):
-        dtype = dtype_of(leaf)
+def _dtype(leaf):
+    return getattr(leaf, "dtype", None) or jnp.result_type(leaf)
+
+
+def check_trainable(tree, what: str) -> None:
+    """Raise unless every leaf of ``tree`` is floating or complex, of at least 16 bits."""
+    check_arrays(tree, what)
+    for path, leaf in _first_failure(lambda leaf: _is_trainable(_dtype(leaf)), tree):
+        dtype = _dtype(leaf)
         if jnp.issubdtype(dtype, jnp.inexact):
             raise TypeError(
-                f"{what}{path} must have 16 bits or more to be trained, got {dtype}. Keep it in bfloat16, and cast in "
-                "the model."
+                f"{what}{path} must have at least 16 bits to be trained, got {dtype}. Keep it in bfloat16, and cast it "
+                "in the model."
             )
-        kind = "float0, as the gradient of an integer is" if dtype == jax.dtypes.float0 else dtype
+        kind = "float0, the gradient of an integer" if dtype == jax.dtypes.float0 else dtype
         raise TypeError(
             f"{what}{path} must be floating or complex to be trained, got {kind}. Leave it out "
             "(eqx.is_inexact_array, nnx.Param) or wrap the optimizer in optax.masked."
         )
 
 
-def gradients(updates, state, params, *, planning: bool = False) -> None:
-    """Raise unless ``updates`` are floating arrays over the same tree as ``params`` (if given).
+def check_gradients(updates, state, params, *, planning: bool = False) -> None:
+    """Raise unless ``updates`` are trainable arrays with the tree and shapes of ``params``, if those are given.
 
-    ``planning`` is for a plan, which may be given the parameters' shapes alone.
+    ``planning``: whether ``params`` may be shapes without values.
     """
     for tree, what in ((updates, "updates"), (params, "params")):
-        trainable(tree, what)
+        check_trainable(tree, what)
     for tree, what in ((updates, "updates"), (state, "state"), (None if planning else params, "params")):
-        values(tree, what)
+        check_values(tree, what)
     if params is not None:
-        same_tree(params, updates, "params", "updates")
+        check_same_tree(params, updates, "params", "updates")
 
 
-def state_of(state, state_type, remedy: str = "If with other moments: jadam.convert_moments.") -> None:
+def check_state_type(state, state_type, remedy: str = "") -> None:
     """Raise unless ``state`` has the fields of ``state_type``."""
     if getattr(state, "_fields", None) != state_type._fields:
+        if not remedy and hasattr(state, "mu") and "mu" in state_type._fields:
+            remedy = "If only its moments are stored differently: jadam.convert_moments(state, moments)."
         raise TypeError(
-            f"state must be the {state_type.__name__} that init returns, got {type(state).__name__}. Was it made by "
-            f"another transformation? {remedy}"
+            f"state must be the {state_type.__name__} that init returns, got {type(state).__name__}. "
+            f"{_state_remedy(state, f'It was made by another optimizer, or with other arguments. {remedy}'.rstrip())}"
         )
 
 
-def stages(state, n: int) -> None:
-    """Raise unless ``state`` is a tuple of the states of so many stages."""
+def check_chain_state(state, n: int) -> None:
+    """Raise unless ``state`` is a tuple of the states of ``n`` stages."""
     if hasattr(state, "inner_state"):
         raise TypeError(
-            f"state must be the tuple of {n} that init returns, got {type(state).__name__} of a transformation around "
-            "this one. Take what is within: state.inner_state."
+            f"state must be the tuple of {n} that init returns, got {type(state).__name__}, the state of a wrapper. "
+            "Pass state.inner_state."
         )
     if not (isinstance(state, tuple) and len(state) == n):
-        got = (
-            f"{type(state).__name__} of {len(state)}"
-            if isinstance(state, (tuple, dict, list))
-            else type(state).__name__
-        )
+        size = f" of {len(state)}" if isinstance(state, (tuple, dict, list)) else ""
         raise TypeError(
-            f"state must be the tuple of {n} that init returns, got {got}. Was it made by another transformation? It "
-            "goes before params."
+            f"state must be the tuple of {n} that init returns, got {type(state).__name__}{size}. "
+            f"{_state_remedy(state, 'It was made by another optimizer, or state and params are swapped.')}"
         )
 
 
-def version(state, known: int) -> None:
-    """Raise unless a state's arrays are laid out as this version knows them."""
+def _state_remedy(state, remedy: str) -> str:
+    """The remedy for a state that is None or was restored as a list or dict, else ``remedy``."""
+    if not isinstance(state, (list, dict)):
+        return "Make it with tx.init(params)." if state is None else remedy
+    # jax.tree.leaves sorts a dict by its keys, but the NamedTuples with these fields are in another order.
+    unsorted = any(
+        x in str(jax.tree.structure(state)) for x in ("'average'", "'corrections'", "'mu_scale'", "'remainder'")
+    )
+    how = "restore it into the template tx.init(params)" if unsorted else _REBUILD
+    return f"State comes before params. If it was restored without its types (JSON, msgpack, Orbax): {how}."
+
+
+def check_version(state, known: int) -> None:
+    """Raise unless the layout of a state's arrays is that of version ``known``."""
     if jnp.shape(state.version) != (known,):
         found = state.version.shape[0] if jnp.ndim(state.version) else state.version
+        saved = "float32_params(params, state)" if hasattr(state, "remainder") else "convert_moments(state, 'float32')"
         raise ValueError(
             f"state.version must be {known}, got {found}: a {type(state).__name__} saved by another version of jadam. "
-            "Restore it with that version, and save jadam.convert_moments(state, 'float32')."
+            f"Restore it with that version, and save jadam.{saved}."
         )
 
 
-def counts(count) -> None:
-    """Raise unless ``count`` is an integer."""
-    kind = getattr(count, "dtype", type(count).__name__)
-    if isinstance(kind, str) or not jnp.issubdtype(kind, jnp.integer):
-        raise TypeError(f"state.count must be int32, got {kind}. {_CAST}")
+def check_count(count) -> None:
+    kind = getattr(count, "dtype", None)
+    if kind is None or not jnp.issubdtype(kind, jnp.integer):
+        got = f"{type(count).__name__}. Convert it: jnp.int32(state.count)." if kind is None else f"{kind}. {_CAST}"
+        raise TypeError(f"state.count must be int32, got {got}")
     if count.shape:
         raise ValueError(f"state.count must be a scalar, got shape {count.shape}. Use jax.vmap for several states.")
 
 
-def no_scales(has: bool, path) -> None:
-    """Raise if a leaf that is not int8 has scales: it was, and its codes were cast to another dtype."""
-    if has:
-        raise TypeError(f"state.mu{jax.tree_util.keystr(path)} must be int8, for it has scales. {_CAST}")
+def check_codes_not_cast(path, dtype, has_scales: bool) -> None:
+    """Raise if a leaf that is not int8 has scales: its codes were cast to another dtype."""
+    if has_scales:
+        raise TypeError(
+            f"state.mu{jax.tree_util.keystr(path)} must be int8 because it has scales, got {dtype}. {_CAST}"
+        )
 
 
-def moments_narrow_enough(tree, name: str, mu) -> None:
-    """Raise if a moment is float32 that should be bfloat16: it would go on taking its 4 bytes."""
-    for path, *_ in _failing(lambda x, m: x.dtype != np.float32 or np.iscomplexobj(m), tree, mu):
+def check_moments_bfloat16(tree, name: str, mu) -> None:
+    """Raise if a real moment is float32 although ``moments="bfloat16"``: it would keep its 4 bytes."""
+    for path, *_ in _first_failure(lambda x, m: x.dtype != np.float32 or np.iscomplexobj(m), tree, mu):
         raise TypeError(
             f"state.{name}{path} must be bfloat16 with moments='bfloat16', got float32. If the state was made with "
             "other moments: jadam.convert_moments(state, 'bfloat16')."
@@ -327,48 +350,52 @@ def _is_wide(dtype) -> bool:
     return jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits >= 32
 
 
-def moments_wide_enough(tree, name: str) -> None:
-    """Raise if a second moment is narrower than float32: there it stalls, and silently."""
-    for path, leaf in _failing(lambda x: _is_wide(x.dtype), tree):
+def check_moments_wide(tree, name: str) -> None:
+    """Raise if a moment is narrower than float32, where the second one silently stops changing."""
+    for path, leaf in _first_failure(lambda x: _is_wide(x.dtype), tree):
         raise TypeError(
-            f"state.{name}{path} must be float32 or wider, got {leaf.dtype}: at b2 = 0.999 a step is smaller than its "
-            "spacing. Optax keeps bf16 parameters' moments in bf16; widen the restored state once: "
-            "jadam.convert_moments(state, 'float32')."
+            f"state.{name}{path} must be float32 or wider, got {leaf.dtype}. Rounded to nearest, 16-bit moments stop "
+            "changing at b2 = 0.999. Widen them once: jadam.convert_moments(state, 'float32'). To keep 16 bits: "
+            "moments='bfloat16'."
         )
 
 
-def keeps_dtypes(tree, leaves) -> None:
-    """Raise if a class of ``tree`` makes float32 of moments of 8 or 16 bits, or 16 bits of float32."""
+def check_dtypes_kept(tree, leaves) -> None:
+    """Raise if a class in ``tree`` widens moments of 8 or 16 bits, or narrows float32."""
     kept = lambda x, y: x.dtype == y.dtype or (_is_wide(x.dtype) and _is_wide(y.dtype)) or y.size <= 1
-    for path, x, given in _failing(kept, tree, leaves):
+    for path, x, given in _first_failure(kept, tree, leaves):
         raise TypeError(
-            f"params{path} must be able to hold {given.dtype}, in which its moments are stored, got {x.dtype} back "
-            "from the class it lies in. Let its __post_init__ keep dtypes, or choose moments='float32' for it."
+            f"params{path} must be able to hold {given.dtype} moments, got {x.dtype} back from its class. Let "
+            "the class's __post_init__ keep dtypes, or use moments='float32' for it."
         )
 
 
-def same_tree(tree, reference, what: str, than: str, hint: str = "") -> None:
+def check_same_tree(tree, reference, what: str, than: str, hint: str = "") -> None:
     """Raise unless ``tree`` has the structure and shapes of ``reference``, naming the first path that differs."""
-    same_structure(tree, reference, what, than, hint)
-    for path, leaf, other in _failing(lambda x, y: np.shape(x) == np.shape(y), tree, reference):
+    check_same_structure(tree, reference, what, than, hint)
+    for path, leaf, other in _first_failure(lambda x, y: np.shape(x) == np.shape(y), tree, reference):
         raise ValueError(f"{what}{path} has shape {np.shape(leaf)}, {than} has {np.shape(other)}. {_SAME_TREE}{hint}")
 
 
-def same_structure(tree, reference, what: str, than: str, hint: str = "") -> None:
+def check_same_structure(tree, reference, what: str, than: str, hint: str = "") -> None:
     """Raise unless ``tree`` has the structure of ``reference``, naming the first path that differs."""
     if jax.tree.structure(tree) != jax.tree.structure(reference):
-        leaves, other = (jax.tree_util.tree_leaves_with_path(x) for x in (tree, reference))
-        here, there = ([jax.tree_util.keystr(path) for path, _ in x] for x in (leaves, other))
-        extra = next((path for path in here if path not in set(there)), None)
-        missing = next((path for path in there if path not in set(here)), None)
-        if extra is not None:
-            difference = f"{what}{extra} has no counterpart in {than}"
-        elif missing is not None:
-            difference = f"{what}{missing} is missing (or None), {than} has it"
+        paths, expected = (
+            [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(x)]
+            for x in (tree, reference)
+        )
+        missing = [f"{than}{x} is missing or None, {what} has it" for x in paths if x not in set(expected)]
+        missing += [f"{what}{x} is missing or None, {than} has it" for x in expected if x not in set(paths)]
+        if tree is None or reference is None:
+            difference = f"{what if tree is None else than} is None"
+        elif missing:
+            difference = missing[0]
         else:
             difference = f"{what} is {jax.tree.structure(tree)}, {than} is {jax.tree.structure(reference)}"
         raise ValueError(f"{difference}. {_SAME_TREE}{hint}")
 
 
-_CAST = "Cast no state as a whole; jadam.convert_moments(state, 'float32') widens moments."
+_CAST = "Do not cast the whole state. To widen its moments: jadam.convert_moments(state, 'float32')."
+_REBUILD = "jax.tree.unflatten(jax.tree.structure(tx.init(params)), jax.tree.leaves(state))"
+_FILTER = " Pass arrays only: eqx.filter(model, eqx.is_inexact_array) or nnx.state(model, nnx.Param)."
 _SAME_TREE = "Gradients, parameters and the tree given to init must match."

@@ -1,4 +1,4 @@
-"""Files written whole or not at all."""
+"""Atomic writes of files."""
 
 import contextlib
 import os
@@ -7,17 +7,17 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A scratch file to write, which then takes the place of ``path``; after an error that is what it was."""
-    scratch = scratch_of(path)
+def atomic_replace(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write to, then rename it to ``path``. After an error ``path`` is unchanged."""
+    temporary = temporary_path(path)
     try:
-        yield scratch
-        with scratch.open("rb+") as file:
-            os.fsync(file.fileno())  # or a power cut could leave the new name on an empty file
-        scratch.replace(path)
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())  # else a power cut could leave an empty file under the new name
+        temporary.replace(path)
     finally:
-        scratch.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
-def scratch_of(path: Path) -> Path:
+def temporary_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.{os.getpid()}.tmp")

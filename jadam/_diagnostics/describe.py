@@ -130,8 +130,10 @@ def describe(state_or_tx, params) -> Description:
         step: unknown, a state does not tell; describe the transformation
     """
     if params is None or hasattr(params, "init"):
-        raise TypeError(f"params must be parameters, got {checks.shown(params)}. The order is describe(tx, params).")
-    checks.trainable(params, "params")
+        raise TypeError(
+            f"params must be parameters, got {checks.short_repr(params)}. The order is describe(tx, params)."
+        )
+    checks.check_trainable(params, "params")
     if state_or_tx is None:
         raise TypeError("state_or_tx must be a transformation or its state, got None.")
     if not hasattr(state_or_tx, "init"):
@@ -143,7 +145,7 @@ def describe(state_or_tx, params) -> Description:
 
 
 def _description(tx, state, params) -> Description:
-    checks.arrays(state, "state_or_tx")
+    checks.check_arrays(state, "state_or_tx")
     named = [(leaf_name(path), p) for path, p in jax.tree_util.tree_leaves_with_path(params)]
     moments: dict[str, list] = {name: [] for name, _ in named}
     sizes = dict.fromkeys(moments, 0)

@@ -110,9 +110,9 @@ def plan(
         other                       6  0.00
         total             269,500,422  0.25
     """
-    checks.transformation("plan needs", tx)
+    checks.check_transformation("plan needs", tx)
     mesh = _mesh(mesh_shape)
-    checks.trainable(shapes, "shapes")
+    checks.check_trainable(shapes, "shapes")
     params = spread(shapes, mesh, params_axis)
     divided = zero1(tx, params, mesh, axis)
     state = divided.layout.state
@@ -131,7 +131,7 @@ def _mesh(shape) -> AbstractMesh:
     whole = isinstance(shape, Mapping) and all(isinstance(x, (int, np.integer)) and x > 0 for x in shape.values())
     if not whole or math.prod(shape.values()) >= 2**31:
         raise ValueError(
-            f"mesh_shape must be a dict of axes and sizes > 0, below 2**31 in all, got {checks.shown(shape)}."
+            f"mesh_shape must be a dict of axes and sizes > 0, below 2**31 in all, got {checks.short_repr(shape)}."
         )
     return AbstractMesh(tuple(map(int, shape.values())), tuple(shape))
 
@@ -143,8 +143,8 @@ def _here(x) -> int:
 
 def shapes_of(model: str, dtype=jnp.bfloat16) -> Any:
     """The parameters' shapes of a model by name: ``"gpt2"``, ``"llama-7b"`` or ``"llama-70b"``."""
-    checks.one_of("model", model, tuple(MODELS))
-    if (dtype := checks.storage_dtype("dtype", dtype)) is None:
+    checks.check_one_of("model", model, tuple(MODELS))
+    if (dtype := checks.floating_dtype("dtype", dtype)) is None:
         raise TypeError("dtype must be a floating dtype such as jnp.bfloat16, got None.")
     is_shape = lambda x: isinstance(x, tuple)
     return jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, dtype), MODELS[model](), is_leaf=is_shape)

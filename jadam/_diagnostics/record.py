@@ -44,7 +44,7 @@ class Ring(NamedTuple):
     steps: jax.Array
     values: jax.Array
     names: jax.Array
-    of_all_parameters = True  # for jadam.describe, whatever shapes these arrays have
+    spans_all_params = True  # for jadam.describe, whatever shapes these arrays have
 
 
 class RecordState(NamedTuple):
@@ -104,15 +104,15 @@ def record(
         >>> print(history.steps, history.total["update_rms"].shape, list(history.leaves))
         [ 6  8 10] (3,) ["['w']"]
     """
-    every, keep = checks.whole("every", every), checks.whole("keep", keep)
-    sample = checks.whole("sample", sample, none=True)
+    every, keep = checks.positive_int("every", every), checks.positive_int("keep", keep)
+    sample = checks.positive_int("sample", sample, none=True)
     if not isinstance(tx, Transformation):
         remedy = (
             "Take jadam's for Optax's optimizer; Optax's wrappers and jadam.sharding.zero1 go around it: "
             "optax.MultiSteps(jadam.record(...), 4)."
         )
         raise TypeError(
-            f"record needs one of jadam's optimizers, such as jadam.adam(...), got {checks.shown(tx)}. {remedy}"
+            f"record needs one of jadam's optimizers, such as jadam.adam(...), got {checks.short_repr(tx)}. {remedy}"
         )
     if isinstance(tx, Record):
         raise ValueError("record must not be around another record. Drop one.")
@@ -136,13 +136,13 @@ def record(
     def update(updates, state, params=None, **extra_args) -> Any:
         if params is None:
             raise ValueError("record needs params: call update(updates, state, params).")
-        checks.state_of(state, RecordState, BEGUN)
+        checks.check_state_type(state, RecordState, BEGUN)
         params, _ = params_with_gradients(params, updates)
         updates, inner = tx.update(updates, state.inner_state, params, **extra_args)
         return updates, after_step(RecordState(inner, state.ring), apply_updates(params, updates))
 
     def fuse(updates, state, params) -> FusedUpdate:
-        checks.state_of(state, RecordState, BEGUN)
+        checks.check_state_type(state, RecordState, BEGUN)
         leaf_updates, rebuild_state = tx.info.fuse(updates, state.inner_state, params)
         return FusedUpdate(leaf_updates, lambda stored: RecordState(rebuild_state(stored), state.ring))
 
@@ -250,12 +250,12 @@ def history(state) -> History:
     found = find_states(state, RecordState)
     if len(found) != 1:
         raise ValueError(
-            f"state must hold the records of one record, found {len(found)} in {checks.shown(state)}. Train with "
+            f"state must hold the records of one record, found {len(found)} in {checks.short_repr(state)}. Train with "
             "jadam.record(...), and give its state; a saved one restored into what init returns, with Flax NNX "
             "optimizer.opt_state, and of several records one's state."
         )
     ring = found[0].ring
-    checks.values(ring, "state.ring")
+    checks.check_values(ring, "state.ring")
     if any(isinstance(x, jax.core.Tracer) for x in ring):
         raise TypeError("state must have values, got tracers. Call history outside of jax.jit.")
     if jnp.ndim(ring.steps) != 1:

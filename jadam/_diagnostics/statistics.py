@@ -142,7 +142,7 @@ def statistics(
         total            3.54         0.1        0.0619    1          0           0                   0.1
         ['w']            3.54         0.1        0.0619    1          0           0                   0.1
     """
-    sample = checks.whole("sample", sample, none=True)
+    sample = checks.positive_int("sample", sample, none=True)
     tx = unwrap(tx)
     if "flax.nnx" in sys.modules:
         from jadam.flax import pure
@@ -154,12 +154,12 @@ def statistics(
         raise TypeError(
             "params must be parameters, got an optimizer's state. The order is statistics(tx, state, params)."
         )
-    checks.trainable(params, "params")
+    checks.check_trainable(params, "params")
     for tree, what in ((state, "state"), (params, "params"), (updates, "updates")):
-        checks.values(tree, what)
+        checks.check_values(tree, what)
     if updates is not None:
-        checks.trainable(updates, "updates")
-        checks.same_tree(updates, params, "updates", "params")
+        checks.check_trainable(updates, "updates")
+        checks.check_same_tree(updates, params, "updates", "params")
     names, rows = _statistics(tx, sample, state, params, updates)
     total, *leaves = map(Measures._make, zip(*map(list, rows), strict=True))
     return Statistics(total, dict(zip(names, leaves, strict=True)))
@@ -241,8 +241,8 @@ def unwrap(tx) -> Transformation:
         tx = info_of(tx).inner
     if not isinstance(tx, Transformation):
         raise TypeError(
-            f"statistics needs one of jadam's optimizers, such as jadam.adam(...), got {checks.shown(tx)}. The order "
-            "is statistics(tx, state, params); instead of optax.chain take jadam.chain."
+            f"statistics needs one of jadam's optimizers, such as jadam.adam(...), got {checks.short_repr(tx)}. The "
+            "order is statistics(tx, state, params); instead of optax.chain take jadam.chain."
         )
     return tx
 
@@ -252,7 +252,7 @@ def leaf_updates_of(tx: Transformation, state, params) -> tuple[jax.Array, list[
     none_new = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), at_least_float32(p)), params)
     for x in find_states(state, lambda x: isinstance(x, ByPathState) or has_moments(x)):
         if not isinstance(x, ByPathState):
-            checks.same_tree(params, x.mu, "params", "state.mu", " With Flax NNX: nnx.state(model, nnx.Param).")
+            checks.check_same_tree(params, x.mu, "params", "state.mu", " With Flax NNX: nnx.state(model, nnx.Param).")
     try:
         leaf_updates = tx.info.fuse(none_new, _state_before_step(state), params).leaf_updates
     except NotFusible as reason:

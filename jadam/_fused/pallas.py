@@ -18,7 +18,7 @@ import numpy as np
 
 from jadam._core.numerics import uniform
 from jadam._fused.backends import backends
-from jadam._moments.int8 import BLOCK, block_of, dequantize, quantize
+from jadam._moments.int8 import BLOCK, block_length, dequantize, quantize
 from jadam._transformation.transformation import Hyperparams, LeafUpdate, update_leaf
 
 PLATFORMS = ("cuda", "tpu")
@@ -87,7 +87,7 @@ def unsupported_reason(platform: str, leaf_update: LeafUpdate, g, p) -> str | No
 
 def _block(leaf_update: LeafUpdate, p) -> int:
     """How long int8's blocks are; else what may be taken for one."""
-    return block_of(leaf_update.stored) if leaf_update.format.name == "int8" else min(BLOCK, p.shape[-1])
+    return block_length(leaf_update.stored) if leaf_update.format.name == "int8" else min(BLOCK, p.shape[-1])
 
 
 def _arrays(leaf_update: LeafUpdate, g, p):

@@ -76,7 +76,7 @@ def step(tx: optax.GradientTransformation, grads, state, params):
         >>> print(*(f"{x:.2f}" for x in params))
         0.90 1.10
     """
-    checks.transformation("step needs", tx)
+    checks.check_transformation("step needs", tx)
     info = info_of(tx)
     if info.step is not None:
         return info.step(grads, state, params)
@@ -85,10 +85,10 @@ def step(tx: optax.GradientTransformation, grads, state, params):
     whole = params
     params, put = params_with_gradients(params, grads)
     for tree, what in ((grads, "grads"), (state, "state"), (params, "params")):
-        checks.values(tree, what)
-    checks.together(grads=grads, state=state, params=params)
-    if params is None:
-        raise ValueError("step needs params: call step(tx, grads, state, params).")
+        checks.check_values(tree, what)
+    checks.check_same_devices(grads=grads, state=state, params=params)
+    if grads is None or params is None:
+        raise ValueError(f"{'params' if params is None else 'grads'} is None. Call step(tx, grads, state, params).")
     try:
         leaf_updates, rebuild_state = info.fuse(grads, state, params)
     except NotFusible:

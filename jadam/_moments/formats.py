@@ -1,8 +1,7 @@
-"""How one leaf's moments are stored between steps: as they are or in bfloat16; `jadam._moments.int8` has the third way.
+"""Storage formats for the moments of one leaf: float32 and bfloat16. `jadam._moments.int8` has the third, int8.
 
-A `Format` knows nothing of Adam's rule, and the rule nothing of it: a leaf's stored arrays are decoded to
-moments of float32 or wider, the rule makes new ones, and they are encoded. A new format is a class like these, and a
-line in `FORMATS`.
+Formats and update rules are independent. A step decodes a leaf's stored arrays to moments of at least float32, applies
+the rule, and encodes the new moments. To add a format, write a class like these and add it to `FORMATS`.
 """
 
 import functools
@@ -19,68 +18,68 @@ from jadam._core.numerics import at_least_float32, dither, linear_index, real, r
 from jadam._core.trees import leaf_name
 from jadam._moments.int8 import Int8
 
-Name = Literal["float32", "bfloat16", "int8"]
-Moments = Name | Callable[[str, Any], Name]
-Random = Callable[[int], jax.Array]  # random(k): 32 bits for every element, uint32, from the k-th stream
+FormatName = Literal["float32", "bfloat16", "int8"]
+Moments = FormatName | Callable[[str, Any], FormatName]
+Random = Callable[[int], jax.Array]  # random(k): uint32 random bits for every element, stream k
 
 
 class Format(Protocol):
-    """How the moments of one leaf are stored."""
+    """A storage format for the moments of one leaf."""
 
     name: str
     stochastic: bool  # whether encoding needs random bits
 
     def unsupported_reason(self, p) -> str | None:
-        """Why a leaf like ``p`` cannot be stored so, or None if it can."""
+        """Why moments of a leaf like ``p`` cannot have this format, or None if they can."""
         ...
 
     def matches(self, stored: Sequence[jax.Array]) -> bool:
-        """Whether ``stored`` are arrays of this format."""
+        """Whether the arrays ``stored`` are in this format."""
         ...
 
-    def num_arrays(self, moments: int) -> int:
-        """How many arrays hold so many moments: the moments, then their scales if there are any."""
+    def num_arrays(self, num_moments: int) -> int:
+        """The number of arrays for ``num_moments``: one for each, and one for its scales if the format has scales."""
         ...
 
-    def init(self, p, moments: int) -> tuple[jax.Array, ...]:
-        """The arrays for moments of zero: the first is shaped and typed like ``p``, the others like it and real."""
+    def init(self, p, num_moments: int) -> tuple[jax.Array, ...]:
+        """The stored arrays of zero moments of a leaf ``p``. All moments but the first are real."""
         ...
 
     def validate(self, hp) -> Any:
-        """``step`` with NaN in it where the format cannot follow its hyperparameters."""
+        """``hp`` with a NaN in it if its values do not allow this format."""
         ...
 
     def decode(self, stored: Sequence[jax.Array], dtype) -> tuple[jax.Array, ...]:
-        """The moments; the first in ``dtype``, the others in its real counterpart."""
+        """The moments, the first in ``dtype``, the others in its real counterpart."""
         ...
 
     def encode(self, moments: Sequence[jax.Array], stored: Sequence[jax.Array], random: Random) -> tuple:
-        """``moments`` stored again, in the shapes and dtypes of ``stored``, where they were before."""
+        """The stored arrays of ``moments``, with the shapes and dtypes of ``stored``, the previous ones."""
         ...
 
 
 class Float32:
-    """Moments as they are: 4 bytes each per parameter, 8 for a float64 leaf."""
+    """Unchanged moments: 4 bytes each per parameter, 8 for float64."""
 
     name = "float32"
     stochastic = False
 
     def __init__(self, mu_dtype=None):
-        """``mu_dtype`` is the first moment's dtype, default the parameter's, at least float32."""
+        """``mu_dtype``: dtype of the first moment. Default: the parameter's, at least float32."""
         self.mu_dtype = mu_dtype
 
     def unsupported_reason(self, p) -> str | None:
         return None
 
     def matches(self, stored):
-        return True  # the last of FORMATS
+        return True  # asked last, see FORMATS
 
-    def num_arrays(self, moments):
-        return moments
+    def num_arrays(self, num_moments):
+        return num_moments
 
-    def init(self, p, moments):
+    def init(self, p, num_moments):
         dtype = at_least_float32(p)
-        dtypes = [self.mu_dtype or dtype] + [real(dtype)] * (moments - 1)
+        dtypes = [self.mu_dtype or dtype] + [real(dtype)] * (num_moments - 1)
         return tuple(jnp.zeros_like(p, dtype=x) for x in dtypes)
 
     def validate(self, hp):
@@ -91,14 +90,15 @@ class Float32:
         return first.astype(dtype), *(x.astype(real(dtype)) for x in others)
 
     def encode(self, moments, stored, random):
-        return tuple(x.astype(s.dtype) for x, s in zip(moments, stored, strict=True))  # narrower with mu_dtype
+        return tuple(x.astype(s.dtype) for x, s in zip(moments, stored, strict=True))  # mu_dtype may be narrower
 
 
 class BFloat16(Float32):
-    """Moments in bfloat16, rounded stochastically: 2 bytes each per parameter.
+    """Moments in bfloat16 with stochastic rounding: 2 bytes each per parameter.
 
-    To nearest, a second moment stops where a step changes it by less than half of bfloat16's spacing: at b2 = 0.999
-    it is off by up to a half. A stochastic rounding has no bias, and 2 bytes hold a moment to 0.3 % root mean square.
+    With rounding to nearest, a second moment stops updating once a step changes it by less than half of bfloat16's
+    spacing: at b2 = 0.999 its error reaches a half. Stochastic rounding is unbiased, with a root mean square error of
+    0.3 %.
     """
 
     name = "bfloat16"
@@ -106,42 +106,42 @@ class BFloat16(Float32):
 
     def unsupported_reason(self, p):
         dtype = at_least_float32(p)
-        return None if dtype == np.float32 else f"{dtype} is never stored narrower than itself"
+        return None if dtype == np.float32 else f"{dtype} moments are not compressed"
 
     def matches(self, stored):
-        return stored[1].dtype == jnp.bfloat16  # with mu_dtype only the first is
+        return stored[1].dtype == jnp.bfloat16  # mu_dtype=jnp.bfloat16 is for the first only
 
-    def init(self, p, moments):
-        return tuple(jnp.zeros_like(p, dtype=jnp.bfloat16) for _ in range(moments))
+    def init(self, p, num_moments):
+        return tuple(jnp.zeros_like(p, dtype=jnp.bfloat16) for _ in range(num_moments))
 
     def encode(self, moments, stored, random):
         moments = [x.astype(jnp.float32) for x in moments]
         return tuple(round_to_bfloat16(x, random(k)) for k, x in enumerate(moments))
 
 
-FORMATS: dict[str, Format] = {format.name: format for format in (Int8(), BFloat16(), Float32())}
+FORMATS: dict[str, Format] = {format.name: format for format in (Int8(), BFloat16(), Float32())}  # in matching order
 
 
 def format_of(stored: Sequence[jax.Array]) -> Format:
-    """The format of a leaf's arrays."""
     return next(format for format in FORMATS.values() if format.matches(stored))
 
 
 def format_selector(moments: Moments, mu_dtype, betas: dict | None) -> Callable[[Any, Any], Format]:
-    """The function that chooses a leaf's format from its path and itself.
+    """A function from a leaf's path and the leaf to its format.
 
     Args:
-        moments: a name, or a function to names.
-        mu_dtype: dtype of the first moment in float32 format, or None.
-        betas: of Adam's rule, for which int8 needs a bound, or None where int8 is not allowed.
+        moments: the name of a format, or a function ``f(path, leaf)`` that returns one.
+        mu_dtype: dtype of the first moment in the float32 format, or None.
+        betas: the decay rates of Adam's rule, checked for int8; None if int8 is not allowed.
     """
     formats = FORMATS | {"float32": Float32(mu_dtype)}
 
-    def named(name, whose="moments"):
+    def by_name(name, source="moments"):
         if not (isinstance(name, str) and name in formats):
-            extra = "" if whose != "moments" else " or a function f(path, leaf) to one of these"
             raise ValueError(
-                f"{whose} must be {' or '.join(map(repr, sorted(formats)))}{extra}, got {checks.shown(name)}."
+                f"{source} must be {' or '.join(map(repr, sorted(formats)))}"
+                f"{' or a function f(path, leaf) that returns one of them' * (source == 'moments')}, "
+                f"got {checks.short_repr(name)}."
             )
         if name != "float32" and mu_dtype is not None:
             raise ValueError(f"mu_dtype must be None with moments={name!r}, got {mu_dtype}. Drop mu_dtype.")
@@ -149,44 +149,44 @@ def format_selector(moments: Moments, mu_dtype, betas: dict | None) -> Callable[
             Int8.check(betas)
         return formats[name]
 
-    if not callable(moments) or isinstance(moments, type):  # jnp.bfloat16 is a type
-        wanted = named(moments)
+    if not callable(moments) or isinstance(moments, type):  # a dtype such as jnp.bfloat16 is a callable type
+        wanted = by_name(moments)
         return lambda path, p: formats["float32"] if wanted.unsupported_reason(p) else wanted
     if mu_dtype is not None:
-        raise ValueError(f"mu_dtype must be None where moments is a function, got {mu_dtype}. Drop mu_dtype.")
+        raise ValueError(f"mu_dtype must be None when moments is a function, got {mu_dtype}. Drop mu_dtype.")
 
     def choose(path, p):
         name = leaf_name(path)
-        wanted = named(moments(name, p), f"moments({name!r}, leaf)")
+        wanted = by_name(moments(name, p), f"moments({name!r}, leaf)")
         return formats["float32"] if wanted.unsupported_reason(p) else wanted
 
     return choose
 
 
 def random_bits(shape, salt: int, count, index=None) -> Random:
-    """The random bits of a leaf at the step after ``count`` others; ``index`` is `linear_index`, or part of it."""
+    """The random bits of a leaf for the step after ``count`` steps. ``index``: its `linear_index`, or part of it."""
     index = linear_index(shape) if index is None else index
     return functools.partial(dither, index, salt, count.astype(jnp.uint32))
 
 
-def salt(path) -> int:
-    """What makes a leaf's random bits its own: 32 bits of its name."""
+def leaf_salt(path) -> int:
+    """A 32-bit hash of the leaf's name, which distinguishes its random bits from other leaves'."""
     return zlib.crc32(leaf_name(path).encode())
 
 
-VERSION = 1  # of how a saved state holds codes, scales and remainders
+VERSION = 1  # of the layout of codes, scales and remainders in a saved state
 
 
 def version() -> jax.Array:
-    """`VERSION` as the length of an array: known under jit, and kept by whatever saves a state."""
+    """An array of length `VERSION`. A length is known under jit, and every checkpoint format keeps it."""
     return jnp.zeros(VERSION, jnp.int8)
 
 
 def placeholder(p, dtype=jnp.int8) -> jax.Array:
-    """What stands in a state for what a leaf like ``p`` does not need: one element, as Orbax saves no empty array."""
+    """A one-element array, e.g. for the scales of a leaf that is not int8. Orbax cannot save empty arrays."""
     return jnp.zeros((1,) * jnp.ndim(p), dtype)
 
 
 def is_placeholder(x) -> bool:
-    """Whether ``x`` stands in scales for none: those of an int8 leaf, which has 4,096 elements, are more than one."""
+    """True for the scales of a leaf that is not int8. An int8 leaf has at least 4,096 elements, so several scales."""
     return x.size <= 1

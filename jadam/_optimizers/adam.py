@@ -80,7 +80,7 @@ def hyperparam_transform(
         uncorrected: betas without bias correction.
         further: functions to apply afterwards.
     """
-    checks.one_of("eps_mode", eps_mode, ("paper", "hat"))
+    checks.check_one_of("eps_mode", eps_mode, ("paper", "hat"))
     return _hyperparam_transform(eps_mode == "hat", uncorrected, further)
 
 
@@ -170,8 +170,8 @@ def scale_by_adam(
         >>> print(updates["w"].round(3), state.nu["w"].dtype)
         [ 1. -1.] float32
     """
-    checks.one_of("nesterov", nesterov, (True, False))
-    checks.one_of("bias_correction", bias_correction, (True, False))
+    checks.check_one_of("nesterov", nesterov, (True, False))
+    checks.check_one_of("bias_correction", bias_correction, (True, False))
     return scale_by_rule(
         NADAM if nesterov else ADAM,
         {"b1": b1, "b2": b2},

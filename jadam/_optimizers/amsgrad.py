@@ -99,9 +99,9 @@ def scale_by_amsgrad(
         >>> print(updates.round(3))
         [0.1]
     """
-    checks.one_of("max_of", max_of, ("v_hat", "v"))
-    checks.one_of("bias_correction_mu", bias_correction_mu, (True, False))
-    checks.one_of("bias_correction_nu", bias_correction_nu, (True, False))
+    checks.check_one_of("max_of", max_of, ("v_hat", "v"))
+    checks.check_one_of("bias_correction_mu", bias_correction_mu, (True, False))
+    checks.check_one_of("bias_correction_nu", bias_correction_nu, (True, False))
     corrected = {"b1": bias_correction_mu, "b2": bias_correction_nu}
     return scale_by_rule(
         AMSGRAD if max_of == "v_hat" else AMSGRAD_OF_V,

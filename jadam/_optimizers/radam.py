@@ -114,7 +114,7 @@ def scale_by_radam(
         [ 4. -2.]
     """
     threshold = checks.hyperparameter("threshold", threshold, ">= 4")
-    checks.one_of("nesterov", nesterov, (True, False))
+    checks.check_one_of("nesterov", nesterov, (True, False))
     return scale_by_rule(
         RADAM_OF_NADAM if nesterov else RADAM,
         {"b1": b1, "b2": b2},

@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 from jadam._core import checks
-from jadam._core.bf16 import distance, join, remainder_of, split
+from jadam._core.bf16 import join, remainder_of, split, update_to
 from jadam._core.numerics import (
     Beta,
     Scalar,
@@ -320,7 +320,7 @@ def _updates(settings, operands, grads, params) -> tuple[list[jax.Array], list[t
             u = u.astype(promote(g) if p is None else promote(g, p))
         else:
             x, new = leaf_update.update_master(g, p)
-            u = distance(p, x)
+            u = update_to(p, x)
             new = (remainder_of(p, x, u), *new)
         updates.append(u)
         stored.append(new)
@@ -377,8 +377,8 @@ class Update:
     def __call__(self, updates, state, params=None, **extra_args) -> Any:
         """Optax's ``update``: carries out the plan."""
         params, _ = params_with_gradients(params, updates)
-        checks.values(params, "params")
-        checks.together(updates=updates, state=state, params=params)
+        checks.check_values(params, "params")
+        checks.check_same_devices(updates=updates, state=state, params=params)
         leaf_updates, rebuild_state = self.fuse(updates, state, params)
         grads, structure = jax.tree.flatten(updates)
         params = [None] * len(grads) if params is None else jax.tree.leaves(params)
@@ -461,7 +461,7 @@ def scale_by_rule(
     betas = {name: _beta(name, value) for name, value in betas.items()}
     scalars = {name: _scalar(name, value) for name, value in scalars.items()}
     scheduled = [name for name, value in betas.items() if callable(value)]
-    mu_dtype = checks.storage_dtype("mu_dtype", mu_dtype)
+    mu_dtype = checks.floating_dtype("mu_dtype", mu_dtype)
     choose = formats.format_selector(moments, mu_dtype, betas if rule.int8 else None)
     names = rule.moments
     quantized = rule.int8 and (moments == "int8" or callable(moments))
@@ -470,7 +470,7 @@ def scale_by_rule(
     versions = [formats.version] if "version" in state_type._fields else []
 
     def init(params) -> Any:
-        checks.trainable(params, "params")
+        checks.check_trainable(params, "params")
 
         def leaf(path, p):
             stored = choose(path, p).init(p, len(names))
@@ -481,26 +481,26 @@ def scale_by_rule(
         trees = list(map(structure.unflatten, columns))
         for name, tree, column in zip(stored_names, trees, columns, strict=True):
             if mu_dtype is None or name != "mu":
-                checks.keeps_dtypes(tree, column)
+                checks.check_dtypes_kept(tree, column)
         state = state_type(jnp.zeros([], jnp.int32), *trees, *(make() for make in versions))
         return ScheduledBetasState({name: jnp.zeros([]) for name in scheduled}, state) if scheduled else state
 
     def fuse(updates, state, params=None) -> FusedUpdate:
         if scheduled:
-            checks.state_of(state, ScheduledBetasState)
+            checks.check_state_type(state, ScheduledBetasState)
         corrections, state = state if scheduled else ({}, state)
-        checks.state_of(state, state_type)
+        checks.check_state_type(state, state_type)
         if versions:
-            checks.version(state, formats.VERSION)
-        checks.counts(state.count)
-        checks.gradients(updates, state, params, planning=True)
+            checks.check_version(state, formats.VERSION)
+        checks.check_count(state.count)
+        checks.check_gradients(updates, state, params, planning=True)
         for name, tree in zip(names, state[1:], strict=False):
-            checks.same_tree(updates, tree, "updates", f"state.{name}")
+            checks.check_same_tree(updates, tree, "updates", f"state.{name}")
             if moments == "float32" and (name != "mu" or mu_dtype is None):
-                checks.moments_wide_enough(tree, name)
+                checks.check_moments_wide(tree, name)
             if moments == "bfloat16":
-                checks.moments_narrow_enough(tree, name, state.mu)
-        checks.holds_complex(state.mu, updates)
+                checks.check_moments_bfloat16(tree, name, state.mu)
+        checks.check_complex_gradients(updates, state.mu, params)
         taken = state.count if isinstance(state.count, ConcreteCount) else jnp.asarray(state.count)
         hyperparams, count, corrections = _hyperparams_at(betas, scalars, taken, corrections, transform)
 
@@ -511,9 +511,9 @@ def scale_by_rule(
         def leaf_update(path, g, *stored):
             format = formats.format_of(stored)
             own, unused = stored[: (n := format.num_arrays(len(names)))], stored[n:]
-            checks.no_scales(not all(map(formats.is_placeholder, unused)), path)
+            checks.check_codes_not_cast(path, own[0].dtype, not all(map(formats.is_placeholder, unused)))
             dtype = at_least_float32(g, *own)
-            return LeafUpdate(rule, validated(real(dtype), format), dtype, format, own, formats.salt(path), taken)
+            return LeafUpdate(rule, validated(real(dtype), format), dtype, format, own, formats.leaf_salt(path), taken)
 
         def rebuild_state(stored):
             trees = [structure.flatten_up_to(getattr(state, name)) for name in stored_names]
@@ -568,7 +568,7 @@ def _hyperparams_at(betas, scalars, count, corrections, transform):
     next_count = count + count.dtype.type(1) if known else _incremented(count)
     varying = {}
     for name, done in corrections.items():
-        now, then = (checks.or_nan(beta(name, x), "in [0, 1)") for x in (count, next_count))
+        now, then = (checks.nan_if_out_of_range(beta(name, x), "in [0, 1)") for x in (count, next_count))
         rate = scheduled_beta(now, then, done)
         varying[name] = rate if known else Beta(*map(jnp.asarray, rate))  # a number is another at every step
     constant = {name: value for name, value in betas.items() if name not in varying}
@@ -590,13 +590,13 @@ def _hyperparams(transform, dtype, fixed, count, given, others, varying) -> Hype
     ``fixed`` decay rates are Python numbers, ``given`` ones arrays, ``varying`` ones the `Beta` of a schedule.
     """
     t = count.astype(dtype)
-    given = {name: checks.or_nan(value, "in [0, 1)") for name, value in given.items()}
+    given = {name: checks.nan_if_out_of_range(value, "in [0, 1)") for name, value in given.items()}
     return transform(
         Hyperparams(
             t=t,
             **{name: Beta(*(x.astype(dtype) for x in value)) for name, value in varying.items()},
             **{name: constant_beta(value, t, dtype) for name, value in {**dict(fixed), **given}.items()},
-            **{name: jnp.asarray(checks.or_nan(x, ">= 0"), dtype) for name, x in others.items()},
+            **{name: jnp.asarray(checks.nan_if_out_of_range(x, ">= 0"), dtype) for name, x in others.items()},
         )
     )
 
@@ -625,7 +625,7 @@ def scale_by_learning_rate_and_decay(direction: Transformation, learning_rate, *
         if max_lr is not None:
             max_lr = checks.hyperparameter("max_lr", max_lr, "> 0", schedule=False)
             weight_decay = over(weight_decay, max_lr)
-        mask = None if mask is None else checks.mask_for(mask)
+        mask = None if mask is None else checks.mask_function(mask)
         stages.append(optax.add_decayed_weights(weight_decay, mask))
     learning_rate = checks.hyperparameter("learning_rate", learning_rate, ">= 0", hint="To maximise, negate the loss.")
     learning_rate = or_nan("learning_rate", learning_rate)
@@ -633,8 +633,8 @@ def scale_by_learning_rate_and_decay(direction: Transformation, learning_rate, *
     chain = optax.chain(*stages)
 
     def fuse(updates, state, params):
-        checks.stages(state, len(stages))
-        checks.gradients(updates, state, params, planning=True)
+        checks.check_chain_state(state, len(stages))
+        checks.check_gradients(updates, state, params, planning=True)
         if decaying and params is None:
             raise ValueError("weight_decay needs params: call update(updates, state, params).")
         leaf_updates, rebuild_state = direction.info.fuse(updates, state[0], params)
@@ -674,13 +674,13 @@ def schedule_value(value, count):
 def or_nan(name: str, value):
     """A learning rate or weight decay, or a schedule of it, that is NaN where it is traced and out of range."""
     if not callable(value):
-        return checks.or_nan(value, ">= 0")
+        return checks.nan_if_out_of_range(value, ">= 0")
 
     def schedule(count):
         x = schedule_value(value, count)
         if isinstance(x, jax.Array):
-            checks.scalar(name, x.shape)
-            return checks.or_nan(x, ">= 0")
+            checks.check_scalar(name, x.shape)
+            return checks.nan_if_out_of_range(x, ">= 0")
         return checks.hyperparameter(name, x, ">= 0", schedule=False)
 
     return schedule

@@ -58,8 +58,8 @@ def average_params(decay: float | jax.Array | None = 0.999) -> optax.GradientTra
         decay = checks.hyperparameter("decay", decay, "in [0, 1)", schedule=False, wide=True)
 
     def init(params) -> Any:
-        checks.trainable(params, "params")
-        checks.values(params, "params")
+        checks.check_trainable(params, "params")
+        checks.check_values(params, "params")
         wide = lambda p: jnp.array(p, dtype=at_least_float32(p), copy=True)  # both may be donated
         dtype_of = lambda p: placeholder(p, jnp.result_type(p))
         return AverageParamsState(jnp.zeros([], jnp.int32), jax.tree.map(wide, params), jax.tree.map(dtype_of, params))
@@ -67,10 +67,10 @@ def average_params(decay: float | jax.Array | None = 0.999) -> optax.GradientTra
     def update(updates, state, params=None, **extra_args) -> Any:
         if params is None:
             raise ValueError("average_params needs params: call update(updates, state, params).")
-        checks.state_of(state, AverageParamsState)
+        checks.check_state_type(state, AverageParamsState)
         params, _ = params_with_gradients(params, updates)
-        checks.gradients(updates, state, params)
-        checks.same_tree(params, state.average, "params", "state.average")
+        checks.check_gradients(updates, state, params)
+        checks.check_same_tree(params, state.average, "params", "state.average")
         count = jnp.asarray(optax.safe_increment(state.count))
 
         def average(average, p, u):
@@ -79,7 +79,9 @@ def average_params(decay: float | jax.Array | None = 0.999) -> optax.GradientTra
             if decay is None:
                 weight = 1 / t
             else:
-                weight = one_minus(checks.or_nan(decay, "in [0, 1)"), dtype) / one_minus_power(decay, t, dtype)
+                weight = one_minus(checks.nan_if_out_of_range(decay, "in [0, 1)"), dtype) / one_minus_power(
+                    decay, t, dtype
+                )
             return ema(Beta(1 - weight, weight, t, t, t), average, apply_rounded(p, u, p.dtype).astype(average.dtype))
 
         averages = jax.tree.map(average, state.average, params, updates)

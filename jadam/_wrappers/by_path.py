@@ -136,7 +136,7 @@ def by_path(
     trees = [name for name in QuantizedAdamState._fields if name not in ("count", "version")]
 
     def init(params) -> Any:
-        checks.trainable(params, "params")
+        checks.check_trainable(params, "params")
         parts = _Parts(groups, params)
         states = [group.direction.init(parts.only(k, params)) for k, group in parts.moving]
         corrections, states = _apart(states)
@@ -148,9 +148,9 @@ def by_path(
     def fuse(updates, state, params) -> FusedUpdate:
         if params is None:
             raise ValueError("by_path needs params: call update(updates, state, params).")
-        checks.gradients(updates, state, params, planning=True)
-        checks.state_of(state, ByPathState)
-        checks.state_of(state.moments, QuantizedAdamState)
+        checks.check_gradients(updates, state, params, planning=True)
+        checks.check_state_type(state, ByPathState)
+        checks.check_state_type(state.moments, QuantizedAdamState)
         parts = _Parts(groups, updates)
         count = state.moments.count
         leaf_updates: list = [None] * len(parts.of_leaf)
@@ -263,16 +263,18 @@ def _near(text: str, among: list[str]) -> list[str]:
 def _pairs(rules) -> list[tuple]:
     if isinstance(rules, (str, dict)) or not isinstance(rules, Sequence) or not rules:
         example = '[("bias", {"weight_decay": 0.0}), ("", {})]'
-        raise TypeError(f"rules must be a list of (pattern, settings), such as {example}, got {checks.shown(rules)}.")
+        raise TypeError(
+            f"rules must be a list of (pattern, settings), such as {example}, got {checks.short_repr(rules)}."
+        )
     for i, rule in enumerate(rules):
         if not isinstance(rule, (tuple, list)) or len(rule) != 2:
-            raise TypeError(f"rules[{i}] must be a pair (pattern, settings), got {checks.shown(rule)}.")
+            raise TypeError(f"rules[{i}] must be a pair (pattern, settings), got {checks.short_repr(rule)}.")
     return list(rules)
 
 
 def _pattern(pattern) -> re.Pattern:
     if not isinstance(pattern, (str, re.Pattern)):
-        raise TypeError(f"by_path's pattern must be a string, got {checks.shown(pattern)}.")
+        raise TypeError(f"by_path's pattern must be a string, got {checks.short_repr(pattern)}.")
     try:
         return re.compile(pattern)
     except re.error as error:
@@ -284,7 +286,7 @@ def _pattern(pattern) -> re.Pattern:
 def _settings(pattern: str, settings) -> dict:
     if not isinstance(settings, dict):
         raise TypeError(
-            f"by_path's settings of {pattern!r} must be a dict or jadam.FROZEN, got {checks.shown(settings)}."
+            f"by_path's settings of {pattern!r} must be a dict or jadam.FROZEN, got {checks.short_repr(settings)}."
         )
     for name in settings:
         if name not in SETTINGS:

@@ -45,7 +45,7 @@ class Clip(optax.GradientTransformation):
 
 def _clip(tx, clip_leaves, name, bound) -> Clip:
     def update(updates, state, params=None) -> Any:
-        checks.gradients(updates, state, None)
+        checks.check_gradients(updates, state, None)
         leaves, structure = jax.tree.flatten(updates)  # a norm makes numbers of arrays: none for a user's own class
         leaves, state = tx.update(leaves, state)
         return structure.unflatten(leaves), state
@@ -140,7 +140,7 @@ def chain(*stages: optax.GradientTransformation) -> Transformation:
         [0.9989999 0.9989999 0.9989999]
     """
     for i, stage in enumerate(stages):
-        checks.transformation(f"chain's stage {i} must be", stage)
+        checks.check_transformation(f"chain's stage {i} must be", stage)
         if isinstance(stage, ExactBF16):
             raise ValueError(f"chain's stage {i} is exact_bf16, which must be outermost: exact_bf16(chain(...)).")
         if info_of(stage).after_step is not None:
@@ -156,15 +156,15 @@ def chain(*stages: optax.GradientTransformation) -> Transformation:
     reason = _why_not_one_pass(clips, last)
 
     def update(updates, state, params=None, **extra_args) -> Any:
-        checks.stages(state, len(stages))
+        checks.check_chain_state(state, len(stages))
         return inner.update(updates, state, params, **extra_args)
 
     def fuse(updates, state, params=None) -> FusedUpdate:
-        checks.stages(state, len(stages))
+        checks.check_chain_state(state, len(stages))
         *states, last_state = state
         if reason is not None:
             raise NotFusible(reason)
-        checks.gradients(updates, state, params, planning=True)
+        checks.check_gradients(updates, state, params, planning=True)
         if clips and any(jnp.finfo(jnp.result_type(g)).bits < 32 for g in jax.tree.leaves(updates)):
             raise NotFusible("16-bit gradients are clipped in 16 bits; wrap the chain in jadam.exact_bf16")
         if clips and any(jnp.iscomplexobj(g) for g in jax.tree.leaves(updates)):

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from jadam._core import checks
-from jadam._core.bf16 import distance, join, remainder_of, split
+from jadam._core.bf16 import join, remainder_of, split, update_to
 from jadam._core.numerics import apply_updates, at_least_float32
 from jadam._core.trees import find_states, leaf_name, params_with_gradients
 from jadam._moments.formats import VERSION, placeholder, version
@@ -93,7 +93,7 @@ def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
         >>> print(params[0], f"{jadam.float32_params(params, state)[0]:.4f}")
         1 0.9990
     """
-    checks.transformation("exact_bf16 needs", tx)
+    checks.check_transformation("exact_bf16 needs", tx)
     if info_of(tx).after_step is not None:
         raise ValueError(
             "exact_bf16 must not be around record, whose records would be of other weights: record(exact_bf16(tx))."
@@ -102,22 +102,22 @@ def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
     needs_gradient_values = info_of(tx).needs_gradient_values
 
     def init(params) -> Any:
-        checks.trainable(params, "params")
+        checks.check_trainable(params, "params")
         inner_state = inner.init(jax.tree.map(_widened, params, params))
         if find_states(inner_state, ExactBF16State):
             raise ValueError("exact_bf16 must be outermost, got it around another exact_bf16. Drop the inner one.")
         return ExactBF16State(jax.tree.map(_no_remainder, params), inner_state, version())
 
     def update(updates, state, params, **extra_args) -> Any:
-        checks.state_of(state, ExactBF16State)
-        checks.version(state, VERSION)
+        checks.check_state_type(state, ExactBF16State)
+        checks.check_version(state, VERSION)
         params, _ = params_with_gradients(params, updates)
-        checks.gradients(updates, state, params)
+        checks.check_gradients(updates, state, params)
         masters = _masters(params, state.remainder)
         wide = jax.tree.map(_widened, updates, params)
         updates, inner_state = inner.update(wide, state.inner_state, masters, **extra_args)
         update_master = apply_updates(masters, updates)
-        updates = jax.tree.map(lambda p, x, u: distance(p, x) if _is_bf16(p) else u, params, update_master, updates)
+        updates = jax.tree.map(lambda p, x, u: update_to(p, x) if _is_bf16(p) else u, params, update_master, updates)
         remainder = jax.tree.map(
             lambda p, x, u, r: remainder_of(p, x, u) if _is_bf16(p) else r,
             params,
@@ -132,9 +132,9 @@ def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
             raise ValueError("exact_bf16 needs params: call update(updates, state, params).")
         if not isinstance(tx, Transformation):
             raise NotFusible("jadam.exact_bf16 is around none of jadam's optimizers nor jadam.chain")
-        checks.state_of(state, ExactBF16State)
-        checks.version(state, VERSION)
-        checks.gradients(updates, state, params, planning=True)
+        checks.check_state_type(state, ExactBF16State)
+        checks.check_version(state, VERSION)
+        checks.check_gradients(updates, state, params, planning=True)
         _check_remainder(params, state.remainder)
         # A plan looks at shapes and dtypes, mostly. Masters and wide gradients are made leaf by leaf, in the one pass.
         masters = jax.tree.map(lambda p: _no_values(p) if _is_bf16(p) else p, params)
@@ -184,10 +184,10 @@ def float32_params(params, state):
             f"state must hold one ExactBF16State, found {len(found)}. Train with jadam.exact_bf16(...), and call "
             "float32_params(params, state); with Flax NNX, state is optimizer.opt_state."
         )
-    checks.version(found[0], VERSION)
-    checks.trainable(params, "params")
+    checks.check_version(found[0], VERSION)
+    checks.check_trainable(params, "params")
     for tree, what in ((params, "params"), (state, "state")):
-        checks.values(tree, what)
+        checks.check_values(tree, what)
     remainder = found[0].remainder
     named, other = (
         {leaf_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)} for tree in (params, remainder)
@@ -223,12 +223,12 @@ def from_float32(params32, tx: Transformation, keep: Callable[[str, Any], bool] 
     recorded = isinstance(tx, Transformation) and tx.info.after_step is not None  # by jadam.record
     exact = tx.info.inner if recorded else tx
     if not isinstance(exact, ExactBF16):
-        got = checks.shown(tx)
+        got = checks.short_repr(tx)
         raise TypeError(f"from_float32 needs what jadam.exact_bf16 returned, got {got}. Wrap it: exact_bf16(tx).")
-    checks.trainable(params32, "params32")
-    checks.values(params32, "params32")
+    checks.check_trainable(params32, "params32")
+    checks.check_values(params32, "params32")
     if not (keep is None or callable(keep)):
-        raise TypeError(f"keep must be a function f(path, leaf) to True or False, got {checks.shown(keep)}.")
+        raise TypeError(f"keep must be a function f(path, leaf) to True or False, got {checks.short_repr(keep)}.")
 
     def narrow(path, x):
         if jnp.result_type(x) != jnp.float32 or (keep is not None and keep(leaf_name(path), x)):
@@ -249,7 +249,7 @@ def _masters(params, remainder):
 
 def _check_remainder(params, remainder) -> None:
     """Raise unless the parameters are in the dtypes that they had at `init`."""
-    checks.same_structure(params, remainder, "params", "state.remainder")
+    checks.check_same_structure(params, remainder, "params", "state.remainder")
     leaves, remainders = jax.tree.leaves(params), jax.tree.leaves(remainder)
     for i, (p, r) in enumerate(zip(leaves, remainders, strict=True)):
         was_bf16 = r.dtype == jnp.int16

@@ -320,7 +320,7 @@ def test_bfloat16_throughout_the_family(member):
     "member", [m for m in family.FAMILY if m.name not in ("adam", "adamw", "nadam", "nadamw")], ids=str
 )
 def test_int8_is_refused_elsewhere(member):
-    with pytest.raises(ValueError, match="moments must be 'bfloat16' or 'float32' here, got 'int8'"):
+    with pytest.raises(ValueError, match="moments must be 'bfloat16' or 'float32' for this optimizer, got 'int8'"):
         member.make(0.1, moments="int8")
 
 

@@ -53,7 +53,7 @@ def test_bfloat16():
     assert not any(np.asarray(x).any() for x in format.init(p, 2))
     assert format.unsupported_reason(p) is None
     assert format.unsupported_reason(zeros(2, jnp.bfloat16)) is None
-    assert format.unsupported_reason(zeros(2, jnp.complex64)) == "complex64 is never stored narrower than itself"
+    assert format.unsupported_reason(zeros(2, jnp.complex64)) == "complex64 moments are not compressed"
     narrow, wide = zeros(2, jnp.bfloat16), zeros(2)
     assert format.matches((narrow, narrow))
     assert not format.matches((narrow, wide))  # by mu_dtype
@@ -110,14 +110,15 @@ def test_chooser_by_function():
 
 
 NAMES = "'bfloat16' or 'float32' or 'int8'"
+FUNCTION = "or a function f(path, leaf) that returns one of them"
 
 
 @pytest.mark.parametrize(("given", "text"), [
-    (("int4", None, BETAS), f"moments must be {NAMES} or a function f(path, leaf) to one of these, got 'int4'."),
-    ((jnp.bfloat16, None, BETAS), f"moments must be {NAMES} or a function f(path, leaf) to one of these, got"),
+    (("int4", None, BETAS), f"moments must be {NAMES} {FUNCTION}, got 'int4'."),
+    ((jnp.bfloat16, None, BETAS), f"moments must be {NAMES} {FUNCTION}, got"),
     (("int8", jnp.bfloat16, BETAS), "mu_dtype must be None with moments='int8', got"),
     (("bfloat16", jnp.bfloat16, BETAS), "mu_dtype must be None with moments='bfloat16', got"),
-    ((lambda path, leaf: "int8", jnp.bfloat16, BETAS), "mu_dtype must be None where moments is a function, got"),
+    ((lambda path, leaf: "int8", jnp.bfloat16, BETAS), "mu_dtype must be None when moments is a function, got"),
 ])  # fmt: skip
 def test_chooser_refuses(given, text):
     with pytest.raises(ValueError, match=re.escape(text)):
@@ -132,7 +133,7 @@ def test_chooser_refuses_what_a_function_gives():
 
 def test_random_bits():
     (path, _), *_ = jax.tree_util.tree_leaves_with_path({"w": 1})
-    salt = formats.salt(path)
+    salt = formats.leaf_salt(path)
     assert salt == zlib.crc32(b"['w']")
 
     @jax.jit

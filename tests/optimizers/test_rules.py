@@ -153,4 +153,4 @@ def test_switches_are_checked():
     for name, value in (("eps_mode", "Hat"), ("bias_correction", 1), ("bias_correction", "yes"), ("nesterov", 2)):
         with pytest.raises(ValueError, match=f"{name} must be"):
             jadam.adam(1e-3, **{name: value})
-    checks.one_of("eps_mode", "paper", ("paper", "hat"))
+    checks.check_one_of("eps_mode", "paper", ("paper", "hat"))

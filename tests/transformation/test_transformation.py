@@ -586,7 +586,7 @@ def test_arrays_on_different_devices(take):
     first, second = jax.devices()[1:3]
     params = {"a": jax.device_put(jnp.ones(3), first), "b": jax.device_put(jnp.ones(3), second)}
     tx = jadam.adam(0.1)
-    with pytest.raises(ValueError, match=r"all must be on the same devices, got \w+\['b'\] on"):
+    with pytest.raises(ValueError, match=r"\w+, state, params must be on the same devices, got \w+\['b'\] on"):
         take(tx)(params, tx.init(params), params)
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jadam._moments.formats import FORMATS
-from jadam._moments.int8 import block_of
+from jadam._moments.int8 import block_length
 from jadam._transformation.transformation import LeafUpdate
 
 EXTENSION = "_cpu.dll" if sys.platform == "win32" else "_cpu.so"
@@ -74,7 +74,7 @@ def _call(scalars, leaf_updates, grads, params, rows):
                 "clipping": (leaf_update.bound is not None) + 2 * (leaf_update.norm is not None),
                 "scalars": row,
                 "salt": leaf_update.salt,
-                "block": block_of(leaf_update.stored) if leaf_update.format.name == "int8" else 0,
+                "block": block_length(leaf_update.stored) if leaf_update.format.name == "int8" else 0,
                 "run": run,
                 "stride": stride,
             }
