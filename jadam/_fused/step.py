@@ -221,7 +221,7 @@ def _step_leaves(*arrays, settings, tree, platform):
     """Implementation of the primitive: the platform's kernel for the leaves that it supports, XLA for the others."""
     operands, grads, params = tree.unflatten(arrays)
     leaf_updates = unpack(settings, operands)
-    # Arrays are concrete only where jax_debug_nans looks, op by op, for the one that made a NaN.
+    # Arrays are concrete only under jax_debug_nans, which runs this op by op to find the one that made a NaN.
     traced = any(isinstance(x, jax.core.Tracer) for x in arrays)
     use_kernel = traced and platform in KERNELS and backends()[platform].kernel is not None
     if traced and platform == "cpu" and not use_kernel and not kernels_disabled():

@@ -100,7 +100,7 @@ def test_whether_a_step_is_one_pass(monkeypatch):
         one_but = f"one pass on cpu ({on}), but for ['c'] (no kernel for bfloat16 parameters without jadam.exact_bf16)"
         assert said(jadam.adam(1e-3), half) == (False, one_but)
         assert said(jadam.exact_bf16(jadam.adam(1e-3)), half)[0]
-    reason = "not fused: not a jadam optimizer, or inside optax.chain (use jadam.chain)"
+    reason = "not fused: not a jadam optimizer (for a chain, use jadam.chain)"
     assert said(optax.chain(jadam.adam(1e-3))) == (False, reason)
     assert "neither jadam.clip nor" in said(jadam.chain(optax.clip(1.0), jadam.adam(1e-3)))[1]
     assert "jadam.exact_bf16 is around none" in said(jadam.exact_bf16(optax.adam(1e-3)))[1]
