@@ -225,9 +225,9 @@ def compile_on_mesh(topology, model):
 def step_on_mesh(tx, shapes, mesh):
     """The compiled step, and which of its arguments are parameters, state and gradients."""
     import jadam
-    from jadam.sharding import spread, zero1
+    from jadam.sharding import shard_largest_dim, zero1
 
-    params = spread(shapes, mesh, "model")
+    params = shard_largest_dim(shapes, mesh, "model")
     divided = zero1(tx, params, mesh, "data")
     state = divided.layout.state
 

@@ -1,7 +1,7 @@
-"""The optimizer's state divided over a mesh (ZeRO stage 1), by JAX's own partitioning.
+"""Sharding of the optimizer state over a mesh (ZeRO stage 1), by JAX's own partitioning.
 
 Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", SC 2020, arXiv:1910.02054,
-section 5.1: each device keeps the state of a part of the parameters. A step reduces gradients to where that part is,
+section 5.1: each device keeps the state of its shard of the parameters. A step reduces the gradients to this shard,
 updates it, and gathers the parameters.
 """
 
@@ -27,27 +27,27 @@ from jadam._transformation.transformation import FunctionUpdate, NotFusible, not
 
 @dataclasses.dataclass(eq=False)
 class _Zero1Update(FunctionUpdate):
-    """``update`` of `zero1`, and how it divides the state."""
+    """``update`` of `zero1`, with the layout of the state."""
 
     layout: "Layout" = dataclasses.field(kw_only=True)
 
 
 class Zero1(optax.GradientTransformationExtraArgs):
-    """What `zero1` returns: an Optax transformation, and how it divides its state."""
+    """An Optax transformation whose state is sharded, as `zero1` returns it."""
 
     @property
     def layout(self) -> "Layout":
-        """What ``update`` holds."""
+        """The shardings of parameters and state."""
         return cast(_Zero1Update, self.update).layout
 
     @property
     def shardings(self) -> Any:
-        """The state's, a tree of `jax.sharding.NamedSharding`."""
+        """The shardings of the state, a tree of `jax.sharding.NamedSharding` like it."""
         return jax.tree.map(lambda x: x.sharding, self.layout.state)
 
     @property
     def undivided(self) -> dict[str, str]:
-        """The parameters whose state is not divided, and why."""
+        """The parameters whose state is not sharded over the axis, and why not."""
         return {x.name: x.reason for x in self.layout.leaves if x.reason}
 
     @property
@@ -57,8 +57,8 @@ class Zero1(optax.GradientTransformationExtraArgs):
 
     def __repr__(self):
         leaves = [x for x in self.layout.leaves if x.bytes]
-        divided = sum(not x.reason for x in leaves)
-        lines = [f"zero1: the state of {divided} of {len(leaves)} parameters divided by {self.layout.over}"]
+        sharded = sum(not x.reason for x in leaves)
+        lines = [f"zero1: state of {sharded} of {len(leaves)} parameters sharded {self.layout.ways}"]
         lines += [f"  undivided: {name}: {reason}" for name, reason in self.undivided.items()]
         lines += [f"  float32: {name}: {reason}" for name, reason in self.widened.items()]
         return "\n".join(lines)
@@ -66,51 +66,52 @@ class Zero1(optax.GradientTransformationExtraArgs):
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """A parameter: where it is, where the part of it that a device updates is, and its state's bytes on all devices."""
+    """A parameter, its sharding and that of its state."""
 
     name: str
     shape: tuple[int, ...]
     param_sharding: NamedSharding
     state_sharding: NamedSharding
-    bytes: int
-    reason: str  # why it is not divided, or ""
+    bytes: int  # of its state, on all devices together
+    reason: str  # why its state is not sharded over the axis, or ""
     widened: str  # why its moments are float32 instead of int8, or ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How `zero1` divides: a `Leaf` for each parameter, and the state as `jax.ShapeDtypeStruct` with shardings."""
+    """The shardings that `zero1` chose."""
 
-    leaves: tuple[Leaf, ...]
-    state: Any
-    over: str
+    leaves: tuple[Leaf, ...]  # one per parameter
+    state: Any  # `jax.ShapeDtypeStruct` with shardings
+    ways: str  # the number of shards and the mesh axes, such as "8 ways ('data')"
 
 
 def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[str]) -> Zero1:
-    """Divide the state of ``tx`` over an axis of a mesh: on ``n`` devices each keeps an n-th of it.
+    """Shard the state of ``tx`` over a mesh axis: of ``n`` devices, each keeps an n-th of it.
 
-    Moments, scales and remainders are divided along a parameter's first axis that divides evenly, on top of the
-    parameter's own sharding, whatever that is. int8's blocks are chosen so that each part has whole ones. The result is
-    a transformation: ``init`` makes the state divided from the start, in `jadam.step` (or ``update``) the gradients are
-    reduced to their parts, the parts updated, by the kernels where `jadam.step` has them, and the parameters gathered.
-    Update and state are the same bits as on one device that has the same blocks; only a global norm is a sum in another
-    order.
+    Moments, scales and remainders are sharded along the first axis of a parameter that divides evenly, in addition to
+    the parameter's own sharding. int8 block sizes are chosen so that each shard has whole blocks.
+
+    ``init`` returns a sharded state. `jadam.step` reduces the gradients to shards, updates these (with kernels where
+    available) and gathers the parameters. ``update`` gathers the updates instead. The results have the same bits as on
+    one device with the same blocks. Only a global norm may differ, because its sum has another order.
 
     Args:
-        tx: any Optax transformation, `jadam.exact_bf16` and chains included; make this the outermost.
-        params: parameters, or their shapes and dtypes (`jax.ShapeDtypeStruct`). Their own `NamedSharding` is kept;
-            without one they count as whole on every device.
-        mesh: `jax.sharding.Mesh`; an `AbstractMesh` will do for looking at ``shardings``.
-        axis: the axis of the mesh to divide over, or several.
+        tx: any Optax transformation, also `jadam.exact_bf16` and chains. `zero1` must be the outermost wrapper.
+        params: parameters, or their shapes and dtypes (`jax.ShapeDtypeStruct`). Their own `NamedSharding` is kept.
+            Parameters without one are taken as replicated.
+        mesh: `jax.sharding.Mesh`, or an `AbstractMesh` to inspect ``shardings`` only.
+        axis: the mesh axis to shard over, or several.
 
     Returns:
-        A transformation with the state of ``tx``. It has ``shardings``, a tree of `jax.sharding.NamedSharding` like the
-        state, and ``undivided``, a dict from a parameter's path to why its state is whole; print it for both in words.
+        A transformation whose state is that of ``tx``. It prints as a summary. It has ``shardings``, a tree of
+        `jax.sharding.NamedSharding` like the state, and two dicts from a parameter's path to a reason: ``undivided``,
+        why its state is not sharded, and ``widened``, why its moments are float32 instead of int8.
 
     Raises:
-        ValueError: no such axis, one of size 1, or nothing that can be divided; at ``init`` and ``update``, other
-            parameters or a mesh without devices.
-        TypeError: ``tx`` is no transformation, ``mesh`` no mesh, or a parameter is not floating.
+        ValueError: no such axis, an axis of size 1, or no state that can be sharded. In ``init`` and ``update``: other
+            parameters, or a mesh without devices.
+        TypeError: ``tx`` is not a transformation, ``mesh`` is not a mesh, or a parameter is not floating.
 
     Example:
         >>> import jax, jax.numpy as jnp, jadam
@@ -118,143 +119,147 @@ def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[s
         >>> params = {"kernel": jnp.ones((64, 128)), "bias": jnp.ones(3)}
         >>> tx = jadam.sharding.zero1(jadam.adamw(1e-3), params, mesh, "data")
         >>> print(tx)
-        zero1: the state of 1 of 2 parameters divided by 8 ('data')
+        zero1: state of 1 of 2 parameters sharded 8 ways ('data')
           undivided: ['bias']: no axis of (3,) is a multiple of 8
         >>> print(*tx.init(params)[0].mu["kernel"].sharding.spec)
         data
     """
     checks.check_transformation("zero1 needs", tx)
-    _checks_mesh(mesh)
+    _check_mesh(mesh)
     axes = tuple(name for name in _axes(axis, mesh) if mesh.shape[name] > 1)
     if not axes:
-        raise ValueError(f"axis {axis!r} has size 1 in the mesh {dict(mesh.shape)}: there is nothing to divide over.")
+        raise ValueError(
+            f"axis must have size > 1, got {axis!r} in the mesh {dict(mesh.shape)}. Choose another axis or a larger "
+            "mesh."
+        )
     checks.check_trainable(params, "params")
     layout = _layout(tx, params, mesh, axes)
     inner = optax.with_extra_args_support(optax.GradientTransformation(tx.init, tx.update))
     param_shardings, state_shardings = (
         [getattr(leaf, which) for leaf in layout.leaves] for which in ("param_sharding", "state_sharding")
     )
-    wanted = jax.tree.leaves(layout.state)
-    shardings = [x.sharding for x in wanted]
+    state_leaves = jax.tree.leaves(layout.state)
+    shardings = [x.sharding for x in state_leaves]
 
-    def values(tree, what):
+    def check_values(tree, what):
         checks.check_values(tree, what)
         if isinstance(mesh, AbstractMesh) and not all(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree)):
             raise ValueError(
-                "mesh must be a jax.sharding.Mesh for init and update, got an AbstractMesh, which has no devices and "
-                "is for looking at shardings. Call zero1 again with jax.make_mesh(...)."
+                "mesh must be a jax.sharding.Mesh for init, update and jadam.step, got an AbstractMesh, which has no "
+                "devices. Call zero1 again with jax.make_mesh(...)."
             )
 
-    def check(tree, what):
-        values(tree, what)
-        shapes, known = [jnp.shape(x) for x in jax.tree.leaves(tree)], [x.shape for x in layout.leaves]
-        if shapes != known:
-            here, there = next(pair for pair in itertools.zip_longest(shapes, known) if pair[0] != pair[1])
+    def check_params_like(tree, what):
+        check_values(tree, what)
+        shapes, expected = [jnp.shape(x) for x in jax.tree.leaves(tree)], [x.shape for x in layout.leaves]
+        if shapes != expected:
+            found, wanted = next(pair for pair in itertools.zip_longest(shapes, expected) if pair[0] != pair[1])
             raise ValueError(
-                f"{what} must have the leaves of the params given to zero1, got {len(shapes)} of {len(known)}; the "
-                f"first that differs has shape {here} for {there}. Call zero1 again for other parameters."
+                f"{what} must match the params given to zero1 (number of arrays: {len(expected)}), got {len(shapes)}. "
+                f"First mismatch: shape {found}, expected {wanted}. Call zero1 again for other parameters."
             )
 
-    def checked(state):
-        """The state, which may come from elsewhere than the mesh, on it."""
-        values(state, "state")
-        here, there = len(jax.tree.leaves(state)), len(wanted)
-        if here != there:
+    def state_on_mesh(state):
+        """Check the state and move it to the mesh if it is on other devices."""
+        check_values(state, "state")
+        found, expected = len(jax.tree.leaves(state)), len(state_leaves)
+        if found != expected:
             raise TypeError(
-                f"state must have the {there} arrays that init returns, got {type(state).__name__} of {here}. Was it "
-                "made by another transformation? It goes before params."
+                f"state must have the {expected} arrays that init returns, got {type(state).__name__} of {found}. It "
+                "belongs to another optimizer, or the argument order is not grads, state, params."
             )
-        for (path, x), of_init in zip(jax.tree_util.tree_leaves_with_path(state), wanted, strict=True):
+        for (path, x), leaf in zip(jax.tree_util.tree_leaves_with_path(state), state_leaves, strict=True):
             try:
-                of_init.sharding.shard_shape(jnp.shape(x))
+                leaf.sharding.shard_shape(jnp.shape(x))
             except ValueError:
                 raise ValueError(
-                    f"state{jax.tree_util.keystr(path)} has shape {jnp.shape(x)}, init returns {of_init.shape}. Was it "
-                    "made by another transformation, or for other parameters?"
+                    f"state{jax.tree_util.keystr(path)} must have shape {leaf.shape}, got {jnp.shape(x)}. It belongs "
+                    "to another optimizer or to other parameters."
                 ) from None
-        return _put(state, shardings, leave=True)
+        return _to_shardings(state, shardings, keep_on_mesh=True)
 
     def init(params):
-        check(params, "params")
+        check_params_like(params, "params")
         checks.check_trainable(params, "params")
 
-        def whole(params):
-            return list(map(_reshaped, jax.tree.leaves(tx.init(params)), wanted))
+        def init_leaves(params):
+            return list(map(_to_layout, jax.tree.leaves(tx.init(params)), state_leaves))
 
-        state = jax.jit(whole, out_shardings=shardings)(_put(params, param_shardings))
+        state = jax.jit(init_leaves, out_shardings=shardings)(_to_shardings(params, param_shardings))
         return jax.tree.unflatten(jax.tree.structure(jax.eval_shape(tx.init, params)), state)
 
     def update(updates, state, params=None, **extra_args):
-        check(updates, "updates")
-        state = checked(state)
-        updates = _put(updates, state_shardings)
+        check_params_like(updates, "updates")
+        state = state_on_mesh(state)
+        updates = _to_shardings(updates, state_shardings)
         if params is not None:
             params, _ = params_with_gradients(params, updates)
-            check(params, "params")
-            params = _put(params, state_shardings)
+            check_params_like(params, "params")
+            params = _to_shardings(params, state_shardings)
         updates, state = inner.update(updates, state, params, **extra_args)
-        return _put(updates, param_shardings), _put(state, shardings)
+        return _to_shardings(updates, param_shardings), _to_shardings(state, shardings)
 
     def step(grads, state, params):
-        check(grads, "grads")
-        params, put = params_with_gradients(params, grads)
-        check(params, "params")
-        state = checked(state)
-        grads, params = _put(grads, state_shardings), _put(params, state_shardings)
+        check_params_like(grads, "grads")
+        params, merge = params_with_gradients(params, grads)
+        check_params_like(params, "params")
+        state = state_on_mesh(state)
+        grads, params = _to_shardings(grads, state_shardings), _to_shardings(params, state_shardings)
         try:
             params, state = step_sharded(
                 tx, grads, state, params, mesh, [x.spec for x in state_shardings], _shard_offset
             )
         except NotFusible:
             params, state = update_and_apply(tx, grads, state, params)
-        return put(jax.tree.leaves(_put(params, param_shardings))), _put(state, shardings)
+        return merge(jax.tree.leaves(_to_shardings(params, param_shardings))), _to_shardings(state, shardings)
 
     return Zero1(init, _Zero1Update(not_fusible, inner=tx, step=step, function=update, layout=layout))
 
 
-def spread(shapes, mesh, axis: str | Sequence[str] | None) -> Any:
-    """Parameters divided over an axis of a mesh, each along its largest dimension that divides.
+def shard_largest_dim(shapes, mesh, axis: str | Sequence[str] | None) -> Any:
+    """Choose shardings of parameters over a mesh axis, along the largest dimension that divides evenly.
 
-    The last dimension is that only if its parts are multiples of 128, as lanes and int8's blocks are, or no other can.
+    The last dimension is used only if its shards are multiples of 128, as TPU lanes and int8 blocks are, or if no other
+    dimension divides. A parameter of which no dimension divides is replicated.
 
     Args:
         shapes: a tree of arrays or `jax.ShapeDtypeStruct`.
         mesh: `jax.sharding.Mesh` or `AbstractMesh`.
-        axis: an axis of it, several, or None to leave them whole.
+        axis: a mesh axis, several, or None to replicate all parameters.
 
     Returns:
-        A tree of `jax.ShapeDtypeStruct` with shardings; `jax.tree.map(lambda p, s: jax.device_put(p, s.sharding), ...)`
-        puts parameters there.
+        A tree of `jax.ShapeDtypeStruct` with shardings. To move parameters:
+        ``jax.tree.map(lambda p, s: jax.device_put(p, s.sharding), params, ...)``.
 
     Raises:
         ValueError: no such axis.
-        TypeError: ``mesh`` is no mesh.
+        TypeError: ``mesh`` is not a mesh.
 
     Example:
         >>> import jax, jax.numpy as jnp, jadam
         >>> mesh = jax.sharding.AbstractMesh((4,), ("model",))
-        >>> print(*jadam.sharding.spread(jnp.ones((2, 8)), mesh, "model").sharding.spec)
+        >>> print(*jadam.sharding.shard_largest_dim(jnp.ones((2, 8)), mesh, "model").sharding.spec)
         None model
     """
     checks.check_arrays(shapes, "shapes")
-    _checks_mesh(mesh)
+    _check_mesh(mesh)
     axes = () if axis is None else _axes(axis, mesh)
     n = math.prod(mesh.shape[name] for name in axes)
 
-    def place(x):
+    def shard(x):
         shape = jnp.shape(x)
-        odd = lambda k: k == len(shape) - 1 and shape[k] // n % BLOCK != 0
-        order = sorted(range(len(shape)), key=lambda k: (odd(k), -shape[k]))
-        specs = (_with(PartitionSpec(*[None] * len(shape)), k, axes) for k in order)
-        fits = (spec for spec in specs if all(_fits(shape, spec, mesh)))
-        spec = next(fits, PartitionSpec()) if axes else PartitionSpec()
+        cuts_blocks = lambda k: k == len(shape) - 1 and shape[k] // n % BLOCK != 0
+        order = sorted(range(len(shape)), key=lambda k: (cuts_blocks(k), -shape[k]))
+        specs = (_add_axes(PartitionSpec(*[None] * len(shape)), k, axes) for k in order)
+        valid = (spec for spec in specs if all(_divides(shape, spec, mesh)))
+        spec = next(valid, PartitionSpec()) if axes else PartitionSpec()
         sharding = NamedSharding(mesh, _trimmed(spec))
         return jax.ShapeDtypeStruct(shape, jnp.result_type(x), sharding=sharding)
 
-    return jax.tree.map(place, shapes)
+    return jax.tree.map(shard, shapes)
 
 
-def _checks_mesh(mesh) -> None:
+def _check_mesh(mesh) -> None:
     if not isinstance(mesh, (Mesh, AbstractMesh)):
         got = checks.short_repr(mesh)
         raise TypeError(f"mesh must be a jax.sharding.Mesh, got {got}. Make one: jax.make_mesh((8,), ('data',)).")
@@ -263,42 +268,43 @@ def _checks_mesh(mesh) -> None:
 def _axes(axis, mesh) -> tuple[str, ...]:
     axes = tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
     if not axes or any(not isinstance(name, str) or name not in mesh.shape for name in axes):
-        raise ValueError(f"axis must be of the mesh's {tuple(mesh.shape)}, got {checks.short_repr(axis)}.")
+        raise ValueError(
+            f"axis must be one or several of the mesh axes {tuple(mesh.shape)}, got {checks.short_repr(axis)}."
+        )
     if len(set(axes)) < len(axes):
-        raise ValueError(f"axis must name each axis of the mesh once, got {axis!r}.")
+        raise ValueError(f"axis must name each mesh axis once, got {axis!r}.")
     return axes
 
 
 def _layout(tx, params, mesh, axes) -> Layout:
     n = math.prod(mesh.shape[name] for name in axes)
     flat = jax.tree_util.tree_leaves_with_path(params)
-    plain = [
-        jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for _, x in flat
-    ]  # shardings not to be seen by init
-    state = jax.eval_shape(tx.init, jax.tree.unflatten(jax.tree.structure(params), plain))
+    # Without shardings, which would change the block sizes that tx.init chooses.
+    unsharded = [jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for _, x in flat]
+    state = jax.eval_shape(tx.init, jax.tree.unflatten(jax.tree.structure(params), unsharded))
     names = [leaf_name(path) for path, _ in flat]
     states, structure = jax.tree.flatten(state)
-    owned: dict[str, list] = {name: [] for name in names}
+    param_states: dict[str, list] = {name: [] for name in names}
     for (name, _), x in zip(match_state_to_params(state, params), states, strict=True):
         if name is not None:
-            owned[name].append(x)
+            param_states[name].append(x)
     leaves = {}
-    for name, (_, x), p in zip(names, flat, plain, strict=True):
+    for name, (_, x), p in zip(names, flat, unsharded, strict=True):
         param_sharding = _param_sharding(x, mesh, name)
-        large = [s for s in owned[name] if s.shape == p.shape]
-        int8 = any(s.dtype == jnp.uint8 for s in large)
-        whole = PartitionSpec(*param_sharding.spec, *[None] * (len(p.shape) - len(param_sharding.spec)))
+        shardable = [s for s in param_states[name] if s.shape == p.shape]
+        int8 = any(s.dtype == jnp.uint8 for s in shardable)
+        param_spec = PartitionSpec(*param_sharding.spec, *[None] * (len(p.shape) - len(param_sharding.spec)))
         widened = ""
-        if int8 and largest_block(p.shape[-1], here := param_sharding.shard_shape(p.shape)[-1]) is None:
-            int8, widened = False, f"its own sharding cuts its last axis into {here}, {_NO_BLOCK}"
-        spec, reason = _divided(p.shape, whole, mesh, axes, int8)
-        size = sum(s.size * s.dtype.itemsize for s in owned[name])
-        reason = reason if large else "no state of its shape" if size else ""
-        state_sharding = NamedSharding(mesh, spec if large and not reason else whole)
+        if int8 and largest_block(p.shape[-1], length := param_sharding.shard_shape(p.shape)[-1]) is None:
+            int8, widened = False, f"its own sharding cuts its last axis into shards of {length}, {_NO_BLOCK}"
+        spec, reason = _shard_first_dim(p.shape, param_spec, mesh, axes, int8)
+        size = sum(s.size * s.dtype.itemsize for s in param_states[name])
+        reason = reason if shardable else "no state of its shape" if size else ""
+        state_sharding = NamedSharding(mesh, spec if shardable and not reason else param_spec)
         leaves[name] = Leaf(name, p.shape, param_sharding, state_sharding, size, reason, widened)
 
-    def place(owner, x):
-        name, field = owner
+    def shard(match, x):
+        name, field = match
         leaf = leaves.get(name)
         spec, shape, dtype = PartitionSpec(), x.shape, x.dtype
         if leaf is not None and x.shape == leaf.shape:
@@ -306,106 +312,109 @@ def _layout(tx, params, mesh, axes) -> Layout:
             dtype = jnp.float32 if leaf.widened and field in ("mu", "nu") else dtype
         elif leaf is not None and field in ("mu_scale", "nu_scale") and not is_placeholder(x):
             if leaf.widened:
-                return place((None, None), jax.eval_shape(placeholder, x))
+                return shard((None, None), jax.eval_shape(placeholder, x))
             block = largest_block(leaf.shape[-1], leaf.state_sharding.shard_shape(leaf.shape)[-1])
             spec, shape = leaf.state_sharding.spec, (*x.shape[:-1], -(-leaf.shape[-1] // block))
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, _trimmed(spec)))
 
-    placed = [place(owner, x) for owner, x in zip(match_state_to_params(state, params), states, strict=True)]
+    sharded = [shard(match, x) for match, x in zip(match_state_to_params(state, params), states, strict=True)]
+    ways = f"{n} ways ({', '.join(map(repr, axes))})"
     if all(x.reason for x in leaves.values() if x.bytes):
-        whole = "; ".join(f"{x.name}: {x.reason}" for x in list(leaves.values())[:5] if x.bytes)
-        raise ValueError(f"zero1 can divide no parameter's state by {n} ({axes}): {whole or 'there is none'}.")
-    over = f"{n} ({', '.join(map(repr, axes))})"
-    return Layout(tuple(leaves.values()), structure.unflatten(placed), over)
+        reasons = "; ".join(f"{x.name}: {x.reason}" for x in list(leaves.values())[:5] if x.bytes)
+        raise ValueError(
+            f"zero1 cannot shard the state of any parameter {ways}: {reasons or 'there is none'}. Choose another axis, "
+            "or use tx without zero1."
+        )
+    return Layout(tuple(leaves.values()), structure.unflatten(sharded), ways)
 
 
-def _param_sharding(x, mesh, what) -> NamedSharding:
-    """A parameter's own sharding; whole where it has none."""
+def _param_sharding(x, mesh, path) -> NamedSharding:
+    """The parameter's own sharding, or a replicated one."""
     sharding = getattr(x, "sharding", None)
     if not isinstance(sharding, NamedSharding):
         return NamedSharding(mesh, PartitionSpec())
-    own = {name: sharding.mesh.shape[name] for entry in sharding.spec for name in _names(entry)}
+    own = {name: sharding.mesh.shape[name] for entry in sharding.spec for name in _axis_names(entry)}
     if not own.items() <= dict(mesh.shape).items():
         raise ValueError(
-            f"{what} is sharded over {own}, which the mesh {dict(mesh.shape)} has not. Pass the parameters' own mesh."
+            f"mesh must have the axes {own} that shard params{path}, got {dict(mesh.shape)}. Pass the parameters' mesh."
         )
     return sharding
 
 
 def _trimmed(spec) -> PartitionSpec:
-    """Without the Nones at the end, as XLA returns it: another would compile the second step anew."""
+    """``spec`` without trailing Nones, as XLA returns it. Otherwise the second step would be compiled again."""
     entries = list(spec)
     while entries and entries[-1] is None:
         entries.pop()
     return PartitionSpec(*entries)
 
 
-def _with(spec, k: int, axes) -> PartitionSpec:
-    """``spec`` whose entry ``k`` has ``axes`` too."""
-    entry = (*_names(spec[k]), *axes)
+def _add_axes(spec, k: int, axes) -> PartitionSpec:
+    """``spec`` with ``axes`` added to entry ``k``."""
+    entry = (*_axis_names(spec[k]), *axes)
     return PartitionSpec(*spec[:k], entry[0] if len(entry) == 1 else entry, *spec[k + 1 :])
 
 
-def _ways(entry, mesh) -> int:
-    """Into how many parts an entry of a spec cuts."""
-    return math.prod(mesh.shape[name] for name in _names(entry))
+def _num_shards(entry, mesh) -> int:
+    """The number of shards along a dimension with this entry of a spec."""
+    return math.prod(mesh.shape[name] for name in _axis_names(entry))
 
 
-def _fits(shape, spec, mesh) -> list[bool]:
-    """For each dimension whether it divides evenly, and is not empty."""
-    return [size > 0 and size % _ways(entry, mesh) == 0 for size, entry in zip(shape, spec, strict=True)]
+def _divides(shape, spec, mesh) -> list[bool]:
+    """Whether each dimension divides evenly and is not empty."""
+    return [size > 0 and size % _num_shards(entry, mesh) == 0 for size, entry in zip(shape, spec, strict=True)]
 
 
-def _names(entry) -> tuple[str, ...]:
+def _axis_names(entry) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def _divided(shape, spec, mesh, axes, int8) -> tuple[PartitionSpec, str]:
-    """``spec`` with ``axes`` added where they divide, and why they do not."""
-    used = {name for entry in spec for name in _names(entry)}
+def _shard_first_dim(shape, spec, mesh, axes, int8) -> tuple[PartitionSpec, str]:
+    """Add ``axes`` to the first dimension that divides evenly. Returns the spec, and the reason if none does."""
+    used = {name for entry in spec for name in _axis_names(entry)}
     axes = tuple(name for name in axes if name not in used)
     n = math.prod(mesh.shape[name] for name in axes)
     reason = f"no axis of {shape} is a multiple of {n}"
     if not axes:
         return spec, ""
     for k, size in enumerate(shape):
-        wanted = _with(spec, k, axes)
-        here = size // _ways(wanted[k], mesh)
-        if not _fits(shape, wanted, mesh)[k]:
+        new = _add_axes(spec, k, axes)
+        length = size // _num_shards(new[k], mesh)
+        if not _divides(shape, new, mesh)[k]:
             continue
-        if int8 and k == len(shape) - 1 and largest_block(size, here) is None:
-            reason = f"its last axis would be cut into {here}, {_NO_BLOCK}"
+        if int8 and k == len(shape) - 1 and largest_block(size, length) is None:
+            reason = f"its last axis would be cut into shards of {length}, {_NO_BLOCK}"
             continue
-        return wanted, ""
+        return new, ""
     if used:
-        reason += f" beside {spec}"
+        reason += f" on top of {spec}"
     return spec, reason
 
 
-_NO_BLOCK = "which no block of 32 to 128 divides"
+_NO_BLOCK = "which no int8 block of 32 to 128 divides"
 
 
-def _reshaped(x, wanted):
-    """A new state's array, codes and scales being 0, in the blocks or the dtype wanted."""
-    return x.astype(wanted.dtype) if x.shape == wanted.shape else jnp.zeros(wanted.shape, wanted.dtype)
+def _to_layout(x, leaf):
+    """A new state's array in the dtype and block count of ``leaf``; new codes and scales are all 0."""
+    return x.astype(leaf.dtype) if x.shape == leaf.shape else jnp.zeros(leaf.shape, leaf.dtype)
 
 
-def _put(tree, shardings, *, leave: bool = False):
-    """``tree`` where ``shardings`` say, by communication within a traced function.
+def _to_shardings(tree, shardings, *, keep_on_mesh: bool = False):
+    """Move the leaves of ``tree`` to ``shardings``, or constrain them in a traced function.
 
-    ``leave`` leaves alone what is on the same devices already.
+    ``keep_on_mesh`` leaves arrays that are already on the mesh's devices as they are.
     """
 
-    def one(x, sharding):
+    def move(x, sharding):
         concrete = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
-        there = leave and concrete and x.sharding.device_set == sharding.device_set
-        return x if there else _put_one(x, sharding)
+        keep = keep_on_mesh and concrete and x.sharding.device_set == sharding.device_set
+        return x if keep else _to_sharding(x, sharding)
 
     leaves, structure = jax.tree.flatten(tree)
-    return structure.unflatten(list(map(one, leaves, shardings)))
+    return structure.unflatten(list(map(move, leaves, shardings)))
 
 
-def _put_one(x, sharding: NamedSharding):
+def _to_sharding(x, sharding: NamedSharding):
     if not isinstance(x, jax.core.Tracer):
         return jax.device_put(x, sharding)
     if jax.sharding.AxisType.Explicit in sharding.mesh.axis_types:
@@ -414,12 +423,12 @@ def _put_one(x, sharding: NamedSharding):
 
 
 def _shard_offset(shape, spec, mesh) -> jax.Array:
-    """Within `jax.shard_map`: the index in an array of ``shape`` of the first element that this device has."""
-    first, stride = jnp.uint32(0), 1
+    """In `jax.shard_map`: the index in the global array of the first element of this device's shard, modulo 2**32."""
+    offset, stride = jnp.uint32(0), 1
     for size, entry in reversed(list(zip(shape, spec, strict=True))):
-        names = _names(entry)
+        names = _axis_names(entry)
         if names:
-            here = size // _ways(entry, mesh)
-            first += jax.lax.axis_index(names).astype(jnp.uint32) * jnp.uint32(here * stride & 0xFFFFFFFF)
+            length = size // _num_shards(entry, mesh)
+            offset += jax.lax.axis_index(names).astype(jnp.uint32) * jnp.uint32(length * stride & 0xFFFFFFFF)
         stride *= size
-    return first
+    return offset

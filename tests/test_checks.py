@@ -25,7 +25,7 @@ import jadam
 import jadam.flax
 from jadam import torch_state
 from jadam._diagnostics import plan as planning
-from jadam.sharding import spread, zero1
+from jadam.sharding import shard_largest_dim, zero1
 
 
 def cast(tree, dtype):
@@ -793,7 +793,7 @@ TOLD = [  # statistics and records
     (
         lambda: jadam.record(ZERO1),
         TypeError,
-        "got zero1: the state of 1 of 1 parameters divided by 8 ('data'). Take jadam's for Optax's optimizer; Optax's wrappers and jadam.sharding.zero1 go around it: optax.MultiSteps(jadam.record(...), 4).",
+        "got zero1: state of 1 of 1 parameters sharded 8 ways ('data'). Take jadam's for Optax's optimizer; Optax's wrappers and jadam.sharding.zero1 go around it: optax.MultiSteps(jadam.record(...), 4).",
     ),
     (lambda: jadam.record(RECORD), ValueError, "record must not be around another record. Drop one."),
     (
@@ -902,7 +902,7 @@ GROUPS = [
 ]
 
 ABSTRACT = zero1(ADAM, VECTOR, AbstractMesh((8,), ("data",)), "data")
-LIKE_NO_OTHER = "must have the leaves of the params given to zero1, got "
+MATCH = "must match the params given to zero1 (number of arrays: 1), got "
 
 SHARDINGS = [
     (
@@ -921,33 +921,45 @@ SHARDINGS = [
         TypeError,
         "mesh must be a jax.sharding.Mesh, got [CpuDevice(id=0)].",
     ),
-    (lambda: zero1(ADAM, VECTOR, MESH, "model"), ValueError, "axis must be of the mesh's ('data',), got 'model'."),
-    (lambda: zero1(ADAM, VECTOR, MESH, None), ValueError, "axis must be of the mesh's ('data',), got None."),
+    (
+        lambda: zero1(ADAM, VECTOR, MESH, "model"),
+        ValueError,
+        "axis must be one or several of the mesh axes ('data',), got 'model'.",
+    ),
+    (
+        lambda: zero1(ADAM, VECTOR, MESH, None),
+        ValueError,
+        "axis must be one or several of the mesh axes ('data',), got None.",
+    ),
     (
         lambda: zero1(ADAM, VECTOR, MESH, {"data": 8}),
         ValueError,
-        "axis must be of the mesh's ('data',), got {'data': 8}.",
+        "axis must be one or several of the mesh axes ('data',), got {'data': 8}.",
     ),
-    (lambda: zero1(ADAM, VECTOR, MESH, ()), ValueError, "axis must be of the mesh's ('data',), got ()."),
+    (
+        lambda: zero1(ADAM, VECTOR, MESH, ()),
+        ValueError,
+        "axis must be one or several of the mesh axes ('data',), got ().",
+    ),
     (
         lambda: zero1(ADAM, VECTOR, MESH, ("data", "data")),
         ValueError,
-        "axis must name each axis of the mesh once, got ('data', 'data').",
+        "axis must name each mesh axis once, got ('data', 'data').",
     ),
     (
         lambda: zero1(ADAM, VECTOR, AbstractMesh((1, 8), ("one", "x")), "one"),
         ValueError,
-        "axis 'one' has size 1 in the mesh {'one': 1, 'x': 8}: there is nothing to divide over.",
+        "axis must have size > 1, got 'one' in the mesh {'one': 1, 'x': 8}.",
     ),
     (
         lambda: zero1(ADAM, {"a": ones((3, 5))}, MESH, "data"),
         ValueError,
-        "zero1 can divide no parameter's state by 8 (('data',)): ['a']: no axis of (3, 5) is a multiple of 8.",
+        "zero1 cannot shard the state of any parameter 8 ways ('data'): ['a']: no axis of (3, 5) is a multiple of 8.",
     ),
     (
         lambda: zero1(SGD, VECTOR, MESH, "data"),
         ValueError,
-        "zero1 can divide no parameter's state by 8 (('data',)): there is none.",
+        "zero1 cannot shard the state of any parameter 8 ways ('data'): there is none.",
     ),
     (
         lambda: zero1(ADAM, {"a": ones(8, int)}, MESH, "data"),
@@ -967,39 +979,39 @@ SHARDINGS = [
             "data",
         ),
         ValueError,
-        "is sharded over {'x': 8}, which the mesh {'data': 8} has not. Pass the parameters' own mesh.",
+        "mesh must have the axes {'x': 8} that shard params, got {'data': 8}. Pass the parameters' mesh.",
     ),
     (
         lambda: ABSTRACT.init(VECTOR),
         ValueError,
-        "mesh must be a jax.sharding.Mesh for init and update, got an AbstractMesh, which has no devices",
+        "mesh must be a jax.sharding.Mesh for init, update and jadam.step, got an AbstractMesh, which has no devices",
     ),
     (
         lambda: stepped(ABSTRACT, VECTOR, state=DIVIDED.init(VECTOR)),
         ValueError,
-        "mesh must be a jax.sharding.Mesh for init and update, got an AbstractMesh",
+        "mesh must be a jax.sharding.Mesh for init, update and jadam.step, got an AbstractMesh",
     ),
     (
         lambda: updated(ABSTRACT, VECTOR, state=DIVIDED.init(VECTOR)),
         ValueError,
-        "mesh must be a jax.sharding.Mesh for init and update, got an AbstractMesh",
+        "mesh must be a jax.sharding.Mesh for init, update and jadam.step, got an AbstractMesh",
     ),
     (
         lambda: DIVIDED.init(ones(8)),
         ValueError,
-        f"params {LIKE_NO_OTHER}1 of 1; the first that differs has shape (8,) for (16,). Call zero1 again for other parameters.",
+        f"params {MATCH}1. First mismatch: shape (8,), expected (16,). Call zero1 again for other parameters.",
     ),
     (
         lambda: stepped(DIVIDED, VECTOR, g=(VECTOR, VECTOR)),
         ValueError,
-        f"grads {LIKE_NO_OTHER}2 of 1; the first that differs has shape (16,) for None.",
+        f"grads {MATCH}2. First mismatch: shape (16,), expected None.",
     ),
     (
         lambda: updated(DIVIDED, VECTOR, g=None),
         ValueError,
-        f"updates {LIKE_NO_OTHER}0 of 1; the first that differs has shape None for (16,).",
+        f"updates {MATCH}0. First mismatch: shape None, expected (16,).",
     ),
-    (lambda: stepped(DIVIDED, VECTOR, p=None), ValueError, f"params {LIKE_NO_OTHER}0 of 1"),
+    (lambda: stepped(DIVIDED, VECTOR, p=None), ValueError, f"params {MATCH}0."),
     (
         lambda: stepped(DIVIDED, VECTOR, g=SHAPE),
         TypeError,
@@ -1008,22 +1020,30 @@ SHARDINGS = [
     (
         lambda: stepped(DIVIDED, VECTOR, state=VECTOR),
         TypeError,
-        "state must have the 3 arrays that init returns, got ArrayImpl of 1. Was it made by another transformation?",
+        "state must have the 3 arrays that init returns, got ArrayImpl of 1. It belongs to another optimizer",
     ),
     (
         lambda: stepped(DIVIDED, VECTOR, state=ADAM.init(ones(3))),
         ValueError,
-        "state[0].mu has shape (3,), init returns (16,). Was it made by another transformation, or for other parameters?",
+        "state[0].mu must have shape (16,), got (3,). It belongs to another optimizer or to other parameters.",
     ),
     (
         lambda: stepped(DIVIDED, VECTOR, p=donated(VECTOR)),
         ValueError,
         "params was donated to an earlier step",
     ),
-    (lambda: spread(VECTOR, {"data": 8}, "data"), TypeError, "mesh must be a jax.sharding.Mesh, got {'data': 8}."),
-    (lambda: spread(VECTOR, MESH, "model"), ValueError, "axis must be of the mesh's ('data',), got 'model'."),
     (
-        lambda: spread({"a": "kernel"}, MESH, "data"),
+        lambda: shard_largest_dim(VECTOR, {"data": 8}, "data"),
+        TypeError,
+        "mesh must be a jax.sharding.Mesh, got {'data': 8}.",
+    ),
+    (
+        lambda: shard_largest_dim(VECTOR, MESH, "model"),
+        ValueError,
+        "axis must be one or several of the mesh axes ('data',), got 'model'.",
+    ),
+    (
+        lambda: shard_largest_dim({"a": "kernel"}, MESH, "data"),
         TypeError,
         "shapes['a'] must be an array, got 'kernel' of type str.",
     ),
@@ -1056,7 +1076,7 @@ SHARDINGS = [
     (
         lambda: jadam.plan(ADAM, VECTOR, {"data": 8}, "model"),
         ValueError,
-        "axis must be of the mesh's ('data',), got 'model'.",
+        "axis must be one or several of the mesh axes ('data',), got 'model'.",
     ),
     (
         lambda: jadam.plan(ADAM, "gpt2", {"data": 8}, "data"),
@@ -1168,17 +1188,20 @@ COMMAND_LINE = [
     (["plan", "--mesh"], "error: argument --mesh: expected one argument"),
     (
         ["plan", "--mesh", "data=1"],
-        "error: axis 'data' has size 1 in the mesh {'data': 1}: there is nothing to divide over.",
+        "error: axis must have size > 1, got 'data' in the mesh {'data': 1}.",
     ),
-    (["plan", "--mesh", "data=1000003"], "error: zero1 can divide no parameter's state by 1000003 (('data',)): "),
+    (
+        ["plan", "--mesh", "data=1000003"],
+        "error: zero1 cannot shard the state of any parameter 1000003 ways ('data'): ",
+    ),
     (
         ["plan", "--mesh", f"data={10**12}"],
         "error: mesh_shape must be a dict of axes and sizes > 0, below 2**31 in all, got {'data': 1000000000000}.",
     ),
     (["plan", "--model", "gpt5"], "error: argument --model: invalid choice: 'gpt5' (choose from "),
-    (["plan", "--axis", "model"], "error: axis must be of the mesh's ('data',), got 'model'."),
-    (["plan", "--axis", ""], "error: axis must be of the mesh's ('data',), got ''."),
-    (["plan", "--params-axis", "model"], "error: axis must be of the mesh's ('data',), got 'model'."),
+    (["plan", "--axis", "model"], "error: axis must be one or several of the mesh axes ('data',), got 'model'."),
+    (["plan", "--axis", ""], "error: axis must be one or several of the mesh axes ('data',), got ''."),
+    (["plan", "--params-axis", "model"], "error: axis must be one or several of the mesh axes ('data',), got 'model'."),
     (["plan", "--out", "plan.txt"], "error: --out must end in one of ."),
     (["plan", "--out", ""], "error: --out must end in one of ."),
     (["plan", "--out", "a\0b.png"], "error: --out must be a file's name, got 'a\\x00b.png': "),

@@ -170,14 +170,14 @@ def _fusion(tx, state, params, names) -> tuple[list[Any], bool | None, str]:
         return unknown, None, "unknown, a state does not tell; describe the transformation"
     reason = why_not_fused(tx, params, state, params)
     if reason is not None:
-        return unknown, False, f"two calls: {reason}"
+        return unknown, False, f"not fused: {reason}"
     platform = platform_of(jax.devices()[0])
     backend = backends().get(platform, Backend(None, "no kernel"))
     groups, refusals = (
         zip(*why_leaves_not_fused(platform, tx, params, state, params), strict=True) if names else ((), ())
     )
     if backend.kernel is None and platform not in pallas.PLATFORMS:
-        return list(groups), False, f"two calls on {platform}: {backend.reason}"
+        return list(groups), False, f"not fused on {platform}: {backend.reason}"
     refused = [f"{name} ({reason})" for name, reason in zip(names, refusals, strict=True) if reason is not None]
     but = f", but for {refused[0]}" if refused else ""
     more = f" and {len(refused) - 1} more" if len(refused) > 1 else ""

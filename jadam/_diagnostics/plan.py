@@ -17,7 +17,7 @@ from jadam._diagnostics.describe import html_table, table
 from jadam._diagnostics.models import MODELS
 from jadam._optimizers.adam import adamw
 from jadam._wrappers.exact_bf16 import exact_bf16
-from jadam.sharding import spread, zero1
+from jadam.sharding import shard_largest_dim, zero1
 
 GIB = 2**30
 PARTS = ("parameters", "gradients", "moments", "remainders", "other")
@@ -113,7 +113,7 @@ def plan(
     checks.check_transformation("plan needs", tx)
     mesh = _mesh(mesh_shape)
     checks.check_trainable(shapes, "shapes")
-    params = spread(shapes, mesh, params_axis)
+    params = shard_largest_dim(shapes, mesh, params_axis)
     divided = zero1(tx, params, mesh, axis)
     state = divided.layout.state
     sizes = dict.fromkeys(PARTS, 0)

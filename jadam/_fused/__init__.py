@@ -1,1 +1,1 @@
-"""`jadam.step`: one pass over memory, by a kernel where there is one."""
+"""`jadam.step`: the optimizer step in one pass over memory."""

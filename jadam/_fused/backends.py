@@ -1,4 +1,4 @@
-"""Which kernels there are, which of them are active, and why."""
+"""Which kernel `jadam.step` uses on each platform, and why."""
 
 import dataclasses
 import os
@@ -6,7 +6,10 @@ import os
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """What serves `jadam.step` on a platform: ``kernel`` is None where it is XLA alone; ``reason`` says why."""
+    """The kernel that `jadam.step` uses on one platform, and the reason.
+
+    ``kernel`` is its name, or None where XLA does the whole step.
+    """
 
     kernel: str | None
     reason: str
@@ -16,16 +19,16 @@ class Backend:
 
 
 def backends() -> dict[str, Backend]:
-    """Tell what serves `jadam.step` on every platform, and why.
+    """Return the kernel that `jadam.step` uses on each platform, and the reason.
 
-    ``JADAM_KERNELS=xla`` in the environment turns all kernels off; it is read whenever a step is compiled.
+    The environment variable ``JADAM_KERNELS=xla`` turns all kernels off. It is read when a step is compiled.
 
     Returns:
-        A dict of the platforms ``"cpu"``, ``"cuda"`` and ``"tpu"``, whose values have ``kernel``, a name or None, and
-        ``reason``; print one for a line.
+        A dict with the keys ``"cpu"``, ``"cuda"`` and ``"tpu"``. Each value has ``kernel``, a name or None for XLA,
+        and ``reason``. It prints as one line.
 
     Raises:
-        ValueError: another value of ``JADAM_KERNELS``.
+        ValueError: ``JADAM_KERNELS`` has another value.
 
     Example:
         >>> import jadam
@@ -34,28 +37,26 @@ def backends() -> dict[str, Backend]:
     """
     from jadam._fused.cpu import kernel as cpu
 
-    if off():
+    if kernels_disabled():
         return dict.fromkeys(("cpu", "cuda", "tpu"), Backend(None, "JADAM_KERNELS=xla"))
     library = cpu.load()
     kernel = None if library.instructions is None else f"FFI, {library.instructions}"
-    built = Backend(kernel, library.reason)
-    alone = "XLA alone is one pass over the others"
     return {
-        "cpu": built,
-        "cuda": Backend("Pallas, Triton", f"for int8 moments; {alone}"),
-        "tpu": Backend("Pallas, Mosaic", f"for int8 and bfloat16 moments and bfloat16 weights; {alone}"),
+        "cpu": Backend(kernel, library.reason),
+        "cuda": Backend("Pallas, Triton", "for int8 moments; XLA fuses the rest"),
+        "tpu": Backend("Pallas, Mosaic", "for int8 and bfloat16 moments and bfloat16 weights; XLA fuses the rest"),
     }
 
 
 def platform_of(device) -> str:
-    """The name under which JAX lowers for a device; the device of a GPU says only that it is one."""
+    """Return the platform that JAX lowers for: "cuda" or "rocm", where the device only says "gpu"."""
     if device.platform == "gpu":
         return "rocm" if "rocm" in device.client.platform_version else "cuda"
     return device.platform
 
 
-def off() -> bool:
-    """Whether the environment turns the kernels off."""
+def kernels_disabled() -> bool:
+    """Whether ``JADAM_KERNELS=xla`` is set."""
     value = os.environ.get("JADAM_KERNELS", "")
     if value not in ("", "xla"):
         raise ValueError(f"JADAM_KERNELS must be unset or 'xla', got {value!r}. Unset it.")

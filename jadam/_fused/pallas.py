@@ -1,12 +1,12 @@
-"""The TPU's and the GPU's kernel: `update_leaf` on tiles, by Pallas, where XLA alone is not one pass over memory.
+"""Pallas kernels for GPU and TPU: `update_leaf` on tiles, where XLA needs more than one pass over memory.
 
-That is int8 moments: nothing of a block can be rounded before the largest of it is known, and XLA stores the moments
-in between. On a TPU it is also bfloat16 moments and remainders: XLA makes a fusion of each of their arrays and computes
-the step anew in it. Float32 on both, and bfloat16 on a GPU, XLA does in one pass.
+XLA needs several passes for int8 moments: a block can be rounded only when its maximum is known, so XLA stores the
+moments in between. On a TPU it also needs several for bfloat16 moments and remainders: it makes one fusion per output
+array and recomputes the step in each. XLA does float32 in one pass on both, and bfloat16 on a GPU.
 
-Limits: float32 arithmetic and at most 2**31 elements. On a GPU (Triton) leaves are flat, of any rank. On a TPU (Mosaic)
-they have two axes, and int8's blocks are 128 long or the whole last axis; Mosaic gets a leaf the way XLA lays it out,
-transposed where that pads less, and scales always transposed.
+Limits: float32 arithmetic and at most 2**31 elements. On a GPU (Triton) leaves are flattened and may have any rank. On
+a TPU (Mosaic) they must have two axes, and int8 blocks must be 128 long or the whole last axis. Mosaic gets a leaf in
+XLA's layout, transposed where that needs less padding, and scales always transposed.
 """
 
 import math
@@ -22,19 +22,19 @@ from jadam._moments.int8 import BLOCK, block_length, dequantize, quantize
 from jadam._transformation.transformation import Hyperparams, LeafUpdate, update_leaf
 
 PLATFORMS = ("cuda", "tpu")
-GPU_BLOCKS = 8  # a program; their scales are one sector of memory
-TPU_BLOCKS = 8  # along the blocked axis in a tile, the height of a tile of scales
+GPU_BLOCKS = 8  # blocks per program; 8 float32 scales fill one 32-byte sector
+TPU_BLOCKS = 8  # blocks per tile along the blocked axis; a tile of scales has 8 sublanes
 TPU_LANES = 128
 
 
 class Int8Tile:
-    """`Int8` where the blocks of an array are its whole ``axis``: nothing to reshape."""
+    """The int8 format of a tile whose blocks span its whole ``axis``, so that no array is reshaped."""
 
     name = "int8"
     stochastic = True
 
     def __init__(self, axis: int):
-        """``axis`` is the blocks'."""
+        """``axis`` is the axis along which blocks lie."""
         self.axis = axis
 
     def decode(self, stored, dtype):
@@ -45,53 +45,53 @@ class Int8Tile:
         return quantize(m, v, uniform(random(0)), uniform(random(1)), axis=self.axis)
 
 
-def kernel(platform: str, leaf_updates: list[LeafUpdate], grads, params, interpret=False) -> list[tuple | None]:
-    """The new parameter and what is stored, for each leaf that XLA alone or `unsupported_reason` does not have."""
+def run_kernel(platform: str, leaf_updates: list[LeafUpdate], grads, params, interpret=False) -> list[tuple | None]:
+    """Return the new parameter and the new stored arrays of each leaf, or None where XLA does it."""
     call = {"cuda": _on_gpu, "tpu": _on_tpu}[platform]
 
-    def leaf(leaf_update, g, p):
+    def run_leaf(leaf_update, g, p):
         if fused_by_xla(platform, leaf_update) or unsupported_reason(platform, leaf_update, g, p):
             return None
         p, *stored = call(leaf_update, g, p, interpret)
         return p, tuple(stored)
 
-    return list(map(leaf, leaf_updates, grads, params))
+    return list(map(run_leaf, leaf_updates, grads, params))
 
 
 def fused_by_xla(platform: str, leaf_update: LeafUpdate) -> bool:
-    """Whether XLA's own step is one pass over the leaf, or none."""
+    """Whether XLA takes at most one pass over the leaf."""
     if leaf_update.frozen:
         return True
-    narrow = leaf_update.format.name == "bfloat16" or leaf_update.remainder is not None
-    return leaf_update.format.name != "int8" and not (platform == "tpu" and narrow)
+    has_bfloat16 = leaf_update.format.name == "bfloat16" or leaf_update.remainder is not None
+    return leaf_update.format.name != "int8" and not (platform == "tpu" and has_bfloat16)
 
 
 def unsupported_reason(platform: str, leaf_update: LeafUpdate, g, p) -> str | None:
-    """Why a leaf takes more than one pass, or None."""
+    """Return why a leaf needs more than one pass, or None."""
     if fused_by_xla(platform, leaf_update):
         return None
     if (backend := backends()[platform]).kernel is None:
         return backend.reason
     if leaf_update.dtype != np.float32:
-        return f"{leaf_update.dtype} is XLA's"
+        return f"no kernel for {leaf_update.dtype}"
     if not 0 < p.size <= 2**31:
         return "no elements" if not p.size else "more than 2**31 elements"
     if leaf_update.shard is not None and leaf_update.shard.strided_runs(p.shape) is None:
-        return "divided along several inner axes"
+        return "sharded along several inner axes"
     if platform == "tpu" and p.ndim != 2:
-        return f"{p.ndim} dimensions, the TPU's kernel needs 2"
-    if platform == "tpu" and _block(leaf_update, p) not in (BLOCK, p.shape[-1]):
-        return f"blocks of {_block(leaf_update, p)}, the TPU's kernel needs {BLOCK}"
+        return f"the TPU kernel needs 2 dimensions, got {p.ndim}"
+    if platform == "tpu" and _block_size(leaf_update, p) not in (BLOCK, p.shape[-1]):
+        return f"the TPU kernel needs int8 blocks of {BLOCK}, got {_block_size(leaf_update, p)}"
     return None
 
 
-def _block(leaf_update: LeafUpdate, p) -> int:
-    """How long int8's blocks are; else what may be taken for one."""
+def _block_size(leaf_update: LeafUpdate, p) -> int:
+    """The length of int8 blocks; for other formats a tile width."""
     return block_length(leaf_update.stored) if leaf_update.format.name == "int8" else min(BLOCK, p.shape[-1])
 
 
 def _arrays(leaf_update: LeafUpdate, g, p):
-    """Gradient, parameter, remainder if there is one, moments or codes; and the scales."""
+    """Gradient, parameter, remainder if any, moments or codes; and, separately, the scales."""
     remainder = [] if leaf_update.remainder is None else [leaf_update.remainder]
     codes, scales = (
         (leaf_update.stored[:2], leaf_update.stored[2:])
@@ -101,40 +101,45 @@ def _arrays(leaf_update: LeafUpdate, g, p):
     return [g, p, *remainder, *codes], list(scales)
 
 
-def _scalars(leaf_update: LeafUpdate):
-    """The job's scalars in one float32 array, and the function that from what reads its i-th makes the same job."""
+def _pack_scalars(leaf_update: LeafUpdate):
+    """Stack the scalars in one float32 array.
+
+    Returns:
+        The array, and ``with_scalars(read, **fields)``, which returns ``leaf_update`` with its i-th scalar replaced by
+        ``read(i)``, and with other ``fields`` replaced.
+    """
     names = ("minus_lr", "weight_decay", "bound", "norm", "max_norm")
     leaves, tree = jax.tree.flatten(
         (vars(leaf_update.hyperparams), {name: getattr(leaf_update, name) for name in names})
     )
-    given = {i: x for i, x in enumerate(leaves) if isinstance(x, jax.Array)}
+    arrays = {i: x for i, x in enumerate(leaves) if isinstance(x, jax.Array)}
 
-    def within(read, **fields):
-        tiles = {
-            i: (read(k) != 0 if x.dtype == bool else read(k).astype(x.dtype)) for k, (i, x) in enumerate(given.items())
+    def with_scalars(read, **fields):
+        new = {
+            i: (read(k) != 0 if x.dtype == bool else read(k).astype(x.dtype)) for k, (i, x) in enumerate(arrays.items())
         }
-        hyperparams, others = tree.unflatten(tiles.get(i, x) for i, x in enumerate(leaves))
+        hyperparams, others = tree.unflatten(new.get(i, x) for i, x in enumerate(leaves))
         return leaf_update._replace(hyperparams=Hyperparams(**hyperparams), **others, **fields)
 
-    return jnp.stack([*(x.astype(jnp.float32) for x in given.values()), jnp.zeros([], jnp.float32)]), within
+    return jnp.stack([*(x.astype(jnp.float32) for x in arrays.values()), jnp.zeros([], jnp.float32)]), with_scalars
 
 
-def _place(leaf_update: LeafUpdate, p):
-    """The step's count and the index of the first element in the whole array; and that array's ``(run, stride)``."""
-    first = jnp.uint32(0) if leaf_update.shard is None else leaf_update.shard.offset
-    bits = jax.lax.bitcast_convert_type(jnp.stack([leaf_update.count.astype(jnp.uint32), first]), jnp.int32)
+def _count_and_offset(leaf_update: LeafUpdate, p):
+    """The step count and the shard's offset as an int32 array, and the shard's ``(run, stride)``."""
+    offset = jnp.uint32(0) if leaf_update.shard is None else leaf_update.shard.offset
+    bits = jax.lax.bitcast_convert_type(jnp.stack([leaf_update.count.astype(jnp.uint32), offset]), jnp.int32)
     return bits, (leaf_update.shard and leaf_update.shard.strided_runs(p.shape)) or (p.size, p.size)
 
 
-def _index(element, run: int, stride: int):
-    """The index of an element of a part in the whole array, but for that of the first one."""
+def _global_index(element, run: int, stride: int):
+    """The global index of an element of a shard, minus that of the shard's first element."""
     if run == stride:
         return element.astype(jnp.uint32)
     return (element // run).astype(jnp.uint32) * jnp.uint32(stride & 0xFFFFFFFF) + (element % run).astype(jnp.uint32)
 
 
-def _update(leaf_update: LeafUpdate, arrays, scales, inside) -> tuple[Any, ...]:
-    """A tile: all new arrays but the gradient. Where it is not ``inside`` the leaf it counts as 0."""
+def _update_tile(leaf_update: LeafUpdate, arrays, scales, inside) -> tuple[Any, ...]:
+    """Update one tile; elements not ``inside`` the leaf count as 0. Returns all new arrays, none for the gradient."""
     g, p, *others = arrays
     g, *others = (jnp.where(inside, x, jnp.zeros_like(x)) for x in (g, *others))
     remainder = None if leaf_update.remainder is None else others.pop(0)
@@ -143,35 +148,35 @@ def _update(leaf_update: LeafUpdate, arrays, scales, inside) -> tuple[Any, ...]:
 
 
 def _on_gpu(leaf_update: LeafUpdate, g, p, interpret):
-    """Flat arrays; a program takes `GPU_BLOCKS` blocks, each a row of its tile."""
+    """Update a leaf on a GPU: arrays are flat, and a program updates `GPU_BLOCKS` blocks, the rows of its tile."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
-    scalars, within = _scalars(leaf_update)
-    place, (run, stride) = _place(leaf_update, p)
+    scalars, with_scalars = _pack_scalars(leaf_update)
+    count_and_offset, (run, stride) = _count_and_offset(leaf_update, p)
     arrays, scales = _arrays(leaf_update, g, p)
-    n, block = p.shape[-1], _block(leaf_update, p)
+    n, block = p.shape[-1], _block_size(leaf_update, p)
     blocks = -(-n // block)
     total = p.size // n * blocks
-    tile = (GPU_BLOCKS, 1 << (block - 1).bit_length())  # Triton wants powers of two
+    tile = (GPU_BLOCKS, 1 << (block - 1).bit_length())  # Triton needs powers of two
 
-    def body(scalars, place, *refs):
+    def body(scalars, count_and_offset, *refs):
         b = pl.program_id(0) * GPU_BLOCKS + jax.lax.broadcasted_iota(jnp.int32, (GPU_BLOCKS, 1), 0)
         lane = jax.lax.broadcasted_iota(jnp.int32, tile, 1)
         column = b % blocks * block + lane
         element = b // blocks * n + column
         inside = (b < total) & (lane < block) & (column < n)
-        where = [(element, inside)] * len(arrays) + [(b, b < total)] * len(scales)
+        indices = [(element, inside)] * len(arrays) + [(b, b < total)] * len(scales)
         zero = lambda ref: jnp.zeros([], ref.dtype)
-        old = [triton.load(ref.at[i], mask=m, other=zero(ref)) for ref, (i, m) in zip(refs, where, strict=False)]
-        here = within(
+        old = [triton.load(ref.at[i], mask=m, other=zero(ref)) for ref, (i, m) in zip(refs, indices, strict=False)]
+        tile_update = with_scalars(
             lambda k: scalars[k],
-            count=place[0].astype(jnp.uint32),
-            index=place[1].astype(jnp.uint32) + _index(element, run, stride),
+            count=count_and_offset[0].astype(jnp.uint32),
+            index=count_and_offset[1].astype(jnp.uint32) + _global_index(element, run, stride),
             format=Int8Tile(1),
         )
-        new = _update(here, old[: len(arrays)], old[len(arrays) :], inside)
-        for ref, x, (i, m) in zip(refs[len(where) :], new, where[1:], strict=True):
+        new = _update_tile(tile_update, old[: len(arrays)], old[len(arrays) :], inside)
+        for ref, x, (i, m) in zip(refs[len(indices) :], new, indices[1:], strict=True):
             triton.store(ref.at[i], x, mask=m)
 
     flat = [x.reshape(-1) for x in (*arrays, *scales)]
@@ -183,69 +188,69 @@ def _on_gpu(leaf_update: LeafUpdate, g, p, interpret):
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="jadam_step",
-    )(scalars, place, *flat)
+    )(scalars, count_and_offset, *flat)
     return [x.reshape(old.shape) for x, old in zip(new, (*arrays[1:], *scales), strict=True)]
 
 
 def _on_tpu(leaf_update: LeafUpdate, g, p, interpret):
-    """Tiles of rows by whole blocks, transposed where the leaf is."""
+    """Update a leaf on a TPU, in tiles of `TPU_LANES` rows by `TPU_BLOCKS` blocks, transposed where the leaf is."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu
 
-    scalars, within = _scalars(leaf_update)
-    place, (run, stride) = _place(leaf_update, p)
+    scalars, with_scalars = _pack_scalars(leaf_update)
+    count_and_offset, (run, stride) = _count_and_offset(leaf_update, p)
     arrays, scales = _arrays(leaf_update, g, p)
-    (rows, n), block = p.shape, _block(leaf_update, p)
+    (rows, n), block = p.shape, _block_size(leaf_update, p)
     blocks = -(-n // block)
-    lanes, high = min(TPU_LANES, rows), min(TPU_BLOCKS, blocks)
-    transposed = _tiles(n, rows) < _tiles(rows, n)
-    axis = 0 if transposed else 1  # of the columns
-    turn = (lambda x: x.T) if transposed else (lambda x: x)
-    turn_scale = (lambda x: x) if transposed else (lambda x: x.T)  # from how they lie to how the tile lies
+    tile_rows, tile_blocks = min(TPU_LANES, rows), min(TPU_BLOCKS, blocks)
+    transposed = _num_tiles(n, rows) < _num_tiles(rows, n)
+    axis = 0 if transposed else 1  # along which blocks lie
+    to_layout = (lambda x: x.T) if transposed else (lambda x: x)
+    scale_to_tile = (lambda x: x) if transposed else (lambda x: x.T)  # scales are always stored transposed
     ordered = lambda row, column: (column, row) if transposed else (row, column)
 
-    def body(scalars, place, *refs):
+    def body(scalars, count_and_offset, *refs):
         ins, outs = refs[: len(arrays)], refs[len(arrays) + len(scales) :]
-        old_scales = [turn_scale(ref[...]) for ref in refs[len(arrays) : len(arrays) + len(scales)]]
+        old_scales = [scale_to_tile(ref[...]) for ref in refs[len(arrays) : len(arrays) + len(scales)]]
         new_scales = [[] for _ in scales]
-        first_row, first_column = pl.program_id(0) * lanes, pl.program_id(1) * (high * block)
-        for k in range(high):
+        first_row, first_column = pl.program_id(0) * tile_rows, pl.program_id(1) * (tile_blocks * block)
+        for k in range(tile_blocks):
             tile = ordered(slice(None), slice(k * block, (k + 1) * block))
-            shape = ordered(lanes, block)
+            shape = ordered(tile_rows, block)
             column = first_column + k * block + jax.lax.broadcasted_iota(jnp.int32, shape, axis)
             element = (first_row + jax.lax.broadcasted_iota(jnp.int32, shape, 1 - axis)) * n + column
-            here = within(
+            tile_update = with_scalars(
                 lambda i: scalars[i],
-                count=place[0].astype(jnp.uint32),
-                index=place[1].astype(jnp.uint32) + _index(element, run, stride),
+                count=count_and_offset[0].astype(jnp.uint32),
+                index=count_and_offset[1].astype(jnp.uint32) + _global_index(element, run, stride),
                 format=Int8Tile(axis) if scales else leaf_update.format,
             )
-            one = ordered(slice(None), slice(k, k + 1))
-            new = _update(here, [ref[tile] for ref in ins], [x[one] for x in old_scales], column < n)
+            scale = ordered(slice(None), slice(k, k + 1))
+            new = _update_tile(tile_update, [ref[tile] for ref in ins], [x[scale] for x in old_scales], column < n)
             for ref, x in zip(outs, new[: len(arrays) - 1], strict=False):
                 ref[tile] = x
-            for column_of, x in zip(new_scales, new[len(arrays) - 1 :], strict=True):
-                column_of.append(x)
+            for columns, x in zip(new_scales, new[len(arrays) - 1 :], strict=True):
+                columns.append(x)
         for ref, x in zip(outs[len(arrays) - 1 :], new_scales, strict=True):
-            ref[...] = turn_scale(jnp.concatenate(x, axis=axis))
+            ref[...] = scale_to_tile(jnp.concatenate(x, axis=axis))
 
-    laid_out = [*map(turn, arrays), *(x.T for x in scales)]
-    specs = [pl.BlockSpec(ordered(lanes, high * block), ordered)] * len(arrays)
-    specs += [pl.BlockSpec((high, lanes), lambda i, j: (j, i))] * len(scales)
+    inputs = [*map(to_layout, arrays), *(x.T for x in scales)]
+    specs = [pl.BlockSpec(ordered(tile_rows, tile_blocks * block), ordered)] * len(arrays)
+    specs += [pl.BlockSpec((tile_blocks, tile_rows), lambda i, j: (j, i))] * len(scales)
     new = pl.pallas_call(
         body,
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in laid_out[1:]],
-        grid=(-(-rows // lanes), -(-blocks // high)),
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs[1:]],
+        grid=(-(-rows // tile_rows), -(-blocks // tile_blocks)),
         in_specs=[pl.BlockSpec(memory_space=tpu.SMEM)] * 2 + specs,
         out_specs=specs[1:],
-        input_output_aliases={i + 2: i - 1 for i in range(1, len(laid_out))},
+        input_output_aliases={i + 2: i - 1 for i in range(1, len(inputs))},
         compiler_params=tpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
         interpret=interpret,
         name="jadam_step",
-    )(scalars, place, *laid_out)
-    return [*map(turn, new[: len(arrays) - 1]), *(x.T for x in new[len(arrays) - 1 :])]
+    )(scalars, count_and_offset, *inputs)
+    return [*map(to_layout, new[: len(arrays) - 1]), *(x.T for x in new[len(arrays) - 1 :])]
 
 
-def _tiles(rows, lanes):
-    """How many tiles of 8 by 128 hold an array on a TPU; XLA lays it out, or its transpose, so that they are least."""
+def _num_tiles(rows, lanes):
+    """The number of 8 by 128 tiles that hold an array on a TPU. XLA transposes it if that needs fewer."""
     return math.ceil(rows / 8) * math.ceil(lanes / 128)

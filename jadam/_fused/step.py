@@ -1,9 +1,9 @@
-"""Parameters and moments in one pass over memory, where a kernel serves; elsewhere Optax's two calls.
+"""`jadam.step`: update parameters and moments in one pass over memory.
 
-`step` makes the plan where it is called, so that schedules are called there and scalars are arrays, and binds one
-primitive for all leaves: arrays in, arrays out, its settings hashable. What becomes of it is decided when it is lowered
-for a platform, so compilation ahead of time and `jax.export` choose by their target: a kernel where one is active,
-otherwise XLA, which is also what `jax.vmap` and differentiation see.
+`step` builds one `LeafUpdate` per leaf, which calls the schedules and makes every scalar an array. It then binds one
+JAX primitive for all leaves, with hashable settings. The kernel is chosen when the primitive is lowered for a platform,
+so ahead-of-time compilation and `jax.export` choose it by their target. XLA does the leaves that no kernel supports,
+and everything under `jax.vmap` and differentiation.
 """
 
 import functools
@@ -23,7 +23,7 @@ from jadam._core import checks
 from jadam._core.numerics import apply_updates
 from jadam._core.trees import params_with_gradients
 from jadam._fused import pallas
-from jadam._fused.backends import backends, off, platform_of
+from jadam._fused.backends import backends, kernels_disabled, platform_of
 from jadam._fused.cpu import kernel as cpu
 from jadam._transformation.transformation import (
     ConcreteCount,
@@ -38,31 +38,35 @@ from jadam._transformation.transformation import (
 )
 
 
-def step(tx: optax.GradientTransformation, grads, state, params):
-    """``tx.update`` and `optax.apply_updates` in one pass over memory.
+def step(
+    tx: optax.GradientTransformation, grads: optax.Updates, state: optax.OptState, params: optax.Params
+) -> tuple[optax.Params, optax.OptState]:
+    """Run ``tx.update`` and `optax.apply_updates` in one pass over memory.
 
-    Memory traffic is what Adam costs: at best 28 bytes per float32 parameter, read and written once. The two calls are
-    two passes at least on a CPU.
+    Adam's cost is memory traffic: at best 28 bytes per float32 parameter, each read or written once. On a CPU,
+    ``tx.update`` and `optax.apply_updates` take at least two passes.
 
-    One pass, for jadam's optimizers, `jadam.chain` and `jadam.exact_bf16` around them: on a CPU by a compiled kernel,
-    see `jadam.backends`; on GPU and TPU by XLA in float32, and by a kernel in Pallas where XLA would take several, as
-    for int8 moments. Anything else, and any leaf that no kernel takes, is done by the two calls or what they amount to;
-    `jadam.describe` tells which and why. On several devices the kernels serve with `jadam.sharding.zero1` and inside
-    `jax.shard_map`; otherwise XLA shards the two calls.
+    jadam's optimizers are fused into one pass, also inside `jadam.chain` and `jadam.exact_bf16`. On a CPU a compiled
+    kernel does this, see `jadam.backends`. On GPU and TPU XLA does it for float32, and a Pallas kernel where XLA needs
+    several passes, such as for int8 moments. XLA does leaves that no kernel supports. For any other transformation
+    `step` calls ``tx.update`` and `optax.apply_updates`. `jadam.describe` shows what is fused, and the reason if not.
+
+    On several devices the kernels run with `jadam.sharding.zero1` and inside `jax.shard_map`. Otherwise XLA does the
+    step and partitions it.
 
     Args:
-        tx: any Optax transformation. One that needs more than gradients, state and parameters has no place here.
+        tx: any Optax transformation. Transformations that need extra arguments are not supported.
         grads: gradients, a tree like ``params``.
-        state: of ``tx``.
+        state: the state of ``tx``.
         params: parameters.
 
     Returns:
-        ``(params, state)``. Donate both and take them in that order, as below: then the kernels work in place. JAX
-        gives the first donated array of a shape to the first result of that shape; in another order XLA must copy.
+        ``(params, state)``. Donate both and pass them in this order, as below, to update them in place. JAX gives the
+        first donated array of a shape to the first result of that shape. In another order XLA must copy.
 
     Raises:
-        ValueError: arrays on different devices, or donated to an earlier step; and what ``tx.update`` raises.
-        TypeError: a leaf that is no array; and what ``tx.update`` raises.
+        ValueError: arrays are on different devices, or were donated to an earlier step; and what ``tx.update`` raises.
+        TypeError: a leaf is not an array; and what ``tx.update`` raises.
 
     Example:
         >>> import functools, jax, jax.numpy as jnp, jadam
@@ -82,8 +86,8 @@ def step(tx: optax.GradientTransformation, grads, state, params):
         return info.step(grads, state, params)
     if info.fuse is not_fusible:
         return update_and_apply(tx, grads, state, params)
-    whole = params
-    params, put = params_with_gradients(params, grads)
+    all_params = params
+    params, merge = params_with_gradients(params, grads)
     for tree, what in ((grads, "grads"), (state, "state"), (params, "params")):
         checks.check_values(tree, what)
     checks.check_same_devices(grads=grads, state=state, params=params)
@@ -92,39 +96,39 @@ def step(tx: optax.GradientTransformation, grads, state, params):
     try:
         leaf_updates, rebuild_state = info.fuse(grads, state, params)
     except NotFusible:
-        return update_and_apply(tx, grads, state, whole)
+        return update_and_apply(tx, grads, state, all_params)
     settings, operands = pack(leaf_updates)
     leaves, structure = jax.tree.flatten(params)
     arrays, tree = jax.tree.flatten((operands, jax.tree.leaves(grads), leaves))
-    leaves, stored = _results(tree, step_p.bind(*arrays, settings=settings, tree=tree))
-    # Times 1, which XLA leaves out: checkify looks for NaN behind operations that it knows, such as a product.
+    leaves, stored = _unflatten_results(tree, step_p.bind(*arrays, settings=settings, tree=tree))
+    # checkify looks for NaN only after primitives that it knows, such as mul. XLA removes this product with 1.
     leaves = [p * np.ones([], p.dtype) if isinstance(p, jax.core.Tracer) else p for p in leaves]
-    return put(leaves), _with_record(info, rebuild_state(stored), structure.unflatten(leaves))
+    return merge(leaves), _after_step(info, rebuild_state(stored), structure.unflatten(leaves))
 
 
-def _results(tree, arrays) -> tuple[list, list[tuple]]:
-    """The new parameters, and what is stored, of the primitive's results."""
-    return jax.tree.unflatten(_structure_of_results(tree), arrays)
+def _unflatten_results(tree, arrays) -> tuple[list, list[tuple]]:
+    """The new parameters and the new stored arrays of each leaf, from the primitive's flat results."""
+    return jax.tree.unflatten(_result_structure(tree), arrays)
 
 
 @functools.lru_cache(maxsize=256)
-def _structure_of_results(tree):
+def _result_structure(tree):
     operands, _, params = tree.unflatten(range(tree.num_leaves))
     return jax.tree.structure((params, list(map(stored_arrays, operands.owned))))
 
 
 def update_and_apply(tx, grads, state, params):
-    """What `step` amounts to."""
+    """One step by ``tx.update`` and `optax.apply_updates`."""
     updates, state = tx.update(grads, state, params)
-    params, put = params_with_gradients(params, updates)
-    return put(jax.tree.leaves(apply_updates(params, updates))), state
+    params, merge = params_with_gradients(params, updates)
+    return merge(jax.tree.leaves(apply_updates(params, updates))), state
 
 
 def why_not_fused(tx, grads, state, params) -> str | None:
-    """Why `step` must be two calls whatever the platform, or None. Raises what the plan's checks raise."""
+    """Return why `step` cannot be fused on any platform, or None. Raises what ``tx.update`` raises."""
 
     def fuse(grads, state, params):
-        return pack(info_of(tx).fuse(grads, _with_known_counts(state), params).leaf_updates)[1]
+        return pack(info_of(tx).fuse(grads, _with_concrete_counts(state), params).leaf_updates)[1]
 
     try:
         jax.eval_shape(fuse, grads, state, params)
@@ -133,16 +137,16 @@ def why_not_fused(tx, grads, state, params) -> str | None:
     return None
 
 
-def _with_known_counts(state):
-    """``state`` with NumPy's 0 for every count, so that schedules get a number where all else is traced."""
+def _with_concrete_counts(state):
+    """``state`` with every count replaced by a NumPy 0, so that schedules get a number while all else is traced."""
     is_count = lambda x: jnp.ndim(x) == 0 and jnp.issubdtype(x.dtype, jnp.integer)
     return jax.tree.map(lambda x: np.zeros([], x.dtype).view(ConcreteCount) if is_count(x) else x, state)
 
 
 def why_leaves_not_fused(platform, tx, grads, state, params) -> list[tuple[str, str | None]]:
-    """For every leaf its rule of `jadam.by_path`, and why it takes a platform more than one pass, or None.
+    """Return for each leaf its `jadam.by_path` rule and why it is not fused on ``platform``; both may be None.
 
-    Kernels are taken to be active.
+    The CPU kernel is assumed to be available.
     """
     found = []
     unsupported_reason = (
@@ -150,7 +154,7 @@ def why_leaves_not_fused(platform, tx, grads, state, params) -> list[tuple[str, 
     )
 
     def fuse(grads, state, params):
-        leaf_updates = info_of(tx).fuse(grads, _with_known_counts(state), params).leaf_updates
+        leaf_updates = info_of(tx).fuse(grads, _with_concrete_counts(state), params).leaf_updates
         for leaf_update, g, p in zip(leaf_updates, jax.tree.leaves(grads), jax.tree.leaves(params), strict=True):
             found.append((leaf_update.group, None if leaf_update.frozen else unsupported_reason(leaf_update, g, p)))
 
@@ -158,48 +162,55 @@ def why_leaves_not_fused(platform, tx, grads, state, params) -> list[tuple[str, 
     return found
 
 
-def _with_record(info, state, params):
-    """The new state, with a record in it where `jadam.record` is due."""
+def _after_step(info, state, params):
+    """The new state after ``info.after_step``, with which `jadam.record` adds its statistics."""
     return state if info.after_step is None else info.after_step(state, params)
 
 
-def step_sharded(tx, grads, state, params, mesh, specs, first):
-    """`step` on a mesh, in parts: ``specs`` divide the leaves, ``first(shape, spec, mesh)`` is where a part begins.
+def step_sharded(tx, grads, state, params, mesh, specs, shard_offset):
+    """`step` on a mesh, where each device updates its shard of every leaf.
 
-    The plan is of whole arrays, so that a norm is that of all gradients; each device then does its parts of the jobs.
+    The leaf updates are made from global arrays, so that a norm is that of all gradients.
+
+    Args:
+        tx, grads, state, params: as for `step`, global arrays.
+        mesh: `jax.sharding.Mesh`.
+        specs: a `PartitionSpec` per leaf.
+        shard_offset: ``shard_offset(shape, spec, mesh)``, called in `jax.shard_map`, returns the index of the shard's
+            first element in the global array.
     """
     info = info_of(tx)
     leaf_updates, rebuild_state = info.fuse(grads, state, params)
     leaves, structure = jax.tree.flatten(params)
     settings, operands = pack(leaf_updates, [p.shape for p in leaves])
-    leaves, stored = _on_mesh(settings, mesh, tuple(specs), first, operands, jax.tree.leaves(grads), leaves)
+    leaves, stored = _step_shards(settings, mesh, tuple(specs), shard_offset, operands, jax.tree.leaves(grads), leaves)
     params = structure.unflatten(leaves)
-    return params, _with_record(info, rebuild_state(stored), params)
+    return params, _after_step(info, rebuild_state(stored), params)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _on_mesh(settings, mesh, specs, first, operands, grads, params):
+def _step_shards(settings, mesh, specs, shard_offset, operands, grads, params):
     specs = list(specs)
 
     def body(operands, grads, params):
-        offsets = [first(shape, spec, mesh) for shape, spec in zip(settings.shapes, specs, strict=True)]
+        offsets = [shard_offset(shape, spec, mesh) for shape, spec in zip(settings.shapes, specs, strict=True)]
         arrays, tree = jax.tree.flatten((operands._replace(offsets=offsets), grads, params))
-        return _results(tree, step_p.bind(*arrays, settings=settings, tree=tree))
+        return _unflatten_results(tree, step_p.bind(*arrays, settings=settings, tree=tree))
 
-    of_owned = [jax.tree.map(lambda _, spec=spec: spec, x) for x, spec in zip(operands.owned, specs, strict=True)]
-    of_operands = Operands(jax.tree.map(lambda _: PartitionSpec(), operands.scalars), of_owned, None)
+    owned_specs = [jax.tree.map(lambda _, spec=spec: spec, x) for x, spec in zip(operands.owned, specs, strict=True)]
+    operand_specs = Operands(jax.tree.map(lambda _: PartitionSpec(), operands.scalars), owned_specs, None)
     return jax.shard_map(
         body,
         mesh=mesh,
-        in_specs=(of_operands, specs, specs),
-        out_specs=(specs, list(map(stored_arrays, of_owned))),
+        in_specs=(operand_specs, specs, specs),
+        out_specs=(specs, list(map(stored_arrays, owned_specs))),
         check_vma=False,
     )(operands, grads, params)
 
 
-KERNELS: dict[str, Any] = {  # kernel(jobs, grads, params) gives None for the leaves it leaves to XLA
-    "cpu": cpu.kernel,
-    **{platform: functools.partial(pallas.kernel, platform) for platform in pallas.PLATFORMS},
+KERNELS: dict[str, Any] = {  # run_kernel(leaf_updates, grads, params) returns None for the leaves left to XLA
+    "cpu": cpu.run_kernel,
+    **{platform: functools.partial(pallas.run_kernel, platform) for platform in pallas.PLATFORMS},
 }
 
 step_p = Primitive("jadam_step")
@@ -207,54 +218,55 @@ step_p.multiple_results = True
 
 
 def _step_leaves(*arrays, settings, tree, platform):
-    """What the primitive does: the kernel where the platform has one that is active, XLA elsewhere."""
+    """Implementation of the primitive: the platform's kernel for the leaves that it supports, XLA for the others."""
     operands, grads, params = tree.unflatten(arrays)
     leaf_updates = unpack(settings, operands)
-    traced = any(isinstance(x, jax.core.Tracer) for x in arrays)  # else JAX looks for the operation that made a NaN
-    serves = traced and platform in KERNELS and backends()[platform].kernel is not None
-    if traced and platform == "cpu" and not serves and not off():
-        _warn(backends()["cpu"].reason)
-    done: list = KERNELS[platform](leaf_updates, grads, params) if serves else [None] * len(leaf_updates)
+    # Arrays are concrete only under jax_debug_nans, which runs this op by op to find the one that made a NaN.
+    traced = any(isinstance(x, jax.core.Tracer) for x in arrays)
+    use_kernel = traced and platform in KERNELS and backends()[platform].kernel is not None
+    if traced and platform == "cpu" and not use_kernel and not kernels_disabled():
+        _warn_once(backends()["cpu"].reason)
+    results: list = KERNELS[platform](leaf_updates, grads, params) if use_kernel else [None] * len(leaf_updates)
     for i, (leaf_update, g, p) in enumerate(zip(leaf_updates, grads, params, strict=True)):
-        if done[i] is None:
-            done[i] = update_leaf(leaf_update, g, p)
-    return jax.tree.leaves(([p for p, _ in done], [stored for _, stored in done]))
+        if results[i] is None:
+            results[i] = update_leaf(leaf_update, g, p)
+    return jax.tree.leaves(([p for p, _ in results], [stored for _, stored in results]))
 
 
-@functools.cache  # once
-def _warn(reason):
+@functools.cache
+def _warn_once(reason):
     logging.getLogger("jadam").warning(
         "jadam.step takes about 1.7 times as long on this CPU without its kernel: %s", reason
     )
 
 
 _step_leaves_by_xla = functools.partial(_step_leaves, platform=None)
-_compiled = jax.jit(_step_leaves, static_argnames=("settings", "tree", "platform"))
+_compiled_single_device = jax.jit(_step_leaves, static_argnames=("settings", "tree", "platform"))
 
 
 @functools.partial(jax.jit, static_argnames=("settings", "tree"))
-def _compiled_on_several_devices(*arrays, settings, tree):
-    """As in a user's jit, so that results have the same shardings."""
-    traced = any(isinstance(x, jax.core.Tracer) for x in arrays)  # else JAX looks for the operation that made a NaN
+def _compiled_multi_device(*arrays, settings, tree):
+    """Binds the primitive again, as a user's jit does, so that results have the same shardings."""
+    traced = any(isinstance(x, jax.core.Tracer) for x in arrays)  # as in `_step_leaves`
     return (step_p.bind if traced else _step_leaves_by_xla)(*arrays, settings=settings, tree=tree)
 
 
 @step_p.def_impl
 def _(*arrays, settings, tree):
-    with jax.disable_jit(False):  # so that the kernel serves, and results are the same, where the user's own jit is off
-        platform = _platform_of(arrays)
+    with jax.disable_jit(False):  # the user's jax.disable_jit must not change the results
+        platform = _single_device_platform(arrays)
         if platform is None:
-            return _compiled_on_several_devices(*arrays, settings=settings, tree=tree)
-        return _compiled(*arrays, settings=settings, tree=tree, platform=platform)
+            return _compiled_multi_device(*arrays, settings=settings, tree=tree)
+        return _compiled_single_device(*arrays, settings=settings, tree=tree, platform=platform)
 
 
-def _platform_of(arrays) -> str | None:
-    """That of the one device on which the arrays are, None if they are on several."""
+def _single_device_platform(arrays) -> str | None:
+    """The platform of the device that holds the arrays, or None if there are several devices."""
     arrays = [x for x in arrays if isinstance(x, jax.Array)]
     if not arrays:
         return None
-    one = next((x for x in arrays if x.committed), arrays[0])
-    devices = one.sharding.device_set
+    array = next((x for x in arrays if x.committed), arrays[0])
+    devices = array.sharding.device_set
     return platform_of(next(iter(devices))) if len(devices) == 1 else None
 
 
@@ -264,11 +276,11 @@ def _(*avals, settings, tree):
     if not avals:
         return []
     results = [x.strip_weak_type() for x in jax.tree.leaves((params, list(map(stored_arrays, operands.owned))))]
-    return _varying_as(avals, results)
+    return _with_varying_axes(avals, results)
 
 
-def _varying_as(avals, results):
-    """``results`` varying over the axes of a mesh over which any of ``avals`` does, within `jax.shard_map`."""
+def _with_varying_axes(avals, results):
+    """``results`` that vary, in `jax.shard_map`, over every mesh axis over which one of ``avals`` varies."""
     if hasattr(avals[0], "vma"):  # JAX before 0.10
         varying = frozenset().union(*(x.vma for x in avals))
         return [x.update(vma=varying) for x in results]
@@ -276,16 +288,16 @@ def _varying_as(avals, results):
     return [x.update(manual_axis_type=x.manual_axis_type.update(varying=varying)) for x in results]
 
 
-def _lowering(ctx, *arrays, settings, tree, platform):
-    """A platform's kernel where it sees whole arrays, else XLA."""
+def _lower(ctx, *arrays, settings, tree, platform):
+    """Lower to the platform's kernel where arrays are unsharded, else to XLA operations."""
     function = functools.partial(_step_leaves, platform=platform if _is_unsharded(ctx) else None)
     return mlir.lower_fun(function, multiple_results=True)(ctx, *arrays, settings=settings, tree=tree)
 
 
 def _is_unsharded(ctx) -> bool:
-    """Whether a call sees all of its arrays: one device, or every axis of the mesh is manual as within `jax.shard_map`.
+    """Whether the program has one device, or every mesh axis is manual, as in `jax.shard_map`.
 
-    Otherwise XLA's partitioner would gather what an opaque call gets.
+    Otherwise XLA's partitioner would gather the operands of a custom call.
     """
     context = ctx.module_context.axis_context
     if hasattr(context, "manual_axes"):
@@ -293,17 +305,17 @@ def _is_unsharded(ctx) -> bool:
     return getattr(context, "num_devices", 1) == 1
 
 
-mlir.register_lowering(step_p, functools.partial(_lowering, platform=None))
+mlir.register_lowering(step_p, functools.partial(_lower, platform=None))
 for platform in KERNELS:
-    mlir.register_lowering(step_p, functools.partial(_lowering, platform=platform), platform=platform)
+    mlir.register_lowering(step_p, functools.partial(_lower, platform=platform), platform=platform)
 
 
-def _batch(arrays, dims, **settings):
+def _batching_rule(arrays, dims, **settings):
     out = jax.vmap(functools.partial(_step_leaves_by_xla, **settings), in_axes=dims)(*arrays)
     return out, [0] * len(out)
 
 
-def _jvp(primals, tangents, **settings):
+def _jvp_rule(primals, tangents, **settings):
     tangents = map(ad.instantiate_zeros, tangents)
     function = functools.partial(_step_leaves_by_xla, **settings)
     out, tangents = jax.jvp(function, tuple(primals), tuple(tangents))
@@ -313,5 +325,5 @@ def _jvp(primals, tangents, **settings):
     ]
 
 
-batching.primitive_batchers[step_p] = _batch
-ad.primitive_jvps[step_p] = _jvp
+batching.primitive_batchers[step_p] = _batching_rule
+ad.primitive_jvps[step_p] = _jvp_rule

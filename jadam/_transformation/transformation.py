@@ -406,7 +406,7 @@ class FunctionUpdate(Update):
 
 def not_fusible(grads, state, params) -> FusedUpdate:
     """The plan of a transformation that is not one of jadam's optimizers."""
-    raise NotFusible("none of jadam's optimizers; a chain must be jadam.chain")
+    raise NotFusible("not a jadam optimizer (for a chain, use jadam.chain)")
 
 
 def info_of(tx: optax.GradientTransformation) -> Update:

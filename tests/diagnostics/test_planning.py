@@ -29,7 +29,7 @@ def test_what_is_planned_is_what_is_there(how, params_axis):
     shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, dtype), shapes, is_leaf=lambda x: isinstance(x, tuple))
     planned = jadam.plan(tx, shapes, {"data": 4, "model": 2}, "data", params_axis)
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
-    placed = jadam.sharding.spread(shapes, mesh, params_axis)
+    placed = jadam.sharding.shard_largest_dim(shapes, mesh, params_axis)
     params = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), placed)
     here = lambda tree: sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
     state = jadam.sharding.zero1(tx, params, mesh, "data").init(params)
@@ -50,7 +50,7 @@ def test_gpt2_s_embedding_in_int8_over_eight():
 def test_moments_that_a_sharding_widens_are_told():
     shapes = {"w": jax.ShapeDtypeStruct((101, 768), jnp.float32), "v": jax.ShapeDtypeStruct((64, 64), jnp.float32)}
     planned = jadam.plan(jadam.adamw(1e-3, moments="int8"), shapes, {"data": 2, "model": 64}, "data", "model")
-    assert "['w']: moments in float32: its own sharding cuts its last axis into 12" in str(planned)
+    assert "['w']: moments in float32: its own sharding cuts its last axis into shards of 12" in str(planned)
 
 
 @pytest.mark.parametrize(("model", "n"), [("llama-7b", 8), pytest.param("llama-70b", 64, marks=pytest.mark.slow)])

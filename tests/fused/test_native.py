@@ -30,10 +30,10 @@ JADAM_INLINE void every_function(int rule, const jadam::Scalars& s, float g, jad
   jadam::Rules::visit(rule, Take{s, g, x, u});
   jadam::scales(1, 2, r_scale, s_scale);
   const jadam::Dither dither(1u, 0u, 2u);
-  rq = static_cast<jadam::i8>(jadam::ratio_code(jadam::ratio(x.m, x.root), r_scale, dither.even(3u)));
-  sq = static_cast<jadam::u8>(jadam::root_code(x.root, s_scale, dither.odd(3u)));
+  rq = static_cast<jadam::i8>(jadam::quantize_r(jadam::ratio(x.m, x.sqrt_v), r_scale, dither.even_stream(3u)));
+  sq = static_cast<jadam::u8>(jadam::quantize_s(x.sqrt_v, s_scale, dither.odd_stream(3u)));
   jadam::split(jadam::join(p, r) - u, p, r);
-  p = static_cast<jadam::u16>(p ^ jadam::round_to_bfloat16(u, dither.start(4u)));
+  p = static_cast<jadam::u16>(p ^ jadam::round_to_bfloat16(u, dither.hash(4u)));
 }
 """
 KERNEL = """

@@ -33,7 +33,7 @@ def interpreted(platform, tx):
     def one_pass(tx, grads, state, params):
         leaf_updates, finish = tx.update.fuse(grads, state, params)
         grads, (params, structure) = jax.tree.leaves(grads), jax.tree.flatten(params)
-        rows = pallas.kernel(platform, leaf_updates, grads, params, interpret=True)
+        rows = pallas.run_kernel(platform, leaf_updates, grads, params, interpret=True)
         rows = [row or update_leaf(*x) for row, *x in zip(rows, leaf_updates, grads, params, strict=True)]
         return structure.unflatten([p for p, _ in rows]), finish([stored for _, stored in rows])
 
@@ -121,11 +121,11 @@ def test_what_is_left_to_xla_and_why():
         rows = _step.why_leaves_not_fused(platform, tx, params, jax.eval_shape(tx.init, params), params)
         return [reason for _, reason in rows]
 
-    three = "3 dimensions, the TPU's kernel needs 2"
+    three = "the TPU kernel needs 2 dimensions, got 3"
     assert why("tpu", jadam.adam(1.0)) == why("cuda", jadam.adam(1.0)) == [None] * 3
     assert why("cuda", jadam.adam(1.0, moments="int8")) == [None] * 3  # the vector is float32
     assert why("tpu", jadam.adam(1.0, moments="int8")) == [None, three, None]
-    assert why("tpu", jadam.adam(1.0, moments="bfloat16")) == [None, three, "1 dimensions, the TPU's kernel needs 2"]
+    assert why("tpu", jadam.adam(1.0, moments="bfloat16")) == [None, three, "the TPU kernel needs 2 dimensions, got 1"]
 
 
 def test_turned_off(monkeypatch):

@@ -149,7 +149,7 @@ def test_in_place(moments):
 
 @needs_kernel
 def test_one_call_for_many_leaves():
-    params = [jax.ShapeDtypeStruct((3, i + 1), jnp.float32) for i in range(2 * cpu.LEAVES + 1)]
+    params = [jax.ShapeDtypeStruct((3, i + 1), jnp.float32) for i in range(2 * cpu.LEAVES_PER_CALL + 1)]
     tx = jadam.adam(1e-3)
     assert custom_calls(functools.partial(jadam.step, tx), params, jax.eval_shape(tx.init, params), params) == 3
 
@@ -477,7 +477,7 @@ GOOD = {
 INT8_INPUTS = [ones((2, 6))] * 2 + [ones((2, 6), jnp.int8), ones((2, 6), jnp.uint8)] + [ones((2, 2))] * 2
 INT8_OUTPUTS = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in INT8_INPUTS[1:]]
 WRONG = [
-    ({"leaves": [0, 0]}, "each attribute must have a number for every leaf"),
+    ({"leaves": [0, 0]}, "each attribute must have one number per leaf"),
     ({"leaves": [len(cpu.load().rules), 0, 0, 0, 0, 0, 12, 12]}, "leaf 0: rule is out of range"),
     ({"leaves": [0, -1, 0, 0, 0, 0, 12, 12]}, "leaf 0: format is out of range"),
     ({"leaves": [0, 0, 4, 0, 0, 0, 12, 12]}, "leaf 0: clipping is out of range"),
@@ -488,23 +488,26 @@ WRONG = [
     ),
     (
         {"leaves": [0, 2, 0, 0, 0, 2, 12, 12], "inputs": INT8_INPUTS, "outputs": INT8_OUTPUTS},
-        "leaf 0: scale has another size",
+        "leaf 0: scale has the wrong size",
     ),
     ({"leaves": [3, 2, 0, 0, 0, 3, 12, 12], "inputs": INT8_INPUTS, "outputs": INT8_OUTPUTS}, "leaf 0: "),
     ({"scalars": ones((1, 5))}, "scalars must be float32 in rows of"),
     ({"scalars": ones((1, len(cpu.SCALARS)), jnp.bfloat16)}, "scalars must be float32 in rows of"),
-    ({"count": jax.device_put(np.zeros(2, np.int32))}, "count must be uint32, one and another for each leaf"),
-    ({"count": jax.device_put(np.zeros(1, np.uint32))}, "count must be uint32, one and another for each leaf"),
-    ({"leaves": [0, 0, 0, 0, 0, 0, 0, 12]}, "leaf 0: run is no whole number of rows"),
-    ({"leaves": [0, 0, 0, 0, 0, 0, 5, 12]}, "leaf 0: run is no whole number of rows"),
-    ({"leaves": [0, 2, 0, 0, 0, 3, 4, 12], "inputs": INT8_INPUTS, "outputs": INT8_OUTPUTS}, "leaf 0: run is no"),
+    ({"count": jax.device_put(np.zeros(2, np.int32))}, "count must be uint32, the step count and one offset per leaf"),
+    ({"count": jax.device_put(np.zeros(1, np.uint32))}, "count must be uint32, the step count and one offset per leaf"),
+    ({"leaves": [0, 0, 0, 0, 0, 0, 0, 12]}, "leaf 0: run must be whole rows and divide the leaf"),
+    ({"leaves": [0, 0, 0, 0, 0, 0, 5, 12]}, "leaf 0: run must be whole rows and divide the leaf"),
+    (
+        {"leaves": [0, 2, 0, 0, 0, 3, 4, 12], "inputs": INT8_INPUTS, "outputs": INT8_OUTPUTS},
+        "leaf 0: run must be whole rows",
+    ),
     ({"inputs": [ones((2, 6))] * 3}, "leaf 0: moment is missing"),
-    ({"inputs": [ones((2, 6))] * 5}, "more buffers than leaves use"),
-    ({"inputs": [ones((2, 6), jnp.int32)] + [ones((2, 6))] * 3}, "leaf 0: gradient has another dtype"),
-    ({"inputs": [ones((2, 6)), ones((2, 7))] + [ones((2, 6))] * 2}, "leaf 0: parameter has another size"),
+    ({"inputs": [ones((2, 6))] * 5}, "too many buffers"),
+    ({"inputs": [ones((2, 6), jnp.int32)] + [ones((2, 6))] * 3}, "leaf 0: gradient has the wrong dtype"),
+    ({"inputs": [ones((2, 6)), ones((2, 7))] + [ones((2, 6))] * 2}, "leaf 0: parameter has the wrong size"),
     ({"outputs": GOOD["outputs"][:2]}, "leaf 0: new moment is missing"),
-    ({"outputs": [jax.ShapeDtypeStruct((2, 6), jnp.int32)] * 3}, "leaf 0: new parameter has another dtype"),
-    ({"outputs": [jax.ShapeDtypeStruct((1, 6), jnp.float32)] * 3}, "leaf 0: new parameter has another size"),
+    ({"outputs": [jax.ShapeDtypeStruct((2, 6), jnp.int32)] * 3}, "leaf 0: new parameter has the wrong dtype"),
+    ({"outputs": [jax.ShapeDtypeStruct((1, 6), jnp.float32)] * 3}, "leaf 0: new parameter has the wrong size"),
 ]
 
 
@@ -539,7 +542,7 @@ OBSTACLES = [
     (jadam.chain(optax.trace(0.9), ADAM), P32, "trace"),
     (jadam.chain(CLIP, ADAM), P16, "16-bit gradients are clipped in 16 bits; wrap the chain in jadam.exact_bf16"),
     (jadam.exact_bf16(optax.adam(0.1)), P16, "jadam.exact_bf16 is around none of jadam's optimizers nor jadam.chain"),
-    (optax.adam(0.1), P32, "none of jadam's optimizers; a chain must be jadam.chain"),
+    (optax.adam(0.1), P32, "not a jadam optimizer (for a chain, use jadam.chain)"),
 ]
 
 
@@ -561,6 +564,6 @@ def test_complex_gradients_are_clipped_by_optax_if_at_all():
 def test_what_the_cpu_s_kernel_leaves_to_xla():
     tell = lambda tx, p: _step.why_leaves_not_fused("cpu", tx, p, tx.init(p), p)[0][1]
     assert tell(ADAM, P32) is None
-    assert tell(jadam.adam(0.1, mu_dtype=jnp.bfloat16), P32) == "mu_dtype is XLA's"
+    assert tell(jadam.adam(0.1, mu_dtype=jnp.bfloat16), P32) == "no kernel for mu_dtype"
     assert tell(ADAM, ones((0, 4))) == "no elements"
     assert "complex64" in tell(ADAM, C64)

@@ -129,7 +129,7 @@ def any_step(rng):
 
 def row(step):
     unused = {"rule": None, "dtype": None, "format": None, "stored": (), "salt": 0, "count": None}
-    return np.asarray(cpu._row(LeafUpdate(**unused, **step)))
+    return np.asarray(cpu._scalar_row(LeafUpdate(**unused, **step)))
 
 
 def any_shape(rng, least, most):
@@ -653,7 +653,7 @@ def huge():
     for start, (g, p, *stored) in zip(starts, windows, strict=True):
         leaf_update = tx.update.fuse(jnp.asarray(g), of(map(jnp.asarray, stored)), jnp.asarray(p)).leaf_updates[0]
         leaf_update = leaf_update._replace(shard=Shard(jnp.uint32(start * columns), whole))
-        ((p, stored),) = cpu.kernel([leaf_update], [jnp.asarray(g)], [jnp.asarray(p)])
+        ((p, stored),) = cpu.run_kernel([leaf_update], [jnp.asarray(g)], [jnp.asarray(p)])
         for a, b in zip((p, *stored), found, strict=True):
             np.testing.assert_array_equal(a, b[start : start + rows])
     print("huge")

@@ -1,1 +1,1 @@
-"""The CPU's kernel."""
+"""The CPU kernel."""

@@ -1,11 +1,11 @@
-// One pass over memory for Adam and its relatives on a CPU: an XLA FFI handler over a group of leaves.
+// The CPU kernel: an XLA FFI handler that updates a group of leaves in one pass over memory.
 //
-// What a rule is stands in rules.h, how moments are stored in formats.h; here are tiles, threads and the checking of
-// arguments. A leaf is taken in tiles that fit the first cache: load, decode, rule, descend, encode, store, each a loop
-// over the tile that the compiler vectorises, so that formats, rules and dtypes add up instead of multiplying.
+// Rules are in rules.h and storage formats in formats.h. This file has tiles, threads and the checks of the arguments.
+// A leaf is updated in tiles that fit the L1 cache: load, decode, apply the rule, update the parameter, encode, store.
+// Each is a loop over the tile that the compiler vectorises, so rules, formats and dtypes need no combined loops.
 //
 // Limits: gradients float32 or bfloat16; parameters float32, or bfloat16 with a remainder; moments float32, bfloat16 or
-// (two of them) int8; blocks of at most kTile elements. Outputs may be the inputs' own buffers, not parts of them.
+// (for two moments) int8; int8 blocks of at most kTile elements. An output may be its whole input, but no part of one.
 
 #include <algorithm>
 #include <atomic>
@@ -26,13 +26,14 @@ namespace ffi = xla::ffi;
 
 #define INLINE JADAM_INLINE
 #if defined(__GNUC__)
-#define JADAM_LAMBDA __attribute__((always_inline))  // else it would not have the instructions of its caller
+#define JADAM_LAMBDA __attribute__((always_inline))  // a lambda does not inherit its caller's target instructions
 #else
 #define JADAM_LAMBDA
 #endif
 #if defined(__GNUC__) && defined(__x86_64__)
 #define JADAM_X86 1
 #endif
+// Before a loop whose iterations are independent, although the compiler cannot prove it.
 #if defined(__clang__)
 #define INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
 #elif defined(__GNUC__)
@@ -44,247 +45,256 @@ namespace ffi = xla::ffi;
 namespace jadam {
 namespace {
 
-constexpr int64_t kTile = 512;       // elements a tile: 10 KiB of float32
-constexpr int64_t kPiece = 1 << 15;  // elements a thread takes at a time
+constexpr int64_t kTile = 512;       // elements per tile: 12 KiB of float32 buffers
+constexpr int64_t kChunk = 1 << 15;  // elements that a thread updates at a time
 constexpr int64_t kScalars = sizeof(Scalars) / sizeof(float);
 
-enum Clipping { kBound = 1, kNorm = 2, kClippings = 4 };
+enum Clipping { kBound = 1, kNorm = 2, kClippings = 4 };  // bits: clipped by value, by norm
 
-// A leaf's number in each attribute.
+// One leaf's value of each attribute of the FFI call.
 struct Settings {
   int64_t rule, format, clipping, scalars, salt, block, run, stride;
 };
 
+// A leaf: an array, or a shard of one. Element i of a shard has the global index offset + i / run * stride + i % run.
 struct Leaf {
-  Settings set;
-  Scalars s;
-  int64_t n = 0, row = 0, blocks = 0, moments = 0;  // elements, of the last axis, blocks along it
-  uint32_t first = 0;                               // index of the first element in the array of which this is a part
-  bool narrow_g = false, narrow_p = false;
+  Settings settings;
+  Scalars scalars;
+  int64_t n = 0;                // number of elements
+  int64_t row = 0, blocks = 0;  // int8 only: elements of the last axis, and blocks along it
+  int64_t moments = 0;          // number of moments
+  uint32_t offset = 0;          // global index of the first element
+  bool g_is_bfloat16 = false, p_is_bfloat16 = false;
   const void* g = nullptr;
   const void* p = nullptr;
   void* p_out = nullptr;
-  const int16_t* rest = nullptr;
-  int16_t* rest_out = nullptr;
+  const int16_t* remainder = nullptr;
+  int16_t* remainder_out = nullptr;
   const void* m[3] = {};
   void* m_out[3] = {};
   const float* scale[2] = {};
   float* scale_out[2] = {};
 };
 
-// Where the loops find their float32: in the leaf itself where it is stored so, else in the tile's own memory.
+// float32 values of a tile. Each pointer points into the leaf where that is float32, else to the tile's buffer.
 struct Tile {
-  alignas(64) float own_g[kTile], own_p[kTile], own_m[3][kTile], roots[kTile];
+  alignas(64) float g_buffer[kTile], p_buffer[kTile], m_buffer[3][kTile], sqrt_v[kTile];
   const float *g, *p, *m[3];
   float *p_out, *m_out[3];
 };
 
-INLINE void load(float* to, const void* from, int64_t start, int64_t n) {
+INLINE void load_bfloat16(float* to, const void* from, int64_t start, int64_t n) {
   const u16* x = static_cast<const u16*>(from) + start;
-  INDEPENDENT for (int64_t i = 0; i < n; ++i) to[i] = widen(x[i]);
+  INDEPENDENT for (int64_t i = 0; i < n; ++i) to[i] = float_from_bfloat16(x[i]);
 }
 
 INLINE const float* at(const void* from, int64_t start) { return static_cast<const float*>(from) + start; }
 INLINE float* at(void* from, int64_t start) { return static_cast<float*>(from) + start; }
 
 INLINE void clip(const Leaf& leaf, Tile& tile, int64_t n) {
-  if (!leaf.set.clipping) return;
-  const float bound = leaf.s.bound, norm = leaf.s.norm, max_norm = leaf.s.max_norm;
-  float* g = tile.own_g;
+  if (!leaf.settings.clipping) return;
+  const float bound = leaf.scalars.bound, norm = leaf.scalars.norm, max_norm = leaf.scalars.max_norm;
+  float* g = tile.g_buffer;
   if (tile.g != g) std::memcpy(g, tile.g, n * sizeof(float));
   tile.g = g;
-  if (leaf.set.clipping & kBound) {
+  if (leaf.settings.clipping & kBound) {
     INDEPENDENT for (int64_t i = 0; i < n; ++i) {
       float x = g[i] > bound ? bound : g[i];
       g[i] = x < -bound ? -bound : x;
     }
   }
-  if (leaf.set.clipping & kNorm) {
+  if (leaf.settings.clipping & kNorm) {
     INDEPENDENT for (int64_t i = 0; i < n; ++i) g[i] = g[i] / norm * max_norm;
   }
 }
 
-// From gradient and moments to the parameter. kUsual: see rules.h. kRoots: sqrt(v) is kept in the tile, and v is not.
-template <class Rule, bool kUsual, bool kDecay, bool kRoots>
-INLINE void loop(const Scalars s, Tile& tile, int64_t n) {
-  constexpr bool kThird = Rule::kMoments == 3;
-  const float *g = tile.g, *p = tile.p, *m = tile.m[0], *v = tile.m[1], *largest = tile.m[2];
-  float *p_out = tile.p_out, *m_out = tile.m_out[0], *v_out = tile.m_out[1], *largest_out = tile.m_out[2];
-  float* roots = tile.roots;
+// New parameters and moments of a tile. kCommonScalars: see rules.h. kStoreSqrtV: stores sqrt(v) instead of v.
+template <class Rule, bool kCommonScalars, bool kWeightDecay, bool kStoreSqrtV>
+INLINE void rule_loop(const Scalars s, Tile& tile, int64_t n) {
+  constexpr bool kHasVMax = Rule::kMoments == 3;
+  const float *g = tile.g, *p = tile.p, *m = tile.m[0], *v = tile.m[1], *v_max = tile.m[2];
+  float *p_out = tile.p_out, *m_out = tile.m_out[0], *v_out = tile.m_out[1], *v_max_out = tile.m_out[2];
+  float* sqrt_v = tile.sqrt_v;
   INDEPENDENT for (int64_t i = 0; i < n; ++i) {
-    Moments x{m[i], v[i], kThird ? largest[i] : 0.0f, 0.0f};
-    float u = Rule::template direction<kUsual>(s, g[i], x);
-    if (kDecay) u = u + s.weight_decay * p[i];
+    Moments x{m[i], v[i], kHasVMax ? v_max[i] : 0.0f, 0.0f};
+    float u = Rule::template direction<kCommonScalars>(s, g[i], x);
+    if (kWeightDecay) u = u + s.weight_decay * p[i];
     p_out[i] = p[i] + s.minus_lr * u;
     m_out[i] = x.m;
-    if (!kRoots) v_out[i] = x.v;
-    if (kThird) largest_out[i] = x.largest;
-    if (kRoots) roots[i] = x.root;
+    if (!kStoreSqrtV) v_out[i] = x.v;
+    if (kHasVMax) v_max_out[i] = x.v_max;
+    if (kStoreSqrtV) sqrt_v[i] = x.sqrt_v;
   }
 }
 
-template <class Rule, bool kRoots>
-INLINE void loop(const Scalars& s, Tile& tile, int64_t n) {
-  const bool usual = s.b1 >= 0.5f && s.b2 >= 0.5f && s.eps_root == 0.0f;
+template <class Rule, bool kStoreSqrtV>
+INLINE void choose_rule_loop(const Scalars& s, Tile& tile, int64_t n) {
+  const bool common = s.b1 >= 0.5f && s.b2 >= 0.5f && s.eps_root == 0.0f;
   if (s.weight_decay == 0.0f) {
-    usual ? loop<Rule, true, false, kRoots>(s, tile, n) : loop<Rule, false, false, kRoots>(s, tile, n);
+    common ? rule_loop<Rule, true, false, kStoreSqrtV>(s, tile, n)
+           : rule_loop<Rule, false, false, kStoreSqrtV>(s, tile, n);
   } else {
-    usual ? loop<Rule, true, true, kRoots>(s, tile, n) : loop<Rule, false, true, kRoots>(s, tile, n);
+    common ? rule_loop<Rule, true, true, kStoreSqrtV>(s, tile, n)
+           : rule_loop<Rule, false, true, kStoreSqrtV>(s, tile, n);
   }
 }
 
 template <class Rule>
-INLINE void step_tile(const Leaf& leaf, Tile& tile, int64_t n) {
+INLINE void apply_rule(const Leaf& leaf, Tile& tile, int64_t n) {
   if constexpr (Rule::kInt8) {
-    if (leaf.set.format == kInt8) return loop<Rule, true>(leaf.s, tile, n);
+    if (leaf.settings.format == kInt8) return choose_rule_loop<Rule, true>(leaf.scalars, tile, n);
   }
-  loop<Rule, false>(leaf.s, tile, n);
+  choose_rule_loop<Rule, false>(leaf.scalars, tile, n);
 }
 
-INLINE void join_tile(float* to, const void* from, const int16_t* rest, int64_t start, int64_t n) {
+INLINE void join_tile(float* to, const void* from, const int16_t* remainder, int64_t start, int64_t n) {
   const u16* p = static_cast<const u16*>(from) + start;
-  INDEPENDENT for (int64_t i = 0; i < n; ++i) to[i] = join(p[i], rest[start + i]);
+  INDEPENDENT for (int64_t i = 0; i < n; ++i) to[i] = join(p[i], remainder[start + i]);
 }
 
-INLINE void split_tile(void* to, int16_t* rest, const float* from, int64_t start, int64_t n) {
+INLINE void split_tile(void* to, int16_t* remainder, const float* from, int64_t start, int64_t n) {
   u16* p = static_cast<u16*>(to) + start;
-  INDEPENDENT for (int64_t i = 0; i < n; ++i) split(from[i], p[i], rest[start + i]);
+  INDEPENDENT for (int64_t i = 0; i < n; ++i) split(from[i], p[i], remainder[start + i]);
 }
 
+// Elements [start, start + n) rounded to bfloat16; `index` is the global index of the first.
 template <bool kOdd>
-INLINE void round_tile(void* to, const float* from, const Dither& dither, int64_t start, u32 first, int64_t n) {
+INLINE void round_tile(void* to, const float* from, const Dither& dither, int64_t start, u32 index, int64_t n) {
   u16* x = static_cast<u16*>(to) + start;
   INDEPENDENT for (int64_t i = 0; i < n; ++i) {
-    const u32 place = dither.start(first + static_cast<u32>(i));
-    x[i] = round_to_bfloat16(from[i], kOdd ? dither.odd(place) : dither.even(place));
+    const u32 hash = dither.hash(index + static_cast<u32>(i));
+    x[i] = round_to_bfloat16(from[i], kOdd ? dither.odd_stream(hash) : dither.even_stream(hash));
   }
 }
 
-INLINE void dequantize_block(Tile& tile, int64_t at, const i8* rq, const u8* sq, float r_scale, float s_scale, int64_t n) {
-  float *m = tile.own_m[0] + at, *v = tile.own_m[1] + at;
-  const float by_r = r_scale * (1.0f / kRLevels), by_s = s_scale * (1.0f / kSLevels);
-  INDEPENDENT for (int64_t i = 0; i < n; ++i) dequantize(rq[i], sq[i], by_r, by_s, m[i], v[i]);
+INLINE void dequantize_block(Tile& tile, int64_t at, const i8* rq, const u8* sq, float r_scale, float s_scale,
+                             int64_t n) {
+  float *m = tile.m_buffer[0] + at, *v = tile.m_buffer[1] + at;
+  const float r_step = r_scale * (1.0f / kRLevels), s_step = s_scale * (1.0f / kSLevels);
+  INDEPENDENT for (int64_t i = 0; i < n; ++i) dequantize(rq[i], sq[i], r_step, s_step, m[i], v[i]);
 }
 
 INLINE void quantize_block(Tile& tile, int64_t at, i8* rq, u8* sq, float* r_scale, float* s_scale, const Dither& dither,
-                     u32 first, int64_t n) {
-  float *r = tile.own_m[0] + at, *s = tile.roots + at;
+                           u32 index, int64_t n) {
+  float *r = tile.m_buffer[0] + at, *s = tile.sqrt_v + at;
   i32 r_max = 0, s_max = 0;
   INDEPENDENT for (int64_t i = 0; i < n; ++i) {
     r[i] = ratio(r[i], s[i]);
-    r_max = larger(r_max, static_cast<i32>(bits(r[i]) & kNoSign));
-    s_max = larger(s_max, static_cast<i32>(bits(s[i]) & kNoSign));
+    r_max = max_int(r_max, static_cast<i32>(float_bits(r[i]) & kAbsMask));
+    s_max = max_int(s_max, static_cast<i32>(float_bits(s[i]) & kAbsMask));
   }
   float rs, ss;
   scales(r_max, s_max, rs, ss);
   *r_scale = rs;
   *s_scale = ss;
-  const float by_r = levels_over(kRLevels, rs), by_s = levels_over(kSLevels, ss);
-  alignas(64) i32 new_r[kTile], new_s[kTile];  // codes; narrowed in the same loop they would slow it down
+  const float r_inverse_step = inverse_step(kRLevels, rs), s_inverse_step = inverse_step(kSLevels, ss);
+  alignas(64) i32 new_r[kTile], new_s[kTile];  // converting to 8 bits in the same loop would slow it down
   INDEPENDENT for (int64_t i = 0; i < n; ++i) {
-    const u32 start = dither.start(first + static_cast<u32>(i));
-    new_r[i] = ratio_code(r[i], by_r, dither.even(start));
-    new_s[i] = root_code(s[i], by_s, dither.odd(start));
+    const u32 hash = dither.hash(index + static_cast<u32>(i));
+    new_r[i] = quantize_r(r[i], r_inverse_step, dither.even_stream(hash));
+    new_s[i] = quantize_s(s[i], s_inverse_step, dither.odd_stream(hash));
   }
   INDEPENDENT for (int64_t i = 0; i < n; ++i) rq[i] = static_cast<i8>(new_r[i]);
   INDEPENDENT for (int64_t i = 0; i < n; ++i) sq[i] = static_cast<u8>(new_s[i]);
 }
 
-// Elements [start, start + n) from gradient to parameter, with the moments where the tile says.
-INLINE void update(const Leaf& leaf, Tile& tile, int64_t start, int64_t n) {
-  tile.g = leaf.narrow_g ? tile.own_g : at(leaf.g, start);
-  tile.p = leaf.narrow_p ? tile.own_p : at(leaf.p, start);
-  tile.p_out = leaf.narrow_p ? tile.own_p : at(leaf.p_out, start);
-  if (leaf.narrow_g) load(tile.own_g, leaf.g, start, n);
-  if (leaf.narrow_p) join_tile(tile.own_p, leaf.p, leaf.rest, start, n);
+// Updates elements [start, start + n). The caller sets the tile's pointers to the moments.
+INLINE void update_elements(const Leaf& leaf, Tile& tile, int64_t start, int64_t n) {
+  tile.g = leaf.g_is_bfloat16 ? tile.g_buffer : at(leaf.g, start);
+  tile.p = leaf.p_is_bfloat16 ? tile.p_buffer : at(leaf.p, start);
+  tile.p_out = leaf.p_is_bfloat16 ? tile.p_buffer : at(leaf.p_out, start);
+  if (leaf.g_is_bfloat16) load_bfloat16(tile.g_buffer, leaf.g, start, n);
+  if (leaf.p_is_bfloat16) join_tile(tile.p_buffer, leaf.p, leaf.remainder, start, n);
   clip(leaf, tile, n);
-  Rules::visit(leaf.set.rule, [&](auto rule) JADAM_LAMBDA { step_tile<decltype(rule)>(leaf, tile, n); });
-  if (leaf.narrow_p) split_tile(leaf.p_out, leaf.rest_out, tile.own_p, start, n);
+  Rules::visit(leaf.settings.rule, [&](auto rule) JADAM_LAMBDA { apply_rule<decltype(rule)>(leaf, tile, n); });
+  if (leaf.p_is_bfloat16) split_tile(leaf.p_out, leaf.remainder_out, tile.p_buffer, start, n);
 }
 
-// The index of an element in the whole array modulo 2**32, which the dither is a function of.
-INLINE uint32_t index(const Leaf& leaf, int64_t i) {
-  const uint32_t run = static_cast<uint32_t>(i / leaf.set.run), stride = static_cast<uint32_t>(leaf.set.stride);
-  return leaf.first + run * stride + static_cast<uint32_t>(i % leaf.set.run);
+// The global index of element i modulo 2**32, which the random bits depend on.
+INLINE uint32_t global_index(const Leaf& leaf, int64_t i) {
+  const Settings& x = leaf.settings;
+  return leaf.offset + static_cast<uint32_t>(i / x.run) * static_cast<uint32_t>(x.stride) +
+         static_cast<uint32_t>(i % x.run);
 }
 
-struct Piece {
-  int64_t leaf, begin, end;  // units: elements, or blocks of an int8 leaf
+struct Chunk {
+  int64_t leaf, begin, end;  // in elements, or in blocks of an int8 leaf
 };
 
-// Elements of a run of blocks: [start of block, start of the next).
+// The first element of an int8 block.
 INLINE int64_t block_start(const Leaf& leaf, int64_t block) {
-  return block / leaf.blocks * leaf.row + block % leaf.blocks * leaf.set.block;
+  return block / leaf.blocks * leaf.row + block % leaf.blocks * leaf.settings.block;
 }
 
-INLINE void run_int8(const Leaf& leaf, Tile& tile, uint32_t t, int64_t begin, int64_t end) {
-  const uint32_t salt = static_cast<uint32_t>(leaf.set.salt);
+INLINE void update_int8_chunk(const Leaf& leaf, Tile& tile, uint32_t t, int64_t begin, int64_t end) {
+  const uint32_t salt = static_cast<uint32_t>(leaf.settings.salt);
   const Dither dither(salt, 0, t);
-  for (int k = 0; k < 2; ++k) tile.m[k] = tile.m_out[k] = tile.own_m[k];
+  for (int k = 0; k < 2; ++k) tile.m[k] = tile.m_out[k] = tile.m_buffer[k];
   const int8_t* rq = static_cast<const int8_t*>(leaf.m[0]);
   const uint8_t* sq = static_cast<const uint8_t*>(leaf.m[1]);
   int8_t* rq_out = static_cast<int8_t*>(leaf.m_out[0]);
   uint8_t* sq_out = static_cast<uint8_t*>(leaf.m_out[1]);
   for (int64_t block = begin; block < end;) {
-    const int64_t start = block_start(leaf, block), from = block;
-    for (; block < end; ++block) {  // as many whole blocks as a tile holds; they follow one another in memory
+    const int64_t start = block_start(leaf, block), first_block = block;
+    for (; block < end; ++block) {  // as many whole blocks as a tile holds; they are contiguous
       const int64_t at = block_start(leaf, block) - start, n = block_start(leaf, block + 1) - start - at;
       if (at + n > kTile) break;
       dequantize_block(tile, at, rq + start + at, sq + start + at, leaf.scale[0][block], leaf.scale[1][block], n);
     }
-    update(leaf, tile, start, block_start(leaf, block) - start);
-    for (int64_t k = from; k < block; ++k) {
+    update_elements(leaf, tile, start, block_start(leaf, block) - start);
+    for (int64_t k = first_block; k < block; ++k) {
       const int64_t at = block_start(leaf, k) - start, n = block_start(leaf, k + 1) - start - at;
-      quantize_block(tile, at, rq_out + start + at, sq_out + start + at, leaf.scale_out[0] + k, leaf.scale_out[1] + k, dither,
-               index(leaf, start + at), n);
+      quantize_block(tile, at, rq_out + start + at, sq_out + start + at, leaf.scale_out[0] + k, leaf.scale_out[1] + k,
+                     dither, global_index(leaf, start + at), n);
     }
   }
 }
 
-INLINE void run_plain(const Leaf& leaf, Tile& tile, uint32_t t, int64_t begin, int64_t end) {
-  const bool narrow = leaf.set.format == kBFloat16;
+// A chunk of a leaf with float32 or bfloat16 moments.
+INLINE void update_float_chunk(const Leaf& leaf, Tile& tile, uint32_t t, int64_t begin, int64_t end) {
+  const bool bfloat16 = leaf.settings.format == kBFloat16;
   for (int64_t start = begin; start < end; start += kTile) {
     const int64_t n = std::min(kTile, end - start);
     for (int64_t k = 0; k < leaf.moments; ++k) {
-      tile.m[k] = narrow ? tile.own_m[k] : at(leaf.m[k], start);
-      tile.m_out[k] = narrow ? tile.own_m[k] : at(leaf.m_out[k], start);
-      if (narrow) load(tile.own_m[k], leaf.m[k], start, n);
+      tile.m[k] = bfloat16 ? tile.m_buffer[k] : at(leaf.m[k], start);
+      tile.m_out[k] = bfloat16 ? tile.m_buffer[k] : at(leaf.m_out[k], start);
+      if (bfloat16) load_bfloat16(tile.m_buffer[k], leaf.m[k], start, n);
     }
-    update(leaf, tile, start, n);
-    for (int64_t k = 0; narrow && k < leaf.moments; ++k) {
-      const Dither dither(static_cast<uint32_t>(leaf.set.salt), static_cast<uint32_t>(k), t);
-      for (int64_t at = 0, end = 0; at < n; at = end) {  // up to where the run ends
-        end = std::min(n, at + leaf.set.run - (start + at) % leaf.set.run);
-        const uint32_t first = index(leaf, start + at);
+    update_elements(leaf, tile, start, n);
+    for (int64_t k = 0; bfloat16 && k < leaf.moments; ++k) {
+      const Dither dither(static_cast<uint32_t>(leaf.settings.salt), static_cast<uint32_t>(k), t);
+      for (int64_t at = 0, end = 0; at < n; at = end) {  // up to the end of the run
+        end = std::min(n, at + leaf.settings.run - (start + at) % leaf.settings.run);
+        const uint32_t index = global_index(leaf, start + at);
         if (k % 2) {
-          round_tile<true>(leaf.m_out[k], tile.own_m[k] + at, dither, start + at, first, end - at);
+          round_tile<true>(leaf.m_out[k], tile.m_buffer[k] + at, dither, start + at, index, end - at);
         } else {
-          round_tile<false>(leaf.m_out[k], tile.own_m[k] + at, dither, start + at, first, end - at);
+          round_tile<false>(leaf.m_out[k], tile.m_buffer[k] + at, dither, start + at, index, end - at);
         }
       }
     }
   }
 }
 
-INLINE void run_piece(const Leaf& leaf, uint32_t t, const Piece& piece) {
+INLINE void update_chunk(const Leaf& leaf, uint32_t t, const Chunk& chunk) {
   Tile tile;
-  if (leaf.set.format == kInt8) {
-    run_int8(leaf, tile, t, piece.begin, piece.end);
+  if (leaf.settings.format == kInt8) {
+    update_int8_chunk(leaf, tile, t, chunk.begin, chunk.end);
   } else {
-    run_plain(leaf, tile, t, piece.begin, piece.end);
+    update_float_chunk(leaf, tile, t, chunk.begin, chunk.end);
   }
 }
 
-// The same loops for three instruction sets. With 64-byte vectors a cache line is touched once, which tells where the
-// arrays' addresses collide in the first cache: AMD's tells lines apart by a hash of the address, and that of arrays which
-// XLA allocated in a row is often the same.
-using Run = void (*)(const Leaf&, uint32_t, const Piece&);
-struct Instructions {
+// The same loops for three instruction sets. With 64-byte vectors each cache line is touched once. This matters where
+// the arrays' addresses collide in the L1 cache. AMD's L1 identifies lines by a hash of the address, which is often the
+// same for arrays that XLA allocated one after the other.
+using UpdateChunk = void (*)(const Leaf&, uint32_t, const Chunk&);
+struct InstructionSet {
   const char* name;
-  Run run;
+  UpdateChunk update;
 };
 
-void run_portable(const Leaf& leaf, uint32_t t, const Piece& piece) { run_piece(leaf, t, piece); }
+void update_chunk_portable(const Leaf& leaf, uint32_t t, const Chunk& chunk) { update_chunk(leaf, t, chunk); }
 #if defined(JADAM_X86)
 #define AVX2 "avx2,fma"
 #if defined(__clang__)
@@ -292,81 +302,86 @@ void run_portable(const Leaf& leaf, uint32_t t, const Piece& piece) { run_piece(
 #else
 #define AVX512 AVX2 ",avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512"
 #endif
-__attribute__((target(AVX2))) void run_avx2(const Leaf& leaf, uint32_t t, const Piece& piece) {
-  run_piece(leaf, t, piece);
+__attribute__((target(AVX2))) void update_chunk_avx2(const Leaf& leaf, uint32_t t, const Chunk& chunk) {
+  update_chunk(leaf, t, chunk);
 }
-__attribute__((target(AVX512))) void run_avx512(const Leaf& leaf, uint32_t t, const Piece& piece) {
-  run_piece(leaf, t, piece);
+__attribute__((target(AVX512))) void update_chunk_avx512(const Leaf& leaf, uint32_t t, const Chunk& chunk) {
+  update_chunk(leaf, t, chunk);
 }
 #endif
 
-// The best that this machine has, or the one that JADAM_INSTRUCTIONS names, which the tests use.
-const Instructions& instructions() {
-  static const Instructions chosen = [] {
-    std::vector<Instructions> there = {{"portable", run_portable}};
+// The widest instruction set of this CPU, or the one named by JADAM_INSTRUCTIONS, for tests.
+const InstructionSet& instruction_set() {
+  static const InstructionSet chosen = [] {
+    std::vector<InstructionSet> supported = {{"portable", update_chunk_portable}};
 #if defined(JADAM_X86)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-      there.push_back({"avx2", run_avx2});
+      supported.push_back({"avx2", update_chunk_avx2});
       if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-        there.push_back({"avx512", run_avx512});
+        supported.push_back({"avx512", update_chunk_avx512});
       }
     }
 #endif
     const char* wanted = std::getenv("JADAM_INSTRUCTIONS");
-    for (const Instructions& x : there) {
+    for (const InstructionSet& x : supported) {
       if (wanted != nullptr && std::string(wanted) == x.name) return x;
     }
-    return there.back();
+    return supported.back();
   }();
   return chosen;
 }
 
-// What the threads share. One that comes late finds nothing left to take and touches no buffer.
+// State shared by the threads. It may outlive the call: a thread that starts late finds no chunk left and touches no
+// buffer.
 struct Work {
   std::vector<Leaf> leaves;
-  std::vector<Piece> pieces;
+  std::vector<Chunk> chunks;
   uint32_t t;
-  Run run;
+  UpdateChunk update;
   std::atomic<size_t> next{0}, done{0};
 
-  void help() {
-    for (size_t i = next++; i < pieces.size(); i = next++) {
-      run(leaves[pieces[i].leaf], t, pieces[i]);
+  void update_chunks() {
+    for (size_t i = next++; i < chunks.size(); i = next++) {
+      update(leaves[chunks[i].leaf], t, chunks[i]);
       done.fetch_add(1, std::memory_order_release);
     }
   }
 };
 
-void run_all(const std::shared_ptr<Work>& work, ffi::ThreadPool& threads, int64_t elements) {
-  const int64_t helpers = std::min<int64_t>(threads.num_threads(), elements / kPiece) - 1;
+void update_all(const std::shared_ptr<Work>& work, ffi::ThreadPool& threads, int64_t elements) {
+  const int64_t helpers = std::min<int64_t>(threads.num_threads(), elements / kChunk) - 1;
   for (int64_t i = 0; i < helpers; ++i) {
-    threads.Schedule([work] { work->help(); });
+    threads.Schedule([work] { work->update_chunks(); });
   }
-  work->help();  // the caller works too and waits only for pieces in progress: a full pool cannot lock it up
-  while (work->done.load(std::memory_order_acquire) < work->pieces.size()) std::this_thread::yield();
+  // The caller takes part and waits only for chunks in progress, so a full pool cannot deadlock it.
+  work->update_chunks();
+  while (work->done.load(std::memory_order_acquire) < work->chunks.size()) std::this_thread::yield();
 }
 
+// The addresses of a buffer.
 struct Range {
   uintptr_t begin, end;
-  int64_t own;  // an input and the output that may replace it have the same number
+  int64_t pair;  // the same for an input and the output that may alias it; -1 for gradients
   bool output;
 };
 
+// Reads and checks the buffers of a call, one after the other.
 struct Reader {
   const ffi::RemainingArgs& args;
   const ffi::RemainingRets& rets;
-  size_t arg = 0, ret = 0;
-  int64_t leaf = 0;
-  std::string error = {};
+  size_t arg = 0, ret = 0;  // the next input and output
+  int64_t leaf = 0;         // for error messages
+  int64_t input_pair = 0;   // `Range::pair` of the input being read
+  std::string error = {};   // the first error
   std::vector<Range> ranges = {};
 
   void fail(const char* what, const std::string& problem) {
     if (error.empty()) error = "jadam: leaf " + std::to_string(leaf) + ": " + what + " " + problem;
   }
 
-  // The next input, of one of two dtypes and so many elements; a null pointer after an error.
+  // The next input, of one of two dtypes and n elements (any number if n < 0). Null after an error.
   const void* input(const char* what, ffi::DataType dtype, ffi::DataType other, int64_t n, ffi::DataType* found,
                     std::vector<int64_t>* shape) {
     auto buffer = args.get<ffi::AnyBuffer>(arg++);
@@ -382,80 +397,78 @@ struct Reader {
 
   void* check(const char* what, const ffi::AnyBuffer& buffer, ffi::DataType dtype, ffi::DataType other, int64_t n,
               ffi::DataType* found, std::vector<int64_t>* shape, bool output) {
-    if (buffer.element_type() != dtype && buffer.element_type() != other) fail(what, "has another dtype");
-    if (n >= 0 && static_cast<int64_t>(buffer.element_count()) != n) fail(what, "has another size");
+    if (buffer.element_type() != dtype && buffer.element_type() != other) fail(what, "has the wrong dtype");
+    if (n >= 0 && static_cast<int64_t>(buffer.element_count()) != n) fail(what, "has the wrong size");
     if (buffer.untyped_data() == nullptr && buffer.element_count() != 0) fail(what, "has no data");
     const uintptr_t begin = reinterpret_cast<uintptr_t>(buffer.untyped_data());
     if (error.empty() && begin % ffi::ByteWidth(buffer.element_type())) fail(what, "is not aligned");
     if (found != nullptr) *found = buffer.element_type();
     if (shape != nullptr) shape->assign(buffer.dimensions().begin(), buffer.dimensions().end());
     if (buffer.element_count() != 0) {
-      ranges.push_back({begin, begin + buffer.size_bytes(), static_cast<int64_t>(output ? ret : own), output});
+      ranges.push_back({begin, begin + buffer.size_bytes(), static_cast<int64_t>(output ? ret : input_pair), output});
     }
     return buffer.untyped_data();
   }
-
-  int64_t own = 0;
 };
 
 ffi::Error invalid(const std::string& message) { return ffi::Error::InvalidArgument(message); }
 
-// Every leaf's arguments are g, p, its remainder if it has one, its moments, their scales; its results are all of these
-// but g. The number of a result is therefore that of the argument it may replace.
+// The inputs of a leaf are g, p, the remainder if any, the moments, and int8 scales. The outputs are the same
+// without g.
 void read_leaf(Reader& reader, Leaf& leaf) {
   using D = ffi::DataType;
   D g = D::F32, p = D::F32;
-  std::vector<int64_t> shape, scales;
+  std::vector<int64_t> shape;
   const auto in = [&](const char* what, D dtype, int64_t n, std::vector<int64_t>* shape = nullptr) {
-    reader.own++;
+    reader.input_pair++;
     return reader.input(what, dtype, dtype, n, nullptr, shape);
   };
-  reader.own = -1;
+  reader.input_pair = -1;
   leaf.g = reader.input("gradient", D::F32, D::BF16, -1, &g, &shape);
   int64_t n = 1;
   for (int64_t x : shape) n *= x;
   leaf.n = n;
-  reader.own = static_cast<int64_t>(reader.ret) + 1;
+  reader.input_pair = static_cast<int64_t>(reader.ret) + 1;
   leaf.p = reader.input("parameter", D::F32, D::BF16, n, &p, nullptr);
-  leaf.narrow_g = g == D::BF16;
-  leaf.narrow_p = p == D::BF16;
-  if (leaf.narrow_p) leaf.rest = static_cast<const int16_t*>(in("remainder", D::S16, n));
-  const D stored = leaf.set.format == kBFloat16 ? D::BF16 : D::F32;
-  const bool int8 = leaf.set.format == kInt8;
+  leaf.g_is_bfloat16 = g == D::BF16;
+  leaf.p_is_bfloat16 = p == D::BF16;
+  if (leaf.p_is_bfloat16) leaf.remainder = static_cast<const int16_t*>(in("remainder", D::S16, n));
+  const D stored = leaf.settings.format == kBFloat16 ? D::BF16 : D::F32;
+  const bool int8 = leaf.settings.format == kInt8;
   bool int8_allowed = false;
-  Rules::visit(leaf.set.rule, [&](auto rule) {
+  Rules::visit(leaf.settings.rule, [&](auto rule) {
     leaf.moments = decltype(rule)::kMoments;
     int8_allowed = decltype(rule)::kInt8;
   });
   for (int64_t k = 0; k < leaf.moments; ++k) leaf.m[k] = in("moment", int8 ? (k ? D::U8 : D::S8) : stored, n);
   if (int8) {
-    if (!int8_allowed) reader.fail("rule", "has no int8 moments");
-    if (shape.empty()) return reader.fail("gradient", "has no axis, which int8 needs");
+    if (!int8_allowed) reader.fail("rule", "does not support int8 moments");
+    if (shape.empty()) return reader.fail("gradient", "is a scalar, int8 needs an axis");
     leaf.row = shape.back();
-    if (leaf.set.block < 1 || leaf.set.block > kTile) return reader.fail("block", "is out of range");
-    leaf.blocks = leaf.row / leaf.set.block + (leaf.row % leaf.set.block != 0);
+    if (leaf.settings.block < 1 || leaf.settings.block > kTile) return reader.fail("block", "is out of range");
+    leaf.blocks = leaf.row / leaf.settings.block + (leaf.row % leaf.settings.block != 0);
     const int64_t count = leaf.row ? n / leaf.row * leaf.blocks : 0;
     for (int k = 0; k < 2; ++k) leaf.scale[k] = static_cast<const float*>(in("scale", D::F32, count));
     leaf.p_out = reader.output("new parameter", p, n);
-    if (leaf.narrow_p) leaf.rest_out = static_cast<int16_t*>(reader.output("new remainder", D::S16, n));
+    if (leaf.p_is_bfloat16) leaf.remainder_out = static_cast<int16_t*>(reader.output("new remainder", D::S16, n));
     for (int k = 0; k < 2; ++k) leaf.m_out[k] = reader.output("new moment", k ? D::U8 : D::S8, n);
     for (int k = 0; k < 2; ++k) leaf.scale_out[k] = static_cast<float*>(reader.output("new scale", D::F32, count));
     return;
   }
   leaf.p_out = reader.output("new parameter", p, n);
-  if (leaf.narrow_p) leaf.rest_out = static_cast<int16_t*>(reader.output("new remainder", D::S16, n));
+  if (leaf.p_is_bfloat16) leaf.remainder_out = static_cast<int16_t*>(reader.output("new remainder", D::S16, n));
   for (int64_t k = 0; k < leaf.moments; ++k) leaf.m_out[k] = reader.output("new moment", stored, n);
 }
 
-// An output may be its own input, whole, and no other buffer may overlap one that is written.
+// Whether an output overlaps another buffer, other than as an exact alias of its own input.
 bool overlap(std::vector<Range>& ranges) {
   std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
-  uintptr_t before = 0, end = 0, written_end = 0;  // end of all ranges but the last, of all, and of the written ones
+  uintptr_t before = 0, end = 0, written_end = 0;  // end of all ranges but the last, of all, and of the outputs
   const Range* last = nullptr;
   for (const Range& x : ranges) {
-    const bool pair = last != nullptr && last->begin == x.begin && last->end == x.end && last->output != x.output &&
-                      last->own == x.own;
-    if (x.begin < (pair ? before : x.output ? end : written_end)) return true;
+    const bool alias = last != nullptr && last->begin == x.begin && last->end == x.end && last->output != x.output &&
+                      last->pair == x.pair;
+    if (x.begin < (alias ? before : x.output ? end : written_end)) return true;
     before = end;
     end = std::max(end, x.end);
     if (x.output) written_end = std::max(written_end, x.end);
@@ -464,31 +477,31 @@ bool overlap(std::vector<Range>& ranges) {
   return false;
 }
 
-// Whether there are rows of so many elements of a dtype, which can be read.
-bool rows_of(const ffi::AnyBuffer& buffer, ffi::DataType dtype, int64_t n) {
+// Whether a buffer is readable and has whole rows of n elements of a dtype.
+bool has_rows(const ffi::AnyBuffer& buffer, ffi::DataType dtype, int64_t n) {
   if (buffer.element_type() != dtype || buffer.element_count() % n) return false;
   if (buffer.untyped_data() == nullptr) return buffer.element_count() == 0;
   return reinterpret_cast<uintptr_t>(buffer.untyped_data()) % ffi::ByteWidth(dtype) == 0;
 }
 
-using Numbers = ffi::Span<const int64_t>;
+using Int64s = ffi::Span<const int64_t>;
 
-ffi::Error step(ffi::ThreadPool threads, Numbers rule, Numbers format, Numbers clipping, Numbers scalar_rows,
-                Numbers salt, Numbers block, Numbers run, Numbers stride, ffi::AnyBuffer scalars, ffi::AnyBuffer count,
+ffi::Error step(ffi::ThreadPool threads, Int64s rule, Int64s format, Int64s clipping, Int64s scalar_rows,
+                Int64s salt, Int64s block, Int64s run, Int64s stride, ffi::AnyBuffer scalars, ffi::AnyBuffer count,
                 ffi::RemainingArgs args, ffi::RemainingRets rets) {
   const size_t leaves = rule.size();
-  for (const Numbers& x : {format, clipping, scalar_rows, salt, block, run, stride}) {
-    if (x.size() != leaves) return invalid("jadam: each attribute must have a number for every leaf");
+  for (const Int64s& x : {format, clipping, scalar_rows, salt, block, run, stride}) {
+    if (x.size() != leaves) return invalid("jadam: each attribute must have one number per leaf");
   }
-  if (!rows_of(scalars, ffi::DataType::F32, kScalars)) {
+  if (!has_rows(scalars, ffi::DataType::F32, kScalars)) {
     return invalid("jadam: scalars must be float32 in rows of " + std::to_string(kScalars));
   }
-  if (!rows_of(count, ffi::DataType::U32, 1 + leaves) || static_cast<size_t>(count.element_count()) != 1 + leaves) {
-    return invalid("jadam: count must be uint32, one and another for each leaf");
+  if (!has_rows(count, ffi::DataType::U32, 1 + leaves) || static_cast<size_t>(count.element_count()) != 1 + leaves) {
+    return invalid("jadam: count must be uint32, the step count and one offset per leaf");
   }
   auto work = std::make_shared<Work>();
   work->t = *count.typed_data<uint32_t>();
-  work->run = instructions().run;
+  work->update = instruction_set().update;
   work->leaves.resize(leaves);
   Reader reader{args, rets};
   const int64_t rows = scalars.element_count() / kScalars;
@@ -496,35 +509,35 @@ ffi::Error step(ffi::ThreadPool threads, Numbers rule, Numbers format, Numbers c
   for (size_t i = 0; i < leaves; ++i) {
     Leaf& leaf = work->leaves[i];
     reader.leaf = i;
-    leaf.set = {rule[i], format[i], clipping[i], scalar_rows[i], salt[i], block[i], run[i], stride[i]};
-    const Settings& set = leaf.set;
-    if (set.rule < 0 || set.rule >= Rules::kCount) reader.fail("rule", "is out of range");
-    if (set.format < 0 || set.format >= kFormats) reader.fail("format", "is out of range");
-    if (set.clipping < 0 || set.clipping >= kClippings) reader.fail("clipping", "is out of range");
-    if (set.scalars < 0 || set.scalars >= rows) reader.fail("scalars", "are out of range");
+    leaf.settings = {rule[i], format[i], clipping[i], scalar_rows[i], salt[i], block[i], run[i], stride[i]};
+    const Settings& settings = leaf.settings;
+    if (settings.rule < 0 || settings.rule >= Rules::kCount) reader.fail("rule", "is out of range");
+    if (settings.format < 0 || settings.format >= kFormats) reader.fail("format", "is out of range");
+    if (settings.clipping < 0 || settings.clipping >= kClippings) reader.fail("clipping", "is out of range");
+    if (settings.scalars < 0 || settings.scalars >= rows) reader.fail("scalars", "are out of range");
     if (!reader.error.empty()) return invalid(reader.error);
-    leaf.first = count.typed_data<uint32_t>()[1 + i];
-    std::memcpy(&leaf.s, scalars.typed_data<float>() + set.scalars * kScalars, sizeof(Scalars));
+    leaf.offset = count.typed_data<uint32_t>()[1 + i];
+    std::memcpy(&leaf.scalars, scalars.typed_data<float>() + settings.scalars * kScalars, sizeof(Scalars));
     read_leaf(reader, leaf);
     if (!reader.error.empty()) return invalid(reader.error);
-    if (leaf.n && (set.run < 1 || leaf.n % set.run || (leaf.row && set.run % leaf.row))) {
-      return invalid("jadam: leaf " + std::to_string(i) + ": run is no whole number of rows");
+    if (leaf.n && (settings.run < 1 || leaf.n % settings.run || (leaf.row && settings.run % leaf.row))) {
+      return invalid("jadam: leaf " + std::to_string(i) + ": run must be whole rows and divide the leaf");
     }
-    const bool int8 = set.format == kInt8;
+    const bool int8 = settings.format == kInt8;
     const int64_t units = int8 ? (leaf.row ? leaf.n / leaf.row * leaf.blocks : 0) : leaf.n;
-    const int64_t most = int8 ? std::max<int64_t>(1, kPiece / set.block) : kPiece;
-    for (int64_t begin = 0; begin < units; begin += most) {
-      work->pieces.push_back({static_cast<int64_t>(i), begin, std::min(units, begin + most)});
+    const int64_t per_chunk = int8 ? std::max<int64_t>(1, kChunk / settings.block) : kChunk;
+    for (int64_t begin = 0; begin < units; begin += per_chunk) {
+      work->chunks.push_back({static_cast<int64_t>(i), begin, std::min(units, begin + per_chunk)});
     }
     elements += leaf.n;
   }
-  if (reader.arg != args.size() || reader.ret != rets.size()) return invalid("jadam: more buffers than leaves use");
+  if (reader.arg != args.size() || reader.ret != rets.size()) return invalid("jadam: too many buffers");
   if (overlap(reader.ranges)) return invalid("jadam: an output overlaps another buffer");
-  run_all(work, threads, elements);
+  update_all(work, threads, elements);
   return ffi::Error::Success();
 }
 
-// The names of all rules, separated by spaces, in their order.
+// The names of all rules in order, separated by spaces.
 const std::string& rule_names() {
   static const std::string names = [] {
     std::string joined;
@@ -549,24 +562,23 @@ EXPORT XLA_FFI_Error* jadam_step(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jadam_step, jadam::step,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Attr<jadam::Numbers>("rule")
-                                  .Attr<jadam::Numbers>("format")
-                                  .Attr<jadam::Numbers>("clipping")
-                                  .Attr<jadam::Numbers>("scalars")
-                                  .Attr<jadam::Numbers>("salt")
-                                  .Attr<jadam::Numbers>("block")
-                                  .Attr<jadam::Numbers>("run")
-                                  .Attr<jadam::Numbers>("stride")
+                                  .Attr<jadam::Int64s>("rule")
+                                  .Attr<jadam::Int64s>("format")
+                                  .Attr<jadam::Int64s>("clipping")
+                                  .Attr<jadam::Int64s>("scalars")
+                                  .Attr<jadam::Int64s>("salt")
+                                  .Attr<jadam::Int64s>("block")
+                                  .Attr<jadam::Int64s>("run")
+                                  .Attr<jadam::Int64s>("stride")
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .RemainingArgs()
                                   .RemainingRets());
 
-// What Python compares with its own: names in their order, and the checksum of the sources this was built from. And
-// which instructions run here.
+// For Python: the order of names, the instruction set in use, and the checksum of the sources of this build.
 #define JADAM_NAME(name) #name " "
 EXPORT const char* jadam_rules() { return jadam::rule_names().c_str(); }
 EXPORT const char* jadam_scalars() { return JADAM_SCALARS(JADAM_NAME); }
 EXPORT const char* jadam_formats() { return jadam::kFormatNames; }
-EXPORT const char* jadam_instructions() { return jadam::instructions().name; }
+EXPORT const char* jadam_instructions() { return jadam::instruction_set().name; }
 EXPORT uint32_t jadam_source() { return JADAM_SOURCE; }

@@ -1,8 +1,6 @@
-"""The CPU's kernel: finds the extension built from ``cpu.cc``, and calls it on groups of leaves.
+"""The CPU kernel: loads the extension built from ``cpu.cc`` and calls it on groups of leaves.
 
-Taken are leaves whose gradient is float32 or bfloat16, whose parameter is float32 or bfloat16 with a remainder, and
-whose moments are in one of the three formats (``mu_dtype`` is none), under a rule with a native name. XLA does the
-others.
+`unsupported_reason` lists what the kernel supports. XLA does the other leaves.
 """
 
 import ctypes
@@ -22,47 +20,49 @@ from jadam._moments.int8 import block_length
 from jadam._transformation.transformation import LeafUpdate
 
 EXTENSION = "_cpu.dll" if sys.platform == "win32" else "_cpu.so"
-LEAVES = 24  # a call; XLA's compile time grows with the square of a call's aliases
+LEAVES_PER_CALL = 24  # XLA's compile time grows with the square of a call's aliases
 
 
-def kernel(leaf_updates: list[LeafUpdate], grads, params) -> list[tuple | None]:
-    """The new parameter and what is stored, for each leaf that `unsupported_reason` does not."""
-    done: list = [None] * len(leaf_updates)
-    taken = [i for i, x in enumerate(zip(leaf_updates, grads, params, strict=True)) if unsupported_reason(*x) is None]
-    if not taken:
-        return done
-    distinct: dict = {}  # rows of scalars, which most leaves share
-    rows = {i: distinct.setdefault(_scalars_of(leaf_updates[i]), (len(distinct), leaf_updates[i]))[0] for i in taken}
-    scalars = jnp.stack([_row(leaf_update) for _, leaf_update in distinct.values()])
-    for start in range(0, len(taken), LEAVES):
-        group = taken[start : start + LEAVES]
+def run_kernel(leaf_updates: list[LeafUpdate], grads, params) -> list[tuple | None]:
+    """Return the new parameter and the new stored arrays of each leaf, or None where the kernel does not support it."""
+    results: list = [None] * len(leaf_updates)
+    supported = [i for i, x in enumerate(zip(leaf_updates, grads, params, strict=True)) if not unsupported_reason(*x)]
+    if not supported:
+        return results
+    distinct: dict = {}  # most leaves share their scalars
+    rows = {
+        i: distinct.setdefault(_scalars_key(leaf_updates[i]), (len(distinct), leaf_updates[i]))[0] for i in supported
+    }
+    scalars = jnp.stack([_scalar_row(leaf_update) for _, leaf_update in distinct.values()])
+    for start in range(0, len(supported), LEAVES_PER_CALL):
+        group = supported[start : start + LEAVES_PER_CALL]
         columns = ([column[i] for i in group] for column in (leaf_updates, grads, params, rows))
         for i, result in zip(group, _call(scalars, *columns), strict=True):
-            done[i] = result
-    return done
+            results[i] = result
+    return results
 
 
 def unsupported_reason(leaf_update: LeafUpdate, g, p) -> str | None:
-    """Why the kernel cannot take a leaf, or None."""
+    """Return why the kernel does not support a leaf, or None."""
     if leaf_update.rule.native is None:
         return f"no kernel for {leaf_update.rule}"
     if leaf_update.dtype != np.float32:
-        return f"{leaf_update.dtype} is XLA's"
+        return f"no kernel for {leaf_update.dtype}"
     if g.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"gradients in {g.dtype} are XLA's"
+        return f"no kernel for {g.dtype} gradients"
     if p.dtype != jnp.float32 and leaf_update.remainder is None:
-        return f"{p.dtype} without jadam.exact_bf16 is XLA's"
+        return f"no kernel for {p.dtype} parameters{' without jadam.exact_bf16' * (p.dtype == jnp.bfloat16)}"
     if leaf_update.format.name == "float32" and any(x.dtype != jnp.float32 for x in leaf_update.stored):
-        return "mu_dtype is XLA's"
+        return "no kernel for mu_dtype"
     if not p.size:
         return "no elements"
     if leaf_update.shard is not None and leaf_update.shard.strided_runs(p.shape) is None:
-        return "divided along several inner axes"
+        return "sharded along several inner axes"
     return None
 
 
 def _call(scalars, leaf_updates, grads, params, rows):
-    """One call for a group of leaves, each with its row of ``scalars``."""
+    """Call the extension on a group of leaves; ``rows`` are the leaves' rows of ``scalars``."""
     library, settings, offsets, inputs, outputs, aliases = load(), [], [], [], [], {}
     for leaf_update, g, p, row in zip(leaf_updates, grads, params, rows, strict=True):
         run, stride = (p.size, p.size) if leaf_update.shard is None else leaf_update.shard.strided_runs(p.shape)
@@ -79,10 +79,10 @@ def _call(scalars, leaf_updates, grads, params, rows):
                 "stride": stride,
             }
         )
-        own = [p, *([] if leaf_update.remainder is None else [leaf_update.remainder]), *leaf_update.stored]
+        replaced = [p, *([] if leaf_update.remainder is None else [leaf_update.remainder]), *leaf_update.stored]
         inputs.append(g)
-        for x in own:
-            aliases[len(inputs) + 2] = len(outputs)
+        for x in replaced:
+            aliases[len(inputs) + 2] = len(outputs)  # after scalars and count
             inputs.append(x)
             outputs.append(jax.ShapeDtypeStruct(x.shape, x.dtype))
     count = leaf_updates[0].count.astype(jnp.uint32)
@@ -95,28 +95,17 @@ def _call(scalars, leaf_updates, grads, params, rows):
         yield p, tuple(stored)
 
 
-def _scalars_of(leaf_update: LeafUpdate) -> tuple[int, ...]:
+def _scalars_key(leaf_update: LeafUpdate) -> tuple[int, ...]:
     """A key that is equal for leaves with the same scalars."""
-    return tuple(
-        map(
-            id,
-            (
-                leaf_update.hyperparams,
-                leaf_update.minus_lr,
-                leaf_update.weight_decay,
-                leaf_update.bound,
-                leaf_update.norm,
-            ),
-        )
-    )
+    return tuple(id(getattr(leaf_update, x)) for x in ("hyperparams", "minus_lr", "weight_decay", "bound", "norm"))
 
 
-def _row(leaf_update: LeafUpdate) -> jax.Array:
-    """The scalars of a job, in the library's order."""
+def _scalar_row(leaf_update: LeafUpdate) -> jax.Array:
+    """A leaf's scalars, in the extension's order."""
     return jnp.stack([jnp.asarray(SCALARS[name](leaf_update)).astype(jnp.float32) for name in load().scalars])
 
 
-# The scalars of a step by the names that rules.h has for them: what Python divides by, the kernel multiplies by.
+# A leaf's scalars by their names in rules.h. The kernel multiplies by reciprocals where Python divides.
 SCALARS: dict[str, Callable[[LeafUpdate], Any]] = {
     "b1": lambda leaf_update: leaf_update.hyperparams.b1.b,
     "one_minus_b1": lambda leaf_update: leaf_update.hyperparams.b1.one_minus_b,
@@ -124,11 +113,11 @@ SCALARS: dict[str, Callable[[LeafUpdate], Any]] = {
     "b2": lambda leaf_update: leaf_update.hyperparams.b2.b,
     "one_minus_b2": lambda leaf_update: leaf_update.hyperparams.b2.one_minus_b,
     "correction2": lambda leaf_update: 1 / jnp.asarray(leaf_update.hyperparams.b2.correction),
-    "root_correction2": lambda leaf_update: jnp.sqrt(1 / jnp.asarray(leaf_update.hyperparams.b2.correction)),
-    "next": lambda leaf_update: leaf_update.hyperparams.momentum.next_b,
-    "next_correction": lambda leaf_update: 1 / jnp.asarray(leaf_update.hyperparams.momentum.next_correction),
-    "newest": lambda leaf_update: leaf_update.hyperparams.momentum.one_minus_b,
-    "newest_correction": lambda leaf_update: 1 / jnp.asarray(leaf_update.hyperparams.momentum.correction),
+    "sqrt_correction2": lambda leaf_update: jnp.sqrt(1 / jnp.asarray(leaf_update.hyperparams.b2.correction)),
+    "next_momentum": lambda leaf_update: leaf_update.hyperparams.momentum.next_b,
+    "next_momentum_correction": lambda leaf_update: 1 / jnp.asarray(leaf_update.hyperparams.momentum.next_correction),
+    "one_minus_momentum": lambda leaf_update: leaf_update.hyperparams.momentum.one_minus_b,
+    "momentum_correction": lambda leaf_update: 1 / jnp.asarray(leaf_update.hyperparams.momentum.correction),
     "eps": lambda leaf_update: leaf_update.hyperparams.eps,
     "eps_root": lambda leaf_update: leaf_update.hyperparams.eps_root,
     "trusted": lambda leaf_update: leaf_update.hyperparams.trusted,
@@ -144,10 +133,10 @@ SOURCES = ("cpu/cpu.cc", "native/formats.h", "native/portable.h", "native/rules.
 
 
 class Library(NamedTuple):
-    """The extension: its instructions, or None; where it is or why there is none; and its names in their order."""
+    """The extension, and the order of its rules, scalars and formats."""
 
-    instructions: str | None
-    reason: str
+    instructions: str | None  # the instruction set it uses, None if it is not available
+    reason: str  # its path, or why it is not available
     rules: tuple[str, ...] = ()
     scalars: tuple[str, ...] = ()
     formats: tuple[str, ...] = ()
@@ -155,9 +144,10 @@ class Library(NamedTuple):
 
 @functools.cache
 def load() -> Library:
-    """Register the extension.
+    """Load the extension and register its FFI handler.
 
-    Looked for beside this file and in every ``jadam`` on the path: a clone's source folder hides the installed one.
+    It is searched beside this file, then in every ``jadam`` on `sys.path`, because a clone's source folder hides the
+    installed package.
     """
     here = Path(__file__).parent
     checksum = zlib.crc32(b"".join((here.parent / name).read_bytes() for name in SOURCES))
@@ -185,7 +175,7 @@ def load() -> Library:
 
 
 def _text(library, name: str) -> list[str]:
-    """The words that a function of the library returns."""
+    """The words in the string that ``jadam_{name}`` of the extension returns."""
     function = getattr(library, f"jadam_{name}")
     function.restype = ctypes.c_char_p
     return function().decode().split()

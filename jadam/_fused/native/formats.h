@@ -1,4 +1,4 @@
-// How moments and parameters are stored, element by element: jadam/_moments and jadam/_core/bf16.py for kernels.
+// Storage formats of moments and parameters, element by element: jadam/_moments and jadam/_core/bf16.py for kernels.
 
 #ifndef JADAM_FORMATS_H_
 #define JADAM_FORMATS_H_
@@ -8,9 +8,9 @@
 namespace jadam {
 
 enum Format { kFloat32, kBFloat16, kInt8, kFormats };
-constexpr char kFormatNames[] = "float32 bfloat16 int8";  // as Python calls them, in this order
+constexpr char kFormatNames[] = "float32 bfloat16 int8";  // the Python names, in the order of Format
 
-JADAM_INLINE float widen(u16 x) { return float_of(static_cast<u32>(x) << 16); }
+JADAM_INLINE float float_from_bfloat16(u16 x) { return float_from_bits(static_cast<u32>(x) << 16); }
 
 JADAM_INLINE u32 lowbias32(u32 x) {
   x = (x ^ (x >> 16)) * 0x7FEB352Du;
@@ -18,82 +18,86 @@ JADAM_INLINE u32 lowbias32(u32 x) {
   return x ^ (x >> 16);
 }
 
-// A hash of the place, from which a walk starts in each of two streams; further streams have another salt.
+// Random bits for stochastic rounding, as `dither` of jadam/_core/numerics.py: stream k of the leaf with this salt at
+// step t. An even stream and the next odd one share the hash of an element's index, because its halves are independent.
 struct Dither {
-  u32 salt, walk;
-  JADAM_INLINE Dither(u32 leaf, u32 k, u32 t) : salt(lowbias32(leaf + k / 2 * 0x632BE5ABu)), walk(t * 0x9E3779B9u) {}
-  JADAM_INLINE u32 start(u32 index) const { return lowbias32(index ^ salt); }
-  JADAM_INLINE u32 even(u32 start) const { return start + walk; }
-  JADAM_INLINE u32 odd(u32 start) const { return (start << 16 | start >> 16) + walk; }
+  u32 salt, offset;
+  JADAM_INLINE Dither(u32 salt, u32 k, u32 t)
+      : salt(lowbias32(salt + k / 2 * 0x632BE5ABu)), offset(t * 0x9E3779B9u) {}
+  JADAM_INLINE u32 hash(u32 index) const { return lowbias32(index ^ salt); }
+  JADAM_INLINE u32 even_stream(u32 hash) const { return hash + offset; }
+  JADAM_INLINE u32 odd_stream(u32 hash) const { return (hash << 16 | hash >> 16) + offset; }
 };
 
-// float32 from its bfloat16 rounding and the remainder; a weight that was set from outside to 0 or infinity loses one
-// that would make it NaN.
+// float32 from its bfloat16 rounding and the remainder. If the weight was overwritten with 0 or infinity, a remainder
+// that would make it NaN is dropped.
 JADAM_INLINE float join(u16 p, i16 remainder) {
-  const i32 size = p & 0x7FFF, r = remainder;
-  const bool stray = (size == 0 && r < 0) || (size == 0x7F80 && r > 0);
-  return float_of((static_cast<u32>(p) << 16) + static_cast<u32>(stray ? 0 : r));
+  const i32 p_abs = p & 0x7FFF, r = remainder;
+  const bool invalid = (p_abs == 0 && r < 0) || (p_abs == 0x7F80 && r > 0);
+  return float_from_bits((static_cast<u32>(p) << 16) + static_cast<u32>(invalid ? 0 : r));
 }
 
-JADAM_INLINE void split(float from, u16& p, i16& remainder) {
-  const u32 x = (bits(from) & kNoSign) > kInfinity ? kNaN : bits(from);
-  const u32 high = (x + 0x8000u) >> 16;
+// The inverse of `join`.
+JADAM_INLINE void split(float x, u16& p, i16& remainder) {
+  const u32 b = (float_bits(x) & kAbsMask) > kInfinity ? kNaN : float_bits(x);
+  const u32 high = (b + 0x8000u) >> 16;
   p = static_cast<u16>(high);
-  remainder = static_cast<i16>(static_cast<u16>(x - (high << 16)));
+  remainder = static_cast<i16>(static_cast<u16>(b - (high << 16)));
 }
 
-// Up or down with the probabilities that make the mean `x`.
+// Stochastic rounding: up or down, with x as the mean.
 JADAM_INLINE u16 round_to_bfloat16(float x, u32 random) {
-  const u32 b = bits(x);
+  const u32 b = float_bits(x);
   const u32 rounded = (b + (random >> 16)) >> 16;
-  const u32 kept = (b >> 16) | ((b & kNoSign) > kInfinity ? 0x40u : 0u);
-  return static_cast<u16>((b & kNoSign) >= kInfinity ? kept : rounded);
+  const u32 not_finite = (b >> 16) | ((b & kAbsMask) > kInfinity ? 0x40u : 0u);  // truncated; the quiet bit keeps NaN
+  return static_cast<u16>((b & kAbsMask) >= kInfinity ? not_finite : rounded);
 }
 
+// int8 moments: a block stores s = sqrt(v) and r = m / s, each as a scale and 8-bit codes, see jadam/_moments/int8.py.
 constexpr float kRLevels = 127.0f * 127.0f, kSLevels = 255.0f * 255.0f * 255.0f * 255.0f;  // of the largest codes
-constexpr float kSmallestRatio = 1e-30f;  // of m and sqrt(v) that a block has; below it they are 0
+constexpr float kSmallestRatio = 1e-30f;  // if all |r| of a block are below, they are stored as 0
 
 JADAM_INLINE float uniform(u32 random) { return static_cast<float>(static_cast<i32>(random >> 8)) * 0x1p-24f; }
 JADAM_INLINE float square(float x) { return x * x; }
 JADAM_INLINE float eighth_power(float x) { return square(square(square(x))); }
 
-// m and v of codes; the factors are a block's scales over the levels.
-JADAM_INLINE void dequantize(i8 rq, u8 sq, float by_r, float by_s, float& m, float& v) {
+// m and v from their codes. The steps are a block's scales divided by the levels.
+JADAM_INLINE void dequantize(i8 rq, u8 sq, float r_step, float s_step, float& m, float& v) {
   const float code = static_cast<float>(static_cast<i32>(rq));
-  const float s = by_s * square(square(static_cast<float>(static_cast<i32>(sq))));
-  m = by_r * (code * magnitude(code)) * s;
+  const float s = s_step * square(square(static_cast<float>(static_cast<i32>(sq))));
+  m = r_step * (code * abs_of(code)) * s;
   v = s * s;
 }
 
-JADAM_INLINE float ratio(float m, float root) { return root > 0.0f ? m / root : m * 0.0f; }
+JADAM_INLINE float ratio(float m, float s) { return s > 0.0f ? m / s : m * 0.0f; }
 
-// The scales of a block, from the bits of its largest |ratio| and root: the order of positive floats is that of their
-// bits, and NaN is largest. NaN if one is not finite.
+// A block's scales from the bits of its largest |r| and s. Positive floats are ordered as their bits are, and NaN is
+// the largest. Both scales are NaN if a value is not finite, because codes cannot hold it.
 JADAM_INLINE void scales(i32 r_max, i32 s_max, float& r_scale, float& s_scale) {
-  const bool finite = larger(r_max, s_max) < static_cast<i32>(kInfinity);
-  const float largest = float_of(static_cast<u32>(r_max));
-  r_scale = !finite ? float_of(kNaN) : largest < kSmallestRatio ? 0.0f : largest;
-  s_scale = finite ? float_of(static_cast<u32>(s_max)) : float_of(kNaN);
+  const bool finite = max_int(r_max, s_max) < static_cast<i32>(kInfinity);
+  const float r = float_from_bits(static_cast<u32>(r_max));
+  r_scale = !finite ? float_from_bits(kNaN) : r < kSmallestRatio ? 0.0f : r;
+  s_scale = finite ? float_from_bits(static_cast<u32>(s_max)) : float_from_bits(kNaN);
 }
 
-JADAM_INLINE float levels_over(float levels, float scale) { return scale > 0.0f ? levels / scale : 0.0f; }
+JADAM_INLINE float inverse_step(float levels, float scale) { return scale > 0.0f ? levels / scale : 0.0f; }
 
-// The code of a ratio, from random bits.
-JADAM_INLINE i32 ratio_code(float r, float by_r, u32 random) {
-  const float y = magnitude(r) * by_r, root = root_of(y);
+// The code of r, rounded stochastically between neighbouring squares.
+JADAM_INLINE i32 quantize_r(float r, float r_inverse_step, u32 random) {
+  const float y = abs_of(r) * r_inverse_step, root = sqrt_of(y);
   const i32 a = static_cast<i32>(root < 126.0f ? root : 126.0f);
-  const float below = static_cast<float>(a);
-  const i32 up = a + (uniform(random) * (2.0f * below + 1.0f) < y - below * below);
-  return r < 0.0f ? -up : up;
+  const float low = static_cast<float>(a);
+  const i32 code = a + (uniform(random) * (2.0f * low + 1.0f) < y - low * low);
+  return r < 0.0f ? -code : code;
 }
 
-// The code of sqrt(v).
-JADAM_INLINE i32 root_code(float s, float by_s, u32 random) {
-  const float w = s * by_s, fourth = root_of(root_of(w));
-  const i32 c = static_cast<i32>(fourth < 254.0f ? fourth : 254.0f);
+// The code of s, rounded stochastically so that v = s * s is the mean. Code 0 is v = 0 exactly.
+JADAM_INLINE i32 quantize_s(float s, float s_inverse_step, u32 random) {
+  const float w = s * s_inverse_step, fourth_root = sqrt_of(sqrt_of(w));
+  const i32 c = static_cast<i32>(fourth_root < 254.0f ? fourth_root : 254.0f);
   const float low = eighth_power(static_cast<float>(c)), high = eighth_power(static_cast<float>(c) + 1.0f);
   const i32 code = c + (uniform(random) * (high - low) < w * w - low);
-  return s > 0.0f ? larger(code, 1) : 0;
+  return s > 0.0f ? max_int(code, 1) : 0;
 }
 
 }  // namespace jadam

@@ -1,4 +1,4 @@
-// What host compilers and NVRTC share: types, the bits of floats, a few functions. No standard library.
+// Types and float functions for host compilers, nvcc and NVRTC. Uses no standard library.
 
 #ifndef JADAM_PORTABLE_H_
 #define JADAM_PORTABLE_H_
@@ -23,10 +23,10 @@ using u16 = unsigned short;
 using u32 = unsigned int;
 
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__)
-JADAM_INLINE u32 bits(float x) { return __float_as_uint(x); }
-JADAM_INLINE float float_of(u32 x) { return __uint_as_float(x); }
-JADAM_INLINE float root_of(float x) { return __fsqrt_rn(x); }
-JADAM_INLINE float magnitude(float x) { return fabsf(x); }
+JADAM_INLINE u32 float_bits(float x) { return __float_as_uint(x); }
+JADAM_INLINE float float_from_bits(u32 x) { return __uint_as_float(x); }
+JADAM_INLINE float sqrt_of(float x) { return __fsqrt_rn(x); }
+JADAM_INLINE float abs_of(float x) { return fabsf(x); }
 #else
 #if !defined(__GNUC__)
 #define __builtin_memcpy memcpy
@@ -34,21 +34,21 @@ JADAM_INLINE float magnitude(float x) { return fabsf(x); }
 #define __builtin_fabsf fabsf
 #endif
 template <class To, class From>
-JADAM_INLINE To same_bits(From x) {
+JADAM_INLINE To bit_cast(From x) {
   To to;
   __builtin_memcpy(&to, &x, sizeof(to));
   return to;
 }
-JADAM_INLINE u32 bits(float x) { return same_bits<u32>(x); }
-JADAM_INLINE float float_of(u32 x) { return same_bits<float>(x); }
-JADAM_INLINE float root_of(float x) { return __builtin_sqrtf(x); }
-JADAM_INLINE float magnitude(float x) { return __builtin_fabsf(x); }
+JADAM_INLINE u32 float_bits(float x) { return bit_cast<u32>(x); }
+JADAM_INLINE float float_from_bits(u32 x) { return bit_cast<float>(x); }
+JADAM_INLINE float sqrt_of(float x) { return __builtin_sqrtf(x); }
+JADAM_INLINE float abs_of(float x) { return __builtin_fabsf(x); }
 #endif
 
-constexpr float kLowest = -3.402823466e+38f;  // the lowest finite number
-constexpr u32 kInfinity = 0x7F800000u, kNaN = 0x7FC00000u, kNoSign = 0x7FFFFFFFu;
+constexpr float kLowestFinite = -3.402823466e+38f;
+constexpr u32 kInfinity = 0x7F800000u, kNaN = 0x7FC00000u, kAbsMask = 0x7FFFFFFFu;  // bit patterns of float32
 
-JADAM_INLINE i32 larger(i32 x, i32 y) { return x < y ? y : x; }
+JADAM_INLINE i32 max_int(i32 x, i32 y) { return x < y ? y : x; }
 
 }  // namespace jadam
 

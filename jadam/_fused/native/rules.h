@@ -1,7 +1,7 @@
-// Adam and its relatives on one element: the rules of jadam/_optimizers, written a second time for kernels.
+// Update rules on one element: the rules of jadam/_optimizers, for compiled kernels.
 //
-// A rule is a struct with its name in Python, the number of its moments, whether int8 holds them, and `direction`; it is
-// listed in `Rules`, at the end. The tests hold each rule and its Python form together.
+// A rule is a struct with its Python name, the number of its moments, whether they may be int8, and `direction`.
+// `Rules`, at the end, must list it. The tests compare each rule with its Python form.
 
 #ifndef JADAM_RULES_H_
 #define JADAM_RULES_H_
@@ -10,15 +10,17 @@
 
 namespace jadam {
 
-// The scalars of one step, float32. Python finds their order by these names, which the library exports.
+// The scalars of one step, float32. The library exports these names, so that Python knows their order. A correction is
+// a reciprocal, 1 / (1 - b**t): the kernel multiplies where Python divides by a scalar.
 #define JADAM_SCALARS(X)                                                                        \
-  X(b1) X(one_minus_b1) X(correction1)              /* corrections are 1 / (1 - b**t) */        \
-  X(b2) X(one_minus_b2) X(correction2) X(root_correction2)                                      \
-  X(next) X(next_correction) X(newest) X(newest_correction)  /* NAdam's look ahead */           \
+  X(b1) X(one_minus_b1) X(correction1)                                                          \
+  X(b2) X(one_minus_b2) X(correction2) X(sqrt_correction2)                                      \
+  X(next_momentum) X(next_momentum_correction)           /* NAdam */                            \
+  X(one_minus_momentum) X(momentum_correction)           /* NAdam */                            \
   X(eps) X(eps_root)                                                                            \
-  X(trusted) X(rectification)                       /* RAdam's */                               \
+  X(trusted) X(rectification)                            /* RAdam */                            \
   X(minus_lr) X(weight_decay)                                                                   \
-  X(bound) X(norm) X(max_norm)                      /* of the gradient's clipping */
+  X(bound) X(norm) X(max_norm)                           /* gradient clipping */
 
 struct Scalars {
 #define JADAM_FIELD(name) float name;
@@ -28,38 +30,40 @@ struct Scalars {
 
 JADAM_INLINE float divide(float x, float y) { return x / (y == 0.0f ? 1.0f : y); }
 
-// b * average + (1-b) * x, the correction on the term with the larger weight. kSlow: b is at least 1/2.
-template <bool kSlow>
+// b * average + (1-b) * x, with the correction added to the term with the larger weight.
+template <bool kLargeB>  // b >= 1/2 is known
 JADAM_INLINE float ema(float b, float one_minus_b, float average, float x) {
-  if (kSlow || b >= 0.5f) return average + one_minus_b * (x - average);
+  if (kLargeB || b >= 0.5f) return average + one_minus_b * (x - average);
   return x + b * (average - x);
 }
 
-// NaN if either is, -infinity if x is: where g * g overflows, v is NaN as written but -infinity contracted.
-JADAM_INLINE float maximum(float x, float y) { return !(x >= kLowest) || x > y ? x : y; }
+// The maximum; NaN if x or y is NaN, and -infinity if x is. Where g * g overflows, the average v is NaN, or -infinity
+// if the compiler contracts it to a fused multiply-add. Neither must be lost.
+JADAM_INLINE float maximum(float x, float y) { return !(x >= kLowestFinite) || x > y ? x : y; }
 
-// The moments of one element: the direction reads and writes them. `root` is sqrt(v), for formats that store it.
+// The moments of one element, which `direction` updates, and sqrt(v) for formats that store it.
 struct Moments {
-  float m, v, largest, root;
+  float m, v, v_max, sqrt_v;
 };
 
-// kUsual: b1 and b2 are at least 1/2 and eps_root is 0. Everywhere the reciprocals of what Python divides by multiply,
-// where that is a scalar.
+// kCommonScalars: b1 and b2 are at least 1/2 and eps_root is 0, which saves work per element.
 
-// Adam (Kingma & Ba 2015, Algorithm 1); kNesterov: NAdam; kRectified: RAdam.
+// Adam (Kingma & Ba 2015, Algorithm 1). kNesterov: NAdam. kRectified: RAdam.
 template <bool kNesterov, bool kRectified>
 struct AdamRule {
   static constexpr int kMoments = 2;
   static constexpr bool kInt8 = !kRectified;
 
-  template <bool kUsual>
+  template <bool kCommonScalars>
   static JADAM_INLINE float direction(const Scalars& s, float g, Moments& x) {
-    x.m = ema<kUsual>(s.b1, s.one_minus_b1, x.m, g);
-    x.v = ema<kUsual>(s.b2, s.one_minus_b2, x.v, g * g);
+    x.m = ema<kCommonScalars>(s.b1, s.one_minus_b1, x.m, g);
+    x.v = ema<kCommonScalars>(s.b2, s.one_minus_b2, x.v, g * g);
     float m_hat = x.m * s.correction1;
-    if (kNesterov) m_hat = s.next * x.m * s.next_correction + s.newest * g * s.newest_correction;
-    x.root = root_of(x.v);
-    const float root = kUsual ? x.root * s.root_correction2 : root_of(x.v * s.correction2 + s.eps_root);
+    if (kNesterov) {
+      m_hat = s.next_momentum * x.m * s.next_momentum_correction + s.one_minus_momentum * g * s.momentum_correction;
+    }
+    x.sqrt_v = sqrt_of(x.v);
+    const float root = kCommonScalars ? x.sqrt_v * s.sqrt_correction2 : sqrt_of(x.v * s.correction2 + s.eps_root);
     const float u = divide(m_hat, root + s.eps);
     if (kRectified) return s.trusted != 0.0f ? s.rectification * u : m_hat;
     return u;
@@ -75,62 +79,62 @@ struct NAdam : AdamRule<true, false> {
 struct RAdam : AdamRule<false, true> {
   static constexpr const char* name() { return "radam"; }
 };
-struct RAdamOfNAdam : AdamRule<true, true> {
+struct NesterovRAdam : AdamRule<true, true> {
   static constexpr const char* name() { return "radam_of_nadam"; }
 };
 
-// Kingma & Ba 2015, Algorithm 2.
+// AdaMax (Kingma & Ba 2015, Algorithm 2).
 struct AdaMax {
   static constexpr const char* name() { return "adamax"; }
   static constexpr int kMoments = 2;
   static constexpr bool kInt8 = false;
 
-  template <bool kUsual>
+  template <bool kCommonScalars>
   static JADAM_INLINE float direction(const Scalars& s, float g, Moments& x) {
-    x.m = ema<kUsual>(s.b1, s.one_minus_b1, x.m, g);
-    x.v = maximum(s.b2 * x.v, magnitude(g) + s.eps);
+    x.m = ema<kCommonScalars>(s.b1, s.one_minus_b1, x.m, g);
+    x.v = maximum(s.b2 * x.v, abs_of(g) + s.eps);
     return divide(x.m * s.correction1, x.v);
   }
 };
 
-// AMSGrad (Reddi, Kale & Kumar 2018): the largest v_hat so far; kOfV: the largest v.
-template <bool kOfV>
+// AMSGrad (Reddi, Kale & Kumar 2018). v_max is the maximum of v_hat so far, or of v with kMaxOfV.
+template <bool kMaxOfV>
 struct AMSGradRule {
   static constexpr int kMoments = 3;
   static constexpr bool kInt8 = false;
 
-  template <bool kUsual>
+  template <bool kCommonScalars>
   static JADAM_INLINE float direction(const Scalars& s, float g, Moments& x) {
-    x.m = ema<kUsual>(s.b1, s.one_minus_b1, x.m, g);
-    x.v = ema<kUsual>(s.b2, s.one_minus_b2, x.v, g * g);
-    x.largest = maximum(kOfV ? x.v : x.v * s.correction2, x.largest);
-    const float root = root_of(x.largest), correction = kOfV ? s.correction2 : 1.0f;
-    const float root_hat = kOfV ? root * s.root_correction2 : root;
+    x.m = ema<kCommonScalars>(s.b1, s.one_minus_b1, x.m, g);
+    x.v = ema<kCommonScalars>(s.b2, s.one_minus_b2, x.v, g * g);
+    x.v_max = maximum(kMaxOfV ? x.v : x.v * s.correction2, x.v_max);
+    const float root = sqrt_of(x.v_max), correction = kMaxOfV ? s.correction2 : 1.0f;
+    const float root_hat = kMaxOfV ? root * s.sqrt_correction2 : root;
     return divide(x.m * s.correction1,
-                  (kUsual ? root_hat : root_of(x.largest * correction + s.eps_root)) + s.eps);
+                  (kCommonScalars ? root_hat : sqrt_of(x.v_max * correction + s.eps_root)) + s.eps);
   }
 };
 
 struct AMSGrad : AMSGradRule<false> {
   static constexpr const char* name() { return "amsgrad"; }
 };
-struct AMSGradOfV : AMSGradRule<true> {
+struct AMSGradMaxOfV : AMSGradRule<true> {
   static constexpr const char* name() { return "amsgrad_of_v"; }
 };
 
-// All rules; a rule's number is its place here.
+// A list of rules; a rule's number is its position.
 template <class... R>
 struct List {
   static constexpr int kCount = sizeof...(R);
 
-  // f(R{}) of the rule with this number.
+  // Calls f(R{}) for the rule R with this number.
   template <class F>
   static JADAM_INLINE void visit(int number, F&& f) {
     int i = 0;
     ((number == i++ ? f(R{}) : void()), ...);
   }
 };
-using Rules = List<Adam, NAdam, AdaMax, AMSGrad, AMSGradOfV, RAdam, RAdamOfNAdam>;
+using Rules = List<Adam, NAdam, AdaMax, AMSGrad, AMSGradMaxOfV, RAdam, NesterovRAdam>;
 
 }  // namespace jadam
 
