@@ -105,7 +105,7 @@ def from_torch(source, state, names):
     known = {key for leaf in leaves for key in leaf.keys}
     for leaf in leaves:
         problems += _check_entries(leaf, entries)
-    problems += [f"{key} belongs to no leaf in names{_amsgrad_hint(key)}" for key in entries if key not in known]
+    problems += [f"{key} is not in names{_amsgrad_hint(key)}" for key in entries if key not in known]
     steps = {int(entries[x.step]): x.step for x in reversed(leaves) if _is_step(entries.get(x.step))}
     if len(steps) > 1:
         differing = ", ".join(f"{step} ({key})" for step, key in sorted(steps.items()))
@@ -260,9 +260,7 @@ def _match_names(state, names) -> tuple[list[_Leaf], list[str]]:
                 )
                 continue
             if jnp.iscomplexobj(arrays[0]):
-                problems.append(
-                    f"{leaf!r} must be real, got {arrays[0].dtype}: PyTorch's exp_avg_sq of complex numbers differs"
-                )
+                problems.append(f"{leaf!r} must be real, got {arrays[0].dtype} (PyTorch's exp_avg_sq is then complex)")
                 continue
             if name in owner:
                 problems.append(f"names gives {name!r} to both {owner[name]!r} and {leaf!r}")
@@ -271,7 +269,7 @@ def _match_names(state, names) -> tuple[list[_Leaf], list[str]]:
             leaves.append(_Leaf(path, name, layout, entries, arrays, count))
     if not seen:
         problems.append("state must have the moments of an Adam (count, mu, nu), found none")
-    problems += [f"names has {leaf!r}, but state has no moments of such a leaf" for leaf in names if leaf not in seen]
+    problems += [f"names has {leaf!r}, but state has no moments for it" for leaf in names if leaf not in seen]
     return leaves, problems
 
 

@@ -1028,7 +1028,7 @@ STATES = [  # conversions and checkpoints
     (
         lambda: torch_state.from_torch({}, SMALL, ["w"]),
         TypeError,
-        "names must be a dict from leaf paths to PyTorch's names, got ['w'] of type list.",
+        "names must be a dict from leaf paths to names in PyTorch, got ['w'] of type list.",
     ),
     (
         lambda: torch_state.from_torch(1, SMALL, {"": "w"}),
@@ -1043,14 +1043,14 @@ STATES = [  # conversions and checkpoints
     (
         lambda: torch_state.from_torch("adam.pt", SMALL, {"": "w"}),
         ValueError,
-        "source must end in .safetensors, got 'adam.pt'. Nothing is unpickled here",
+        "source must end in .safetensors, got 'adam.pt'. Pickles are not supported",
     ),
     (lambda: torch_state.from_torch("no/such.safetensors", SMALL, {"": "w"}), FileNotFoundError, "no/such.safetensors"),
     (lambda: torch_state.to_torch(SMALL, {"": "w"}, 1), TypeError, "path must be a path, got 1 of type int."),
     (
         lambda: torch_state.to_torch(SMALL, {"": "w"}, "adam.pth"),
         ValueError,
-        "path must end in .safetensors, got 'adam.pth'. Nothing is unpickled here",
+        "path must end in .safetensors, got 'adam.pth'. Pickles are not supported",
     ),
 ]
 
@@ -1100,7 +1100,10 @@ COMMAND_LINE = [
         ["plan", "--mesh", "data=1"],
         "error: --mesh: axis 'data' has size 1 in the mesh {'data': 1}: there is nothing to divide over.",
     ),
-    (["plan", "--mesh", "data=1000003"], "error: --mesh: zero1 can divide no parameter's state by 1000003 (('data',)): "),
+    (
+        ["plan", "--mesh", "data=1000003"],
+        "error: --mesh: zero1 can divide no parameter's state by 1000003 (('data',)): ",
+    ),
     (
         ["plan", "--mesh", f"data={10**12}"],
         "error: --mesh: mesh_shape must be a dict from axis names to sizes > 0, with fewer than 2**31 devices, got {'data': 1000000000000}.",

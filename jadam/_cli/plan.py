@@ -27,7 +27,7 @@ def run(model: str, mesh: Mapping[str, int], axis: str, out: Path, params_axis: 
     first = next(iter(plans.values()))
     unit, size = unit_of(max(x.total for x in plans.values()))
     axes = ", ".join(f"{name}={n}" for name, n in mesh.items())
-    title = f"AdamW on {model}: {first.count:,} parameters, {first.devices} devices ({axes})"
+    title = f"{model} with AdamW: {first.count:,} parameters on {first.devices} devices ({axes})"
     units = f"{unit} per device; bytes/param is of the optimizer's state"
     table = Table("format", title=f"{title}\n{units}", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
     for heading in ("weights", *PARTS[1:-1], "total", "bytes/param"):

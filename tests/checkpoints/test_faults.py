@@ -126,7 +126,7 @@ def test_the_checksum_of_eight_bytes():
 
 @pytest.mark.parametrize(("leaf", "text"), [(jax.random.key(0), r"key<fry>"), ("name", "<U4")], ids=str)
 def test_no_numbers(leaf, text):
-    with pytest.raises(TypeError, match=rf"tree\['rng'\] must be an array of numbers, got {text}. Leave it out, or"):
+    with pytest.raises(TypeError, match=rf"tree\['rng'\] must be an array of numbers, got {text}. Leave it out."):
         jadam.checksum({"rng": leaf})
 
 
