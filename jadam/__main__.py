@@ -52,7 +52,7 @@ def _int_between(low: int, high: int):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="jadam", description="Adam for JAX, exactly as in the paper.")
+    parser = _Parser(prog="jadam", description="Adam (Kingma & Ba 2015) for JAX.")
     version_help = "print versions, and the kernel of jadam.step on each platform"
     parser.add_argument("--version", action=_Version, nargs=0, default=argparse.SUPPRESS, help=version_help)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

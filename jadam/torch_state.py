@@ -23,9 +23,9 @@ and use ``i`` as the name.
 
 Supported are the states of ``torch.optim.Adam``, ``AdamW`` and ``RAdam`` (`jadam.adam`, `jadam.adamw`, `jadam.radam`).
 ``Adam`` and ``AdamW`` with ``amsgrad=True`` are `jadam.amsgrad` with ``max_of="v"``; its default keeps another maximum
-in a state that looks the same. PyTorch's state does not contain the parameters, whose layout changes as that of their
-moments, nor the hyperparameters. For the ``weight_decay`` of ``torch.optim.Adam``, put `optax.add_decayed_weights`
-before `jadam.adam`.
+in a state that looks the same. PyTorch's state contains neither the parameters nor the hyperparameters. The parameters
+need the same changes of layout as their moments. For the ``weight_decay`` of ``torch.optim.Adam``, put
+`optax.add_decayed_weights` before `jadam.adam`.
 """
 
 import dataclasses
@@ -105,7 +105,7 @@ def from_torch(source, state, names):
     known = {key for leaf in leaves for key in leaf.keys}
     for leaf in leaves:
         problems += _check_entries(leaf, entries)
-    problems += [f"{key} is not in names{_amsgrad_hint(key)}" for key in entries if key not in known]
+    problems += [f"{key} matches no leaf in names{_amsgrad_hint(key)}" for key in entries if key not in known]
     steps = {int(entries[x.step]): x.step for x in reversed(leaves) if _is_step(entries.get(x.step))}
     if len(steps) > 1:
         differing = ", ".join(f"{step} ({key})" for step, key in sorted(steps.items()))

@@ -34,7 +34,7 @@ class MemoryPlan:
     moments: int
     remainders: int
     other: int
-    notes: dict[str, str]  # for parameters whose state is replicated, or not in the requested format
+    notes: dict[str, str]  # on parameters with state that is not sharded, or not in the requested format
 
     @property
     def state(self) -> int:

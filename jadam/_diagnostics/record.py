@@ -67,14 +67,14 @@ def record(
 ) -> Record:
     """Record `jadam.statistics` in the state at every ``every``-th step, without leaving the device.
 
-    Updates, and whether `jadam.step` is fused, are those of ``tx``. Steps without a record cost next to nothing. The
-    records are a ring buffer of fixed size, so nothing recompiles and memory does not grow. The buffer is part of the
-    state: it works under `jax.lax.scan`, on a mesh and with donation, and is saved and restored with the state. Read it
-    with `history`.
+    Updates are those of ``tx``, and `jadam.step` is fused if it is for ``tx``. Steps without a record cost next to
+    nothing. The records are a ring buffer of fixed size, so nothing recompiles and memory does not grow. The buffer is
+    part of the state: it works under `jax.lax.scan`, on a mesh and with donation, and is saved and restored with the
+    state. Read it with `history`.
 
     Put `record` around `jadam.exact_bf16` and `jadam.chain`, and inside `jadam.sharding.zero1` and Optax's wrappers,
-    such as `optax.chain` and `optax.MultiSteps`. Steps are those of ``tx``: with `optax.MultiSteps` one
-    for several mini-batches. Changes that later stages of an `optax.chain` make to the updates are not recorded.
+    such as `optax.chain` and `optax.MultiSteps`. Steps are those of ``tx``: with `optax.MultiSteps` one for
+    several mini-batches. Changes that later stages of an `optax.chain` make to the updates are not recorded.
 
     To add `record` to a running training, use the state ``record(tx).init(params)._replace(inner_state=state)``. To
     remove it, continue with ``state.inner_state``. With Flax NNX, make an optimizer with ``record(tx)`` and set

@@ -127,7 +127,7 @@ def statistics(
             weight decay. NAdam's update also depends on the last gradient, for which :math:`\hat m` is then taken.
         sample: use about this many coordinates of each parameter: evenly spaced indices along all axes but the last
             (along the only axis of a vector), the longest axis thinned out first. Rows of the last axis are used whole,
-            one at least. Default: all coordinates, which takes some 50 bytes each while it runs.
+            one at least. Default: all coordinates, which takes some 50 bytes of memory per coordinate.
 
     Returns:
         ``Statistics(total, leaves)``: the `Measures` in total, and a dict of those of each parameter by its path, such
@@ -221,7 +221,7 @@ def measure(tx: Transformation, sample, state, params, updates=None) -> tuple[li
         measures = Measures(v_hat, update, ratio, snr, eps, zero, quantiles)
         return jax.tree.map(lambda x: x.astype(jnp.float32), measures)
 
-    with jax.numpy_dtype_promotion("standard"):  # complex numbers over real ones
+    with jax.numpy_dtype_promotion("standard"):  # complex numbers are divided by real ones
         measures = with_auto_axes(compute)(state, params, updates)
     return names, measures
 
@@ -327,7 +327,7 @@ def _measure_coordinates(leaf_update: LeafUpdate, has_stepped, p, update, sample
 
 
 def _batch_by_size(sizes) -> list[list[int]]:
-    """Groups leaves of similar size into batches of at most `MAX_BATCH` elements; a larger leaf is a batch of its own.
+    """Group leaves of similar size into batches of at most `MAX_BATCH` elements; a larger leaf is a batch of its own.
 
     Unbatched, each leaf would take XLA a tenth of a second to compile. It would also cost every step, recording or not,
     the time to allocate scalars for its sums.
@@ -371,7 +371,7 @@ def _mean(x, sizes, weights=1) -> jax.Array:
 
 
 def _subsample(shape, sample):
-    """The index of about ``sample`` elements of an array whose axes, but for the last, are those of ``shape``."""
+    """An index of about ``sample`` elements of an array; also valid for another last axis, such as that of scales."""
     remaining = 1 if sample is None else -(-math.prod(shape) // sample)  # factor by which to reduce the elements
     leading = shape[: max(1, len(shape) - 1)]
     index = [slice(None)] * len(leading)
@@ -392,7 +392,7 @@ def _update_from_moments(leaf_update: LeafUpdate, m_hat, m, others, p):
 
 
 def _histograms(x) -> jax.Array:
-    """A histogram of each row of ``x``, whose values are >= 0 or NaN: ``[rows, BINS]`` counts."""
+    """Counts of the values in each row of ``x``, >= 0 or NaN, in histogram bins: ``[rows, BINS]``."""
     x = x.astype(jnp.float32)
     x = jnp.where(x < np.finfo(np.float32).tiny, 0, x)
     bins = jax.lax.bitcast_convert_type(x, jnp.uint32) >> DROPPED_BITS
