@@ -15,18 +15,17 @@ from jadam._diagnostics.models import MODELS
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports a bad argument in one line, without the usage before it."""
+    """A parser that reports errors in one line, without the usage message."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
 class _Version(argparse.Action):
-    """Prints what a report of a fault should have in it."""
+    """Prints the versions and kernels to include in a bug report."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        packages = ("jax", "jaxlib", "optax", "numpy")
-        versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+        versions = ", ".join(f"{x} {importlib.metadata.version(x)}" for x in ("jax", "jaxlib", "optax", "numpy"))
         print(f"jadam {jadam.__version__}\nPython {platform.python_version()}, {versions}")
         for name, backend in jadam.backends().items():
             print(f"{name}: {backend}")
@@ -43,48 +42,51 @@ def _learning_rate(text: str) -> float:
     return value
 
 
-def _is_unsharded(smallest: int, largest: int):
-    def whole(text: str) -> int:
-        if not (len(text) <= 20 and text.removeprefix("-").isdecimal() and smallest <= int(text) <= largest):
-            raise argparse.ArgumentTypeError(f"must be a whole number in [{smallest}, {largest}], got {text!r}")
+def _int_between(low: int, high: int):
+    def parse(text: str) -> int:
+        if not (len(text) <= 20 and text.removeprefix("-").isdecimal() and low <= int(text) <= high):
+            raise argparse.ArgumentTypeError(f"must be an integer in [{low}, {high}], got {text!r}")
         return int(text)
 
-    return whole
+    return parse
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="jadam", description="Adam for JAX, by the paper.")
-    about = "versions, and what serves jadam.step on each platform"
-    parser.add_argument("--version", action=_Version, nargs=0, default=argparse.SUPPRESS, help=about)
+    parser = _Parser(prog="jadam", description="Adam (Kingma & Ba 2015) for JAX.")
+    version_help = "print versions, and the kernel of jadam.step on each platform"
+    parser.add_argument("--version", action=_Version, nargs=0, default=argparse.SUPPRESS, help=version_help)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     demo = commands.add_parser(
         "demo",
-        help="train a Flax model on real handwritten digits with SGD, optax.adam and jadam.adam",
+        help="train a classifier of handwritten digits with SGD, optax.adam and jadam.adam",
         description="Train a Flax NNX classifier on scikit-learn's 1,797 handwritten digits with SGD, optax.adam and "
-        "jadam.adam, from the same start and with the same batches; print a table, draw the learning curves.",
+        "jadam.adam, from the same initial weights and on the same batches. Print a table and plot learning curves.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    demo.add_argument("--lr", type=_learning_rate, default=1e-3, help="learning rate of both Adams")
+    demo.add_argument("--lr", type=_learning_rate, default=1e-3, help="learning rate of optax.adam and jadam.adam")
     demo.add_argument("--sgd-lr", type=_learning_rate, default=0.1, help="learning rate of SGD")
-    demo.add_argument("--steps", type=_is_unsharded(1, 10**6), default=1000, help="training steps, of 64 digits each")
+    demo.add_argument("--steps", type=_int_between(1, 10**6), default=1000, help="training steps, each on 64 digits")
     demo.add_argument(
-        "--seed", type=_is_unsharded(0, 2**31 - 1), default=0, help="of the start, the split and the batches"
+        "--seed", type=_int_between(0, 2**31 - 1), default=0, help="seed of initial weights, test split and batches"
     )
-    demo.add_argument("--out", type=Path, default=Path("jadam-demo.png"), help="the picture to write")
+    demo.add_argument("--out", type=Path, default=Path("jadam-demo.png"), help="file for the plot")
     plan = commands.add_parser(
         "plan",
-        help="how many bytes training a known model takes on each device of a mesh",
-        description="Print and draw what parameters, gradients and AdamW's state take on each device, in every format, "
-        "the state divided over an axis of a mesh (ZeRO-1). Nothing is allocated.",
+        help="compute the memory per device for training a well-known model",
+        description="Print and plot the memory that parameters, gradients and AdamW's state take on each device of a "
+        "mesh, for every format of the state. The state is sharded over one axis (ZeRO-1). Nothing is allocated.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    plan.add_argument("--model", choices=sorted(MODELS), default="gpt2", help="whose parameters")
-    plan.add_argument("--mesh", type=_mesh, default="data=8", help="its axes, such as data=4,model=64")
-    plan.add_argument("--axis", default="data", help="the axis to divide the state over")
+    plan.add_argument("--model", choices=sorted(MODELS), default="gpt2", help="model to train")
+    plan.add_argument("--mesh", type=_mesh, default="data=8", help="mesh axes and sizes, such as data=4,model=64")
+    plan.add_argument("--axis", default="data", help="mesh axis to shard the state over")
     plan.add_argument(
-        "--params-axis", help="the axis over which parameters are divided; by default they are whole on every device"
+        "--params-axis",
+        default=argparse.SUPPRESS,
+        help="mesh axis to shard parameters and gradients over: the data axis for FSDP, a model axis for tensor "
+        "parallelism (default: replicated)",
     )
-    plan.add_argument("--out", type=Path, default=Path("jadam-plan.png"), help="the picture to write")
+    plan.add_argument("--out", type=Path, default=Path("jadam-plan.png"), help="file for the plot")
     return parser
 
 
@@ -93,7 +95,7 @@ def _mesh(text: str) -> dict[str, int]:
     if not all(
         name.isidentifier() and size.isdecimal() and len(size) <= 20 and int(size) > 0 for name, _, size in pairs
     ):
-        raise argparse.ArgumentTypeError(f"must be axes with their sizes, got {text!r}; try data=4,model=64")
+        raise argparse.ArgumentTypeError(f"must be axes and sizes > 0, got {text!r}; try data=4,model=64")
     mesh = {name: int(size) for name, _, size in pairs}
     if len(mesh) < len(pairs):
         raise argparse.ArgumentTypeError(f"must name each axis once, got {text!r}")
@@ -101,25 +103,25 @@ def _mesh(text: str) -> dict[str, int]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0 done, 2 bad input or nowhere to write, 130 interrupted."""
+    """Run the command line; return the exit code: 0 success, 2 bad input or output not writable, 130 interrupted."""
     options = vars(_parser().parse_args(arguments))
     command = options.pop("command")
-    problem = lambda text: print(f"jadam {command}: {' '.join(text.split())}", file=sys.stderr)
+    report = lambda text: print(f"jadam {command}: {' '.join(text.split())}", file=sys.stderr)
     try:
         importlib.import_module(f"jadam._cli.{command}").run(**options)
     except ModuleNotFoundError as error:
         package = str(error.name).partition(".")[0]
-        problem(f"error: {package} is missing; pip install 'jadam[demo]'")
+        report(f"error: {package} is not installed; run: pip install flax matplotlib rich scikit-learn")
         return 2
     except CommandError as error:
-        problem(f"error: {error}")
+        report(f"error: {error}")
         return 2
-    except OSError as error:  # of standard output, on a full disk
-        problem(f"error: cannot print: {error.strerror or error}")
+    except OSError as error:  # writing to standard output, for example on a full disk
+        report(f"error: cannot print: {error.strerror or error}")
         return 2
     except KeyboardInterrupt:
-        sys.unraisablehook = lambda _: None  # what was torn up in the middle may complain when it is collected
-        problem("interrupted, no picture written")
+        sys.unraisablehook = lambda _: None  # interrupted objects may raise when garbage-collected
+        report("interrupted, no plot written")
         return 130
     return 0
 

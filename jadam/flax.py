@@ -1,6 +1,6 @@
-"""Flax's own `Optimizer` (NNX) and `TrainState` (Linen), with `jadam.step` in place of the two calls.
+"""Flax's `Optimizer` (NNX) and `TrainState` (Linen) with `jadam.step` in place of ``tx.update`` and `apply_updates`.
 
-jadam does not depend on Flax, so this is not imported with it: ``import jadam.flax``.
+jadam does not depend on Flax, so import this module explicitly: ``import jadam.flax``.
 """
 
 import functools
@@ -13,19 +13,20 @@ from flax.training import train_state
 from jadam._core import checks
 from jadam._fused.step import step
 
-pure = getattr(nnx, "as_pure", None) or nnx.pure  # the older name of the same function
+pure = getattr(nnx, "as_pure", None) or nnx.pure  # renamed in newer versions of Flax
 
 
 class Optimizer(nnx.Optimizer):
-    """`nnx.Optimizer` whose `update` is `jadam.step`, one pass over memory; the state is the same.
+    """`nnx.Optimizer` with `jadam.step` as its `update`, one pass over memory. The state is the same.
 
     Args:
         model: an NNX module.
-        tx: any Optax transformation; one pass is taken for those for which `jadam.step` does it.
-        wrt: filter of the variables to train, the same as for `nnx.grad`. Further arguments are Flax's.
+        tx: any Optax transformation; `jadam.step` says which ones are fused into one pass.
+        wrt: filter of the variables to train, the same as for `nnx.grad`.
+        **kwargs: passed to `nnx.Optimizer`.
 
     Raises:
-        TypeError: no ``wrt``, or a variable to train that is not floating.
+        TypeError: ``wrt`` is missing, or a variable to train is not floating.
 
     Example:
         >>> import jax.numpy as jnp, jadam, jadam.flax
@@ -42,25 +43,25 @@ class Optimizer(nnx.Optimizer):
     """
 
     def __init__(self, model, tx, *, wrt, **kwargs):
-        """`nnx.Optimizer`'s."""
+        """The same as `nnx.Optimizer`, with a check of ``tx``."""
         checks.check_transformation("Optimizer needs", tx)
         super().__init__(model, tx, wrt=wrt, **kwargs)
 
-    # Flax's returns None or updates, depending on its version.
+    # nnx.Optimizer.update returns None or updates, depending on Flax's version.
     def update(self, model, grads, /, **kwargs) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Train ``model`` and the state in place by one step.
+        """Update ``model`` and the optimizer's state in place by one step.
 
         Args:
-            model: the module given at the start, or one like it.
-            grads: gradients, as `nnx.grad` returns them; those that ``wrt`` leaves out are ignored.
-            **kwargs: what ``tx`` takes beside gradients, state and parameters, as ``value`` for a line search. With
-                any of these a step is the two calls, as in `nnx.Optimizer`.
+            model: the module passed to the constructor, or one with the same structure.
+            grads: gradients, as `nnx.grad` returns them; those not selected by ``wrt`` are ignored.
+            **kwargs: extra arguments of ``tx.update``, such as ``value`` for a line search. With any of them the step
+                is that of `nnx.Optimizer`, not fused.
 
         Returns:
-            None, always. `nnx.Optimizer` returns the updates in newer versions; one pass never has them in memory.
+            Always None. Newer versions of `nnx.Optimizer` return the updates, which a fused step never has in memory.
 
         Raises:
-            ValueError, TypeError: what ``tx.update`` raises.
+            ValueError, TypeError: the same as ``tx.update``.
         """
         if kwargs:
             super().update(model, grads, **kwargs)
@@ -74,9 +75,9 @@ class Optimizer(nnx.Optimizer):
 
 
 class TrainState(train_state.TrainState):
-    """Flax's `TrainState` whose `apply_gradients` is `jadam.step`, one pass over memory; the fields are the same.
+    """Flax's `TrainState` with `jadam.step` in `apply_gradients`, one pass over memory. The fields are the same.
 
-    It is made with ``create(apply_fn=..., params=..., tx=...)``, and may be extended by subclasses, as Flax's.
+    Create it with ``create(apply_fn=..., params=..., tx=...)``. It can be subclassed, as Flax's.
 
     Example:
         >>> import jax, jax.numpy as jnp, jadam, jadam.flax
@@ -89,24 +90,24 @@ class TrainState(train_state.TrainState):
 
     @classmethod
     def create(cls, *, apply_fn, params, tx, **kwargs):
-        """A new one, at step 0; `train_state.TrainState`'s."""
+        """Create a state at step 0, as `train_state.TrainState.create`."""
         checks.check_transformation("TrainState needs", tx)
         checks.check_arrays(params, "params")
         return super().create(apply_fn=apply_fn, params=params, tx=tx, **kwargs)
 
     def apply_gradients(self, *, grads, **kwargs):
-        """The state after one step.
+        """Take one step and return the new state.
 
         Args:
             grads: gradients, a tree like ``params``.
-            **kwargs: fields to replace besides.
+            **kwargs: other fields to replace.
 
         Returns:
-            A state like this, with ``step`` one more. Parameters under ``_overwrite_with_gradient``, as Flax's fp8
-            layers have them, become their gradients; ``tx`` does not see them.
+            The new state, with ``step`` incremented. Parameters in the collection ``_overwrite_with_gradient``, which
+            Flax's fp8 layers have, are replaced by their gradients; ``tx`` does not get them.
 
         Raises:
-            ValueError, TypeError: what ``tx.update`` raises.
+            ValueError, TypeError: the same as ``tx.update``.
         """
         if isinstance(grads, Mapping) and OVERWRITE_WITH_GRADIENT in grads:
             params, opt_state = step(self.tx, grads["params"], self.opt_state, self.params["params"])

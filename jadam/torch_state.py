@@ -1,7 +1,7 @@
-"""The state of PyTorch's Adam in and out, as flat NumPy arrays or a safetensors file. Nothing is ever unpickled.
+"""Convert states from and to PyTorch's Adam, as flat NumPy arrays or a safetensors file. Nothing is unpickled.
 
-The flat form has for each parameter ``NAME.exp_avg``, ``NAME.exp_avg_sq``, ``NAME.step`` and, with ``amsgrad=True``,
-``NAME.max_exp_avg_sq``. These lines of PyTorch write it, whatever the optimizer's groups::
+For each parameter the flat form has ``NAME.exp_avg``, ``NAME.exp_avg_sq``, ``NAME.step`` and, with ``amsgrad=True``,
+``NAME.max_exp_avg_sq``. These lines of PyTorch write it, for any number of parameter groups::
 
     name_of = {p: name for name, p in model.named_parameters()}
     order = [name_of[p] for group in optimizer.param_groups for p in group["params"]]  # as state_dict counts them
@@ -9,7 +9,7 @@ The flat form has for each parameter ``NAME.exp_avg``, ``NAME.exp_avg_sq``, ``NA
     flat = {f"{order[i]}.{key}": torch.as_tensor(x).contiguous() for i in saved for key, x in saved[i].items()}
     safetensors.torch.save_file(flat, path)
 
-and, with ``order`` from above, these read it back::
+These lines read it back, with the same ``order``::
 
     flat = safetensors.torch.load_file(path)
     state = {i: {} for i in range(len(order))}
@@ -18,14 +18,14 @@ and, with ``order`` from above, these read it back::
         state[order.index(name)][entry] = x
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
-Where there is a checkpoint but no model, ``saved`` is in it (``torch.load`` with ``weights_only=True``), and ``i`` will
-do for a name.
+If you have a checkpoint but no model, take ``saved`` from the checkpoint (``torch.load`` with ``weights_only=True``)
+and use ``i`` as the name.
 
-What carries over is the state of ``torch.optim.Adam``, ``AdamW`` and ``RAdam`` (`jadam.adam`, `jadam.adamw`,
-`jadam.radam`), and of the first two with ``amsgrad=True`` (`jadam.amsgrad` with ``max_of="v"``: its default keeps
-another maximum, in a state that looks the same). Not in PyTorch's state are the parameters, which change layout as
-their moments do, and the hyperparameters; the ``weight_decay`` of ``torch.optim.Adam`` is `optax.add_decayed_weights`
-before `jadam.adam`.
+Supported are the states of ``torch.optim.Adam``, ``AdamW`` and ``RAdam`` (`jadam.adam`, `jadam.adamw`, `jadam.radam`).
+``Adam`` and ``AdamW`` with ``amsgrad=True`` are `jadam.amsgrad` with ``max_of="v"``; its default keeps another maximum
+in a state that looks the same. PyTorch's state contains neither the parameters nor the hyperparameters. The parameters
+need the same changes of layout as their moments. For the ``weight_decay`` of ``torch.optim.Adam``, put
+`optax.add_decayed_weights` before `jadam.adam`.
 """
 
 import dataclasses
@@ -47,40 +47,42 @@ from jadam._core.trees import find_states
 from jadam._moments import formats
 from jadam._transformation.transformation import ScheduledBetasState
 
-# layout: the axes for which jax = torch.transpose(layout)
+# Layouts: jax_array = torch_array.transpose(layout).
 LINEAR = (1, 0)
 CONV1D = (2, 1, 0)
 CONV2D = (2, 3, 1, 0)
 
 _ENTRIES = {"mu": "exp_avg", "nu": "exp_avg_sq", "nu_max": "max_exp_avg_sq"}
 _SCALES = ("mu_scale", "nu_scale")
-_CHECKSUM = "jadam.checksum"  # in the metadata of a file that to_torch wrote
-_LAST = np.iinfo(np.int32).max  # where count stays
+_CHECKSUM = "jadam.checksum"  # metadata key in the files of to_torch
+_MAX_COUNT = np.iinfo(np.int32).max  # at which count saturates
+_DAMAGED = "The file is damaged: copy or write it again."
 
 
 def from_torch(source, state, names):
-    """``state`` with the moments and the step of PyTorch's Adam.
+    """Fill ``state`` with the moments and the step count of PyTorch's Adam.
 
     Args:
         source: the flat form as a dict of arrays, or the path of a ``.safetensors`` file. ``step`` may be floating or
             integer.
         state: the state to fill, from ``tx.init(params)``: of `jadam.adam` and its relatives or Optax's, with moments
             of any format, in chains and wrappers such as `jadam.exact_bf16`.
-        names: for each leaf that has moments, by the path that `jadam.describe` prints, such as
-            ``"['dense']['kernel']"``, PyTorch's name of it, or ``(name, layout)``, where ``layout`` is the tuple of
-            axes with ``jax = torch.transpose(layout)``: `LINEAR` for the weight of a Linear, `CONV1D`, `CONV2D`.
+        names: a dict from the path of each leaf with moments, such as ``"['dense']['kernel']"``, to its name in
+            PyTorch, or to ``(name, layout)``. `jadam.describe` prints the paths. ``layout`` is a tuple of axes with
+            ``jax = torch.transpose(layout)``: `LINEAR` for the weight of a Linear, `CONV1D`, `CONV2D`.
 
     Returns:
-        A state like ``state`` in structure, shapes, dtypes and shardings. float32 moments are PyTorch's to the bit,
-        others are rounded as a step rounds them. Schedules, of the learning rate for one, stand at PyTorch's step too.
-        ``count`` saturates at 2147483647. What else is in ``state`` stays: averages, sums of gradients, remainders.
+        A state with the structure, shapes, dtypes and shardings of ``state``. float32 moments are bit for bit
+        PyTorch's, others are rounded as in a step. Step counts of schedules, for example of the learning rate, are set
+        too. ``count`` saturates at 2147483647. The rest of ``state`` is unchanged: averages, accumulated gradients,
+        remainders.
 
     Raises:
-        ValueError: with all that does not fit: leaves without a name, names without a leaf, entries that are missing,
-            left over, misshapen or not floating, steps that differ or are no whole numbers, betas that follow a
-            schedule, whose product PyTorch's state does not hold. Or ``source`` is another kind of file, a truncated
-            one, or one by `to_torch` whose arrays are not those written; PyTorch writes nothing to tell that by.
-        TypeError: ``source`` or ``names`` of another type.
+        ValueError: a list of all mismatches: leaves without a name; names without a leaf; entries that are missing,
+            superfluous, of another shape or not floating; steps that differ or are not whole numbers; betas that follow
+            a schedule, whose product is not in PyTorch's state. Or ``source`` is not a safetensors file, is truncated,
+            or has another checksum than `to_torch` wrote. Files from PyTorch have no checksum.
+        TypeError: ``source`` or ``names`` has another type.
         ImportError: ``source`` is a file and safetensors is not installed.
 
     Example:
@@ -94,53 +96,53 @@ def from_torch(source, state, names):
         7 (2, 3)
     """
     entries = _load(source)
-    leaves, problems = _leaves(state, names)
+    leaves, problems = _match_names(state, names)
     if find_states(state, ScheduledBetasState):
         problems.append(
             "state must have constant betas, got betas that follow a schedule (or nadam's momentum_decay), whose "
             "product is not in PyTorch's state"
         )
-    known = {key for leaf in leaves for key in leaf.wanted}
+    known = {key for leaf in leaves for key in leaf.keys}
     for leaf in leaves:
-        problems += _misfits(leaf, entries)
-    problems += [f"{key} belongs to no leaf in names{_hint(key)}" for key in entries if key not in known]
-    first = {int(entries[x.step]): x.step for x in reversed(leaves) if _is_step(entries.get(x.step))}
-    if len(first) > 1:
-        differing = ", ".join(f"{step} ({key})" for step, key in sorted(first.items()))
-        problems.append(f"steps must be equal, for jadam has one count, got {differing}. Give them one value")
-    _raise("from_torch", problems)
-    count = min(*first, _LAST)
-    filled = {formats.leaf_name(leaf.path): _encoded(leaf, entries, count) for leaf in leaves}
+        problems += _check_entries(leaf, entries)
+    problems += [f"{key} matches no leaf in names{_amsgrad_hint(key)}" for key in entries if key not in known]
+    steps = {int(entries[x.step]): x.step for x in reversed(leaves) if _is_step(entries.get(x.step))}
+    if len(steps) > 1:
+        differing = ", ".join(f"{step} ({key})" for step, key in sorted(steps.items()))
+        problems.append(f"steps must be equal, because jadam has one count, got {differing}. Set them to one value")
+    _raise_problems("from_torch", problems)
+    count = min(*steps, _MAX_COUNT)
+    filled = {formats.leaf_name(leaf.path): _encode(leaf, entries, count) for leaf in leaves}
 
-    def fill(part):
-        if not (has_moments(part) or _is_count(part)):
-            return part
-        trees = {"count": jax.tree.map(lambda old: _like(np.int32(count), old), part.count)}
-        for i, field in enumerate(_fields(part)):
-            structure = jax.tree.structure(getattr(part, field))
-            trees[field] = structure.unflatten([filled[formats.leaf_name(path)][i] for path, _ in _rows(part)])
-        return part._replace(**trees)
+    def fill(node):
+        if not (has_moments(node) or _is_schedule_state(node)):
+            return node
+        fields = {"count": jax.tree.map(lambda old: _cast_like(np.int32(count), old), node.count)}
+        for i, field in enumerate(_array_fields(node)):
+            structure = jax.tree.structure(getattr(node, field))
+            fields[field] = structure.unflatten([filled[formats.leaf_name(path)][i] for path, _ in _leaf_arrays(node)])
+        return node._replace(**fields)
 
-    return jax.tree.map(fill, state, is_leaf=lambda x: has_moments(x) or _is_count(x))
+    return jax.tree.map(fill, state, is_leaf=lambda x: has_moments(x) or _is_schedule_state(x))
 
 
 def to_torch(state, names, path=None) -> dict[str, np.ndarray]:
-    """The flat form of a state, for PyTorch's Adam.
+    """Convert a state to the flat form, for PyTorch's Adam.
 
     Args:
         state: see `from_torch`; int8 and bfloat16 moments are decoded.
         names: see `from_torch`.
-        path: of a ``.safetensors`` file to write as well, with a checksum that `from_torch` verifies. If that fails, an
-            older file is left as it was.
+        path: a ``.safetensors`` file to write as well, with a checksum that `from_torch` verifies. If writing fails, an
+            existing file is unchanged.
 
     Returns:
-        A dict of contiguous arrays in PyTorch's layouts: the moments float32, float64 where they are; ``step`` a
-        float32 scalar, as PyTorch keeps it, so exact up to 2**24.
+        A dict of contiguous arrays in PyTorch's layouts. Moments are float32, or float64 if they are in ``state``.
+        ``step`` is a float32 scalar, as in PyTorch, so exact up to 2**24.
 
     Raises:
-        ValueError: leaves without a name, names without a leaf, all at once; or ``path`` does not end in
+        ValueError: a list of all leaves without a name and names without a leaf; or ``path`` does not end in
             ``.safetensors``.
-        TypeError: ``names`` of another type.
+        TypeError: ``names`` has another type.
         OSError: the file cannot be written.
         ImportError: ``path`` is given and safetensors is not installed.
 
@@ -153,13 +155,13 @@ def to_torch(state, names, path=None) -> dict[str, np.ndarray]:
         {'fc.weight.exp_avg': (3, 2), 'fc.weight.exp_avg_sq': (3, 2), 'fc.weight.step': ()}
     """
     path, safetensors = (None, None) if path is None else (_safetensors_path("path", path), _safetensors())
-    leaves, problems = _leaves(state, names)
-    _raise("to_torch", problems)
+    leaves, problems = _match_names(state, names)
+    _raise_problems("to_torch", problems)
     flat = {}
     for leaf in leaves:
         moments = leaf.format.decode(leaf.stored, at_least_float32(*leaf.stored))
         for key, x in zip(leaf.moments, moments, strict=True):
-            flat[key] = np.array(np.asarray(x).transpose(leaf.inverse), order="C")  # safetensors takes it as it lies
+            flat[key] = np.array(np.asarray(x).transpose(leaf.inverse), order="C")  # safetensors ignores strides
         flat[leaf.step] = np.array(leaf.count, np.float32)
     if path is not None and safetensors is not None:
         try:
@@ -167,19 +169,19 @@ def to_torch(state, names, path=None) -> dict[str, np.ndarray]:
                 safetensors.numpy.save_file(flat, scratch, {_CHECKSUM: _checksum(flat)})
         except (OSError, safetensors.SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise OSError(f"path: cannot write {path}: {reason}. What was there is as it was.") from error
+            raise OSError(f"path: cannot write {path}: {reason}. An existing file is unchanged.") from error
     return flat
 
 
 @dataclasses.dataclass(frozen=True)
 class _Leaf:
-    """The moments of one parameter, and what PyTorch calls them."""
+    """The moments of one parameter, and its names in PyTorch."""
 
     path: Any
-    name: str  # PyTorch's
+    name: str  # of the parameter in PyTorch
     layout: tuple[int, ...]
-    entries: list[str]  # PyTorch's, of the moments
-    arrays: tuple[jax.Array, ...]  # of `_fields`
+    entries: list[str]  # PyTorch's names of the moments
+    arrays: tuple[jax.Array, ...]  # in the order of `_array_fields`
     count: Any
 
     @property
@@ -191,7 +193,7 @@ class _Leaf:
         return f"{self.name}.step"
 
     @property
-    def wanted(self) -> list[str]:
+    def keys(self) -> list[str]:
         return [*self.moments, self.step]
 
     @property
@@ -200,7 +202,7 @@ class _Leaf:
 
     @property
     def stored(self) -> tuple[jax.Array, ...]:
-        """The arrays that the format uses; the others only fill a place."""
+        """The arrays without placeholders."""
         return self.arrays[: self.format.num_arrays(len(self.entries))]
 
     @property
@@ -213,54 +215,52 @@ class _Leaf:
         return tuple(self.arrays[0].shape[axis] for axis in self.inverse)
 
 
-def _is_count(x) -> bool:
-    """A schedule's state: of the learning rate, the weight decay or an injected hyperparameter."""
+def _is_schedule_state(x) -> bool:
+    """Whether ``x`` is the step count of a schedule: learning rate, weight decay or an injected hyperparameter."""
     return getattr(x, "_fields", None) == ("count",)
 
 
-def _fields(part) -> list[str]:
-    """The fields with an array for every parameter, moments first."""
-    return [x for x in (*_ENTRIES, *_SCALES) if x in part._fields and has_moments(part)]
+def _array_fields(node) -> list[str]:
+    """The fields of an Adam's state with an array for each parameter, moments first."""
+    return [x for x in (*_ENTRIES, *_SCALES) if x in node._fields and has_moments(node)]
 
 
-def _rows(part) -> list[tuple[Any, tuple[jax.Array, ...]]]:
-    """Every parameter's path, and its arrays in the order of `_fields`."""
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(part.mu)]
-    columns = [jax.tree.leaves(getattr(part, field)) for field in _fields(part)]
+def _leaf_arrays(node) -> list[tuple[Any, tuple[jax.Array, ...]]]:
+    """The path of each parameter, and its arrays in the order of `_array_fields`."""
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(node.mu)]
+    columns = [jax.tree.leaves(getattr(node, field)) for field in _array_fields(node)]
     return list(zip(paths, zip(*columns, strict=True), strict=True))
 
 
-def _leaves(state, names) -> tuple[list[_Leaf], list[str]]:
-    """The leaves that have a name, and what is wrong with the others."""
+def _match_names(state, names) -> tuple[list[_Leaf], list[str]]:
+    """The leaves with a valid name, and a list of problems with the others."""
     if not isinstance(names, Mapping):
         raise TypeError(
-            f"names must be a dict from leaf paths to PyTorch's names, got {checks.short_repr(names)} of type "
+            f"names must be a dict from leaf paths to names in PyTorch, got {checks.short_repr(names)} of type "
             f"{type(names).__name__}."
         )
     leaves, problems, seen, owner = [], [], set(), {}
-    for part in find_states(state, has_moments):
-        count = jax.tree.leaves(part.count)[0]
-        entries = [_ENTRIES[x] for x in _fields(part) if x in _ENTRIES]
-        for path, arrays in _rows(part):
+    for node in find_states(state, has_moments):
+        count = jax.tree.leaves(node.count)[0]
+        entries = [_ENTRIES[x] for x in _array_fields(node) if x in _ENTRIES]
+        for path, arrays in _leaf_arrays(node):
             leaf = formats.leaf_name(path)
             if leaf in seen:
-                problems.append(f"{leaf!r} has moments in two places of state; PyTorch's has one")
+                problems.append(f"{leaf!r} has moments in two places of state, in PyTorch only in one")
                 continue
             seen.add(leaf)
             if leaf not in names:
-                problems.append(f"{leaf!r}, of shape {arrays[0].shape}, is not in names")
+                problems.append(f"{leaf!r} of shape {arrays[0].shape} is not in names")
                 continue
-            name, layout = _named(names[leaf], arrays[0].ndim)
+            name, layout = _parse_name(names[leaf], arrays[0].ndim)
             if name is None or layout is None:
                 problems.append(
-                    f"names[{leaf!r}] must be PyTorch's name or (name, layout), layout a permutation of the "
+                    f"names[{leaf!r}] must be a name in PyTorch or (name, layout) with a permutation of the "
                     f"{arrays[0].ndim} axes, got {names[leaf]!r}"
                 )
                 continue
             if jnp.iscomplexobj(arrays[0]):
-                problems.append(
-                    f"{leaf!r} must be real, got {arrays[0].dtype}, of which PyTorch's exp_avg_sq has two parts"
-                )
+                problems.append(f"{leaf!r} must be real, got {arrays[0].dtype} (PyTorch's exp_avg_sq is then complex)")
                 continue
             if name in owner:
                 problems.append(f"names gives {name!r} to both {owner[name]!r} and {leaf!r}")
@@ -268,13 +268,13 @@ def _leaves(state, names) -> tuple[list[_Leaf], list[str]]:
             owner[name] = leaf
             leaves.append(_Leaf(path, name, layout, entries, arrays, count))
     if not seen:
-        problems.append("state must hold moments of Adam (count, mu and nu), found none")
-    problems += [f"names has {leaf!r}, but no such leaf has moments in state" for leaf in names if leaf not in seen]
+        problems.append("state must have the moments of an Adam (count, mu, nu), found none")
+    problems += [f"names has {leaf!r}, but state has no moments for it" for leaf in names if leaf not in seen]
     return leaves, problems
 
 
-def _named(value, ndim: int) -> tuple[str | None, tuple[int, ...] | None]:
-    """Name and layout of an entry of ``names``; None what is neither."""
+def _parse_name(value, ndim: int) -> tuple[str | None, tuple[int, ...] | None]:
+    """The name and layout of an entry of ``names``, ``(None, None)`` if it is invalid."""
     match value:
         case str(name):
             return name, tuple(range(ndim))
@@ -283,17 +283,17 @@ def _named(value, ndim: int) -> tuple[str | None, tuple[int, ...] | None]:
     return None, None
 
 
-def _misfits(leaf: _Leaf, entries) -> list[str]:
-    """What is wrong with the entries of ``leaf``."""
+def _check_entries(leaf: _Leaf, entries) -> list[str]:
+    """Problems with the entries of ``leaf``."""
     problems = []
-    for key in leaf.wanted:
+    for key in leaf.keys:
         x, is_step = entries.get(key), key == leaf.step
         shape = () if is_step else leaf.torch_shape
         if x is None:
-            problems.append(f"{key} is missing{_hint(key)}")
+            problems.append(f"{key} is missing{_amsgrad_hint(key)}")
         elif x.shape != shape:
-            where = f"{formats.leaf_name(leaf.path)!r} of shape {leaf.arrays[0].shape} and layout {leaf.layout}"
-            problems.append(f"{key} must have shape {shape}, for {where}, got {x.shape}")
+            target = f"{formats.leaf_name(leaf.path)!r} of shape {leaf.arrays[0].shape} and layout {leaf.layout}"
+            problems.append(f"{key} must have shape {shape} for {target}, got {x.shape}")
         elif is_step and not _is_step(x):
             problems.append(f"{key} must be a whole number >= 0, got {x} of {x.dtype}")
         elif not (is_step or jnp.issubdtype(x.dtype, jnp.floating)):
@@ -301,43 +301,46 @@ def _misfits(leaf: _Leaf, entries) -> list[str]:
     return problems
 
 
-def _hint(key: str) -> str:
-    only = ", which only amsgrad has: jadam.amsgrad(max_of='v') here and amsgrad=True in PyTorch"
-    return only if key.endswith(".max_exp_avg_sq") else ""
+def _amsgrad_hint(key: str) -> str:
+    return (
+        ". Only amsgrad has it: use jadam.amsgrad(max_of='v') here and amsgrad=True in PyTorch"
+        if key.endswith(".max_exp_avg_sq")
+        else ""
+    )
 
 
 def _is_step(x) -> bool:
-    """Whether ``x`` is an array that holds one whole number >= 0."""
+    """Whether ``x`` is a scalar array with a whole number >= 0."""
     if x is None or x.shape or not any(jnp.issubdtype(x.dtype, kind) for kind in (jnp.floating, jnp.integer)):
         return False
     return bool(np.isfinite(x)) and x >= 0 and int(x) == x
 
 
-def _encoded(leaf: _Leaf, entries, count: int) -> list[jax.Array]:
-    """The arrays of ``leaf`` with PyTorch's moments in them, stored as by the step that led to ``count``."""
-    own = lambda key: np.array(entries[key].transpose(leaf.layout))  # on a CPU JAX may go on using NumPy's memory
-    moments = [_placed(own(key), leaf.arrays[0]) for key in leaf.moments]
-    taken = jnp.asarray(max(count - 1, 0), jnp.uint32)
-    random = lambda k: formats.random_bits(moments[0].shape, formats.leaf_salt(leaf.path), taken)(k)
+def _encode(leaf: _Leaf, entries, count: int) -> list[jax.Array]:
+    """The arrays of ``leaf`` with PyTorch's moments, rounded as in the step that led to ``count``."""
+    to_jax = lambda key: np.array(entries[key].transpose(leaf.layout))  # a copy: on a CPU JAX may alias NumPy's memory
+    moments = [_put_like(to_jax(key), leaf.arrays[0]) for key in leaf.moments]
+    count_before = jnp.asarray(max(count - 1, 0), jnp.uint32)
+    random = lambda k: formats.random_bits(moments[0].shape, formats.leaf_salt(leaf.path), count_before)(k)
     new = leaf.format.encode(moments, leaf.stored, random)
-    return [_like(x, old) for x, old in zip((*new, *leaf.arrays[len(new) :]), leaf.arrays, strict=True)]
+    return [_cast_like(x, old) for x, old in zip((*new, *leaf.arrays[len(new) :]), leaf.arrays, strict=True)]
 
 
-def _like(x, old) -> jax.Array:
-    """``x`` with the dtype of ``old``, where that is."""
-    return _placed(jnp.asarray(x, old.dtype), old)
+def _cast_like(x, old) -> jax.Array:
+    """``x`` with the dtype and sharding of ``old``."""
+    return _put_like(jnp.asarray(x, old.dtype), old)
 
 
-def _placed(x, old) -> jax.Array:
-    """``x`` where ``old`` is; uncommitted if that is, or the next jitted step would be compiled again."""
+def _put_like(x, old) -> jax.Array:
+    """``x`` on the devices of ``old``; uncommitted if ``old`` is, or the next jitted step would recompile."""
     if getattr(old, "committed", False):
         return jax.device_put(x, old.sharding)
     x = jnp.asarray(x)
-    sharding = getattr(old, "sharding", x.sharding)  # a NumPy array has none
-    return x if x.sharding == sharding else jax.device_put(x, sharding)  # another mesh is set than when old was made
+    sharding = getattr(old, "sharding", x.sharding)  # NumPy arrays have none
+    return x if x.sharding == sharding else jax.device_put(x, sharding)  # the mesh has changed since old was made
 
 
-def _raise(function: str, problems: list[str]) -> None:
+def _raise_problems(function: str, problems: list[str]) -> None:
     if problems:
         raise ValueError("\n".join([f"{function} found {len(problems)} problem(s):", *problems]))
 
@@ -351,16 +354,13 @@ def _load(source) -> dict[str, np.ndarray]:
         with safetensors.safe_open(path, framework="numpy") as file:
             expected = (file.metadata() or {}).get(_CHECKSUM)
     except safetensors.SafetensorError as error:
-        raise ValueError(f"source must be a whole safetensors file, got {str(path)!r}: {error}. {_AGAIN}") from error
+        raise ValueError(f"source must be a safetensors file, got {str(path)!r}: {error}. {_DAMAGED}") from error
     if expected is not None and _checksum(flat) != expected:
         raise ValueError(
-            f"source must have the arrays that to_torch wrote, of checksum {expected}, got {str(path)!r} with "
-            f"{_checksum(flat)}. {_AGAIN}"
+            f"source must have the checksum {expected} that to_torch wrote, got {_checksum(flat)} in {str(path)!r}. "
+            f"{_DAMAGED}"
         )
     return flat
-
-
-_AGAIN = "The file is damaged: copy or write it again."
 
 
 def _checksum(flat: dict[str, np.ndarray]) -> str:
@@ -368,15 +368,15 @@ def _checksum(flat: dict[str, np.ndarray]) -> str:
 
 
 def _safetensors_path(name: str, path) -> Path:
-    """``path``, which could be a pickle if it did not end so."""
+    """``path`` as a `Path`; raises unless it ends in .safetensors, because other files may be pickles."""
     if not isinstance(path, (str, os.PathLike)):
         kinds = "a dict of arrays or the path of a .safetensors file" if name == "source" else "a path"
         raise TypeError(f"{name} must be {kinds}, got {checks.short_repr(path)} of type {type(path).__name__}.")
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(
-            f"{name} must end in .safetensors, got {str(path)!r}. Nothing is unpickled here: write the file in PyTorch "
-            "with the lines in help(jadam.torch_state)."
+            f"{name} must end in .safetensors, got {str(path)!r}. Pickles are not supported: convert the file in "
+            "PyTorch, see help(jadam.torch_state)."
         )
     return path
 
@@ -386,6 +386,6 @@ def _safetensors():
         import safetensors.numpy
     except ImportError as error:
         raise ImportError(
-            "A .safetensors file needs safetensors, which is not there: pip install safetensors."
+            "from_torch and to_torch need safetensors for .safetensors files: pip install safetensors."
         ) from error
     return safetensors

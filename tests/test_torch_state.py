@@ -444,24 +444,24 @@ def test_every_problem_at_once():
         torch_state.from_torch(flat, jadam.adam(1e-3).init(params), names)
     assert str(error.value).splitlines() == [
         "from_torch found 16 problem(s):",
-        """"['complex']" must be real, got complex64, of which PyTorch's exp_avg_sq has two parts""",
-        """names["['layout']"] must be PyTorch's name or (name, layout), layout a permutation of the 2 axes, got """
+        """"['complex']" must be real, got complex64 (PyTorch's exp_avg_sq is then complex)""",
+        """names["['layout']"] must be a name in PyTorch or (name, layout) with a permutation of the 2 axes, got """
         "('layout', (0, 2))",
-        """"['nameless']", of shape (2, 3), is not in names""",
+        """"['nameless']" of shape (2, 3) is not in names""",
         """names gives 'same' to both "['same']" and "['tied']\"""",
-        """names has "['gone']", but no such leaf has moments in state""",
-        """w.exp_avg must have shape (3, 2), for "['w']" of shape (2, 3) and layout (1, 0), got (2, 3)""",
+        """names has "['gone']", but state has no moments for it""",
+        """w.exp_avg must have shape (3, 2) for "['w']" of shape (2, 3) and layout (1, 0), got (2, 3)""",
         "w.exp_avg_sq must be floating, got int32",
         "x.exp_avg must be floating, got complex64",
         "x.exp_avg_sq must be floating, got bool",
         "x.step must be a whole number >= 0, got 2.5 of float32",
         "y.exp_avg is missing",
         "y.exp_avg_sq must be floating, got object",
-        """y.step must have shape (), for "['y']" of shape (2,) and layout (0,), got (1,)""",
-        "w.max_exp_avg_sq belongs to no leaf in names, which only amsgrad has: jadam.amsgrad(max_of='v') here and "
+        """y.step must have shape () for "['y']" of shape (2,) and layout (0,), got (1,)""",
+        "w.max_exp_avg_sq matches no leaf in names. Only amsgrad has it: use jadam.amsgrad(max_of='v') here and "
         "amsgrad=True in PyTorch",
-        "left.over belongs to no leaf in names",
-        "steps must be equal, for jadam has one count, got 5 (same.step), 7 (w.step). Give them one value",
+        "left.over matches no leaf in names",
+        "steps must be equal, because jadam has one count, got 5 (same.step), 7 (w.step). Set them to one value",
     ]
     with pytest.raises(ValueError, match="to_torch found 5 problem"):
         torch_state.to_torch(jadam.adam(1e-3).init(params), names)
@@ -476,7 +476,7 @@ def test_no_step(step):
 @pytest.mark.parametrize("name", [None, 1, (), ("w",), (1, (0,)), ("w", 0), ("w", (True,)), ("w", (1,)), ("w", "0")])
 def test_no_name(name):
     with pytest.raises(
-        ValueError, match=r"names\[''\] must be PyTorch's name or \(name, layout\), layout a permutation"
+        ValueError, match=r"names\[''\] must be a name in PyTorch or \(name, layout\) with a permutation"
     ):
         torch_state.from_torch(W, STATE, {"": name})
 
@@ -490,19 +490,19 @@ def test_scheduled_betas_are_refused(tx):
 
 
 def test_states_that_do_not_fit():
-    with pytest.raises(ValueError, match=r"state must hold moments of Adam .*, found none"):
+    with pytest.raises(ValueError, match=r"state must have the moments of an Adam .*, found none"):
         torch_state.from_torch(W, optax.sgd(1e-3).init(jnp.zeros(2)), {"": "w"})
     with pytest.raises(ValueError, match="'' has moments in two places of state"):
         torch_state.from_torch(W, (STATE, STATE), {"": "w"})
-    with pytest.raises(ValueError, match=r"(?s)w\.step is missing.*0 belongs to no leaf"):
+    with pytest.raises(ValueError, match=r"(?s)w\.step is missing.*0 matches no leaf"):
         torch_state.from_torch({0: {"exp_avg": np.zeros(2)}}, STATE, {"": "w"})  # what PyTorch has, not flattened
-    with pytest.raises(ValueError, match="max_exp_avg_sq is missing, which only amsgrad has"):
+    with pytest.raises(ValueError, match=r"max_exp_avg_sq is missing\. Only amsgrad has it"):
         torch_state.from_torch(W, jadam.amsgrad(1e-3).init(jnp.zeros(2)), {"": "w"})
 
 
 def test_nothing_is_unpickled(tmp_path):
     for call in (torch_state.from_torch, lambda path, *args: torch_state.to_torch(*args, path)):
-        with pytest.raises(ValueError, match=r"must end in \.safetensors, got '.*adam\.pt'. Nothing is unpickled here"):
+        with pytest.raises(ValueError, match=r"must end in \.safetensors, got '.*adam\.pt'. Pickles are not supported"):
             call(tmp_path / "adam.pt", STATE, {"": "w"})
     assert not any(tmp_path.iterdir())
 

@@ -1,1 +1,1 @@
-"""Saved states: other formats, and checksums."""
+"""Conversion and checksums of saved states."""

@@ -1,4 +1,4 @@
-"""From one format of the moments to another, for a state that was made or saved otherwise than it is now wanted."""
+"""Conversion of a state's moments from one format to another."""
 
 from typing import Any
 
@@ -15,24 +15,25 @@ from jadam._wrappers.by_path import ByPathState
 
 
 def convert_moments(state, to: Moments) -> Any:
-    """Store a state's moments in another format, as the same optimizer with ``moments=to`` expects them.
+    """Convert a state's moments to another format, as the same optimizer with ``moments=to`` expects them.
 
-    Also what a state of `optax.adam` needs once if its moments are 16-bit, as Optax keeps those of 16-bit parameters:
-    ``convert_moments(state, "float32")``. Narrowing rounds as a step would, without bias; widening is exact.
+    A restored state of `optax.adam` with 16-bit parameters has 16-bit moments. Convert it once:
+    ``convert_moments(state, "float32")``. Narrowing rounds stochastically, without bias, as a step does; widening is
+    exact.
 
     Args:
-        state: the state of jadam's or Optax's transformation of the Adam family, or one that has such states within:
-            chains, `jadam.exact_bf16`, `optax.MultiSteps`. With shardings, call it outside of `jax.jit`.
-        to: ``"float32"``, ``"bfloat16"``, ``"int8"``, or a function ``f(path, leaf)`` to these, as for
-            `jadam.scale_by_adam`; ``leaf`` has the parameter's shape. A ``mu_dtype`` is not kept. int8 is for Adam and
-            NAdam; other members of the family that share their state's type would refuse it at the next step.
+        state: a state of jadam's or Optax's Adam family, or one that contains such states: chains, `jadam.exact_bf16`,
+            `optax.MultiSteps`. If it is sharded, call this outside of `jax.jit`.
+        to: ``"float32"``, ``"bfloat16"``, ``"int8"``, or a function ``f(path, leaf)`` to one of these, as for
+            `jadam.scale_by_adam`; ``leaf`` has the parameter's shape. A ``mu_dtype`` is not kept. int8 is only for Adam
+            and NAdam. Other optimizers with the same state type raise an error at the next step.
 
     Returns:
-        The state; what is not of the Adam family unchanged.
+        The converted state. Parts that do not belong to an Adam are unchanged.
 
     Raises:
-        ValueError: a format that does not exist or that a state cannot have, a ``state.version`` that is not known, or
-            nothing to convert in ``state``.
+        ValueError: the format does not exist or is not supported for this state, ``state.version`` is unknown, or
+            ``state`` has no moments.
 
     Example:
         >>> import jax.numpy as jnp, jadam, optax
@@ -46,52 +47,55 @@ def convert_moments(state, to: Moments) -> Any:
     checks.check_values(state, "state")
     found = []
 
-    def one(x):
-        if isinstance(x, ByPathState):  # whose moments are of the type that can be mixed, whatever they are
+    def convert_part(x):
+        if isinstance(x, ByPathState):  # always stores mixed formats
             return x._replace(moments=convert(x.moments, mixed=True))
         return convert(x) if has_moments(x) else x
 
     def convert(x, mixed=False):
         found.append(x)
-        return _converted(x, to, mixed)
+        return _convert(x, to, mixed)
 
-    state = jax.tree.map(one, state, is_leaf=lambda x: isinstance(x, ByPathState) or has_moments(x))
+    state = jax.tree.map(convert_part, state, is_leaf=lambda x: isinstance(x, ByPathState) or has_moments(x))
     if not found:
-        raise ValueError(f"state must hold the moments of an Adam (count, mu, nu), got {type(state).__name__}.")
+        raise ValueError(
+            f"state must have the moments of an Adam (count, mu, nu), got {type(state).__name__}. Pass the state that "
+            "init returns, or a checkpoint restored into it."
+        )
     return state
 
 
 def has_moments(x) -> bool:
-    """Whether ``x`` is the state of an Adam, jadam's or Optax's."""
+    """Whether ``x`` is a state of the Adam family, jadam's or Optax's."""
     return {"count", "mu", "nu"} <= set(getattr(x, "_fields", ()))
 
 
-def _converted(state, to: Moments, mixed: bool):
+def _convert(state, to: Moments, mixed: bool):
     if hasattr(state, "version"):
         checks.check_version(state, formats.VERSION)
     names = [name for name in state._fields if name not in ("count", "version") and not name.endswith("_scale")]
     scales = [name for name in state._fields if name.endswith("_scale")]
-    unknown = {"b1": None, "b2": None}
-    choose = formats.format_selector(to, None, unknown if names == ["mu", "nu"] else None)
+    unknown_betas = {"b1": None, "b2": None}
+    select = formats.format_selector(to, None, unknown_betas if names == ["mu", "nu"] else None)
     mixed = mixed or ((to == "int8" or callable(to)) and names == ["mu", "nu"])
-    arrays = 2 * len(names) if mixed else len(names)
+    num_arrays = 2 * len(names) if mixed else len(names)
     leaves, structure = jax.tree_util.tree_flatten_with_path(state.mu)
 
-    def leaf(path, *stored):
+    def convert_leaf(path, *stored):
         old = formats.format_of(stored)
-        own = stored[: old.num_arrays(len(names))]
-        moments = old.decode(own, at_least_float32(*own) if old.name == "float32" else jnp.float32)
-        new = choose(path, own[0])
-        random = formats.random_bits(own[0].shape, formats.leaf_salt(path), state.count)
-        empty = new.init(own[0] if old.name != "float32" else moments[0], len(names))
+        stored = stored[: old.num_arrays(len(names))]  # without placeholders
+        moments = old.decode(stored, at_least_float32(*stored) if old.name == "float32" else jnp.float32)
+        new = select(path, stored[0])
+        random = formats.random_bits(stored[0].shape, formats.leaf_salt(path), state.count)
+        empty = new.init(stored[0] if old.name != "float32" else moments[0], len(names))
         converted = new.encode(moments, empty, random)
-        return *converted, *(formats.placeholder(own[0]) for _ in range(arrays - len(converted)))
+        return *converted, *(formats.placeholder(stored[0]) for _ in range(num_arrays - len(converted)))
 
     trees = [structure.flatten_up_to(getattr(state, name)) for name in names + scales]
-    rows = [leaf(path, *x) for (path, _), *x in zip(leaves, *trees, strict=True)]
+    rows = [convert_leaf(path, *x) for (path, _), *x in zip(leaves, *trees, strict=True)]
     columns = [structure.unflatten(column) for column in zip(*rows, strict=True)] if rows else [state.mu] * 4
     if mixed:
         mu, nu, mu_scale, nu_scale = columns
         return QuantizedAdamState(state.count, mu, nu, mu_scale, nu_scale, formats.version())
-    kind = optax.ScaleByAdamState if isinstance(state, QuantizedAdamState) else type(state)
-    return kind(state.count, *columns[: len(names)])
+    state_type = optax.ScaleByAdamState if isinstance(state, QuantizedAdamState) else type(state)
+    return state_type(state.count, *columns[: len(names)])

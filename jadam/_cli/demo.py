@@ -1,4 +1,4 @@
-"""A first minute with jadam: three optimizers, one Flax classifier, real handwritten digits."""
+"""``jadam demo``: train a classifier of handwritten digits with three optimizers."""
 
 import time
 from pathlib import Path
@@ -24,26 +24,26 @@ TEST_SHARE = 0.2
 
 
 class Digits(NamedTuple):
-    """Images as rows of 64 pixels in [0, 1], and their digits."""
+    """Images, ``[n, 64]`` with values in [0, 1], and labels 0 to 9."""
 
     images: np.ndarray
     labels: np.ndarray
 
 
 class Run(NamedTuple):
-    """What one optimizer did."""
+    """Training curves and cost of one optimizer."""
 
     name: str
     learning_rate: float
-    steps: list[int]  # where the two curves were measured
-    loss: list[float]  # of the last batch, nats per digit
+    steps: list[int]  # at which loss and accuracy were measured
+    loss: list[float]  # of the batch, in nats per digit
     accuracy: list[float]  # on the test set
-    seconds: float  # of training, compilation and evaluation left out
+    seconds: float  # of training, without compilation and evaluation
     bytes_per_parameter: float
 
 
 class Classifier(nnx.Module):
-    """64 pixels, 128 hidden units, 10 classes."""
+    """A network with 64 inputs, 128 hidden units and 10 classes."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.hidden = nnx.Linear(64, 128, rngs=rngs)
@@ -55,7 +55,7 @@ class Classifier(nnx.Module):
 
 @nnx.jit
 def train_step(model, optimizer, images, labels):
-    """One step on one batch; the loss before it."""
+    """Take one step on a batch; return the loss before it."""
 
     def loss(model):
         return optax.softmax_cross_entropy_with_integer_labels(model(images), labels).mean()
@@ -67,12 +67,12 @@ def train_step(model, optimizer, images, labels):
 
 @nnx.jit
 def accuracy(model, images, labels):
-    """Share of digits recognised."""
+    """The fraction of digits classified correctly."""
     return (model(images).argmax(-1) == labels).mean()
 
 
 def load(seed: int) -> tuple[Digits, Digits]:
-    """Training and test set, split at random."""
+    """The training and test set, split at random."""
     images, labels = map(np.asarray, load_digits(return_X_y=True))
     order = np.random.default_rng(seed).permutation(len(labels))
     images, labels = (images[order] / 16).astype(np.float32), labels[order].astype(np.int32)
@@ -81,7 +81,7 @@ def load(seed: int) -> tuple[Digits, Digits]:
 
 
 def batches(data: Digits, steps: int, seed: int):
-    """``steps`` batches, drawn without replacement within an epoch."""
+    """Yield ``steps`` batches, drawn without replacement within an epoch."""
     rng = np.random.default_rng([seed, 1])
     order = np.array([], int)
     for _ in range(steps):
@@ -91,35 +91,35 @@ def batches(data: Digits, steps: int, seed: int):
         yield data.images[index], data.labels[index]
 
 
-def train(name, learning_rate, tx, start, data, steps, seed, on_progress) -> Run:
-    """Train a fresh ``start()`` with ``tx``, calling ``on_progress(steps done, loss, test accuracy)`` at times."""
+def train(name, learning_rate, tx, init, data, steps, seed, on_progress) -> Run:
+    """Train a new model ``init()`` with ``tx``; call ``on_progress(step, loss, test accuracy)`` at each evaluation."""
     training, test = data
-    model = start()
+    model = init()
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     arrays = [x for x in jax.tree.leaves(nnx.state(optimizer, nnx.optimizer.OptState)) if x.ndim]
     parameters = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
     run = Run(name, learning_rate, [], [], [], 0.0, sum(x.nbytes for x in arrays) / parameters)
 
-    compiled = start()  # a throw-away copy takes the compilation
-    train_step(compiled, nnx.Optimizer(compiled, tx, wrt=nnx.Param), *next(batches(training, 1, seed)))
-    accuracy(compiled, *test)
+    warmup = init()  # compiles the functions
+    train_step(warmup, nnx.Optimizer(warmup, tx, wrt=nnx.Param), *next(batches(training, 1, seed)))
+    accuracy(warmup, *test)
 
-    seconds, began = 0.0, time.perf_counter()
+    seconds, started = 0.0, time.perf_counter()
     for step, batch in enumerate(batches(training, steps, seed), start=1):
         loss = train_step(model, optimizer, *batch)
         if step % EVALUATE_EVERY == 0 or step == steps:
             run.steps.append(step)
             run.loss.append(float(loss))
-            seconds += time.perf_counter() - began
+            seconds += time.perf_counter() - started
             run.accuracy.append(float(accuracy(model, *test)))
             on_progress(step, run.loss[-1], run.accuracy[-1])
-            began = time.perf_counter()
+            started = time.perf_counter()
     return run._replace(seconds=seconds)
 
 
 def table(runs: list[Run]) -> Table:
-    """The result, a row per optimizer."""
-    result = Table(title="1,797 handwritten digits, 64-128-10 network, same start, same batches")
+    """The results as a table with one row per optimizer."""
+    result = Table(title="1,797 handwritten digits, 64-128-10 network, same initial weights, same batches")
     for heading in (
         "optimizer",
         "learning rate",
@@ -143,7 +143,7 @@ def table(runs: list[Run]) -> Table:
 
 
 def draw(runs: list[Run]) -> matplotlib.figure.Figure:
-    """Learning curves: training loss and test accuracy against steps."""
+    """Plot training loss and test accuracy against steps."""
     figure = matplotlib.figure.Figure(figsize=(9, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     styles = [("#999999", "-", 1.5), ("#E69F00", "-", 3.5), ("#0072B2", "--", 1.5)]
@@ -156,8 +156,8 @@ def draw(runs: list[Run]) -> matplotlib.figure.Figure:
         }
         left.plot(run.steps, run.loss, **style)
         right.plot(run.steps, [100 * a for a in run.accuracy], **style)
-    left.set(xlabel="step", ylabel="loss of the batch (nats per digit)", yscale="log", title="Training loss")
-    right.set(xlabel="step", ylabel="recognised (%)", ylim=(None, 100.5), title="Test digits recognised")
+    left.set(xlabel="step", ylabel="batch loss (nats per digit)", yscale="log", title="Training loss")
+    right.set(xlabel="step", ylabel="accuracy (%)", ylim=(None, 100.5), title="Test accuracy")
     right.axhline(90, color="black", linewidth=0.5)
     right.legend(loc="lower right")
     for axes in (left, right):
@@ -167,29 +167,34 @@ def draw(runs: list[Run]) -> matplotlib.figure.Figure:
 
 
 def run(lr: float, sgd_lr: float, steps: int, seed: int, out: Path) -> list[Run]:
-    """Train with each optimizer, print the table, write the picture."""
+    """Train with each optimizer; print a table and save a plot."""
     check_picture(out)
     console = Console()
     data = load(seed)
-    start = lambda: Classifier(nnx.Rngs(seed))
-    sides = [
+    init = lambda: Classifier(nnx.Rngs(seed))
+    optimizers = [
         ("SGD", sgd_lr, optax.sgd(sgd_lr)),
         ("optax.adam", lr, optax.adam(lr)),
         ("jadam.adam", lr, adam(lr)),
     ]
-    columns = [TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-    columns.append(TextColumn("{task.fields[note]}"))
+    columns = [
+        TextColumn("{task.description:<10}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    ]
     runs = []
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        for name, rate, tx in sides:
+        for name, rate, tx in optimizers:
             task = progress.add_task(name, total=steps, note="")
-            show = lambda done, loss, correct, task=task: progress.update(
-                task, completed=done, note=f"loss {loss:.4f}, {correct:.1%} of test digits"
+            show = lambda step, loss, accuracy, task=task: progress.update(
+                task, completed=step, note=f"loss {loss:.4f}, test accuracy {accuracy:.1%}"
             )
-            runs.append(train(name, rate, tx, start, data, steps, seed, show))
+            runs.append(train(name, rate, tx, init, data, steps, seed, show))
             if not console.is_terminal:
-                console.print(f"{name}: {steps} steps, {runs[-1].accuracy[-1]:.1%} of test digits recognised")
+                console.print(f"{name}: {steps} steps, test accuracy {runs[-1].accuracy[-1]:.1%}")
     console.print(table(runs))
     save_picture(draw(runs), out)
-    console.print(f"Learning curves: {out.resolve()}", soft_wrap=True)
+    console.print(f"Plot saved to {out.resolve()}", soft_wrap=True)
     return runs

@@ -1,4 +1,4 @@
-"""Pictures on the command line, and errors in one line."""
+"""Saved plots and one-line errors of the command line."""
 
 from pathlib import Path
 
@@ -6,17 +6,16 @@ from jadam._core.files import atomic_replace, temporary_path
 
 
 class CommandError(Exception):
-    """What the command line reports in one line."""
+    """An error that the command line reports in one line."""
 
 
 def check_picture(out: Path) -> None:
-    """Raise `CommandError` if a picture could not be written to ``out``, before an hour of training finds out."""
+    """Raise `CommandError` if a plot cannot be written to ``out``; called before the work starts."""
     from matplotlib.figure import Figure
 
-    kinds = Figure().canvas.get_supported_filetypes()
-    kind = out.suffix.removeprefix(".").lower()
-    if kind not in kinds:
-        raise CommandError(f"--out must end in one of {', '.join(f'.{k}' for k in sorted(kinds))}, got {out}")
+    formats = Figure().canvas.get_supported_filetypes()
+    if out.suffix.removeprefix(".").lower() not in formats:
+        raise CommandError(f"--out must end in one of {', '.join(f'.{x}' for x in sorted(formats))}, got {out}")
     try:
         if out.is_dir():
             raise CommandError(f"--out must be a file, {out} is a folder")
@@ -25,11 +24,11 @@ def check_picture(out: Path) -> None:
     except OSError as error:
         raise CommandError(f"--out: cannot write {out.name} into {out.parent}: {error.strerror}") from None
     except ValueError as error:  # a null byte
-        raise CommandError(f"--out must be a file's name, got {str(out)!r}: {error}") from None
+        raise CommandError(f"--out must be a file name, got {str(out)!r}: {error}") from None
 
 
 def save_picture(figure, out: Path) -> None:
-    """Write the whole picture or, on failure, leave what was there."""
+    """Write the plot to ``out``, atomically: on failure an existing file stays unchanged."""
     try:
         with atomic_replace(out) as scratch:
             figure.savefig(scratch, dpi=130, format=out.suffix.removeprefix(".").lower())

@@ -1,1 +1,1 @@
-"""What an optimizer's state holds and what Adam is doing."""
+"""Descriptions, statistics and memory plans of optimizers."""

@@ -1,9 +1,9 @@
-"""`jadam.statistics` every so many steps, kept in the optimizer's state; and a look at them afterwards."""
+"""Record `jadam.statistics` in the optimizer's state every few steps; read and plot them afterwards."""
 
 import dataclasses
 import functools
 import io
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.core
@@ -19,78 +19,85 @@ from jadam._diagnostics.statistics import (
     QUANTILES,
     SCALARS,
     Measures,
-    inferring_shardings,
-    leaf_updates_of,
+    last_leaf_updates,
     measure,
     steps_taken,
     to_rows,
+    with_auto_axes,
 )
 from jadam._transformation.transformation import FunctionUpdate, FusedUpdate, Transformation
 
+if TYPE_CHECKING:
+    import matplotlib.figure
+
 COLUMNS = len(SCALARS) + len(QUANTILES)
-BEGUN = (
-    "To record training that has begun: record(tx).init(params)._replace(inner_state=state); with Flax NNX "
+START_LATE = (
+    "To add record to a running training: record(tx).init(params)._replace(inner_state=state); with Flax NNX: "
     "optimizer.opt_state = optimizer.opt_state._replace(inner_state=earlier.opt_state)."
 )
 
 
 class Ring(NamedTuple):
-    """The last records, the oldest overwritten; its size never changes.
+    """A ring buffer of the last ``keep`` records.
 
-    ``steps`` int32 tells of which, -1 where none is yet; ``values`` float32 ``[keep, 1 + leaves, 11]`` are the
-    `Measures` in total and of each parameter; ``names`` uint8 the paths, one a line.
+    ``steps``, int32 ``[keep]``, is the step of each record, -1 for an empty slot. ``values``, float32
+    ``[keep, 1 + leaves, 11]``, has the `Measures` in total and of each parameter. ``names``, uint8, has the parameters'
+    paths as text, one per line.
     """
 
     steps: jax.Array
     values: jax.Array
     names: jax.Array
-    spans_all_params = True  # for jadam.describe, whatever shapes these arrays have
+    spans_all_params = True  # jadam.describe counts it under no parameter, whatever the shapes of its arrays
 
 
 class RecordState(NamedTuple):
-    """The state of what `record` wraps, and beside it the records."""
+    """State of `record`: that of the wrapped transformation, and the records."""
 
-    inner_state: Any
+    inner_state: optax.OptState
     ring: Ring
 
 
 class Record(Transformation):
-    """What `record` returns."""
+    """The transformation that `record` returns."""
 
 
 def record(
     tx: optax.GradientTransformation, every: int = 100, keep: int = 1000, *, sample: int | None = 2**15
 ) -> Record:
-    """Keep `jadam.statistics` of every ``every``-th step beside the state, without leaving the device.
+    """Record `jadam.statistics` in the state at every ``every``-th step, without leaving the device.
 
-    Updates and `jadam.step`'s one pass are those of ``tx``. The steps between cost next to nothing. The records are a
-    ring of fixed size, so that nothing is compiled anew and nothing grows; it is part of the state, so that it works
-    under `jax.lax.scan`, on a mesh and with donation, and is saved and restored with it. Read it with `history`.
+    Updates are those of ``tx``, and `jadam.step` is fused if it is for ``tx``. Steps without a record cost next to
+    nothing. The records are a ring buffer of fixed size, so nothing recompiles and memory does not grow. The buffer is
+    part of the state: it works under `jax.lax.scan`, on a mesh and with donation, and is saved and restored with the
+    state. Read it with `history`.
 
-    It goes outside of `jadam.exact_bf16` and `jadam.chain`, and inside of `jadam.sharding.zero1` and of Optax's own,
-    such as `optax.chain` and `optax.MultiSteps`. Training that has begun without it goes on with
-    ``record(tx).init(params)._replace(inner_state=state)``, and without it again with ``state.inner_state``. With Flax
-    NNX that is ``optimizer.opt_state = optimizer.opt_state._replace(inner_state=earlier.opt_state)`` of an optimizer
-    made with ``record(tx)``. Steps are the inner optimizer's: within `optax.MultiSteps` one for all its mini-batches;
-    what an `optax.chain` does to the updates afterwards is not seen. XLA takes about as long to compile a record as a
-    small model.
+    Put `record` around `jadam.exact_bf16` and `jadam.chain`, and inside `jadam.sharding.zero1` and Optax's wrappers,
+    such as `optax.chain` and `optax.MultiSteps`. Steps are those of ``tx``: with `optax.MultiSteps` one for
+    several mini-batches. Changes that later stages of an `optax.chain` make to the updates are not recorded.
+
+    To add `record` to a running training, use the state ``record(tx).init(params)._replace(inner_state=state)``. To
+    remove it, continue with ``state.inner_state``. With Flax NNX, make an optimizer with ``record(tx)`` and set
+    ``optimizer.opt_state = optimizer.opt_state._replace(inner_state=earlier.opt_state)``.
+
+    Compiling the statistics takes XLA about as long as compiling a small model.
 
     Args:
-        tx: what `jadam.statistics` can look into.
+        tx: a transformation that `jadam.statistics` supports, except `jadam.sharding.zero1`.
         every: record when the number of steps taken is a multiple of this; >= 1.
-        keep: how many records, >= 1; later ones overwrite the oldest. Each takes 44 bytes a parameter array. ``init``
-            fixes it: restore a saved state into one of the same ``keep``.
-        sample: of how many coordinates of each parameter, see `jadam.statistics`. The default, were they drawn at
-            random, would tell a share to 0.3 %, standard deviation; a single NaN may lie between them. None: of all,
-            which takes a CPU as long as some fifty steps.
+        keep: the number of records to keep, >= 1; later ones overwrite the oldest. A record takes 44 bytes per
+            parameter array. ``init`` fixes this size: restore a saved state into one with the same ``keep``.
+        sample: the number of coordinates of each parameter to use, see `jadam.statistics`. With the default, a fraction
+            has a standard error of 0.3 %, if the coordinates are as good as random. A single NaN may be missed. None
+            uses all coordinates, which takes a CPU as long as about fifty steps.
 
     Returns:
         A transformation with state `RecordState`; ``update`` needs ``params``.
 
     Raises:
-        TypeError: ``tx`` is none that `jadam.statistics` can look into, ``zero1`` among them.
-        ValueError: ``every``, ``keep`` or ``sample`` out of range, a chain of other stages (at ``init``), or a
-            `record` within another.
+        TypeError: `jadam.statistics` does not support ``tx``, or ``tx`` is a `jadam.sharding.zero1`.
+        ValueError: ``every``, ``keep`` or ``sample`` is out of range, a chain has other stages (at ``init``), or ``tx``
+            is a `record`.
 
     Example:
         >>> import jax, jax.numpy as jnp, jadam
@@ -107,88 +114,94 @@ def record(
     every, keep = checks.positive_int("every", every), checks.positive_int("keep", keep)
     sample = checks.positive_int("sample", sample, none=True)
     if not isinstance(tx, Transformation):
-        remedy = (
-            "Take jadam's for Optax's optimizer; Optax's wrappers and jadam.sharding.zero1 go around it: "
-            "optax.MultiSteps(jadam.record(...), 4)."
-        )
         raise TypeError(
-            f"record needs one of jadam's optimizers, such as jadam.adam(...), got {checks.short_repr(tx)}. {remedy}"
+            f"record needs a jadam optimizer, such as jadam.adam(...), got {checks.short_repr(tx)}. Optax's wrappers "
+            "and jadam.sharding.zero1 must be outside: optax.MultiSteps(jadam.record(...), 4)."
         )
     if isinstance(tx, Record):
-        raise ValueError("record must not be around another record. Drop one.")
+        raise ValueError("record must not be applied to another record. Remove one.")
 
     def init(params) -> Any:
         state = tx.init(params)
-        found = []
+        recorded = []
 
-        def look(state, params):
-            found.extend(not leaf_update.frozen for leaf_update in leaf_updates_of(tx, state, params)[1])
+        def find_recorded(state, params):
+            recorded.extend(not leaf_update.frozen for leaf_update in last_leaf_updates(tx, state, params)[1])
 
-        jax.eval_shape(look, state, params)
+        jax.eval_shape(find_recorded, state, params)
         paths = [leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-        names = "\n".join(["total", *(path for path, on in zip(paths, found, strict=True) if on)])
-        values = jnp.zeros((keep, 1 + sum(found), COLUMNS), jnp.float32)
-        text = jnp.asarray(np.frombuffer(names.encode(), np.uint8))
-        return RecordState(state, Ring(jnp.full(keep, -1, jnp.int32), values, text))
+        names = ["total", *(path for path, on in zip(paths, recorded, strict=True) if on)]
+        values = jnp.zeros((keep, 1 + sum(recorded), COLUMNS), jnp.float32)
+        names = jnp.asarray(np.frombuffer("\n".join(names).encode(), np.uint8))
+        return RecordState(state, Ring(jnp.full(keep, -1, jnp.int32), values, names))
 
     after_step = functools.partial(_after_step, tx, every, sample)
 
     def update(updates, state, params=None, **extra_args) -> Any:
         if params is None:
             raise ValueError("record needs params: call update(updates, state, params).")
-        checks.check_state_type(state, RecordState, BEGUN)
+        checks.check_state_type(state, RecordState, START_LATE)
         params, _ = params_with_gradients(params, updates)
         updates, inner = tx.update(updates, state.inner_state, params, **extra_args)
         return updates, after_step(RecordState(inner, state.ring), apply_updates(params, updates))
 
     def fuse(updates, state, params) -> FusedUpdate:
-        checks.check_state_type(state, RecordState, BEGUN)
+        checks.check_state_type(state, RecordState, START_LATE)
         leaf_updates, rebuild_state = tx.info.fuse(updates, state.inner_state, params)
         return FusedUpdate(leaf_updates, lambda stored: RecordState(rebuild_state(stored), state.ring))
 
-    text = f"jadam.record({tx!r}, every={every}, keep={keep}, sample={sample})"
-    return Record(init, FunctionUpdate(fuse, text, tx, tx.info.needs_gradient_values, after_step, function=update))
+    return Record(
+        init,
+        FunctionUpdate(
+            fuse,
+            f"jadam.record({tx!r}, every={every}, keep={keep}, sample={sample})",
+            tx,
+            tx.info.needs_gradient_values,
+            after_step,
+            function=update,
+        ),
+    )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))  # or eager calls would compile the loop at every step
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))  # eager calls would compile the loop at every step
 def _after_step(tx, every, sample, state, params):
-    """The new state with a record in it of itself and the new parameters, if it is time."""
+    """The state with a new record of it and of the new parameters, if the step count is a multiple of ``every``."""
 
-    @inferring_shardings
-    def written(inner, params, steps, values):
-        """What the ring holds after this step."""
+    @with_auto_axes
+    def write_record(inner, params, steps, values):
+        """The ring's ``steps`` and ``values`` after this step."""
 
-        def due(carry):
-            rounds, *_ = carry
-            return (rounds == 0) & (steps_taken(inner) % every == 0)
+        def is_due(carry):
+            iteration, *_ = carry
+            return (iteration == 0) & (steps_taken(inner) % every == 0)
 
-        def look(carry):
-            rounds, steps, values = carry
-            # What is looked at comes with the number of the round: XLA else takes the look ahead of the loop, always.
-            rounds, seen, count = jax.lax.optimization_barrier((rounds, (inner, params), steps_taken(inner)))
-            row = _row(measure(tx, sample, *seen)[1])
+        def write(carry):
+            iteration, steps, values = carry
+            # Tie the inputs to the loop counter, or XLA hoists the statistics out of the loop and runs them every step.
+            iteration, inputs, count = jax.lax.optimization_barrier((iteration, (inner, params), steps_taken(inner)))
+            row = _to_row(measure(tx, sample, *inputs)[1])
             slot = jnp.argmin(steps)
             put = lambda array, x: jax.lax.dynamic_update_index_in_dim(array, x, slot, 0)
-            return rounds + 1, put(steps, count.astype(steps.dtype)), put(values, row)
+            return iteration + 1, put(steps, count.astype(steps.dtype)), put(values, row)
 
-        # A loop of no round or one, not a condition, out of which XLA would copy the ring at every step.
-        return jax.lax.while_loop(due, look, (jnp.int32(0), steps, values))[1:]
+        # A loop of at most one iteration instead of lax.cond, for which XLA would copy the ring at every step.
+        return jax.lax.while_loop(is_due, write, (jnp.int32(0), steps, values))[1:]
 
     inner, ring, params = *jax.lax.stop_gradient(state), jax.lax.stop_gradient(params)
-    return RecordState(state.inner_state, Ring(*written(inner, params, ring.steps, ring.values), ring.names))
+    return RecordState(state.inner_state, Ring(*write_record(inner, params, ring.steps, ring.values), ring.names))
 
 
-def _row(measures: Measures) -> jax.Array:
-    """What a record holds, ``[1 + leaves, 11]``."""
+def _to_row(measures: Measures) -> jax.Array:
+    """``measures`` as one array, ``[1 + leaves, 11]``."""
     return jnp.concatenate([jnp.stack(measures[:-1], axis=1), measures[-1]], axis=1)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class History:
-    """What `record` kept, oldest first, as NumPy arrays. Equal to itself alone.
+    """The records of `record`, oldest first, as NumPy arrays. Compared by identity.
 
-    ``total`` and each of ``leaves`` map the names of `Measures` to arrays of a value for each of
-    ``steps``; ``step_quantiles`` has a row of five.
+    ``total`` and each of ``leaves`` map the field names of `Measures` to arrays with one value for each of ``steps``;
+    ``step_quantiles`` has a row of five.
     """
 
     steps: np.ndarray
@@ -196,19 +209,19 @@ class History:
     leaves: dict[str, dict[str, np.ndarray]]
 
     def frame(self) -> Any:
-        """A `pandas.DataFrame`, indexed by step and parameter (``"total"`` among them); needs pandas."""
+        """A `pandas.DataFrame` indexed by step and parameter, including ``"total"``; needs pandas."""
         try:
             import pandas
         except ImportError:
             raise ImportError(
-                "frame needs pandas: pip install pandas. The arrays are in steps, total and leaves."
+                "frame needs pandas: pip install pandas. Without pandas, use steps, total and leaves."
             ) from None
         columns = [*SCALARS, *(f"step_{100 * q:.0f}%" for q in QUANTILES)]
-        parts = {}
+        frames = {}
         for name, x in {"total": self.total, **self.leaves}.items():
             values = np.column_stack([*(x[key] for key in SCALARS), x["step_quantiles"]])
-            parts[name] = pandas.DataFrame(values, pandas.Index(self.steps, name="step"), columns)
-        return pandas.concat(parts, names=["parameter"]).swaplevel().sort_index(level="step", sort_remaining=False)
+            frames[name] = pandas.DataFrame(values, pandas.Index(self.steps, name="step"), columns)
+        return pandas.concat(frames, names=["parameter"]).swaplevel().sort_index(level="step", sort_remaining=False)
 
     def __repr__(self):
         span = f", steps {self.steps[0]} to {self.steps[-1]}" if len(self.steps) else ""
@@ -218,25 +231,25 @@ class History:
         """The last record as a table, for notebooks."""
         if not len(self.steps):
             return html_table([("parameter",)], [repr(self)])
-        each = {"total": self.total, **self.leaves}
-        last = {name: Measures(*(x[key][-1] for key in Measures._fields)) for name, x in each.items()}
-        return html_table(to_rows(last), [f"{self!r}; the last one"])
+        measures = {"total": self.total, **self.leaves}
+        last = {name: Measures(*(x[key][-1] for key in Measures._fields)) for name, x in measures.items()}
+        return html_table(to_rows(last), [f"Last record of {self!r}"])
 
 
-def history(state) -> History:
-    """Read what `record` keeps, wherever in ``state`` it is.
+def history(state: optax.OptState) -> History:
+    """Read the records of `record` from anywhere in ``state``.
 
     Args:
-        state: the state of a transformation that has `record` in it, once.
+        state: the state of a transformation that contains one `record`.
 
     Returns:
-        A `History`, oldest first: ``steps``, ``total`` and ``leaves`` are NumPy arrays; ``frame()`` is a pandas frame
-        where pandas is installed; draw it with `plot`.
+        A `History`, oldest record first: ``steps``, ``total`` and ``leaves`` are NumPy arrays; ``frame()`` is a pandas
+        frame where pandas is installed; `plot` draws it.
 
     Raises:
-        ValueError: no `RecordState` in ``state``, or several; one that `jax.vmap` made, for many trainings; arrays that
-            were donated or deleted.
-        TypeError: called within `jax.jit`.
+        ValueError: ``state`` has no `RecordState`, or several, or a batched one from `jax.vmap`; or its arrays were
+            donated or deleted.
+        TypeError: it was called within `jax.jit`.
 
     Example:
         >>> import jax.numpy as jnp, jadam
@@ -250,21 +263,22 @@ def history(state) -> History:
     found = find_states(state, RecordState)
     if len(found) != 1:
         raise ValueError(
-            f"state must hold the records of one record, found {len(found)} in {checks.short_repr(state)}. Train with "
-            "jadam.record(...), and give its state; a saved one restored into what init returns, with Flax NNX "
-            "optimizer.opt_state, and of several records one's state."
+            f"No recorded statistics in this state: {checks.short_repr(state)}. Wrap the optimizer: jadam.record(tx). "
+            "With Flax NNX pass optimizer.opt_state; restore a checkpoint into the state that init returns."
+            if not found
+            else f"state must have one RecordState, found {len(found)}. Pass one of them."
         )
     ring = found[0].ring
     checks.check_values(ring, "state.ring")
     if any(isinstance(x, jax.core.Tracer) for x in ring):
-        raise TypeError("state must have values, got tracers. Call history outside of jax.jit.")
+        raise TypeError("state must have concrete values, got tracers. Call history outside of jax.jit.")
     if jnp.ndim(ring.steps) != 1:
         raise ValueError(
-            f"state must be of one training, got steps of shape {ring.steps.shape}, as jax.vmap makes them. The first "
-            "one's: history(jax.tree.map(lambda x: x[0], state))."
+            f"state must not be batched, got steps of shape {ring.steps.shape}, as from jax.vmap. For the first one: "
+            "history(jax.tree.map(lambda x: x[0], state))."
         )
     steps, values, names = map(np.asarray, ring)
-    order = np.argsort(steps)[np.sum(steps < 0) :]
+    order = np.argsort(steps)[np.sum(steps < 0) :]  # without empty slots
     steps, values = steps[order], values[order]
 
     def columns(x):
@@ -274,22 +288,22 @@ def history(state) -> History:
     return History(steps, total, dict(zip(names.tobytes().decode().split("\n")[1:], leaves, strict=True)))
 
 
-def plot(history: History) -> Any:
-    """Draw a `History`: step sizes, signal-to-noise ratio, and each parameter's update-to-parameter ratio.
+def plot(history: History) -> "matplotlib.figure.Figure":
+    """Plot a `History`: step sizes, signal-to-noise ratio, and each parameter's update-to-parameter ratio.
 
-    A dotted line marks the first record whose update is not finite, in whatever parameter; a number that is not
-    finite is not drawn, a band from a quantile of 0 on starts at the smallest size that is.
+    A dotted line marks the first record with an update that is not finite. Values that are not finite are not drawn.
+    Where a quantile is 0, its band starts at the smallest positive one.
 
     Args:
-        history: what `history` returned, of one record at least.
+        history: the result of `history`, with at least one record.
 
     Returns:
         A `matplotlib.figure.Figure`; needs matplotlib.
 
     Raises:
-        ValueError: no record, or none of a parameter.
-        TypeError: no `History`.
-        ImportError: no matplotlib.
+        ValueError: there are no records, or no trained parameters.
+        TypeError: ``history`` is not a `History`.
+        ImportError: matplotlib is not installed.
 
     Example:
         >>> import jax.numpy as jnp, jadam
@@ -301,11 +315,11 @@ def plot(history: History) -> Any:
         ['step', 'step', 'step']
     """
     if not isinstance(history, History):
-        raise TypeError(f"plot needs what jadam.history returned, got {type(history).__name__}.")
+        raise TypeError(f"plot needs the result of jadam.history(state), got {type(history).__name__}.")
     if not len(history.steps):
-        raise ValueError("plot needs a history of one record at least, got none. Train for `every` steps.")
+        raise ValueError("plot needs a history with at least one record, got none. Train for at least `every` steps.")
     if not history.leaves:
-        raise ValueError("plot needs a history of one parameter at least, got none: there is none that is trained.")
+        raise ValueError("plot needs a history with at least one trained parameter, got none.")
     try:
         from matplotlib.colors import LogNorm
         from matplotlib.figure import Figure
@@ -313,68 +327,68 @@ def plot(history: History) -> Any:
     except ImportError:
         raise ImportError("plot needs matplotlib: pip install matplotlib.") from None
 
-    class Shown(Figure):
-        """A figure that a notebook shows also where matplotlib was not told so by ``%matplotlib inline``."""
+    class NotebookFigure(Figure):
+        """A figure that notebooks display even without ``%matplotlib inline``."""
 
         def _repr_png_(self):
             self.savefig(png := io.BytesIO(), format="png")
             return png.getvalue()
 
-    plain = FuncFormatter(lambda x, _: f"{x:g}")  # powers of ten need mathtext, which old versions run with warnings
+    plain = FuncFormatter(lambda x, _: f"{x:g}")  # powers of ten need mathtext, which warns in old versions
     minor = lambda x: plain if x.size and np.nanmax(x) < 10 * np.nanmin(x) else NullFormatter()  # less than a decade
     names = list(history.leaves)
-    figure = Shown(figsize=(9, 6 + 0.16 * min(len(names), 40)), layout="constrained")
-    top, low = figure.subplots(2, 1, height_ratios=[1, 1 + 0.05 * min(len(names), 40)])
+    figure = NotebookFigure(figsize=(9, 6 + 0.16 * min(len(names), 40)), layout="constrained")
+    top, bottom = figure.subplots(2, 1, height_ratios=[1, 1 + 0.05 * min(len(names), 40)])
     grid = top.get_gridspec()
     top.remove()
-    sizes, snr = (figure.add_subplot(part) for part in grid[0].subgridspec(1, 2))
-    blue, orange = "#0072b2", "#d55e00"  # Okabe & Ito's, which the colour-blind tell apart
-    shown = history.total["step_quantiles"].T
-    shown = np.where((shown > 0) & np.isfinite(shown), shown, np.nan)  # log has no 0
-    drawn = np.isfinite(shown[2:]).any()
-    for low_end, high_end in ((0, 4), (1, 3)) if drawn else ():
-        reaches = np.isfinite(shown[high_end]) & np.isnan(shown[low_end])
-        shown[low_end, reaches] = np.nanmin(shown)
-    marker = lambda x: "o" if np.isfinite(x).sum() == 1 else None  # a line of one point is none
-    sizes.fill_between(history.steps, shown[0], shown[4], color=blue, alpha=0.2, lw=0, label="5 to 95 %")
-    sizes.fill_between(history.steps, shown[1], shown[3], color=blue, alpha=0.4, lw=0, label="25 to 75 %")
-    sizes.plot(history.steps, shown[2], color=blue, marker=marker(shown[2]), label="median")
+    sizes, snr = (figure.add_subplot(cell) for cell in grid[0].subgridspec(1, 2))
+    blue, orange = "#0072b2", "#d55e00"  # Okabe & Ito's colour-blind-safe palette
+    quantiles = history.total["step_quantiles"].T
+    quantiles = np.where((quantiles > 0) & np.isfinite(quantiles), quantiles, np.nan)  # a log scale has no 0
+    any_finite = np.isfinite(quantiles[2:]).any()
+    for low, high in ((0, 4), (1, 3)) if any_finite else ():
+        no_low = np.isfinite(quantiles[high]) & np.isnan(quantiles[low])
+        quantiles[low, no_low] = np.nanmin(quantiles)
+    marker = lambda x: "o" if np.isfinite(x).sum() == 1 else None  # a line of one point is invisible
+    sizes.fill_between(history.steps, quantiles[0], quantiles[4], color=blue, alpha=0.2, lw=0, label="5 to 95 %")
+    sizes.fill_between(history.steps, quantiles[1], quantiles[3], color=blue, alpha=0.4, lw=0, label="25 to 75 %")
+    sizes.plot(history.steps, quantiles[2], color=blue, marker=marker(quantiles[2]), label="median")
     sizes.set(
-        xlabel="step", ylabel="|update| of a coordinate\n(parameters' unit)", title="step sizes (quantiles within 25 %)"
+        xlabel="step", ylabel="|update| per coordinate\n(parameters' unit)", title="step sizes (quantiles within 25 %)"
     )
-    if drawn:
+    if any_finite:
         sizes.set_yscale("log")
         sizes.yaxis.set_major_formatter(plain)
-        sizes.yaxis.set_minor_formatter(minor(shown))
-    lost = history.steps[~np.isfinite(history.total["update_rms"])]
+        sizes.yaxis.set_minor_formatter(minor(quantiles))
+    not_finite = history.steps[~np.isfinite(history.total["update_rms"])]
     for axes in (sizes, snr):
         axes.margins(x=0.03)
         axes.update_datalim([(step, 1) for step in history.steps[[0, -1]]], updatey=False)
-        if len(lost):
-            axes.axvline(lost[0], color="0.3", ls=":", label="first record not finite")
+        if len(not_finite):
+            axes.axvline(not_finite[0], color="0.3", ls=":", label="first non-finite record")
     sizes.legend(frameon=False, fontsize="small")
     for name in names:
         snr.plot(history.steps, history.leaves[name]["snr"], color="0.7", lw=0.7)
-    overall = history.total["snr"]
-    snr.plot(history.steps, overall, color=orange, marker=marker(overall), label="all coordinates")
+    total = history.total["snr"]
+    snr.plot(history.steps, total, color=orange, marker=marker(total), label="all parameters")
     snr.plot([], [], color="0.7", lw=0.7, label="each parameter")
     snr.set(xlabel="step", ylabel="mean |m̂| / √v̂ (no unit)", title="signal-to-noise ratio", ylim=(0, None))
     snr.legend(frameon=False, fontsize="small")
     ratio = np.array([history.leaves[name]["update_ratio"] for name in names]).reshape(len(names), len(history.steps))
     ratio = np.ma.masked_where(~(np.isfinite(ratio) & (ratio > 0)), ratio)
-    mesh = low.pcolormesh(
+    image = bottom.pcolormesh(
         np.arange(len(history.steps) + 1),
         np.arange(len(names) + 1),
         ratio,
         cmap="cividis",
         norm=LogNorm() if ratio.count() else None,
     )
-    at = np.unique(np.linspace(0, len(history.steps) - 1, 8).astype(int))
-    low.set_xticks(at + 0.5, history.steps[at])
-    every = -(-len(names) // 40)
-    low.set_yticks(np.arange(0, len(names), every) + 0.5, names[::every], fontsize="small", parse_math=False)
-    low.invert_yaxis()
-    low.set(xlabel="step", title="update over parameter, root mean squares")
-    bar = figure.colorbar(mesh, ax=low, label="ratio (no unit)", format=plain)
+    ticks = np.unique(np.linspace(0, len(history.steps) - 1, 8).astype(int))
+    bottom.set_xticks(ticks + 0.5, history.steps[ticks])
+    stride = -(-len(names) // 40)
+    bottom.set_yticks(np.arange(0, len(names), stride) + 0.5, names[::stride], fontsize="small", parse_math=False)
+    bottom.invert_yaxis()
+    bottom.set(xlabel="step", title="update-to-parameter ratio (RMS)")
+    bar = figure.colorbar(image, ax=bottom, label="ratio (no unit)", format=plain)
     bar.ax.yaxis.set_minor_formatter(minor(ratio.compressed()))
     return figure

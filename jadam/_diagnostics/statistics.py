@@ -1,4 +1,4 @@
-r"""What Adam is doing, told from its state: how large its steps are, and how sure it is of them.
+r"""Statistics of Adam's gradients and updates, computed from its state.
 
 Kingma & Ba 2015, section 2.1, call :math:`\hat m_t / \sqrt{\hat v_t}` the signal-to-noise ratio: the closer to zero,
 the less certain the direction, and the smaller the step.
@@ -25,26 +25,27 @@ from jadam._transformation.transformation import LeafUpdate, NotFusible, Schedul
 from jadam._wrappers.by_path import ByPathState
 
 QUANTILES = np.array([0.05, 0.25, 0.5, 0.75, 0.95], np.float32)
-CUT = 21  # of a float32's bits, those that tell no bin: four bins an octave
-BINS = 1 << 31 - CUT
-EDGES = (np.arange(BINS + 1) << CUT).astype(np.uint32).view(np.float32)
+# Histogram bins are the leading bits of a float32: its exponent and 2 bits of its mantissa, so 4 bins per octave.
+DROPPED_BITS = 21
+BINS = 1 << 31 - DROPPED_BITS
+EDGES = (np.arange(BINS + 1) << DROPPED_BITS).astype(np.uint32).view(np.float32)
 LOWER = np.where(np.finfo(np.float32).tiny > EDGES[:-1], 0, EDGES[:-1])  # subnormal numbers count as 0
 UPPER = np.fmin(EDGES[1:], np.finfo(np.float32).max)
-UPPER[np.isinf(LOWER)] = np.inf  # a bin of its own
-NANS = 1 + np.flatnonzero(np.isinf(LOWER))[0]  # the bins from here on
-MAX_BATCH = 2**20  # coordinates that are looked at at once
-SMALL = 2**10  # leaves up to here are of like size
+UPPER[np.isinf(LOWER)] = np.inf  # infinity has its own bin
+FIRST_NAN_BIN = 1 + np.flatnonzero(np.isinf(LOWER))[0]
+MAX_BATCH = 2**20  # elements reduced together
+SMALL = 2**10  # leaves of up to this many elements are batched whatever their sizes
 
 
 class Measures(NamedTuple):
-    """What `statistics` tells of one parameter, or of all together: float32 scalars, and five quantiles."""
+    """Statistics of one parameter, or of all together: float32 scalars, and five quantiles."""
 
-    moment_rms: jax.Array  # root of the mean of v_hat
+    moment_rms: jax.Array  # sqrt(mean(v_hat))
     update_rms: jax.Array
-    update_ratio: jax.Array  # update_rms over the parameter's root mean square, 0 where that is 0
+    update_ratio: jax.Array  # update_rms / RMS of the parameter, 0 where that is 0
     snr: jax.Array  # mean of |m_hat| / sqrt(v_hat), 0 where v_hat is 0
-    eps_share: jax.Array  # of the coordinates, those where eps is larger than sqrt(v_hat)
-    zero_share: jax.Array  # of the coordinates, those that int8 rounds to a step of 0 although they had gradients
+    eps_share: jax.Array  # fraction of coordinates with eps > sqrt(v_hat)
+    zero_share: jax.Array  # fraction of coordinates whose first moment int8 rounds to 0 despite nonzero gradients
     step_quantiles: jax.Array  # of |update|, at QUANTILES
 
 
@@ -52,95 +53,102 @@ SCALARS = Measures._fields[:-1]
 
 
 class Statistics(NamedTuple):
-    """What `statistics` returns: `Measures` of all parameters together, and of each by its path. Prints as a table."""
+    """Result of `statistics`: `Measures` of all parameters together, and of each one by its path. Prints as a table."""
 
     total: Measures
     leaves: dict[str, Measures]
 
     def __str__(self):
-        return table(to_rows({"total": self.total, **self.leaves})) if self._has_numbers() else repr(self)
+        return table(to_rows({"total": self.total, **self.leaves})) if self._is_concrete() else repr(self)
 
     def _repr_html_(self):
         """The table, for notebooks."""
-        return html_table(to_rows({"total": self.total, **self.leaves})) if self._has_numbers() else None
+        return html_table(to_rows({"total": self.total, **self.leaves})) if self._is_concrete() else None
 
-    def _has_numbers(self) -> bool:
-        """Whether each is what `statistics` tells: not traced by `jax.jit`, nor of many trainings by `jax.vmap`."""
-        shapes = [[_shape(x) for x in measures or ()] for measures in (self.total, *self.leaves.values())]
-        return all(each == [()] * len(SCALARS) + [QUANTILES.shape] for each in shapes)
+    def _is_concrete(self) -> bool:
+        """Whether all values are concrete and unbatched: neither tracers nor the result of `jax.vmap`."""
+        expected = [()] * len(SCALARS) + [QUANTILES.shape]
+        return all([_shape(x) for x in row or ()] == expected for row in (self.total, *self.leaves.values()))
 
 
 def _shape(x) -> tuple[int, ...] | None:
-    """An array's, None of what has no values."""
+    """The shape of an array, None for tracers and other objects."""
     return (
         x.shape if isinstance(x, (np.ndarray, np.generic, jax.Array)) and not isinstance(x, jax.core.Tracer) else None
     )
 
 
-def to_rows(each: dict[str, Measures]) -> list[tuple[str, ...]]:
-    """Rows of text, the first one the titles, for `table`."""
-    rows: list[tuple[str, ...]] = [("parameter", *SCALARS, "median step, to 25 %")]
-    for name, (*numbers, quantiles) in zip(each, jax.device_get(list(each.values())), strict=True):
+def to_rows(measures: dict[str, Measures]) -> list[tuple[str, ...]]:
+    """Rows of text for `table`, the first one the header."""
+    rows: list[tuple[str, ...]] = [("parameter", *SCALARS, "median step (within 25 %)")]
+    for name, (*scalars, quantiles) in zip(measures, jax.device_get(list(measures.values())), strict=True):
         median = quantiles[len(QUANTILES) // 2]
-        rows.append((name or "params", *(f"{x:.3g}" for x in numbers), f"{median:.2g}"))
+        rows.append((name or "params", *(f"{x:.3g}" for x in scalars), f"{median:.2g}"))
     return rows
 
 
 def statistics(
-    tx: optax.GradientTransformation, state, params, updates=None, *, sample: int | None = None
+    tx: optax.GradientTransformation,
+    state: optax.OptState,
+    params: optax.Params,
+    updates: optax.Updates | None = None,
+    *,
+    sample: int | None = None,
 ) -> Statistics:
-    r"""Tell what an optimizer of jadam's is doing, from the state after a step.
+    r"""Summarise what a jadam optimizer is doing, from the state after a step.
 
-    Costs nothing unless called; it is pure, and compiled once for each ``tx`` and tree, which takes XLA as long as a
-    small model and for many hundreds of parameters some 20 seconds. For each parameter that is not frozen,
-    and in total, it gives (in the gradient's or the parameter's unit, or none)
+    A pure function, with no cost unless called. It is compiled once for each ``tx`` and tree, which takes about as long
+    as compiling a small model, some 20 seconds for many hundreds of parameters. For each parameter that is not frozen,
+    and in total, it computes (in the gradient's or the parameter's unit, or dimensionless)
 
-    * ``moment_rms``: root mean square of the gradient, as the moments remember it, :math:`\sqrt{\text{mean}\,\hat v}`;
-    * ``update_rms``, ``update_ratio``: of the update, and over that of the parameter;
+    * ``moment_rms``: RMS (root mean square) of the gradient as the moments remember it,
+      :math:`\sqrt{\text{mean}\,\hat v}`;
+    * ``update_rms``, ``update_ratio``: RMS of the update, and its ratio to the RMS of the parameter;
     * ``snr``: mean of :math:`|\hat m| / \sqrt{\hat v}`, the paper's signal-to-noise ratio (section 2.1);
-    * ``step_quantiles``: the 5, 25, 50, 75 and 95 % quantiles of the coordinates' step sizes, :math:`|update|`;
-    * ``eps_share``: of the coordinates, those where ``eps`` is larger than :math:`\sqrt{\hat v}`;
-    * ``zero_share``: those that ``moments="int8"`` holds with a first moment of 0 though they had gradients.
+    * ``step_quantiles``: the 5, 25, 50, 75 and 95 % quantiles of :math:`|update|` over the coordinates;
+    * ``eps_share``: the fraction of coordinates where ``eps`` is larger than :math:`\sqrt{\hat v}`;
+    * ``zero_share``: the fraction whose first moment is 0 in ``moments="int8"`` although they had gradients.
 
-    :math:`\hat m` and :math:`\hat v` are corrected as in the step that made the state. :math:`\hat v` is Adam's, but
-    for AMSGrad the largest so far, as its ``max_of`` has it; for AdaMax :math:`\sqrt{\hat v}` is the infinity norm
-    :math:`\nu`, and eps dominates where it is more than half of that. Before the first step all are 0.
+    :math:`\hat m` and :math:`\hat v` are bias-corrected as in the last step. :math:`\hat v` is Adam's, with two
+    exceptions. For AMSGrad it is the maximum so far, as ``max_of`` defines it. For AdaMax :math:`\sqrt{\hat v}` is the
+    infinity norm :math:`\nu`, and ``eps_share`` counts where eps is more than half of it. Before the first step all
+    statistics are 0.
 
-    Quantiles are read off a histogram of fixed bins, four in each octave ([1, 1.25), [1.25, 1.5), ... times a power of
-    two), by linear interpolation within a bin: they are off by less than the bin, up to a quarter. Sorting would cost
-    many steps.
+    Quantiles are computed from a histogram with four bins per octave ([1, 1.25), [1.25, 1.5), ... times a power of
+    two), by linear interpolation within a bin. Their error is less than the width of the bin, at most 25 %. Sorting
+    would cost as much as many steps.
 
     Args:
-        tx: the transformation: one of jadam's optimizers, also by `jadam.by_path`, as the last stage of `jadam.chain`,
-            in `jadam.exact_bf16`, `jadam.record` and `jadam.sharding.zero1`.
+        tx: one of jadam's optimizers, alone or by `jadam.by_path`, as the last stage of `jadam.chain`, or wrapped in
+            `jadam.exact_bf16`, `jadam.record` and `jadam.sharding.zero1`.
         state: its state; with Flax NNX ``optimizer.opt_state``.
         params: the parameters after the step; with Flax NNX ``nnx.state(model, nnx.Param)``.
-        updates: what ``tx.update`` returned. Default: what the moments imply, learning rate and weight decay included.
-            For NAdam, whose step has a share of the last gradient, that is taken to be :math:`\hat m`.
-        sample: look at about so many coordinates of each parameter: evenly spaced indices of all axes but the last,
-            fewest of the longest of these, or of a vector. A row of the last axis is looked at whole, and one at least.
-            Default: all, which takes some 50 bytes each for as long as it looks.
+        updates: the updates that ``tx.update`` returned. Default: computed from the moments, with learning rate and
+            weight decay. NAdam's update also depends on the last gradient, for which :math:`\hat m` is then taken.
+        sample: use about this many coordinates of each parameter: evenly spaced indices along all axes but the last
+            (along the only axis of a vector), the longest axis thinned out first. Rows of the last axis are used whole,
+            one at least. Default: all coordinates, which takes some 50 bytes of memory per coordinate.
 
     Returns:
-        ``Statistics(total, leaves)``: `Measures` in total, and a dict of them by path, such as ``"['w']"``. Print it
-        for a table, which a notebook shows by itself.
+        ``Statistics(total, leaves)``: the `Measures` in total, and a dict of those of each parameter by its path, such
+        as ``"['w']"``. It prints as a table, also in notebooks.
 
     Raises:
-        TypeError: ``tx`` is none of the above, or ``state`` not its state.
-        ValueError: a chain of other stages, or trees that do not match.
+        TypeError: ``tx`` is not one of the above, or ``state`` is not its state.
+        ValueError: a chain with other stages, or trees that do not match.
 
     Example:
         >>> import jax.numpy as jnp, jadam
         >>> tx = jadam.adam(0.1)
         >>> params = {"w": jnp.array([1.0, 2.0])}
         >>> params, state = jadam.step(tx, {"w": jnp.array([3.0, -4.0])}, tx.init(params), params)
-        >>> told = jadam.statistics(tx, state, params)
-        >>> print(f"{told.total.moment_rms:.3f}")
+        >>> stats = jadam.statistics(tx, state, params)
+        >>> print(f"{stats.total.moment_rms:.3f}")
         3.536
-        >>> print(told)
-        parameter  moment_rms  update_rms  update_ratio  snr  eps_share  zero_share  median step, to 25 %
-        total            3.54         0.1        0.0619    1          0           0                   0.1
-        ['w']            3.54         0.1        0.0619    1          0           0                   0.1
+        >>> print(stats)
+        parameter  moment_rms  update_rms  update_ratio  snr  eps_share  zero_share  median step (within 25 %)
+        total            3.54         0.1        0.0619    1          0           0                        0.1
+        ['w']            3.54         0.1        0.0619    1          0           0                        0.1
     """
     sample = checks.positive_int("sample", sample, none=True)
     tx = unwrap(tx)
@@ -152,7 +160,7 @@ def statistics(
         raise ValueError("statistics needs params, the parameters after the step.")
     if find_states(params, has_moments):
         raise TypeError(
-            "params must be parameters, got an optimizer's state. The order is statistics(tx, state, params)."
+            "params must be a tree of parameters, got an optimizer's state. Argument order: tx, state, params."
         )
     checks.check_trainable(params, "params")
     for tree, what in ((state, "state"), (params, "params"), (updates, "updates")):
@@ -167,7 +175,7 @@ def statistics(
 
 @jax.tree_util.register_static
 class _Names(tuple):
-    """Paths, which are no arrays, on their way out of `jax.jit`."""
+    """Leaf paths, as a static output of `jax.jit`."""
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -177,226 +185,233 @@ def _statistics(tx, sample, state, params, updates) -> tuple[_Names, Measures]:
 
 
 def measure(tx: Transformation, sample, state, params, updates=None) -> tuple[list[str], Measures]:
-    """The parameters' paths, and `Measures` whose arrays have a row for the total, then one for each of these."""
+    """The parameters' paths, and `Measures` of arrays with a row for the total, then one for each parameter."""
     names = []
 
-    def measured(state, params, updates) -> Measures:
-        count, leaf_updates = leaf_updates_of(tx, state, params)
-        given = [None] * len(leaf_updates) if updates is None else jax.tree.leaves(updates)
-        looked_at, numbers = [], []
+    def compute(state, params, updates) -> Measures:
+        count, leaf_updates = last_leaf_updates(tx, state, params)
+        update_leaves = [None] * len(leaf_updates) if updates is None else jax.tree.leaves(updates)
+        coordinates, sizes = [], []
         for leaf_update, (path, p), u in zip(
-            leaf_updates, jax.tree_util.tree_leaves_with_path(params), given, strict=True
+            leaf_updates, jax.tree_util.tree_leaves_with_path(params), update_leaves, strict=True
         ):
             if not leaf_update.frozen:
                 names.append(leaf_name(path))
-                numbers.append(np.size(p))
-                looked_at.append(_measure_coordinates(leaf_update, count > 0, jnp.asarray(p), u, sample))
+                sizes.append(np.size(p))
+                coordinates.append(_measure_coordinates(leaf_update, count > 0, jnp.asarray(p), u, sample))
         if not names:
-            none = jnp.zeros(1, jnp.float32)
-            return Measures(none, none, none, none, none, none, jnp.zeros((1, len(QUANTILES)), jnp.float32))
-        seen = np.array([math.prod(x.shape[1:]) for x in looked_at])
-        batches = _batches(seen)
-        back = np.argsort([i for batch in batches for i in batch])
-        told = zip(*(_measure_leaves([looked_at[i] for i in batch]) for batch in batches), strict=True)
-        sizes, shares, counts = (jnp.concatenate(x)[back] for x in told)
+            zero = jnp.zeros(1, jnp.float32)
+            return Measures(zero, zero, zero, zero, zero, zero, jnp.zeros((1, len(QUANTILES)), jnp.float32))
+        sampled = np.array([math.prod(x.shape[1:]) for x in coordinates])
+        batches = _batch_by_size(sampled)
+        original_order = np.argsort([i for batch in batches for i in batch])
+        reduced = zip(*(_reduce_batch([coordinates[i] for i in batch]) for batch in batches), strict=True)
+        rms, means, histograms = (jnp.concatenate(x)[original_order] for x in reduced)
 
-        def with_total(mean, each):
-            each = each.T
-            total = mean(each[:, None], np.array([sum(numbers)]), np.array(numbers, np.float32)[None, None])
-            return jnp.concatenate([total, each], axis=1)
+        def with_total(mean, rows):
+            rows = rows.T
+            total = mean(rows[:, None], np.array([sum(sizes)]), np.array(sizes, np.float32)[None, None])
+            return jnp.concatenate([total, rows], axis=1)
 
-        v_hat, update, param = with_total(_root_mean_square, sizes)
-        snr, eps, zero = with_total(_mean, shares)
+        v_hat, update, param = with_total(_root_mean_square, rms)
+        snr, eps, zero = with_total(_mean, means)
         ratio = jnp.where(param == 0, 0, divide(update, param))
-        counts *= (np.array(numbers) / np.maximum(1, seen)).astype(np.float32)[:, None]
-        quantiles = _quantiles(jnp.concatenate([jnp.sum(counts, axis=0, keepdims=True), counts]))
+        histograms *= (np.array(sizes) / np.maximum(1, sampled)).astype(np.float32)[:, None]
+        quantiles = _quantiles(jnp.concatenate([jnp.sum(histograms, axis=0, keepdims=True), histograms]))
         measures = Measures(v_hat, update, ratio, snr, eps, zero, quantiles)
         return jax.tree.map(lambda x: x.astype(jnp.float32), measures)
 
-    with jax.numpy_dtype_promotion("standard"):  # complex numbers over real ones
-        measures = inferring_shardings(measured)(state, params, updates)
+    with jax.numpy_dtype_promotion("standard"):  # complex numbers are divided by real ones
+        measures = with_auto_axes(compute)(state, params, updates)
     return names, measures
 
 
-def inferring_shardings(f):
-    """``f``, whose result every device has, also where a mesh's axes are `jax.sharding.AxisType.Explicit`.
+def with_auto_axes(f):
+    """``f`` with `jax.sharding.AxisType.Explicit` axes of its inputs' mesh made Auto, and results replicated.
 
-    There JAX wants to be told the sharding of sums and of what is gathered from arrays of several shardings.
+    With explicit axes JAX cannot infer the sharding of sums, or of arrays gathered from several shardings.
     """
 
-    def inferring(*args) -> Any:
+    def wrapped(*args) -> Any:
         meshes = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(args)]
         mesh = next((mesh for mesh in meshes if mesh.explicit_axes), None)
         if mesh is None:
             return f(*args)
-        everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        return jax.sharding.auto_axes(f, axes=mesh.explicit_axes, out_sharding=everywhere)(*args)
+        replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        return jax.sharding.auto_axes(f, axes=mesh.explicit_axes, out_sharding=replicated)(*args)
 
-    return inferring
+    return wrapped
 
 
 def unwrap(tx) -> Transformation:
-    """``tx``, or what `jadam.sharding.zero1` is around; raises where that is opaque."""
+    """``tx`` without `jadam.sharding.zero1` around it; raises unless it is one of jadam's transformations."""
     if isinstance(tx, optax.GradientTransformation) and info_of(tx).step is not None:
         tx = info_of(tx).inner
     if not isinstance(tx, Transformation):
         raise TypeError(
-            f"statistics needs one of jadam's optimizers, such as jadam.adam(...), got {checks.short_repr(tx)}. The "
-            "order is statistics(tx, state, params); instead of optax.chain take jadam.chain."
+            f"statistics needs a jadam optimizer, such as jadam.adam(...), got {checks.short_repr(tx)}. Argument order: "
+            "tx, state, params. Use jadam.chain instead of optax.chain."
         )
     return tx
 
 
-def leaf_updates_of(tx: Transformation, state, params) -> tuple[jax.Array, list[LeafUpdate]]:
-    """The number of steps taken, and for every leaf the `LeafUpdate` of the last of them."""
-    none_new = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), at_least_float32(p)), params)
+def last_leaf_updates(tx: Transformation, state, params) -> tuple[jax.Array, list[LeafUpdate]]:
+    """The step count, and the `LeafUpdate` of each leaf at the last step."""
+    zero_grads = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), at_least_float32(p)), params)
     for x in find_states(state, lambda x: isinstance(x, ByPathState) or has_moments(x)):
         if not isinstance(x, ByPathState):
             checks.check_same_tree(params, x.mu, "params", "state.mu", " With Flax NNX: nnx.state(model, nnx.Param).")
     try:
-        leaf_updates = tx.info.fuse(none_new, _state_before_step(state), params).leaf_updates
+        leaf_updates = tx.info.fuse(zero_grads, _state_before_step(state), params).leaf_updates
     except NotFusible as reason:
         raise ValueError(
-            f"statistics and record cannot look into the transformation: {reason}. Take the optimizer alone and its "
-            "state, or optax.chain(..., record(...), ...)."
+            f"statistics and record do not support this transformation: {reason}. Pass a jadam optimizer "
+            "alone, with its own state; in a chain: optax.chain(..., jadam.record(...), ...)."
         ) from None
     return steps_taken(state), leaf_updates
 
 
 def steps_taken(state) -> jax.Array:
-    """The count beside the first moments in ``state``, int32."""
+    """The step count of the first Adam state in ``state``, int32."""
     return find_states(state, has_moments)[0].count
 
 
 def _state_before_step(state):
-    """The state before the step that made it, but for the moments; at least that before the first step."""
+    """``state`` with the hyperparameters of its last step: counts one lower, moments unchanged.
 
-    def has_its_own(x):
+    Counts of 0 stay 0. Bias corrections of scheduled betas become `CurrentCorrection`.
+    """
+
+    def has_count(x):
         return isinstance(x, (ScheduledBetasState, ByPathState)) or "count" in getattr(x, "_fields", ())
 
-    def reached(corrections) -> Any:
+    def as_current(corrections) -> Any:
         return {name: CurrentCorrection(c) for name, c in corrections.items()}
 
-    def one(x):
+    def rewind(x):
         if isinstance(x, ScheduledBetasState):
-            return ScheduledBetasState(reached(x.corrections), one(x.inner_state))
+            return ScheduledBetasState(as_current(x.corrections), rewind(x.inner_state))
         if isinstance(x, ByPathState):
-            return ByPathState(one(x.moments), tuple(map(reached, x.corrections)))
-        return x._replace(count=jnp.maximum(x.count - 1, 0)) if has_its_own(x) else x
+            return ByPathState(rewind(x.moments), tuple(map(as_current, x.corrections)))
+        return x._replace(count=jnp.maximum(x.count - 1, 0)) if has_count(x) else x
 
-    return jax.tree.map(one, state, is_leaf=has_its_own)
+    return jax.tree.map(rewind, state, is_leaf=has_count)
 
 
-def _measure_coordinates(leaf_update: LeafUpdate, made, p, update, sample) -> jax.Array:
-    """Three sizes and three shares, ``[6, 1, *shape]``, of the coordinates of a leaf that are looked at."""
-    few = _subsample(p.shape, sample)
-    p = p[few] if leaf_update.remainder is None else join(p[few], leaf_update.remainder[few])
-    leaf_update = leaf_update._replace(stored=tuple(x[few] for x in leaf_update.stored))
+def _measure_coordinates(leaf_update: LeafUpdate, has_stepped, p, update, sample) -> jax.Array:
+    """Six numbers for each sampled coordinate, ``[6, 1, *shape]``: three to take the RMS of, three to average.
+
+    They are sqrt(v_hat), |update| and |parameter|; then the signal-to-noise ratio, whether eps dominates and whether
+    int8 rounds the first moment to 0.
+    """
+    index = _subsample(p.shape, sample)
+    p = p[index] if leaf_update.remainder is None else join(p[index], leaf_update.remainder[index])
+    leaf_update = leaf_update._replace(stored=tuple(x[index] for x in leaf_update.stored))
     m, *others = leaf_update.format.decode(leaf_update.stored, leaf_update.dtype)
     m_hat = m / leaf_update.hyperparams.b1.correction
     root = leaf_update.rule.root(leaf_update.hyperparams, *others)
-    update = _update_from_moments(leaf_update, m_hat, m, others, p) if update is None else update[few]
+    update = _update_from_moments(leaf_update, m_hat, m, others, p) if update is None else update[index]
     eps = jnp.maximum(
         leaf_update.hyperparams.eps, jnp.sqrt(jnp.asarray(leaf_update.hyperparams.eps_root, real(leaf_update.dtype)))
     )
-    own = root - eps if leaf_update.rule.eps_in_denominator else root
-    zero = (
+    root_without_eps = root - eps if leaf_update.rule.eps_in_denominator else root
+    rounded_to_zero = (
         (leaf_update.stored[0] == 0) & (leaf_update.stored[1] != 0)
         if leaf_update.format.name == "int8"
         else jnp.zeros([], bool)
     )
-    snr = jnp.where(made & (root != 0), divide(jnp.abs(m_hat), root), 0)
-    sizes = (jnp.where(made, root, 0), jnp.where(made, jnp.abs(update), 0), jnp.abs(p))
-    shares = (snr, (eps > own) & made, jnp.broadcast_to(zero, p.shape))
-    return jnp.stack([x[None] for x in (*sizes, *shares)])
+    snr = jnp.where(has_stepped & (root != 0), divide(jnp.abs(m_hat), root), 0)
+    for_rms = (jnp.where(has_stepped, root, 0), jnp.where(has_stepped, jnp.abs(update), 0), jnp.abs(p))
+    for_mean = (snr, (eps > root_without_eps) & has_stepped, jnp.broadcast_to(rounded_to_zero, p.shape))
+    return jnp.stack([x[None] for x in (*for_rms, *for_mean)])
 
 
-def _batches(numbers) -> list[list[int]]:
-    """Which leaves, of so many coordinates, are looked at together: of like sizes, within `MAX_BATCH`; or one alone.
+def _batch_by_size(sizes) -> list[list[int]]:
+    """Group leaves of similar size into batches of at most `MAX_BATCH` elements; a larger leaf is a batch of its own.
 
-    By itself each would take XLA a tenth of a second to compile, and every step, whether it records or not, the time
-    to allocate scalars for its sums.
+    Unbatched, each leaf would take XLA a tenth of a second to compile. It would also cost every step, recording or not,
+    the time to allocate scalars for its sums.
     """
     batches, widest = [], 0
-    for i in np.argsort(-numbers, kind="stable"):
-        if not batches or 2 * numbers[i] < widest > SMALL or widest * (1 + len(batches[-1])) > MAX_BATCH:
+    for i in np.argsort(-sizes, kind="stable"):
+        if not batches or 2 * sizes[i] < widest > SMALL or widest * (1 + len(batches[-1])) > MAX_BATCH:
             batches.append([])
-            widest = numbers[i]
+            widest = sizes[i]
         batches[-1].append(i)
     return batches
 
 
-def _measure_leaves(batch) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Root mean squares and means, ``[leaves, 3]``, and ``[leaves, BINS]``, how many of the steps are in each bin."""
-    numbers = np.array([math.prod(x.shape[1:]) for x in batch])
-    unused = numbers.max() - numbers
+def _reduce_batch(batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """RMS values and means, each ``[leaves, 3]``, and histograms of |update|, ``[leaves, BINS]``."""
+    sizes = np.array([math.prod(x.shape[1:]) for x in batch])
+    padding = sizes.max() - sizes
     if len(batch) == 1:
-        (side_by_side,) = batch  # in its shape, for it may be divided over devices
+        (stacked,) = batch  # not flattened, because it may be sharded
     else:
-        flat = (jnp.pad(x.reshape(6, 1, -1), ((0, 0), (0, 0), (0, n))) for x, n in zip(batch, unused, strict=True))
-        side_by_side = jnp.concatenate(list(flat), axis=1)
-    sizes, shares = side_by_side[:3], side_by_side[3:]
-    zeros, counts = jnp.split(_histograms(sizes[1]), [1], axis=1)
-    counts = jnp.concatenate([zeros - unused.astype(np.float32)[:, None], counts], axis=1)
-    return _root_mean_square(sizes, numbers).T, _mean(shares, numbers).T, counts
+        flat = (jnp.pad(x.reshape(6, 1, -1), ((0, 0), (0, 0), (0, n))) for x, n in zip(batch, padding, strict=True))
+        stacked = jnp.concatenate(list(flat), axis=1)
+    for_rms, for_mean = stacked[:3], stacked[3:]
+    zeros, counts = jnp.split(_histograms(for_rms[1]), [1], axis=1)
+    counts = jnp.concatenate([zeros - padding.astype(np.float32)[:, None], counts], axis=1)
+    return _root_mean_square(for_rms, sizes).T, _mean(for_mean, sizes).T, counts
 
 
-def _root_mean_square(x, numbers, weights=1) -> jax.Array:
-    """As `_mean`. Squares are of parts of the largest, so that they neither overflow nor vanish."""
+def _root_mean_square(x, sizes, weights=1) -> jax.Array:
+    """Like `_mean`. Values are divided by the maximum before they are squared, to avoid overflow and underflow."""
     axes = tuple(range(2, x.ndim))
     largest = jnp.max(x, axes, initial=0, keepdims=True)
-    most = float(jnp.finfo(x.dtype).max) / 4  # XLA multiplies by the reciprocal, which must not vanish either
-    unit = jnp.where((largest > 0) & (largest < jnp.inf), jnp.minimum(largest, most), 1)
-    return jnp.squeeze(unit, axes) * jnp.sqrt(_mean(jnp.square(x / unit), numbers, weights))
+    limit = float(jnp.finfo(x.dtype).max) / 4  # XLA multiplies by the reciprocal, which must not underflow
+    unit = jnp.where((largest > 0) & (largest < jnp.inf), jnp.minimum(largest, limit), 1)
+    return jnp.squeeze(unit, axes) * jnp.sqrt(_mean(jnp.square(x / unit), sizes, weights))
 
 
-def _mean(x, numbers, weights=1) -> jax.Array:
-    """Of ``[3, leaves, ...]``, over all but two axes: of each leaf so many numbers, or what weighs as much."""
-    return jnp.sum(x * weights, range(2, x.ndim)) / np.maximum(1, numbers).astype(np.float32)[None, :]
+def _mean(x, sizes, weights=1) -> jax.Array:
+    """Mean of ``x``, ``[3, leaves, ...]``, over all but its first two axes; ``sizes`` are the sums of the weights."""
+    return jnp.sum(x * weights, range(2, x.ndim)) / np.maximum(1, sizes).astype(np.float32)[None, :]
 
 
 def _subsample(shape, sample):
-    """The index of at most about ``sample`` elements, for every array whose axes but the last are ``shape``'s."""
-    fewer = 1 if sample is None else -(-math.prod(shape) // sample)
+    """An index of about ``sample`` elements of an array; also valid for another last axis, such as that of scales."""
+    remaining = 1 if sample is None else -(-math.prod(shape) // sample)  # factor by which to reduce the elements
     leading = shape[: max(1, len(shape) - 1)]
     index = [slice(None)] * len(leading)
-    for axis in sorted(range(len(leading)), key=lambda axis: -leading[axis]):  # of stacked layers each, if it can be
-        stride = max(1, min(fewer, leading[axis]))
-        fewer = -(-fewer // stride)
+    for axis in sorted(range(len(leading)), key=lambda axis: -leading[axis]):  # keeps the short axis of stacked layers
+        stride = max(1, min(remaining, leading[axis]))
+        remaining = -(-remaining // stride)
         index[axis] = slice((stride - 1) // 2, None, stride)
     return tuple(index)
 
 
 def _update_from_moments(leaf_update: LeafUpdate, m_hat, m, others, p):
-    """The update that the moments imply: the rule with decay rates of 1, which leave the moments what they are."""
+    """The update computed from the moments: the rule with decay rates of 1, which leave the moments unchanged."""
     hp, one = leaf_update.hyperparams, np.dtype(real(leaf_update.dtype)).type(1)
-    hold = lambda beta: Beta(one, one - one, beta.correction, beta.next_b, beta.next_correction)
-    hp = hp.replace(b1=hold(hp.b1), b2=hold(hp.b2))
+    frozen = lambda beta: Beta(one, one - one, beta.correction, beta.next_b, beta.next_correction)
+    hp = hp.replace(b1=frozen(hp.b1), b2=frozen(hp.b2))
     g = m_hat if leaf_update.rule.nesterov else jnp.zeros_like(m_hat)
     return leaf_update.scaled(leaf_update.rule.function(hp, g, m, *others)[0], p)
 
 
-def _histograms(sizes) -> jax.Array:
-    """How many of each row's ``sizes``, which are >= 0, are in each bin."""
-    sizes = sizes.astype(jnp.float32)
-    sizes = jnp.where(sizes < np.finfo(np.float32).tiny, 0, sizes)
-    bins = jax.lax.bitcast_convert_type(sizes, jnp.uint32) >> CUT
-    row = jnp.arange(len(sizes), dtype=jnp.uint32).reshape(-1, *[1] * (sizes.ndim - 1))
-    bins, row = jax.lax.optimization_barrier((bins, row))  # or XLA multiplies ahead of record's loop, at every step
-    counts = jnp.zeros(BINS * len(sizes), jnp.uint32).at[BINS * row + bins].add(1)
+def _histograms(x) -> jax.Array:
+    """Counts of the values in each row of ``x``, >= 0 or NaN, in histogram bins: ``[rows, BINS]``."""
+    x = x.astype(jnp.float32)
+    x = jnp.where(x < np.finfo(np.float32).tiny, 0, x)
+    bins = jax.lax.bitcast_convert_type(x, jnp.uint32) >> DROPPED_BITS
+    row = jnp.arange(len(x), dtype=jnp.uint32).reshape(-1, *[1] * (x.ndim - 1))
+    bins, row = jax.lax.optimization_barrier((bins, row))  # or XLA hoists BINS * row out of record's loop
+    counts = jnp.zeros(BINS * len(x), jnp.uint32).at[BINS * row + bins].add(1)
     return counts.reshape(-1, BINS).astype(jnp.float32)
 
 
 def _quantiles(histogram) -> jax.Array:
-    """Where ``QUANTILES`` of each row, a histogram, lie, by linear interpolation in the first bin that reaches them.
+    """`QUANTILES` of each row of ``histogram``, by linear interpolation in the first bin that reaches them.
 
-    NaN where anything is, as a mean would be.
+    NaN if the row has a NaN, as its mean would be.
     """
-    reached = jnp.where(histogram > 0, jnp.cumsum(histogram, axis=1), 0)  # a sum's roundings may reach an empty bin
-    rank = jnp.asarray(QUANTILES)[None, :] * jnp.max(reached, axis=1, keepdims=True)
-    i = jnp.argmax(reached[:, None, :] >= rank[:, :, None], axis=2)
-    inside, until = (jnp.take_along_axis(x, i, axis=1) for x in (histogram, reached))
+    cumulative = jnp.where(histogram > 0, jnp.cumsum(histogram, axis=1), 0)  # rounding may make empty bins reach a rank
+    rank = jnp.asarray(QUANTILES)[None, :] * jnp.max(cumulative, axis=1, keepdims=True)
+    i = jnp.argmax(cumulative[:, None, :] >= rank[:, :, None], axis=2)
+    in_bin, through_bin = (jnp.take_along_axis(x, i, axis=1) for x in (histogram, cumulative))
     lower, upper = jnp.asarray(LOWER)[i], jnp.asarray(UPPER)[i]
-    share = jnp.clip(divide(rank - (until - inside), inside), 0, 1)
-    told = jnp.where(lower == upper, lower, lower + share * (upper - lower))
-    return jnp.where(jnp.any(histogram[:, NANS:] > 0, axis=1, keepdims=True), jnp.nan, told)
+    fraction = jnp.clip(divide(rank - (through_bin - in_bin), in_bin), 0, 1)
+    quantiles = jnp.where(lower == upper, lower, lower + fraction * (upper - lower))
+    return jnp.where(jnp.any(histogram[:, FIRST_NAN_BIN:] > 0, axis=1, keepdims=True), jnp.nan, quantiles)

@@ -58,7 +58,7 @@ def test_formats_and_reasons():
     assert (rows["['scale']"].format, rows["['scale']"].reason) == ("float32", "0-dimensional, int8 needs 2 axes")
     by_name = jadam.adam(1e-3, moments=lambda path, leaf: "float32" if "embed" in path else "int8")
     rows = {leaf.name: leaf for leaf in jadam.describe(by_name, PARAMS).leaves}
-    assert (rows["['embed']"].format, rows["['embed']"].reason) == ("float32", "so chosen by moments")
+    assert (rows["['embed']"].format, rows["['embed']"].reason) == ("float32", "set by the moments argument")
     rows = {leaf.name: leaf for leaf in jadam.describe(TRANSFORMATIONS["groups"], PARAMS).leaves}
     assert (rows["['layers'][0]['kernel']"].format, rows["['layers'][0]['kernel']"].bytes) == ("none", 0)
     rows = jadam.describe(jadam.adam(1e-3, mu_dtype=jnp.bfloat16), zeros(3)).leaves
@@ -79,7 +79,7 @@ def test_flax_and_a_bare_array():
 
 def test_the_table():
     lines = str(jadam.describe(TRANSFORMATIONS["int8"], PARAMS)).splitlines()
-    assert lines[0].split() == ["parameter", "shape", "dtype", "moments", "bytes", "each", "why"]
+    assert lines[0].split() == ["parameter", "shape", "dtype", "moments", "bytes", "bytes/param", "reason"]
     assert "['embed']" in lines[1]
     assert "64x128" in lines[1]
     assert lines[-2].startswith("total")
@@ -94,14 +94,14 @@ def test_whether_a_step_is_one_pass(monkeypatch):
     on = jadam.backends()["cpu"].kernel
     said = lambda tx, params=plain: (jadam.describe(tx, params).one_pass, jadam.describe(tx, params).step)
     if on is not None:
-        assert said(jadam.adam(1e-3, moments="int8")) == (True, f"one pass on cpu ({on})")
+        assert said(jadam.adam(1e-3, moments="int8")) == (True, f"fused on cpu ({on})")
         assert said(jadam.chain(jadam.clip(1.0), jadam.nadamw(1e-3)))[0]
         half = {**plain, "c": np.zeros(3, jnp.bfloat16)}
-        one_but = f"one pass on cpu ({on}), but for ['c'] (no kernel for bfloat16 parameters without jadam.exact_bf16)"
+        one_but = f"fused on cpu ({on}), except ['c'] (no kernel for bfloat16 parameters without jadam.exact_bf16)"
         assert said(jadam.adam(1e-3), half) == (False, one_but)
         assert said(jadam.exact_bf16(jadam.adam(1e-3)), half)[0]
-    reason = "not fused: not a jadam optimizer (for a chain, use jadam.chain)"
-    assert said(optax.chain(jadam.adam(1e-3))) == (False, reason)
+    two = "not fused: not a jadam optimizer (for a chain, use jadam.chain)"
+    assert said(optax.chain(jadam.adam(1e-3))) == (False, two)
     assert "neither jadam.clip nor" in said(jadam.chain(optax.clip(1.0), jadam.adam(1e-3)))[1]
     assert "jadam.exact_bf16 is around none" in said(jadam.exact_bf16(optax.adam(1e-3)))[1]
     monkeypatch.setenv("JADAM_KERNELS", "xla")

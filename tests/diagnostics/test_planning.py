@@ -37,7 +37,7 @@ def test_what_is_planned_is_what_is_there(how, params_axis):
     assert planned.state == here(state)
     assert planned.remainders == (here(state.remainder) if "exact" in how else 0)
     assert planned.total == 2 * planned.parameters + planned.state
-    assert "['c']: undivided: no axis of (3,) is a multiple of 4" in str(planned)
+    assert "['c']: state not sharded: no axis of (3,) is a multiple of 4" in str(planned)
 
 
 def test_gpt2_s_embedding_in_int8_over_eight():

@@ -297,15 +297,15 @@ def test_history_and_its_errors():
     assert (len(empty.steps), repr(empty)) == (0, "History(0 records of 12 parameters)")
     assert list(empty.leaves) == ["['bias']", *(f"['layers'][{i}]" for i in range(11))]  # as the parameters are ordered
     assert empty.total["step_quantiles"].shape == (0, 5)
-    with pytest.raises(ValueError, match="plot needs a history of one record at least"):
+    with pytest.raises(ValueError, match="plot needs a history with at least one record"):
         jadam.plot(empty)
-    with pytest.raises(TypeError, match=r"plot needs what jadam\.history returned, got dict"):
+    with pytest.raises(TypeError, match=r"plot needs the result of jadam\.history\(state\), got dict"):
         jadam.plot({})
-    with pytest.raises(ValueError, match="the records of one record, found 0"):
+    with pytest.raises(ValueError, match="No recorded statistics in this state"):
         jadam.history(jax.jit(jadam.adam(1e-3).init)(p))
     assert "<table>" in empty._repr_html_()
     batched = jax.jit(jax.vmap(tx.init))(np.ones((2, 5), np.float32))
-    with pytest.raises(ValueError, match=r"of one training, got steps of shape \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"must not be batched, got steps of shape \(2, 3\)"):
         jadam.history(batched)
     assert len(jadam.history(jax.tree.map(lambda x: np.asarray(x)[1], batched)).steps) == 0
     with pytest.raises(TypeError, match=r"got tracers\. Call history outside of jax\.jit"):
@@ -357,9 +357,9 @@ def test_plot_tells_where_training_was_lost(bad, tmp_path):
     figure = jadam.plot(recorded([[bad if i == 3 else 1] * 6 for i in range(5)]))
     _, sizes, snr, _ = figure.axes
     for axes in (sizes, snr):
-        (line,) = [line for line in axes.lines if line.get_label() == "first record not finite"]
+        (line,) = [line for line in axes.lines if line.get_label() == "first non-finite record"]
         assert line.get_xdata()[0] == 4
-    assert "first record not finite" in [text.get_text() for text in snr.get_legend().get_texts()]
+    assert "first non-finite record" in [text.get_text() for text in snr.get_legend().get_texts()]
     draw(figure, tmp_path)
 
 
@@ -398,7 +398,7 @@ def test_plot_of_hard_curves(name, tmp_path):
 def test_plot_of_no_parameters():
     tx = jadam.record(jadam.adam(1e-2), every=1)
     _, state = trained(tx, {}, [{}])
-    with pytest.raises(ValueError, match="plot needs a history of one parameter at least"):
+    with pytest.raises(ValueError, match="plot needs a history with at least one trained parameter"):
         jadam.plot(jadam.history(state))
 
 

@@ -62,7 +62,7 @@ def test_tables():
     planned = jadam.plan(jadam.adam(0.1), params, {"data": 2}, "data")._repr_html_()
     assert planned.count("<tr>") == 7
     assert "8,195 parameters on 2 devices" in planned
-    assert "undivided" in planned
+    assert "state not sharded" in planned
 
 
 def test_statistics_are_a_table_where_they_are_numbers():
