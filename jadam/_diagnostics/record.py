@@ -143,11 +143,11 @@ def record(
 
     def fuse(updates, state, params) -> FusedUpdate:
         checks.state_of(state, RecordState, BEGUN)
-        leaf_updates, rebuild_state = tx.info.fuse(updates, state.inner_state, params)
+        leaf_updates, rebuild_state = tx.update.fuse(updates, state.inner_state, params)
         return FusedUpdate(leaf_updates, lambda stored: RecordState(rebuild_state(stored), state.ring))
 
     text = f"jadam.record({tx!r}, every={every}, keep={keep}, sample={sample})"
-    return Record(init, FunctionUpdate(fuse, text, tx, tx.info.needs_gradient_values, after_step, function=update))
+    return Record(init, FunctionUpdate(fuse, text, tx, tx.update.needs_gradient_values, after_step, function=update))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))  # or eager calls would compile the loop at every step

@@ -21,7 +21,7 @@ from jadam._core.bf16 import join
 from jadam._core.numerics import Beta, CurrentCorrection, at_least_float32, divide, real
 from jadam._core.trees import find_states, leaf_name
 from jadam._diagnostics.describe import html_table, table
-from jadam._transformation.transformation import LeafUpdate, NotFusible, ScheduledBetasState, Transformation, info_of
+from jadam._transformation.transformation import LeafUpdate, NotFusible, ScheduledBetasState, Transformation, update_of
 from jadam._wrappers.by_path import ByPathState
 
 QUANTILES = np.array([0.05, 0.25, 0.5, 0.75, 0.95], np.float32)
@@ -237,8 +237,8 @@ def inferring_shardings(f):
 
 def unwrap(tx) -> Transformation:
     """``tx``, or what `jadam.sharding.zero1` is around; raises where that is opaque."""
-    if isinstance(tx, optax.GradientTransformation) and info_of(tx).step is not None:
-        tx = info_of(tx).inner
+    if isinstance(tx, optax.GradientTransformation) and update_of(tx).step is not None:
+        tx = update_of(tx).inner
     if not isinstance(tx, Transformation):
         raise TypeError(
             f"statistics needs one of jadam's optimizers, such as jadam.adam(...), got {checks.shown(tx)}. The order "
@@ -254,7 +254,7 @@ def leaf_updates_of(tx: Transformation, state, params) -> tuple[jax.Array, list[
         if not isinstance(x, ByPathState):
             checks.same_tree(params, x.mu, "params", "state.mu", " With Flax NNX: nnx.state(model, nnx.Param).")
     try:
-        leaf_updates = tx.info.fuse(none_new, _state_before_step(state), params).leaf_updates
+        leaf_updates = tx.update.fuse(none_new, _state_before_step(state), params).leaf_updates
     except NotFusible as reason:
         raise ValueError(
             f"statistics and record cannot look into the transformation: {reason}. Take the optimizer alone and its "
@@ -294,7 +294,7 @@ def _measure_coordinates(leaf_update: LeafUpdate, made, p, update, sample) -> ja
     leaf_update = leaf_update._replace(stored=tuple(x[few] for x in leaf_update.stored))
     m, *others = leaf_update.format.decode(leaf_update.stored, leaf_update.dtype)
     m_hat = m / leaf_update.hyperparams.b1.correction
-    root = leaf_update.rule.root(leaf_update.hyperparams, *others)
+    root = leaf_update.rule.denominator(leaf_update.hyperparams, *others)
     update = _update_from_moments(leaf_update, m_hat, m, others, p) if update is None else update[few]
     eps = jnp.maximum(
         leaf_update.hyperparams.eps, jnp.sqrt(jnp.asarray(leaf_update.hyperparams.eps_root, real(leaf_update.dtype)))
@@ -373,7 +373,7 @@ def _update_from_moments(leaf_update: LeafUpdate, m_hat, m, others, p):
     hold = lambda beta: Beta(one, one - one, beta.correction, beta.next_b, beta.next_correction)
     hp = hp.replace(b1=hold(hp.b1), b2=hold(hp.b2))
     g = m_hat if leaf_update.rule.nesterov else jnp.zeros_like(m_hat)
-    return leaf_update.scaled(leaf_update.rule.function(hp, g, m, *others)[0], p)
+    return leaf_update.apply_decay_and_lr(leaf_update.rule.function(hp, g, m, *others)[0], p)
 
 
 def _histograms(sizes) -> jax.Array:

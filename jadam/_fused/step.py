@@ -29,12 +29,12 @@ from jadam._transformation.transformation import (
     ConcreteCount,
     NotFusible,
     Operands,
-    info_of,
     not_fusible,
     pack,
     stored_arrays,
     unpack,
     update_leaf,
+    update_of,
 )
 
 
@@ -77,10 +77,10 @@ def step(tx: optax.GradientTransformation, grads, state, params):
         0.90 1.10
     """
     checks.transformation("step needs", tx)
-    info = info_of(tx)
-    if info.step is not None:
-        return info.step(grads, state, params)
-    if info.fuse is not_fusible:
+    update = update_of(tx)
+    if update.step is not None:
+        return update.step(grads, state, params)
+    if update.fuse is not_fusible:
         return update_and_apply(tx, grads, state, params)
     whole = params
     params, put = params_with_gradients(params, grads)
@@ -90,7 +90,7 @@ def step(tx: optax.GradientTransformation, grads, state, params):
     if params is None:
         raise ValueError("step needs params: call step(tx, grads, state, params).")
     try:
-        leaf_updates, rebuild_state = info.fuse(grads, state, params)
+        leaf_updates, rebuild_state = update.fuse(grads, state, params)
     except NotFusible:
         return update_and_apply(tx, grads, state, whole)
     settings, operands = pack(leaf_updates)
@@ -99,7 +99,7 @@ def step(tx: optax.GradientTransformation, grads, state, params):
     leaves, stored = _results(tree, step_p.bind(*arrays, settings=settings, tree=tree))
     # Times 1, which XLA leaves out: checkify looks for NaN behind operations that it knows, such as a product.
     leaves = [p * np.ones([], p.dtype) if isinstance(p, jax.core.Tracer) else p for p in leaves]
-    return put(leaves), _with_record(info, rebuild_state(stored), structure.unflatten(leaves))
+    return put(leaves), _with_record(update, rebuild_state(stored), structure.unflatten(leaves))
 
 
 def _results(tree, arrays) -> tuple[list, list[tuple]]:
@@ -110,7 +110,7 @@ def _results(tree, arrays) -> tuple[list, list[tuple]]:
 @functools.lru_cache(maxsize=256)
 def _structure_of_results(tree):
     operands, _, params = tree.unflatten(range(tree.num_leaves))
-    return jax.tree.structure((params, list(map(stored_arrays, operands.owned))))
+    return jax.tree.structure((params, list(map(stored_arrays, operands.leaf_arrays))))
 
 
 def update_and_apply(tx, grads, state, params):
@@ -124,7 +124,7 @@ def why_not_fused(tx, grads, state, params) -> str | None:
     """Why `step` must be two calls whatever the platform, or None. Raises what the plan's checks raise."""
 
     def fuse(grads, state, params):
-        return pack(info_of(tx).fuse(grads, _with_known_counts(state), params).leaf_updates)[1]
+        return pack(update_of(tx).fuse(grads, _with_known_counts(state), params).leaf_updates)[1]
 
     try:
         jax.eval_shape(fuse, grads, state, params)
@@ -150,7 +150,7 @@ def why_leaves_not_fused(platform, tx, grads, state, params) -> list[tuple[str, 
     )
 
     def fuse(grads, state, params):
-        leaf_updates = info_of(tx).fuse(grads, _with_known_counts(state), params).leaf_updates
+        leaf_updates = update_of(tx).fuse(grads, _with_known_counts(state), params).leaf_updates
         for leaf_update, g, p in zip(leaf_updates, jax.tree.leaves(grads), jax.tree.leaves(params), strict=True):
             found.append((leaf_update.group, None if leaf_update.frozen else unsupported_reason(leaf_update, g, p)))
 
@@ -158,9 +158,9 @@ def why_leaves_not_fused(platform, tx, grads, state, params) -> list[tuple[str, 
     return found
 
 
-def _with_record(info, state, params):
+def _with_record(update, state, params):
     """The new state, with a record in it where `jadam.record` is due."""
-    return state if info.after_step is None else info.after_step(state, params)
+    return state if update.after_step is None else update.after_step(state, params)
 
 
 def step_sharded(tx, grads, state, params, mesh, specs, first):
@@ -168,13 +168,13 @@ def step_sharded(tx, grads, state, params, mesh, specs, first):
 
     The plan is of whole arrays, so that a norm is that of all gradients; each device then does its parts of the jobs.
     """
-    info = info_of(tx)
-    leaf_updates, rebuild_state = info.fuse(grads, state, params)
+    update = update_of(tx)
+    leaf_updates, rebuild_state = update.fuse(grads, state, params)
     leaves, structure = jax.tree.flatten(params)
     settings, operands = pack(leaf_updates, [p.shape for p in leaves])
     leaves, stored = _on_mesh(settings, mesh, tuple(specs), first, operands, jax.tree.leaves(grads), leaves)
     params = structure.unflatten(leaves)
-    return params, _with_record(info, rebuild_state(stored), params)
+    return params, _with_record(update, rebuild_state(stored), params)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -182,11 +182,11 @@ def _on_mesh(settings, mesh, specs, first, operands, grads, params):
     specs = list(specs)
 
     def body(operands, grads, params):
-        offsets = [first(shape, spec, mesh) for shape, spec in zip(settings.shapes, specs, strict=True)]
+        offsets = [first(shape, spec, mesh) for shape, spec in zip(settings.global_shapes, specs, strict=True)]
         arrays, tree = jax.tree.flatten((operands._replace(offsets=offsets), grads, params))
         return _results(tree, step_p.bind(*arrays, settings=settings, tree=tree))
 
-    of_owned = [jax.tree.map(lambda _, spec=spec: spec, x) for x, spec in zip(operands.owned, specs, strict=True)]
+    of_owned = [jax.tree.map(lambda _, spec=spec: spec, x) for x, spec in zip(operands.leaf_arrays, specs, strict=True)]
     of_operands = Operands(jax.tree.map(lambda _: PartitionSpec(), operands.scalars), of_owned, None)
     return jax.shard_map(
         body,
@@ -263,7 +263,7 @@ def _(*avals, settings, tree):
     operands, _, params = tree.unflatten(avals)
     if not avals:
         return []
-    results = [x.strip_weak_type() for x in jax.tree.leaves((params, list(map(stored_arrays, operands.owned))))]
+    results = [x.strip_weak_type() for x in jax.tree.leaves((params, list(map(stored_arrays, operands.leaf_arrays))))]
     return _varying_as(avals, results)
 
 

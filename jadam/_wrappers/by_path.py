@@ -24,8 +24,8 @@ from jadam._transformation.transformation import (
     Transformation,
     Update,
     call_as_repr,
-    or_nan,
-    over,
+    decouple,
+    nan_if_invalid,
     schedule_value,
 )
 
@@ -125,11 +125,11 @@ def by_path(
         of_leaf: Any = (lambda path, p: named) if isinstance(named, str) else named  # so that all states have one type
         direction = make(of_leaf)
         lr_mult = checks.hyperparameter("lr_mult", own["lr_mult"], ">= 0", schedule=False)
-        decay = or_nan("weight_decay", checks.hyperparameter("weight_decay", own["weight_decay"], ">= 0"))
-        decay = decay if max_lr is None else over(decay, max_lr)
+        decay = nan_if_invalid("weight_decay", checks.hyperparameter("weight_decay", own["weight_decay"], ">= 0"))
+        decay = decay if max_lr is None else decouple(decay, max_lr)
         told = settings if named == "float32" else {**settings, "moments": named}
         text = " ".join([repr(pattern.pattern), *(f"{name}={value!r}" for name, value in told.items())])
-        minus_lr = lambda count: -(schedule_value(or_nan("learning_rate", learning_rate), count) * lr_mult)
+        minus_lr = lambda count: -(schedule_value(nan_if_invalid("learning_rate", learning_rate), count) * lr_mult)
         return _Group(text, pattern, direction, named, minus_lr, lambda count: schedule_value(decay, count))
 
     groups = [group(*rule) for rule in _pairs(rules)]
@@ -158,7 +158,7 @@ def by_path(
         for (k, group), corrections in zip(parts.moving, state.corrections, strict=True):
             own = state.moments._replace(**{name: parts.only(k, getattr(state.moments, name)) for name in trees})
             own = ScheduledBetasState(corrections, own) if corrections else own
-            planned, rebuild_state = group.direction.info.fuse(parts.only(k, updates), own, parts.only(k, params))
+            planned, rebuild_state = group.direction.update.fuse(parts.only(k, updates), own, parts.only(k, params))
             rebuilders.append((parts.indices[k], rebuild_state))
             decay = group.weight_decay(count)
             changes = {"minus_lr": group.minus_lr(count), "weight_decay": decay, "group": group}

@@ -5,7 +5,7 @@ Each has the state and the results of its namesake in Optax, whose code it runs.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,8 @@ from jadam._transformation.transformation import (
     FusedUpdate,
     NotFusible,
     Transformation,
-    info_of,
     not_fusible,
+    update_of,
 )
 from jadam._wrappers.exact_bf16 import ExactBF16
 
@@ -34,13 +34,10 @@ class ClipUpdate(FunctionUpdate):
 class Clip(optax.GradientTransformation):
     """What `clip` and `clip_by_global_norm` return: Optax's transformation, which `chain` knows."""
 
-    @property
-    def info(self) -> ClipUpdate:
-        """``update``, with its type."""
-        return cast(ClipUpdate, self.update)
+    update: ClipUpdate  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __repr__(self):
-        return self.info.call
+        return self.update.call
 
 
 def _clip(tx, clip_leaves, name, bound) -> Clip:
@@ -143,7 +140,7 @@ def chain(*stages: optax.GradientTransformation) -> Transformation:
         checks.transformation(f"chain's stage {i} must be", stage)
         if isinstance(stage, ExactBF16):
             raise ValueError(f"chain's stage {i} is exact_bf16, which must be outermost: exact_bf16(chain(...)).")
-        if info_of(stage).after_step is not None:
+        if update_of(stage).after_step is not None:
             raise ValueError(
                 f"chain's stage {i} is record, which must be outermost: record(chain(...)). With other stages than "
                 "clipping: optax.chain(record(...), ...)."
@@ -169,13 +166,15 @@ def chain(*stages: optax.GradientTransformation) -> Transformation:
             raise NotFusible("16-bit gradients are clipped in 16 bits; wrap the chain in jadam.exact_bf16")
         if clips and any(jnp.iscomplexobj(g) for g in jax.tree.leaves(updates)):
             raise NotFusible("complex gradients are clipped")
-        leaf_updates, rebuild_state = last.info.fuse(updates, last_state, params)
+        leaf_updates, rebuild_state = last.update.fuse(updates, last_state, params)
         for stage in clips:
-            leaf_updates = stage.info.clip_leaves(leaf_updates, updates)
+            leaf_updates = stage.update.clip_leaves(leaf_updates, updates)
         return FusedUpdate(leaf_updates, lambda *stored: (*states, rebuild_state(*stored)))
 
     text = f"jadam.chain({', '.join(map(repr, stages))})"
-    needs_gradient_values = any(stage.info.name == "clip_by_global_norm" for stage in clips if isinstance(stage, Clip))
+    needs_gradient_values = any(
+        stage.update.name == "clip_by_global_norm" for stage in clips if isinstance(stage, Clip)
+    )
     return Transformation(inner.init, FunctionUpdate(fuse, text, None, needs_gradient_values, function=update))
 
 
@@ -186,7 +185,7 @@ def _why_not_one_pass(clips, last) -> str | None:
     for i, stage in enumerate(clips):
         if not isinstance(stage, Clip):
             return f"jadam.chain's stage {i} is neither jadam.clip nor jadam.clip_by_global_norm"
-    names = [stage.info.name for stage in clips]
+    names = [stage.update.name for stage in clips]
     if "clip" in names[1:]:
         return "jadam.clip comes after another clipping"
     if names.count("clip_by_global_norm") > 1:

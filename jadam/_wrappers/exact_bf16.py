@@ -23,7 +23,7 @@ from jadam._transformation.transformation import (
     NotFusible,
     Transformation,
     Update,
-    info_of,
+    update_of,
 )
 
 
@@ -94,12 +94,12 @@ def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
         1 0.9990
     """
     checks.transformation("exact_bf16 needs", tx)
-    if info_of(tx).after_step is not None:
+    if update_of(tx).after_step is not None:
         raise ValueError(
             "exact_bf16 must not be around record, whose records would be of other weights: record(exact_bf16(tx))."
         )
     inner = optax.with_extra_args_support(optax.GradientTransformation(tx.init, tx.update))
-    needs_gradient_values = info_of(tx).needs_gradient_values
+    needs_gradient_values = update_of(tx).needs_gradient_values
 
     def init(params) -> Any:
         checks.trainable(params, "params")
@@ -139,7 +139,7 @@ def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
         # A plan looks at shapes and dtypes, mostly. Masters and wide gradients are made leaf by leaf, in the one pass.
         masters = jax.tree.map(lambda p: _no_values(p) if _is_bf16(p) else p, params)
         wide_gradient = _widened if needs_gradient_values else lambda g, p: _no_values(g) if _is_bf16(p) else g
-        leaf_updates, rebuild_state = tx.info.fuse(
+        leaf_updates, rebuild_state = tx.update.fuse(
             jax.tree.map(wide_gradient, updates, params), state.inner_state, masters
         )
         old, structure = jax.tree.flatten(state.remainder)
@@ -220,8 +220,8 @@ def from_float32(params32, tx: Transformation, keep: Callable[[str, Any], bool] 
         >>> print(params["w"].dtype, params["b"].dtype)
         bfloat16 float32
     """
-    recorded = isinstance(tx, Transformation) and tx.info.after_step is not None  # by jadam.record
-    exact = tx.info.inner if recorded else tx
+    recorded = isinstance(tx, Transformation) and tx.update.after_step is not None  # by jadam.record
+    exact = tx.update.inner if recorded else tx
     if not isinstance(exact, ExactBF16):
         got = checks.shown(tx)
         raise TypeError(f"from_float32 needs what jadam.exact_bf16 returned, got {got}. Wrap it: exact_bf16(tx).")
@@ -237,7 +237,7 @@ def from_float32(params32, tx: Transformation, keep: Callable[[str, Any], bool] 
 
     params = jax.tree_util.tree_map_with_path(narrow, params32)
     remainder = jax.tree.map(lambda p, x: _no_remainder(p) if p is x else split(x)[1], params, params32)
-    state = ExactBF16State(remainder, exact.info.inner.init(_masters(params, remainder)), version())
+    state = ExactBF16State(remainder, exact.update.inner.init(_masters(params, remainder)), version())
     outer: Any = tx.init(params) if exact is not tx else None
     return params, state if outer is None else outer._replace(inner_state=state)
 

@@ -100,7 +100,7 @@ def test_whether_a_step_is_one_pass(monkeypatch):
         one_but = f"one pass on cpu ({on}), but for ['c'] (bfloat16 without jadam.exact_bf16 is XLA's)"
         assert said(jadam.adam(1e-3), half) == (False, one_but)
         assert said(jadam.exact_bf16(jadam.adam(1e-3)), half)[0]
-    two = "two calls: none of jadam's optimizers; a chain must be jadam.chain"
+    two = "two calls: not a jadam optimizer (for a chain, use jadam.chain)"
     assert said(optax.chain(jadam.adam(1e-3))) == (False, two)
     assert "neither jadam.clip nor" in said(jadam.chain(optax.clip(1.0), jadam.adam(1e-3)))[1]
     assert "jadam.exact_bf16 is around none" in said(jadam.exact_bf16(optax.adam(1e-3)))[1]

@@ -538,7 +538,7 @@ OBSTACLES = [
     (jadam.chain(optax.trace(0.9), ADAM), P32, "trace"),
     (jadam.chain(CLIP, ADAM), P16, "16-bit gradients are clipped in 16 bits; wrap the chain in jadam.exact_bf16"),
     (jadam.exact_bf16(optax.adam(0.1)), P16, "jadam.exact_bf16 is around none of jadam's optimizers nor jadam.chain"),
-    (optax.adam(0.1), P32, "none of jadam's optimizers; a chain must be jadam.chain"),
+    (optax.adam(0.1), P32, "not a jadam optimizer (for a chain, use jadam.chain)"),
 ]
 
 
