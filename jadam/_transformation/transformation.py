@@ -242,9 +242,9 @@ class Settings(NamedTuple):
     """Static part of a list of leaf updates. Hashable, and equal for optimizers that differ only in numbers."""
 
     leaf_updates: tuple[LeafUpdate, ...]  # without arrays
-    hyperparams_index: tuple[int, ...]  # of each leaf's `Hyperparams` in the tree below
-    scalar_index: tuple[int, ...]  # of each leaf of the tree below in `Operands.scalars`
-    tree: Any  # structure of (the distinct `Hyperparams`, the `LEAF_SCALARS` of each leaf)
+    hyperparams_index: tuple[int, ...]  # for each leaf, which of the distinct `Hyperparams` it uses
+    scalar_index: tuple[int, ...]  # for each scalar of `tree`, its index in `Operands.scalars`
+    tree: Any  # structure of (distinct `Hyperparams`, `LEAF_SCALARS` of each leaf)
     global_shapes: tuple | None  # of the global arrays, if the leaves are shards
 
 
@@ -362,11 +362,11 @@ class Update:
     call: str = ""  # the call that made the transformation, its repr
     inner: Any = None  # the wrapped transformation, if this one is a wrapper
     needs_gradient_values: bool = False  # whether `fuse` reads the gradients' values, as for a norm, or only shapes
-    after_step: Callable[..., Any] | None = None  # after_step(new_state, new_params) -> state, at the end of each step
+    after_step: Callable[..., Any] | None = None  # after_step(new_state, new_params) -> state, called by `jadam.step`
     step: Callable[..., Any] | None = None  # step(grads, state, params) -> (params, state), in place of `jadam.step`
 
     def __call__(self, updates, state, params=None, **extra_args) -> Any:
-        """Optax's ``update``, by XLA."""
+        """Return Optax's ``(updates, new_state)``, computed by XLA."""
         params, _ = params_with_gradients(params, updates)
         checks.values(params, "params")
         checks.together(updates=updates, state=state, params=params)

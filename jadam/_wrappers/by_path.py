@@ -235,9 +235,8 @@ def _check_tree(groups: list[_Group], params, moments, what: str) -> None:
         return
     leaves = lambda tree: jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: x is None)
     by_name = lambda tree: NamedLeaves(names := [leaf_name(path) for path, _ in leaves(tree)], names)
-    checks.same_structure(
-        by_name(params), by_name(moments), "params", what
-    )  # also finds frozen leaves, None in moments
+    checks.same_structure(by_name(params), by_name(moments), "params", what)
+    # The same paths, so the difference is in the nodes' types, or a parameter is now None.
     frozen = lambda name: next((group.tx is None for group in groups if group.pattern.search(name)), False)
     trained = jax.tree_util.tree_map_with_path(lambda path, p: None if frozen(leaf_name(path)) else p, params)
     checks.same_structure(trained, moments, "params", what)
@@ -262,10 +261,10 @@ def _assign_groups(groups: list[_Group], names: list[str]) -> list[int]:
             )
     missing = [name for name, row in zip(names, matches, strict=True) if not any(row)]
     if missing:
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise ValueError(
-            f"by_path has no pattern that matches {', '.join(missing[:5])}{more}. Closest pattern: "
-            f"{_closest(missing[0], patterns)[0]!r}. "
+            f"by_path has no pattern that matches {', '.join(missing[:5])}"
+            f"{f' and {len(missing) - 5} more' if len(missing) > 5 else ''}. "
+            f"Closest pattern: {_closest(missing[0], patterns)[0]!r}. "
             'To give all other parameters the defaults, end rules with ("", {}).'
         )
     return [row.index(True) for row in matches]
