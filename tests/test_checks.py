@@ -382,7 +382,7 @@ TREES = [
     ),
     (lambda: jadam.step(jadam.adam, W, STATE, W), TypeError, "step needs an Optax transformation, got <function adam"),
     (lambda: jadam.chain(ADAM, 3), TypeError, "chain's stage 1 must be an Optax transformation, got 3."),
-    (lambda: jadam.chain(), ValueError, "chain needs one stage at least, got none."),
+    (lambda: jadam.chain(), ValueError, "chain needs at least one stage, got none."),
     (
         lambda: jadam.chain(EXACT),
         ValueError,
@@ -396,12 +396,12 @@ TREES = [
     (
         lambda: jadam.averaged_params(STATE),
         ValueError,
-        "state must hold the average of one average_params, found 0. Chain it last",
+        "state must contain one AverageParamsState, found 0. Train with optax.chain(tx, jadam.average_params()).",
     ),
     (
         lambda: jadam.averaged_params(optax.chain(jadam.average_params(), jadam.average_params()).init(W)),
         ValueError,
-        "state must hold the average of one average_params, found 2.",
+        "state must contain one AverageParamsState, found 2. Pass a part of state that has one.",
     ),
     (
         lambda: jadam.describe(ADAM, INT),
@@ -550,12 +550,12 @@ DTYPES = [
     (
         lambda: updated(EXACT, HALF, state=EXACT.init(W)),
         TypeError,
-        "params['b']['c'] was of another dtype than bfloat16 at init, got bfloat16 of shape (3,). Apply updates with",
+        "params['b']['c'] was of another dtype than bfloat16 at init, got bfloat16 of shape (3,). Pass the parameters of init, updated by",
     ),
     (
         lambda: updated(EXACT, HALF, p=W),
         TypeError,
-        "params['b']['c'] was bfloat16 of shape (3,) at init, got float32 of shape (3,). Apply updates with",
+        "params['b']['c'] was bfloat16 of shape (3,) at init, got float32 of shape (3,). Pass the parameters of init, updated by",
     ),
     (
         lambda: updated(EXACT, HALF, g={**HALF, "w": "one"}),
@@ -565,7 +565,7 @@ DTYPES = [
     (
         lambda: jadam.from_float32(W, ADAM),
         TypeError,
-        "from_float32 needs what jadam.exact_bf16 returned, got jadam.adam(learning_rate=0.001). Wrap it: exact_bf16(tx).",
+        "tx must be from jadam.exact_bf16, got jadam.adam(learning_rate=0.001). Pass jadam.exact_bf16(tx), or",
     ),
     (
         lambda: jadam.from_float32(INT, EXACT),
@@ -580,12 +580,12 @@ DTYPES = [
     (
         lambda: jadam.from_float32(W, EXACT, keep="norm"),
         TypeError,
-        "keep must be a function f(path, leaf) to True or False, got 'norm'.",
+        "keep must be a function f(path, leaf) that returns a bool, got 'norm'.",
     ),
     (
         lambda: jadam.float32_params(HALF, STATE),
         ValueError,
-        "state must hold one ExactBF16State, found 0. Train with jadam.exact_bf16(...)",
+        "state must contain one ExactBF16State, found 0. Train with jadam.exact_bf16(...)",
     ),
     (
         lambda: jadam.float32_params({"w": HALF["w"]}, EXACT.init(HALF)),
@@ -768,7 +768,7 @@ TOLD = [  # statistics and records
     (
         lambda: jadam.statistics(jadam.by_path(RULES, 1e-3), jadam.by_path(RULES, 1e-3).init(W), [W]),
         ValueError,
-        "state.moments must be of the gradients' tree, got another.",
+        "params[0]['b']['c'] has no counterpart in state.moments.mu. Gradients, parameters and the tree given to init must",
     ),
     (
         lambda: jadam.statistics(ADAM, STATE, W, sample=0),
@@ -804,7 +804,7 @@ TOLD = [  # statistics and records
     (
         lambda: jadam.exact_bf16(RECORD),
         ValueError,
-        "exact_bf16 must not be around record, whose records would be of other weights: record(exact_bf16(tx)).",
+        "exact_bf16 must be inside record, got it around record. Swap them: record(exact_bf16(tx)).",
     ),
     (
         lambda: jadam.record(jadam.chain(optax.clip(1.0), ADAM)).init(W),
@@ -847,7 +847,7 @@ GROUPS = [
     (
         lambda: jadam.by_path([("['a", {})], 1e-3),
         ValueError,
-        "by_path's pattern \"['a\" is no regular expression: unterminated character set",
+        "by_path's pattern \"['a\" must be a regular expression: unterminated character set",
     ),
     (
         lambda: jadam.by_path([("", 1.0)], 1e-3),
@@ -877,17 +877,17 @@ GROUPS = [
     (
         lambda: jadam.by_path([("kernal", {}), *RULES], 1e-3).init({"kernel": VECTOR}),
         ValueError,
-        "by_path's pattern 'kernal' is found in no path. Near: ['kernel'].",
+        "by_path's pattern 'kernal' matches no path. Closest paths: ['kernel'].",
     ),
     (
         lambda: jadam.by_path([("w", {})], 1e-3).init(W),
         ValueError,
-        "by_path has no rule for ['b']['c']; nearest pattern: 'w'. End the rules with",
+        "by_path has no pattern that matches ['b']['c']. Closest pattern: 'w'. To give all other",
     ),
     (
         lambda: jadam.by_path([("b", {}), ("c", jadam.FROZEN), *RULES], 1e-3).init(W),
         ValueError,
-        "by_path's pattern 'c' comes too late: all that it is found in follows 'b' or another before it. Put it first.",
+        "by_path's pattern 'c' is never used: earlier patterns, such as 'b', match all its paths. Move it before them.",
     ),
     (
         lambda: updated(jadam.by_path(RULES, 1e-3), p=None),

@@ -147,7 +147,7 @@ def record(
 
     def fuse(updates, state, params) -> FusedUpdate:
         checks.check_state_type(state, RecordState, START_LATE)
-        leaf_updates, rebuild_state = tx.info.fuse(updates, state.inner_state, params)
+        leaf_updates, rebuild_state = tx.update.fuse(updates, state.inner_state, params)
         return FusedUpdate(leaf_updates, lambda stored: RecordState(rebuild_state(stored), state.ring))
 
     return Record(
@@ -156,7 +156,7 @@ def record(
             fuse,
             f"jadam.record({tx!r}, every={every}, keep={keep}, sample={sample})",
             tx,
-            tx.info.needs_gradient_values,
+            tx.update.needs_gradient_values,
             after_step,
             function=update,
         ),

@@ -21,7 +21,7 @@ from jadam._core.bf16 import join
 from jadam._core.numerics import Beta, CurrentCorrection, at_least_float32, divide, real
 from jadam._core.trees import find_states, leaf_name
 from jadam._diagnostics.describe import html_table, table
-from jadam._transformation.transformation import LeafUpdate, NotFusible, ScheduledBetasState, Transformation, info_of
+from jadam._transformation.transformation import LeafUpdate, NotFusible, ScheduledBetasState, Transformation, update_of
 from jadam._wrappers.by_path import ByPathState
 
 QUANTILES = np.array([0.05, 0.25, 0.5, 0.75, 0.95], np.float32)
@@ -245,12 +245,12 @@ def with_auto_axes(f):
 
 def unwrap(tx) -> Transformation:
     """``tx`` without `jadam.sharding.zero1` around it; raises unless it is one of jadam's transformations."""
-    if isinstance(tx, optax.GradientTransformation) and info_of(tx).step is not None:
-        tx = info_of(tx).inner
+    if isinstance(tx, optax.GradientTransformation) and update_of(tx).step is not None:
+        tx = update_of(tx).inner
     if not isinstance(tx, Transformation):
         raise TypeError(
-            f"statistics needs a jadam optimizer, such as jadam.adam(...), got {checks.short_repr(tx)}. Argument order: "
-            "tx, state, params. Use jadam.chain instead of optax.chain."
+            f"statistics needs a jadam optimizer, such as jadam.adam(...), got {checks.short_repr(tx)}. Argument "
+            "order: tx, state, params. Use jadam.chain instead of optax.chain."
         )
     return tx
 
@@ -262,7 +262,7 @@ def last_leaf_updates(tx: Transformation, state, params) -> tuple[jax.Array, lis
         if not isinstance(x, ByPathState):
             checks.check_same_tree(params, x.mu, "params", "state.mu", " With Flax NNX: nnx.state(model, nnx.Param).")
     try:
-        leaf_updates = tx.info.fuse(zero_grads, _state_before_step(state), params).leaf_updates
+        leaf_updates = tx.update.fuse(zero_grads, _state_before_step(state), params).leaf_updates
     except NotFusible as reason:
         raise ValueError(
             f"statistics and record do not support this transformation: {reason}. Pass a jadam optimizer "
@@ -309,7 +309,7 @@ def _measure_coordinates(leaf_update: LeafUpdate, has_stepped, p, update, sample
     leaf_update = leaf_update._replace(stored=tuple(x[index] for x in leaf_update.stored))
     m, *others = leaf_update.format.decode(leaf_update.stored, leaf_update.dtype)
     m_hat = m / leaf_update.hyperparams.b1.correction
-    root = leaf_update.rule.root(leaf_update.hyperparams, *others)
+    root = leaf_update.rule.denominator(leaf_update.hyperparams, *others)
     update = _update_from_moments(leaf_update, m_hat, m, others, p) if update is None else update[index]
     eps = jnp.maximum(
         leaf_update.hyperparams.eps, jnp.sqrt(jnp.asarray(leaf_update.hyperparams.eps_root, real(leaf_update.dtype)))
@@ -388,7 +388,7 @@ def _update_from_moments(leaf_update: LeafUpdate, m_hat, m, others, p):
     frozen = lambda beta: Beta(one, one - one, beta.correction, beta.next_b, beta.next_correction)
     hp = hp.replace(b1=frozen(hp.b1), b2=frozen(hp.b2))
     g = m_hat if leaf_update.rule.nesterov else jnp.zeros_like(m_hat)
-    return leaf_update.scaled(leaf_update.rule.function(hp, g, m, *others)[0], p)
+    return leaf_update.apply_decay_and_lr(leaf_update.rule.function(hp, g, m, *others)[0], p)
 
 
 def _histograms(x) -> jax.Array:

@@ -29,12 +29,12 @@ from jadam._transformation.transformation import (
     ConcreteCount,
     NotFusible,
     Operands,
-    info_of,
     not_fusible,
     pack,
     stored_arrays,
     unpack,
     update_leaf,
+    update_of,
 )
 
 
@@ -81,10 +81,10 @@ def step(
         0.90 1.10
     """
     checks.check_transformation("step needs", tx)
-    info = info_of(tx)
-    if info.step is not None:
-        return info.step(grads, state, params)
-    if info.fuse is not_fusible:
+    update = update_of(tx)
+    if update.step is not None:
+        return update.step(grads, state, params)
+    if update.fuse is not_fusible:
         return update_and_apply(tx, grads, state, params)
     all_params = params
     params, merge = params_with_gradients(params, grads)
@@ -94,7 +94,7 @@ def step(
     if grads is None or params is None:
         raise ValueError(f"{'params' if params is None else 'grads'} is None. Call step(tx, grads, state, params).")
     try:
-        leaf_updates, rebuild_state = info.fuse(grads, state, params)
+        leaf_updates, rebuild_state = update.fuse(grads, state, params)
     except NotFusible:
         return update_and_apply(tx, grads, state, all_params)
     settings, operands = pack(leaf_updates)
@@ -103,7 +103,7 @@ def step(
     leaves, stored = _unflatten_results(tree, step_p.bind(*arrays, settings=settings, tree=tree))
     # checkify looks for NaN only after primitives that it knows, such as mul. XLA removes this product with 1.
     leaves = [p * np.ones([], p.dtype) if isinstance(p, jax.core.Tracer) else p for p in leaves]
-    return merge(leaves), _after_step(info, rebuild_state(stored), structure.unflatten(leaves))
+    return merge(leaves), _after_step(update, rebuild_state(stored), structure.unflatten(leaves))
 
 
 def _unflatten_results(tree, arrays) -> tuple[list, list[tuple]]:
@@ -114,7 +114,7 @@ def _unflatten_results(tree, arrays) -> tuple[list, list[tuple]]:
 @functools.lru_cache(maxsize=256)
 def _result_structure(tree):
     operands, _, params = tree.unflatten(range(tree.num_leaves))
-    return jax.tree.structure((params, list(map(stored_arrays, operands.owned))))
+    return jax.tree.structure((params, list(map(stored_arrays, operands.leaf_arrays))))
 
 
 def update_and_apply(tx, grads, state, params):
@@ -128,7 +128,7 @@ def why_not_fused(tx, grads, state, params) -> str | None:
     """Return why `step` cannot be fused on any platform, or None. Raises what ``tx.update`` raises."""
 
     def fuse(grads, state, params):
-        return pack(info_of(tx).fuse(grads, _with_concrete_counts(state), params).leaf_updates)[1]
+        return pack(update_of(tx).fuse(grads, _with_concrete_counts(state), params).leaf_updates)[1]
 
     try:
         jax.eval_shape(fuse, grads, state, params)
@@ -154,7 +154,7 @@ def why_leaves_not_fused(platform, tx, grads, state, params) -> list[tuple[str, 
     )
 
     def fuse(grads, state, params):
-        leaf_updates = info_of(tx).fuse(grads, _with_concrete_counts(state), params).leaf_updates
+        leaf_updates = update_of(tx).fuse(grads, _with_concrete_counts(state), params).leaf_updates
         for leaf_update, g, p in zip(leaf_updates, jax.tree.leaves(grads), jax.tree.leaves(params), strict=True):
             found.append((leaf_update.group, None if leaf_update.frozen else unsupported_reason(leaf_update, g, p)))
 
@@ -162,9 +162,9 @@ def why_leaves_not_fused(platform, tx, grads, state, params) -> list[tuple[str, 
     return found
 
 
-def _after_step(info, state, params):
-    """The new state after ``info.after_step``, with which `jadam.record` adds its statistics."""
-    return state if info.after_step is None else info.after_step(state, params)
+def _after_step(update, state, params):
+    """The new state after ``update.after_step``, with which `jadam.record` adds its statistics."""
+    return state if update.after_step is None else update.after_step(state, params)
 
 
 def step_sharded(tx, grads, state, params, mesh, specs, shard_offset):
@@ -179,13 +179,13 @@ def step_sharded(tx, grads, state, params, mesh, specs, shard_offset):
         shard_offset: ``shard_offset(shape, spec, mesh)``, called in `jax.shard_map`, returns the index of the shard's
             first element in the global array.
     """
-    info = info_of(tx)
-    leaf_updates, rebuild_state = info.fuse(grads, state, params)
+    update = update_of(tx)
+    leaf_updates, rebuild_state = update.fuse(grads, state, params)
     leaves, structure = jax.tree.flatten(params)
     settings, operands = pack(leaf_updates, [p.shape for p in leaves])
     leaves, stored = _step_shards(settings, mesh, tuple(specs), shard_offset, operands, jax.tree.leaves(grads), leaves)
     params = structure.unflatten(leaves)
-    return params, _after_step(info, rebuild_state(stored), params)
+    return params, _after_step(update, rebuild_state(stored), params)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -193,11 +193,13 @@ def _step_shards(settings, mesh, specs, shard_offset, operands, grads, params):
     specs = list(specs)
 
     def body(operands, grads, params):
-        offsets = [shard_offset(shape, spec, mesh) for shape, spec in zip(settings.shapes, specs, strict=True)]
+        offsets = [shard_offset(shape, spec, mesh) for shape, spec in zip(settings.global_shapes, specs, strict=True)]
         arrays, tree = jax.tree.flatten((operands._replace(offsets=offsets), grads, params))
         return _unflatten_results(tree, step_p.bind(*arrays, settings=settings, tree=tree))
 
-    owned_specs = [jax.tree.map(lambda _, spec=spec: spec, x) for x, spec in zip(operands.owned, specs, strict=True)]
+    owned_specs = [
+        jax.tree.map(lambda _, spec=spec: spec, x) for x, spec in zip(operands.leaf_arrays, specs, strict=True)
+    ]
     operand_specs = Operands(jax.tree.map(lambda _: PartitionSpec(), operands.scalars), owned_specs, None)
     return jax.shard_map(
         body,
@@ -275,7 +277,7 @@ def _(*avals, settings, tree):
     operands, _, params = tree.unflatten(avals)
     if not avals:
         return []
-    results = [x.strip_weak_type() for x in jax.tree.leaves((params, list(map(stored_arrays, operands.owned))))]
+    results = [x.strip_weak_type() for x in jax.tree.leaves((params, list(map(stored_arrays, operands.leaf_arrays))))]
     return _with_varying_axes(avals, results)
 
 

@@ -25,7 +25,9 @@ def adamax_rule(hp: Hyperparams, g, m, u):
     return divide(m_hat, u), m, u
 
 
-ADAMAX = Rule(adamax_rule, optax.ScaleByAdamState, native="adamax", root=lambda hp, u: u, eps_in_denominator=True)
+ADAMAX = Rule(
+    adamax_rule, optax.ScaleByAdamState, native="adamax", denominator=lambda hp, u: u, eps_in_denominator=True
+)
 
 
 @call_as_repr

@@ -38,12 +38,14 @@ def amsgrad_of_v_rule(hp: Hyperparams, g, m, v, v_max):
     return adam_direction(hp, m / hp.b1.correction, v_max / hp.b2.correction), m, v, v_max
 
 
-AMSGRAD = Rule(amsgrad_rule, optax.ScaleByAmsgradState, native="amsgrad", root=lambda hp, v, v_max: jnp.sqrt(v_max))
+AMSGRAD = Rule(
+    amsgrad_rule, optax.ScaleByAmsgradState, native="amsgrad", denominator=lambda hp, v, v_max: jnp.sqrt(v_max)
+)
 AMSGRAD_OF_V = Rule(
     amsgrad_of_v_rule,
     optax.ScaleByAmsgradState,
     native="amsgrad_of_v",
-    root=lambda hp, v, v_max: jnp.sqrt(v_max / hp.b2.correction),
+    denominator=lambda hp, v, v_max: jnp.sqrt(v_max / hp.b2.correction),
 )
 
 

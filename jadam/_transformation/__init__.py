@@ -1,1 +1,1 @@
-"""From a rule for one array to an Optax transformation over a tree."""
+"""Build Optax transformations from update rules for one array."""

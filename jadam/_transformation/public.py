@@ -27,7 +27,7 @@ class Signature(inspect.Signature):
 
 
 def call_as_repr(function: F) -> F:
-    """Make the returned transformation print as the call of ``function``, without arguments that are defaults."""
+    """Decorator: the repr of the returned transformation is the call that made it, without default arguments."""
     signature = inspect.signature(function)
     parameters = signature.parameters
 
@@ -36,7 +36,9 @@ def call_as_repr(function: F) -> F:
         tx = function(*args, **kwargs)
         given = {**dict(zip(parameters, args, strict=False)), **kwargs}
         shown = [
-            f"{x}={_short(given[x])}" for x in parameters if x in given and not _is_default(given[x], parameters[x])
+            f"{x}={_short_repr(given[x])}"
+            for x in parameters
+            if x in given and not _is_default(given[x], parameters[x])
         ]
         tx.update.call = f"jadam.{function.__name__}({', '.join(shown)})"
         return tx
@@ -50,8 +52,8 @@ def _is_default(value, parameter: inspect.Parameter) -> bool:
     return value is parameter.default or (isinstance(value, (int, float, str)) and value == parameter.default)
 
 
-def _short(value) -> str:
-    """The ``repr`` of a value, cut to 200 characters; for a schedule, the name of the function that made it."""
+def _short_repr(value) -> str:
+    """The repr, at most 200 characters; for functions their name, for schedules the name of their factory."""
     if inspect.isroutine(value):
         return f"<{value.__qualname__.split('.<locals>')[0].strip('<>')}>"
     text = repr(value)

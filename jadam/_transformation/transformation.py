@@ -1,9 +1,9 @@
 """Optax transformations from an update rule for one array.
 
-A `Rule` holds a pure function ``f(hp, g, *moments) -> (u, *moments)`` on arrays of one dtype, where ``hp`` are the
-hyperparameters of this step, and what the rest of the package needs to know about it. A rule knows nothing of trees,
-stored formats or schedules; this file knows nothing of Adam. `scale_by_rule` maps a rule over a tree;
-`scale_by_learning_rate_and_decay` adds weight decay and the learning rate.
+A `Rule` holds a pure function ``f(hp, g, *moments) -> (u, *moments)`` on arrays of one dtype. ``hp`` are the
+hyperparameters of the step. `scale_by_rule` maps a rule over a tree; `scale_by_learning_rate_and_decay` adds weight
+decay and the learning rate. Rules are independent of trees, storage formats and schedules; this file is independent of
+Adam.
 """
 
 import collections
@@ -12,7 +12,7 @@ import functools
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.core
@@ -40,49 +40,50 @@ from jadam._moments import formats
 
 @jax.tree_util.register_pytree_node_class
 class Hyperparams(SimpleNamespace):
-    """The scalars of one step, in the dtype of the leaf they are used on.
+    """Hyperparameters of one step, in the dtype of the leaf's arithmetic.
 
-    ``t`` counts from 1; a `Beta` for every decay rate and a scalar for every other hyperparameter, by name. A tree
-    whose leaves are those that are arrays; numbers known on the host belong to its structure.
+    Every decay rate is a `Beta`, every other hyperparameter a scalar. A pytree: arrays are its leaves, NumPy scalars
+    and Python numbers are static.
     """
 
-    t: Scalar
+    t: Scalar  # the step, counted from 1
     b1: Beta
     b2: Beta
-    momentum: Beta  # b1 unless the rule has one of its own
+    momentum: Beta  # b1, unless a rule sets it
     eps_root: Scalar | float = 0.0
-    trusted: Scalar | bool = True  # RAdam's
-    rectification: Scalar | float = 1.0
+    trusted: Scalar | bool = True  # RAdam: whether the rectified step is used
+    rectification: Scalar | float = 1.0  # RAdam
 
     def __init__(self, **values):
-        """The hyperparameters by name."""
+        """Set the hyperparameters by name."""
         super().__init__(**{"momentum": values.get("b1"), **values})
 
     def replace(self, **changed) -> "Hyperparams":
-        """The same step with some scalars changed."""
+        """Return a copy with some hyperparameters changed."""
         return Hyperparams(**{**vars(self), **changed})
 
     def tree_flatten(self):
         """For JAX."""
         values, tree = jax.tree.flatten(vars(self))
         is_array = [isinstance(x, jax.Array) for x in values]
-        known = tuple(None if array else x for x, array in zip(values, is_array, strict=True))
-        return [x for x, array in zip(values, is_array, strict=True) if array], (known, tree)
+        static = tuple(None if array else x for x, array in zip(values, is_array, strict=True))
+        return [x for x, array in zip(values, is_array, strict=True) if array], (static, tree)
 
     @classmethod
     def tree_unflatten(cls, aux, arrays) -> "Hyperparams":
         """For JAX."""
-        known, tree = aux
+        static, tree = aux
         arrays = iter(arrays)
-        return cls(**tree.unflatten([next(arrays) if x is None else x for x in known]))
+        return cls(**tree.unflatten([next(arrays) if x is None else x for x in static]))
 
 
 class QuantizedAdamState(NamedTuple):
-    """The state where ``moments`` may be int8 for some leaves: Optax's `ScaleByAdamState` and, beside it, scales.
+    """State where some leaves may have int8 moments: Optax's `ScaleByAdamState`, a scale for each moment, a version.
 
-    For a leaf that is int8, ``mu`` holds codes of ``m / sqrt(v)`` and ``nu`` of ``sqrt(v)``; the scales are float32 and
-    shaped like the leaf but for the last axis, which has one element a block. For any other leaf ``mu`` and ``nu`` are
-    the moments themselves and each scale is one byte. The length of ``version`` tells how codes and scales are meant.
+    For an int8 leaf, ``mu`` holds codes of ``m / sqrt(v)`` and ``nu`` codes of ``sqrt(v)``. Its scales are float32,
+    shaped like the leaf except for the last axis, which has one element per block. For any other leaf, ``mu`` and
+    ``nu`` are the moments themselves, and each scale is a placeholder of one byte. The length of ``version`` is the
+    version number of this layout.
     """
 
     count: jax.Array  # tuples have a method of this name  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -94,9 +95,9 @@ class QuantizedAdamState(NamedTuple):
 
 
 class ScheduledBetasState(NamedTuple):
-    """The state when a decay rate is a schedule: the plain one, and what corrects each scheduled rate.
+    """State when a decay rate is a schedule: the inner state, and the bias correction of each scheduled rate.
 
-    A correction is ``1 - b(0) * b(1) * ... * b(t-1)``, a scalar.
+    ``corrections[name]`` is the scalar ``1 - b(0) * b(1) * ... * b(t-1)`` after ``t`` steps.
     """
 
     corrections: dict[str, jax.Array]
@@ -104,25 +105,25 @@ class ScheduledBetasState(NamedTuple):
 
 
 def adam_denominator(hp: Hyperparams, v):
-    """``sqrt(v_hat)``, the denominator of Adam but for eps."""
+    """``sqrt(v_hat)``: Adam's denominator without eps."""
     return sqrt(v / hp.b2.correction)
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A relative of Adam: its formula for one array, and all that other files need to know about it."""
+    """Update rule of one optimizer: its formula for one array, and its properties."""
 
     function: Callable[..., tuple[jax.Array, ...]]  # function(hp, g, *moments) -> (u, *moments)
     state_type: Any  # NamedTuple of count and the moments: mu like the parameter, the others real
-    native: str | None = None  # its name in the compiled kernels, if it is there
-    int8: bool = False  # whether m / sqrt(v) has the bound that int8 moments need
-    root: Callable[..., Any] = adam_denominator  # root(hp, *second moments), which divides m_hat
-    eps_in_denominator: bool = False  # whether the moment that is the root has eps in it already
-    nesterov: bool = False  # whether the direction has a share of the gradient itself, as Nesterov's
+    native: str | None = None  # its name in the compiled CPU kernel; None if the kernel lacks it
+    int8: bool = False  # whether m / sqrt(v) is bounded, which int8 moments require
+    denominator: Callable[..., Any] = adam_denominator  # denominator(hp, *second_moments) of m_hat, without eps
+    eps_in_denominator: bool = False  # whether the stored moment behind `denominator` already includes eps
+    nesterov: bool = False  # whether the update depends on g directly, not only through the moments
 
     @property
     def moments(self) -> tuple[str, ...]:
-        """The fields of the state that hold moments."""
+        """Names of the state's fields that hold moments."""
         return self.state_type._fields[1:]
 
     def __repr__(self):
@@ -130,62 +131,62 @@ class Rule:
 
 
 def _frozen_rule(hp, g) -> Any:
-    """Never called. A function of this module, so that a pickled rule is `FROZEN_RULE` again."""
+    """Never called. A module-level function, so that a pickled and loaded rule is equal to `FROZEN_RULE`."""
 
 
-FROZEN_RULE = Rule(_frozen_rule, optax.EmptyState)  # of a parameter that stays what it is
+FROZEN_RULE = Rule(_frozen_rule, optax.EmptyState)  # placeholder rule of a frozen parameter
 
 
 class NotFusible(Exception):
-    """Raised by a plan for what `jadam.step` cannot do in one pass; its text is the reason."""
+    """Raised by `Update.fuse` when `jadam.step` cannot fuse the update; the message is the reason."""
 
 
 class Shard(NamedTuple):
-    """Where in a whole array a device's part lies: the index of its first element, uint32, and the whole's shape."""
+    """Position of a shard in its global array."""
 
-    offset: jax.Array
+    offset: jax.Array  # linear index of the shard's first element in the global array, uint32
     global_shape: tuple[int, ...]
 
     def global_indices(self, shape) -> jax.Array:
-        """The index in the whole of each element of the part, which has this shape."""
+        """Linear index in the global array of each element of the shard, which has shape ``shape``."""
         return self.offset + linear_index(shape, self.global_shape)
 
     def strided_runs(self, shape) -> tuple[int, int] | None:
-        """``(run, stride)`` if element ``i`` has index ``first + i // run * stride + i % run``, else None."""
-        cut = [axis for axis, (n, whole) in enumerate(zip(shape, self.global_shape, strict=True)) if n != whole]
-        if any(math.prod(shape[:axis]) != 1 for axis in cut[:-1]):
+        """``(run, stride)`` if element ``i`` has global index ``offset + i // run * stride + i % run``, else None."""
+        sharded = [axis for axis, (n, whole) in enumerate(zip(shape, self.global_shape, strict=True)) if n != whole]
+        if any(math.prod(shape[:axis]) != 1 for axis in sharded[:-1]):
             return None
-        inner = cut[-1] if cut else 0
+        inner = sharded[-1] if sharded else 0
         return math.prod(shape[inner:]), math.prod(self.global_shape[inner:])
 
 
 class LeafUpdate(NamedTuple):
-    """What a step does to one leaf. Fields are `None` where there is nothing to do."""
+    """Everything needed to update one leaf. An optional field is None where its operation is skipped."""
 
     rule: Rule
     hyperparams: Any  # a `Hyperparams`
     dtype: np.dtype  # of the arithmetic
-    format: formats.Format
-    stored: tuple[jax.Array, ...]
-    salt: int  # of the leaf's dither
-    count: Any  # tuples have a method of this name  # pyright: ignore[reportIncompatibleMethodOverride]
-    minus_lr: Any = 1.0
-    weight_decay: Any = None  # of the parameter, added to the direction
-    bound: Any = None  # of the gradient's absolute value
-    norm: Any = None  # the gradient is divided by it
-    max_norm: Any = None  # and multiplied by this
+    format: formats.Format  # how the moments are stored
+    stored: tuple[jax.Array, ...]  # the moments, in this format
+    salt: int  # seeds the random bits of stochastic rounding
+    count: Any  # steps taken before this one  # pyright: ignore[reportIncompatibleMethodOverride]
+    minus_lr: Any = 1.0  # minus the learning rate
+    weight_decay: Any = None
+    bound: Any = None  # the gradient is clipped to [-bound, bound]
+    norm: Any = None  # then divided by norm
+    max_norm: Any = None  # and multiplied by max_norm
     remainder: jax.Array | None = None  # of a bfloat16 parameter, see `jadam.exact_bf16`
-    shard: Shard | None = None  # where the leaf is a shard of a larger array
-    index: Any = None  # of each element in the whole array, where that is known already
-    group: Any = None  # the rule of `jadam.by_path` that it follows: its name and moments
+    shard: Shard | None = None  # set if the leaf is a shard of a larger array
+    index: Any = None  # linear index of each element in the global array, if precomputed
+    group: Any = None  # the leaf's group in `jadam.by_path`
 
     @property
     def frozen(self) -> bool:
-        """Whether the parameter stays what it is."""
-        return self.rule == FROZEN_RULE  # a copy of it, in a transformation that was copied
+        """Whether the parameter never changes."""
+        return self.rule == FROZEN_RULE  # by value: a copied transformation holds a copy
 
     def update(self, g, p):
-        """``(u, stored)``: the rule on the decoded moments, what comes before it and behind it."""
+        """Return ``(u, stored)``: the update of the parameter ``p``, and the new moments in their format."""
         if self.frozen:
             return jnp.zeros_like(p, dtype=self.dtype), ()
         if self.bound is not None:
@@ -193,20 +194,20 @@ class LeafUpdate(NamedTuple):
         if self.norm is not None:
             g = g / self.norm.astype(g.dtype) * self.max_norm.astype(g.dtype)
         moments = self.format.decode(self.stored, self.dtype)
-        with jax.numpy_dtype_promotion("standard"):  # complex numbers times real ones
+        with jax.numpy_dtype_promotion("standard"):  # complex moments times real scalars
             u, *moments = self.rule.function(self.hyperparams, g.astype(self.dtype), *moments)
         index = self.shard.global_indices(g.shape) if self.index is None and self.shard is not None else self.index
         random = formats.random_bits(g.shape, self.salt, self.count, index)
-        return self.scaled(u, p), self.format.encode(moments, self.stored, random)
+        return self.apply_decay_and_lr(u, p), self.format.encode(moments, self.stored, random)
 
     def update_master(self, g, p):
-        """``(x, stored)``: a bfloat16 parameter's float32 master after the step."""
+        """Return ``(x, stored)``: the new float32 master of a bfloat16 parameter, and the new moments."""
         x, g = join(p, self.remainder), g.astype(at_least_float32(g))
         u, stored = self.update(g, x)
         return apply_updates(x, u.astype(promote(g, x))), stored
 
-    def scaled(self, u, p):
-        """The update that the rule's direction becomes: with weight decay, times the learning rate."""
+    def apply_decay_and_lr(self, u, p):
+        """Add weight decay to the rule's output ``u``, and multiply by minus the learning rate."""
         as_u = lambda x: jnp.asarray(x).astype(self.dtype)
         if self.weight_decay is not None:
             u = u + as_u(self.weight_decay) * p.astype(self.dtype)
@@ -214,9 +215,9 @@ class LeafUpdate(NamedTuple):
 
 
 def update_leaf(leaf_update: LeafUpdate, g, p):
-    """The whole step of one leaf, from the gradient to the new parameter, and the tuple of what is stored.
+    """Return one leaf's new parameter, and its arrays for `FusedUpdate.rebuild_state`.
 
-    XLA runs it on arrays, Pallas on tiles.
+    XLA runs this on whole arrays, Pallas on tiles.
     """
     if leaf_update.frozen:
         return p, () if leaf_update.remainder is None else (leaf_update.remainder,)
@@ -229,97 +230,86 @@ def update_leaf(leaf_update: LeafUpdate, g, p):
 
 
 class Operands(NamedTuple):
-    """The arrays of all jobs."""
+    """Arrays of a list of leaf updates."""
 
-    scalars: list[jax.Array]  # each once, whichever jobs have it
-    owned: list[tuple]  # of each job what is stored, and its remainder or None
-    offsets: list | None = None  # where in a whole array each job's part of it begins
+    scalars: list[jax.Array]  # distinct ones only: most are shared by many leaves
+    leaf_arrays: list[tuple]  # (stored, remainder or None) of each leaf
+    offsets: list | None = None  # offset of each leaf's `Shard`
 
 
 class Settings(NamedTuple):
-    """Everything else about the jobs. Hashable; equal for transformations that differ in numbers only."""
+    """Static part of a list of leaf updates. Hashable, and equal for optimizers that differ only in numbers."""
 
     leaf_updates: tuple[LeafUpdate, ...]  # without arrays
-    hyperparams: tuple[int, ...]  # which of them each leaf has
-    places: tuple[int, ...]  # of each scalar among the arrays
-    tree: Any  # of the steps and of each job's own scalars
-    shapes: tuple | None  # of the whole arrays, where each job does a part
+    hyperparams_index: tuple[int, ...]  # for each leaf, which of the distinct `Hyperparams` it uses
+    scalar_index: tuple[int, ...]  # for each scalar of `tree`, its index in `Operands.scalars`
+    tree: Any  # structure of (distinct `Hyperparams`, `LEAF_SCALARS` of each leaf)
+    global_shapes: tuple | None  # of the global arrays, if the leaves are shards
 
 
-LEAVES_PER_PROGRAM = 32  # leaves that an eager update does at once
+LEAVES_PER_PROGRAM = 32  # most leaves that one program of an eager update takes
 LEAF_SCALARS = ("minus_lr", "weight_decay", "bound", "norm", "max_norm", "count")
 
 
-def pack(leaf_updates: list[LeafUpdate], shapes=None) -> tuple[Settings, Operands]:
-    """Split jobs into hashable settings and arrays; ``shapes`` are the whole arrays', where each job does a part."""
-    distinct = {id(leaf_update.hyperparams): leaf_update.hyperparams for leaf_update in leaf_updates}
+def pack(leaf_updates: list[LeafUpdate], global_shapes=None) -> tuple[Settings, Operands]:
+    """Split leaf updates into hashable settings and arrays. Pass ``global_shapes`` if the leaves become shards."""
+    distinct = {id(leaf.hyperparams): leaf.hyperparams for leaf in leaf_updates}
     order = {key: i for i, key in enumerate(distinct)}
-    values, tree = jax.tree.flatten(
-        (
-            list(distinct.values()),
-            [[getattr(leaf_update, name) for name in LEAF_SCALARS] for leaf_update in leaf_updates],
-        )
-    )
+    own_scalars = [[getattr(leaf, name) for name in LEAF_SCALARS] for leaf in leaf_updates]
+    values, tree = jax.tree.flatten((list(distinct.values()), own_scalars))
     scalars = {id(x): x for x in values}
     place = {key: i for i, key in enumerate(scalars)}
+    removed = {"hyperparams": None, "stored": (), "remainder": None, "group": None, **dict.fromkeys(LEAF_SCALARS)}
     settings = Settings(
-        leaf_updates=tuple(
-            leaf_update._replace(
-                hyperparams=None,
-                stored=(),
-                salt=leaf_update.salt
-                if leaf_update.format.stochastic
-                else 0,  # else leaves that are alike would differ
-                remainder=None,
-                group=None,
-                **dict.fromkeys(LEAF_SCALARS),
-            )
-            for leaf_update in leaf_updates
+        leaf_updates=tuple(  # an unused salt is 0, so that equal leaves have equal settings
+            leaf._replace(salt=leaf.salt if leaf.format.stochastic else 0, **removed) for leaf in leaf_updates
         ),
-        hyperparams=tuple(order[id(leaf_update.hyperparams)] for leaf_update in leaf_updates),
-        places=tuple(place[id(x)] for x in values),
+        hyperparams_index=tuple(order[id(leaf.hyperparams)] for leaf in leaf_updates),
+        scalar_index=tuple(place[id(x)] for x in values),
         tree=tree,
-        shapes=None if shapes is None else tuple(shapes),
+        global_shapes=None if global_shapes is None else tuple(global_shapes),
     )
     arrays = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in scalars.values()]
-    return settings, Operands(arrays, [(leaf_update.stored, leaf_update.remainder) for leaf_update in leaf_updates])
+    return settings, Operands(arrays, [(leaf.stored, leaf.remainder) for leaf in leaf_updates])
 
 
 def unpack(settings: Settings, operands: Operands) -> list[LeafUpdate]:
-    """The jobs that `pack` split."""
-    hyperparams, own = settings.tree.unflatten([operands.scalars[i] for i in settings.places])
+    """Rebuild the leaf updates that `pack` split."""
+    hyperparams, own_scalars = settings.tree.unflatten([operands.scalars[i] for i in settings.scalar_index])
     shards: list = [None] * len(settings.leaf_updates)
-    if operands.offsets is not None and settings.shapes is not None:
-        shards = [Shard(first, shape) for first, shape in zip(operands.offsets, settings.shapes, strict=True)]
-    rows = zip(settings.leaf_updates, settings.hyperparams, own, operands.owned, shards, strict=True)
+    if operands.offsets is not None and settings.global_shapes is not None:
+        shards = [Shard(*x) for x in zip(operands.offsets, settings.global_shapes, strict=True)]
+    rows = zip(
+        settings.leaf_updates, settings.hyperparams_index, own_scalars, operands.leaf_arrays, shards, strict=True
+    )
     return [
-        leaf_update._replace(
+        leaf._replace(
             hyperparams=hyperparams[i],
             stored=stored,
-            remainder=r,
+            remainder=remainder,
             shard=shard,
-            **dict(zip(LEAF_SCALARS, values, strict=True)),
+            **dict(zip(LEAF_SCALARS, scalars, strict=True)),
         )
-        for leaf_update, i, values, (stored, r), shard in rows
+        for leaf, i, scalars, (stored, remainder), shard in rows
     ]
 
 
-def stored_arrays(owned) -> tuple:
-    """What `Plan.finish` takes for a job: its remainder, if it has one, and its moments."""
-    stored, remainder = owned
+def stored_arrays(leaf_arrays) -> tuple:
+    """One leaf's arrays for `FusedUpdate.rebuild_state`: its remainder, if it has one, then its stored moments."""
+    stored, remainder = leaf_arrays
     return stored if remainder is None else (remainder, *stored)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _updates(settings, operands, grads, params) -> tuple[list[jax.Array], list[tuple]]:
-    """The updates of leaves, and what is stored."""
+def _update_leaves(settings, operands, grads, params) -> tuple[list[jax.Array], list[tuple]]:
+    """Return each leaf's update, and its arrays for `FusedUpdate.rebuild_state`."""
     updates, stored = [], []
-    for leaf_update, g, p in zip(unpack(settings, operands), grads, params, strict=True):
-        if leaf_update.remainder is None:
-            u, new = leaf_update.update(g, p)
+    for leaf, g, p in zip(unpack(settings, operands), grads, params, strict=True):
+        if leaf.remainder is None:
+            u, new = leaf.update(g, p)
             u = u.astype(promote(g) if p is None else promote(g, p))
         else:
-            x, new = leaf_update.update_master(g, p)
+            x, new = leaf.update_master(g, p)
             u = update_to(p, x)
             new = (remainder_of(p, x, u), *new)
         updates.append(u)
@@ -328,54 +318,54 @@ def _updates(settings, operands, grads, params) -> tuple[list[jax.Array], list[t
 
 
 class FusedUpdate(NamedTuple):
-    """A whole update as one `LeafUpdate` for each leaf of the gradients.
+    """The update of a whole tree: a `LeafUpdate` for each leaf of the gradients, and how to rebuild the state.
 
     ``rebuild_state(stored)`` returns the new state. ``stored`` has a tuple for each leaf: its remainder, if it has one,
-    and its moments as stored.
+    then its moments in their format.
     """
 
     leaf_updates: list[LeafUpdate]
     rebuild_state: Callable[..., Any]
 
 
-def _programs(leaf_updates: list[LeafUpdate], grads: list, traced: bool) -> list[list[int]]:
-    """Groups of leaves, each updated by one compiled program.
+def _group_by_program(leaf_updates: list[LeafUpdate], grads: list, traced: bool) -> list[list[int]]:
+    """Group the leaves' indices: each group is updated by one compiled program.
 
-    Under a trace every leaf is its own group: JAX traces and lowers a jitted function once for all leaves with the same
-    shapes and settings, and XLA inlines it. Eagerly, one program for all leaves is fastest; above 32 leaves, groups of
-    32 like leaves share a program, which bounds the time to compile.
+    Under a trace every leaf is its own group. JAX traces and lowers a jitted function once for all leaves with the same
+    shapes and settings, and XLA inlines it. Eagerly, one program for all leaves is fastest. Above 32 leaves, groups of
+    up to 32 similar leaves share a program, which bounds compile time.
     """
     if traced:
         return [[i] for i in range(len(leaf_updates))]
     if len(leaf_updates) <= LEAVES_PER_PROGRAM:
         return [list(range(len(leaf_updates)))] if leaf_updates else []
-    alike = collections.defaultdict(list)
-    for i, (leaf_update, g) in enumerate(zip(leaf_updates, grads, strict=True)):
-        alike[np.shape(g), jnp.result_type(g), leaf_update.format.name, leaf_update.rule].append(i)
+    similar = collections.defaultdict(list)
+    for i, (leaf, g) in enumerate(zip(leaf_updates, grads, strict=True)):
+        similar[np.shape(g), jnp.result_type(g), leaf.format.name, leaf.rule].append(i)
     return [
         indices[k : k + LEAVES_PER_PROGRAM]
-        for indices in alike.values()
+        for indices in similar.values()
         for k in range(0, len(indices), LEAVES_PER_PROGRAM)
     ]
 
 
 @dataclasses.dataclass(eq=False)
 class Update:
-    """``update`` of a transformation, and all else that jadam knows about it.
+    """A transformation's ``update`` function, with all that jadam needs to know about the transformation.
 
-    A transformation is a tree of two leaves, ``init`` and ``update``, which Flax takes apart and puts together again:
-    ``update`` holds what must not be lost on the way. It is compared and hashed by identity, as a function is.
+    The information is here because Flax rebuilds transformations from ``init`` and ``update``: attributes of the
+    transformation itself would be lost. Compared and hashed by identity, as functions are.
     """
 
-    fuse: Callable[..., FusedUpdate]  # fuse(grads, state, params), with all checks
-    call: str = ""  # the call that made the transformation
-    inner: Any = None  # the transformation that this one is around
-    needs_gradient_values: bool = False  # whether a plan depends on the gradients' values, as a norm does
-    after_step: Callable[..., Any] | None = None  # after_step(state, params), of the new ones, returns the state
-    step: Callable[..., Any] | None = None  # step(grads, state, params), if `jadam.step` has to be another
+    fuse: Callable[..., FusedUpdate]  # fuse(grads, state, params): checks the input; may raise `NotFusible`
+    call: str = ""  # the call that made the transformation, its repr
+    inner: Any = None  # the wrapped transformation, if this one is a wrapper
+    needs_gradient_values: bool = False  # whether `fuse` reads the gradients' values, as for a norm, or only shapes
+    after_step: Callable[..., Any] | None = None  # after_step(new_state, new_params) -> state, called by `jadam.step`
+    step: Callable[..., Any] | None = None  # step(grads, state, params) -> (params, state), in place of `jadam.step`
 
     def __call__(self, updates, state, params=None, **extra_args) -> Any:
-        """Optax's ``update``: carries out the plan."""
+        """Return Optax's ``(updates, new_state)``, computed by XLA."""
         params, _ = params_with_gradients(params, updates)
         checks.check_values(params, "params")
         checks.check_same_devices(updates=updates, state=state, params=params)
@@ -384,18 +374,17 @@ class Update:
         params = [None] * len(grads) if params is None else jax.tree.leaves(params)
         traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((leaf_updates[:1], grads, params)))
         updates, stored = [None] * len(leaf_updates), [None] * len(leaf_updates)
-        for group in _programs(leaf_updates, grads, traced):
-            us, new = _updates(
-                *pack([leaf_updates[i] for i in group]), [grads[i] for i in group], [params[i] for i in group]
-            )
-            for i, u, x in zip(group, us, new, strict=True):
-                updates[i], stored[i] = u, x
+        for group in _group_by_program(leaf_updates, grads, traced):
+            own_grads, own_params = [grads[i] for i in group], [params[i] for i in group]
+            results = _update_leaves(*pack([leaf_updates[i] for i in group]), own_grads, own_params)
+            for i, u, new in zip(group, *results, strict=True):
+                updates[i], stored[i] = u, new
         return structure.unflatten(updates), rebuild_state(stored)
 
 
 @dataclasses.dataclass(eq=False)
 class FunctionUpdate(Update):
-    """An ``update`` written as a function. `jadam.step` still uses the plan."""
+    """An `Update` that calls ``function`` instead; `jadam.step` still uses ``fuse``."""
 
     function: Callable[..., Any] = dataclasses.field(kw_only=True)  # function(updates, state, params, **extra_args)
 
@@ -405,38 +394,32 @@ class FunctionUpdate(Update):
 
 
 def not_fusible(grads, state, params) -> FusedUpdate:
-    """The plan of a transformation that is not one of jadam's optimizers."""
+    """`Update.fuse` of a transformation that is not a jadam optimizer: always raises `NotFusible`."""
     raise NotFusible("not a jadam optimizer (for a chain, use jadam.chain)")
 
 
-def info_of(tx: optax.GradientTransformation) -> Update:
-    """What jadam knows about a transformation; Optax's own have no plan."""
+def update_of(tx: optax.GradientTransformation) -> Update:
+    """Return the `Update` of a transformation; for Optax's own, one that cannot be fused."""
     return tx.update if isinstance(tx.update, Update) else Update(not_fusible)
 
 
 class Transformation(optax.GradientTransformationExtraArgs):
-    """An Optax transformation that `jadam.step` can fuse into one pass.
+    """An Optax transformation that `jadam.step` can fuse into one pass over memory."""
 
-    ``info.fuse(grads, state, params)`` returns a `FusedUpdate`, or raises `NotFusible` and what ``update`` raises.
-    """
-
-    @property
-    def info(self) -> Update:
-        """``update``, with its type."""
-        return cast(Update, self.update)
+    update: Update  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __repr__(self):
-        return self.info.call or super().__repr__()
+        return self.update.call or super().__repr__()
 
     def __treescope_repr__(self, path, subtree_renderer):
-        """What treescope, which asks for it, shows in a notebook."""
+        """The repr, for notebooks that use treescope."""
         from treescope import rendering_parts
 
         return rendering_parts.text(repr(self))
 
 
 def identity(hp: Hyperparams) -> Hyperparams:
-    """The scalars as they are."""
+    """Return ``hp`` unchanged."""
     return hp
 
 
@@ -451,35 +434,35 @@ def scale_by_rule(
     """The transformation that applies ``rule`` to every leaf.
 
     Args:
-        rule: what is applied.
+        rule: the update rule.
         betas: decay rates by name, in [0, 1): numbers, scalar arrays or schedules.
-        scalars: other hyperparameters by name, >= 0: the same.
+        scalars: other hyperparameters by name, >= 0: numbers, scalar arrays or schedules.
         mu_dtype: dtype in which ``mu`` is stored; default the parameter's, at least float32.
         moments: how the moments are stored, see `jadam.scale_by_adam`.
-        adjust: what of the rule is a matter of its scalars only, once a step. Compiled once for each function.
+        transform: applied to the `Hyperparams` once per step: the part of the rule that involves scalars only. Each
+            function compiles its own program, so pass the same one for the same transform.
     """
     betas = {name: _beta(name, value) for name, value in betas.items()}
     scalars = {name: _scalar(name, value) for name, value in scalars.items()}
     scheduled = [name for name, value in betas.items() if callable(value)]
     mu_dtype = checks.floating_dtype("mu_dtype", mu_dtype)
-    choose = formats.format_selector(moments, mu_dtype, betas if rule.int8 else None)
-    names = rule.moments
+    format_for = formats.format_selector(moments, mu_dtype, betas if rule.int8 else None)
     quantized = rule.int8 and (moments == "int8" or callable(moments))
     state_type = QuantizedAdamState if quantized else rule.state_type
-    stored_names = [name for name in state_type._fields if name not in ("count", "version")]
+    fields = [name for name in state_type._fields if name not in ("count", "version")]
     versions = [formats.version] if "version" in state_type._fields else []
 
     def init(params) -> Any:
         checks.check_trainable(params, "params")
 
         def leaf(path, p):
-            stored = choose(path, p).init(p, len(names))
-            return *stored, *(formats.placeholder(p) for _ in stored_names[len(stored) :])
+            stored = format_for(path, p).init(p, len(rule.moments))
+            return *stored, *(formats.placeholder(p) for _ in fields[len(stored) :])
 
         leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-        columns = _columns([leaf(path, p) for path, p in leaves], len(stored_names))
+        columns = _transpose([leaf(path, p) for path, p in leaves], len(fields))
         trees = list(map(structure.unflatten, columns))
-        for name, tree, column in zip(stored_names, trees, columns, strict=True):
+        for name, tree, column in zip(fields, trees, columns, strict=True):
             if mu_dtype is None or name != "mu":
                 checks.check_dtypes_kept(tree, column)
         state = state_type(jnp.zeros([], jnp.int32), *trees, *(make() for make in versions))
@@ -494,45 +477,43 @@ def scale_by_rule(
             checks.check_version(state, formats.VERSION)
         checks.check_count(state.count)
         checks.check_gradients(updates, state, params, planning=True)
-        for name, tree in zip(names, state[1:], strict=False):
+        for name, tree in zip(rule.moments, state[1:], strict=False):
             checks.check_same_tree(updates, tree, "updates", f"state.{name}")
             if moments == "float32" and (name != "mu" or mu_dtype is None):
                 checks.check_moments_wide(tree, name)
             if moments == "bfloat16":
                 checks.check_moments_bfloat16(tree, name, state.mu)
         checks.check_complex_gradients(updates, state.mu, params)
-        taken = state.count if isinstance(state.count, ConcreteCount) else jnp.asarray(state.count)
-        hyperparams, count, corrections = _hyperparams_at(betas, scalars, taken, corrections, transform)
+        count = state.count if isinstance(state.count, ConcreteCount) else jnp.asarray(state.count)
+        hyperparams, next_count, corrections = _hyperparams_at(betas, scalars, count, corrections, transform)
 
-        @functools.cache  # leaves that share it share its scalars
+        @functools.cache  # leaves of the same dtype and format share their Hyperparams
         def validated(dtype, format):
             return format.validate(hyperparams(dtype))
 
         def leaf_update(path, g, *stored):
             format = formats.format_of(stored)
-            own, unused = stored[: (n := format.num_arrays(len(names)))], stored[n:]
+            own, unused = stored[: (n := format.num_arrays(len(rule.moments)))], stored[n:]
             checks.check_codes_not_cast(path, own[0].dtype, not all(map(formats.is_placeholder, unused)))
             dtype = at_least_float32(g, *own)
-            return LeafUpdate(rule, validated(real(dtype), format), dtype, format, own, formats.leaf_salt(path), taken)
+            return LeafUpdate(rule, validated(real(dtype), format), dtype, format, own, formats.leaf_salt(path), count)
 
         def rebuild_state(stored):
-            trees = [structure.flatten_up_to(getattr(state, name)) for name in stored_names]
             full = [(*new, *old[len(new) :]) for new, old in zip(stored, zip(*trees, strict=True), strict=True)]
-            columns = map(structure.unflatten, _columns(full, len(stored_names)))
-            new = state._replace(count=count, **dict(zip(stored_names, columns, strict=True)))
+            columns = map(structure.unflatten, _transpose(full, len(fields)))
+            new = state._replace(count=next_count, **dict(zip(fields, columns, strict=True)))
             return ScheduledBetasState(corrections, new) if scheduled else new
 
         leaves, structure = jax.tree_util.tree_flatten_with_path(updates)
-        trees = [structure.flatten_up_to(getattr(state, name)) for name in stored_names]
-        return FusedUpdate(
-            [leaf_update(path, g, *x) for (path, g), *x in zip(leaves, *trees, strict=True)], rebuild_state
-        )
+        trees = [structure.flatten_up_to(getattr(state, name)) for name in fields]
+        rows = zip(leaves, *trees, strict=True)
+        return FusedUpdate([leaf_update(path, g, *stored) for (path, g), *stored in rows], rebuild_state)
 
     return Transformation(init, Update(fuse))
 
 
-def _columns(rows, n: int):
-    """The ``n`` columns of ``rows``, also of none."""
+def _transpose(rows, n: int):
+    """Return the ``n`` columns of ``rows``, which may be empty."""
     return list(zip(*rows, strict=True)) if rows else [()] * n
 
 
@@ -546,14 +527,14 @@ def _scalar(name, value, schedule=True):
 
 
 class ConcreteCount(np.ndarray):
-    """A count that a schedule can read although all else is traced, as in `jadam.describe`."""
+    """A count that schedules can read as a number while everything else is traced, as in `jadam.describe`."""
 
 
 def _hyperparams_at(betas, scalars, count, corrections, transform):
-    """The hyperparameters of the step after ``count`` others.
+    """Evaluate the hyperparameters of the step that follows ``count`` steps.
 
     Returns:
-        A function from a dtype to `Hyperparams`, the next count, and the bias corrections of scheduled betas.
+        A function from a dtype to `Hyperparams`, the next count, and the new bias corrections of scheduled betas.
     """
 
     def beta(name, count):
@@ -564,84 +545,84 @@ def _hyperparams_at(betas, scalars, count, corrections, transform):
         value = scalars[name]
         return _scalar(name, schedule_value(value, count), schedule=False) if callable(value) else value
 
-    known = isinstance(count, ConcreteCount)
-    next_count = count + count.dtype.type(1) if known else _incremented(count)
-    varying = {}
-    for name, done in corrections.items():
-        now, then = (checks.nan_if_out_of_range(beta(name, x), "in [0, 1)") for x in (count, next_count))
-        rate = scheduled_beta(now, then, done)
-        varying[name] = rate if known else Beta(*map(jnp.asarray, rate))  # a number is another at every step
-    constant = {name: value for name, value in betas.items() if name not in varying}
-    others = {name: scalar(name) for name in scalars}
-    fixed = tuple((name, x) for name, x in constant.items() if isinstance(x, float))
-    given = {name: x for name, x in constant.items() if not isinstance(x, float)}
-    make = _hyperparams if known or varying else _compiled_hyperparams
+    concrete = isinstance(count, ConcreteCount)
+    next_count = count + count.dtype.type(1) if concrete else _increment(count)
+    scheduled = {}
+    for name, correction in corrections.items():
+        b, next_b = (checks.nan_if_out_of_range(beta(name, x), "in [0, 1)") for x in (count, next_count))
+        value = scheduled_beta(b, next_b, correction)
+        scheduled[name] = value if concrete else Beta(*map(jnp.asarray, value))  # static numbers would recompile
+    constant = {name: value for name, value in betas.items() if name not in scheduled}
+    scalars_now = {name: scalar(name) for name in scalars}
+    numbers = tuple((name, x) for name, x in constant.items() if isinstance(x, float))
+    arrays = {name: x for name, x in constant.items() if not isinstance(x, float)}
+    make = _hyperparams if concrete or scheduled else _compiled_hyperparams
 
     @functools.cache  # per dtype, not per leaf
     def hyperparams(dtype):
-        return make(transform, dtype, fixed, next_count, given, others, varying)
+        return make(transform, dtype, numbers, next_count, arrays, scalars_now, scheduled)
 
-    return hyperparams, next_count, {name: value.correction for name, value in varying.items()}
+    return hyperparams, next_count, {name: value.correction for name, value in scheduled.items()}
 
 
-def _hyperparams(transform, dtype, fixed, count, given, others, varying) -> Hyperparams:
-    """The `Hyperparams` of step ``count``.
+def _hyperparams(transform, dtype, numbers, count, arrays, scalars, scheduled) -> Hyperparams:
+    """Return the `Hyperparams` of step ``count``.
 
-    ``fixed`` decay rates are Python numbers, ``given`` ones arrays, ``varying`` ones the `Beta` of a schedule.
+    A decay rate is in ``numbers`` if it is a Python number, in ``arrays`` if it is an array, and in ``scheduled``, as a
+    `Beta`, if it follows a schedule.
     """
     t = count.astype(dtype)
-    given = {name: checks.nan_if_out_of_range(value, "in [0, 1)") for name, value in given.items()}
+    arrays = {name: checks.nan_if_out_of_range(value, "in [0, 1)") for name, value in arrays.items()}
     return transform(
         Hyperparams(
             t=t,
-            **{name: Beta(*(x.astype(dtype) for x in value)) for name, value in varying.items()},
-            **{name: constant_beta(value, t, dtype) for name, value in {**dict(fixed), **given}.items()},
-            **{name: jnp.asarray(checks.nan_if_out_of_range(x, ">= 0"), dtype) for name, x in others.items()},
+            **{name: Beta(*(x.astype(dtype) for x in value)) for name, value in scheduled.items()},
+            **{name: constant_beta(value, t, dtype) for name, value in {**dict(numbers), **arrays}.items()},
+            **{name: jnp.asarray(checks.nan_if_out_of_range(x, ">= 0"), dtype) for name, x in scalars.items()},
         )
     )
 
 
-_compiled_hyperparams = jax.jit(
-    _hyperparams, static_argnums=(0, 1, 2), inline=True
-)  # one program where nothing is traced
-_incremented = jax.jit(optax.safe_increment, inline=True)
+# For eager updates: one program, not one per operation.
+_compiled_hyperparams = jax.jit(_hyperparams, static_argnums=(0, 1, 2), inline=True)
+_increment = jax.jit(optax.safe_increment, inline=True)
 
 
-def scale_by_learning_rate_and_decay(direction: Transformation, learning_rate, *decaying) -> Transformation:
-    """``direction``, then weight decay, then ``-learning_rate``: Optax's own stages and their states, in float32.
+def scale_by_learning_rate_and_decay(tx: Transformation, learning_rate, *decay_args) -> Transformation:
+    """Chain ``tx`` with weight decay and ``-learning_rate``. The stages and states are Optax's, the arithmetic float32.
 
-    ``decaying`` is ``weight_decay, mask, max_lr``, or nothing.
-    With ``max_lr`` the decay is ``weight_decay * learning_rate / max_lr``, free of the learning rate's scale.
+    ``decay_args`` are ``weight_decay, mask, max_lr``; without them there is no decay stage. With ``max_lr`` the decay
+    is ``weight_decay * learning_rate / max_lr``, which makes it independent of the peak learning rate.
 
-    Optax multiplies in the updates' dtype, which rounds a learning rate to bf16 for bf16 gradients. Here only the final
-    update is narrowed.
+    Optax multiplies in the updates' dtype, which rounds the learning rate to bf16 for bf16 gradients. Here only the
+    final update is rounded.
     """
-    stages: list[Any] = [direction]
+    stages: list[Any] = [tx]
     weight_decay: Any = None
     mask = None
-    if decaying:
-        weight_decay, mask, max_lr = decaying
-        weight_decay = or_nan("weight_decay", checks.hyperparameter("weight_decay", weight_decay, ">= 0"))
+    if decay_args:
+        weight_decay, mask, max_lr = decay_args
+        weight_decay = nan_if_invalid("weight_decay", checks.hyperparameter("weight_decay", weight_decay, ">= 0"))
         if max_lr is not None:
             max_lr = checks.hyperparameter("max_lr", max_lr, "> 0", schedule=False)
-            weight_decay = over(weight_decay, max_lr)
+            weight_decay = decouple(weight_decay, max_lr)
         mask = None if mask is None else checks.mask_function(mask)
         stages.append(optax.add_decayed_weights(weight_decay, mask))
     learning_rate = checks.hyperparameter("learning_rate", learning_rate, ">= 0", hint="To maximise, negate the loss.")
-    learning_rate = or_nan("learning_rate", learning_rate)
+    learning_rate = nan_if_invalid("learning_rate", learning_rate)
     stages.append(optax.scale_by_learning_rate(learning_rate))
     chain = optax.chain(*stages)
 
     def fuse(updates, state, params):
         checks.check_chain_state(state, len(stages))
         checks.check_gradients(updates, state, params, planning=True)
-        if decaying and params is None:
+        if decay_args and params is None:
             raise ValueError("weight_decay needs params: call update(updates, state, params).")
-        leaf_updates, rebuild_state = direction.info.fuse(updates, state[0], params)
+        leaf_updates, rebuild_state = tx.update.fuse(updates, state[0], params)
         widest = jax.dtypes.canonicalize_dtype(np.float64)
-        zero, one = jnp.zeros([], widest), jnp.ones([], widest)  # each stage tells its factor when it is given 1
+        zero, one = jnp.zeros([], widest), jnp.ones([], widest)  # an Optax stage, applied to 1, returns its factor
         minus_lr, lr_state = stages[-1].update(one, state[-1])
-        if not decaying:
+        if not decay_args:
             decays, decay_states = [None] * len(leaf_updates), ()
         else:
             inner = state[1] if mask is None else state[1].inner_state
@@ -649,7 +630,7 @@ def scale_by_learning_rate_and_decay(direction: Transformation, learning_rate, *
             decays = [decay if on else None for on in _leaf_mask(mask, params)]
             decay_states = (inner if mask is None else state[1]._replace(inner_state=inner),)
         leaf_updates = [
-            x._replace(minus_lr=minus_lr, weight_decay=wd) for x, wd in zip(leaf_updates, decays, strict=True)
+            leaf._replace(minus_lr=minus_lr, weight_decay=x) for leaf, x in zip(leaf_updates, decays, strict=True)
         ]
         return FusedUpdate(leaf_updates, lambda stored: (rebuild_state(stored), *decay_states, lr_state))
 
@@ -657,22 +638,22 @@ def scale_by_learning_rate_and_decay(direction: Transformation, learning_rate, *
 
 
 def _leaf_mask(mask, params) -> list[bool]:
-    """A mask of `optax.masked` for each leaf."""
+    """Evaluate a mask of `optax.masked`, which may be a prefix tree, for each leaf."""
     leaves, structure = jax.tree.flatten(True if mask is None else mask(params))
     parts = map(jax.tree.leaves, structure.flatten_up_to(params))
     return [on for on, part in zip(leaves, parts, strict=True) for _ in part]
 
 
 def schedule_value(value, count):
-    """A hyperparameter after ``count`` steps. Schedules may promote: Optax's own do, where the user wants it strict."""
+    """Evaluate a hyperparameter after ``count`` steps. Schedules may promote dtypes, even under strict promotion."""
     if not callable(value):
         return value
     with jax.numpy_dtype_promotion("standard"):
         return value(count)
 
 
-def or_nan(name: str, value):
-    """A learning rate or weight decay, or a schedule of it, that is NaN where it is traced and out of range."""
+def nan_if_invalid(name: str, value):
+    """Guard a learning rate or weight decay, or a schedule of one: where it is traced and out of range, it is NaN."""
     if not callable(value):
         return checks.nan_if_out_of_range(value, ">= 0")
 
@@ -686,8 +667,8 @@ def or_nan(name: str, value):
     return schedule
 
 
-def over(weight_decay, max_lr):
-    """A weight decay, a number or a schedule, free of the learning rate's scale."""
+def decouple(weight_decay, max_lr):
+    """``weight_decay / max_lr``, also of a schedule: makes weight decay independent of the peak learning rate."""
     return (
         (lambda count: schedule_value(weight_decay, count) / max_lr)
         if callable(weight_decay)

@@ -1,1 +1,1 @@
-"""What goes around an optimizer: clipping, exact bf16 weights, exceptions by path, averages."""
+"""Wrappers of optimizers: chain and clipping, exact bf16 parameters, settings by path, parameter averages."""

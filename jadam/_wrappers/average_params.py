@@ -1,4 +1,4 @@
-"""Averages of the parameters over the steps (Kingma & Ba 2015, section 7.2; Polyak & Juditsky 1992)."""
+"""Average of the parameters over the steps (Kingma & Ba 2015, section 7.2; Polyak & Juditsky 1992)."""
 
 from typing import Any, NamedTuple
 
@@ -13,7 +13,10 @@ from jadam._moments.formats import placeholder
 
 
 class AverageParamsState(NamedTuple):
-    """The average so far, in float32 at least; ``dtypes`` are arrays of one element, of the parameters' dtypes."""
+    """State of `average_params`: the number of steps, the average so far, and the parameters' dtypes.
+
+    ``average`` is in float32 at least. Each leaf of ``dtypes`` is an array of one element, in the parameter's dtype.
+    """
 
     count: jax.Array  # tuples have a method of this name  # pyright: ignore[reportIncompatibleMethodOverride]
     average: Any
@@ -21,27 +24,28 @@ class AverageParamsState(NamedTuple):
 
 
 def average_params(decay: float | jax.Array | None = 0.999) -> optax.GradientTransformationExtraArgs:
-    r"""Keep an average of the parameters; last in a chain, because it needs the final update.
+    r"""Keep an average of the parameters. Put it last in a chain, because it needs the final update.
 
-    Kingma & Ba 2015, section 7.2. With ``decay`` :math:`b` the exponential average, corrected for its start,
+    Kingma & Ba 2015, section 7.2. With ``decay`` :math:`b` it is the bias-corrected exponential average,
 
     .. math::
 
         \bar\theta_t = \frac{1 - b}{1 - b^t} \sum_{i=1}^t b^{t-i} \theta_i,
 
-    and with ``decay=None`` the uniform (Polyak-Ruppert) one, :math:`\frac1t \sum_{i=1}^t \theta_i`. Before the
-    first step it is the parameters themselves. Updates pass unchanged.
+    and with ``decay=None`` the uniform (Polyak-Ruppert) average, :math:`\frac1t \sum_{i=1}^t \theta_i`. Before the
+    first step, the average is the parameters themselves. Updates are returned unchanged.
 
     Args:
         decay: :math:`b` in [0, 1), a number or a scalar array of at least float32; or None.
 
     Returns:
-        A transformation whose ``update`` needs ``params``. State: ``count`` int32; ``average``, shaped like the
-        parameters, in their dtype widened to float32: 4 bytes per parameter. Read it with `averaged_params`.
+        A transformation with state `AverageParamsState`; ``update`` needs ``params``. ``count`` is int32. ``average``
+        is shaped like the parameters, in their dtype widened to float32: 4 bytes per parameter. Read the average with
+        `averaged_params`.
 
     Raises:
-        ValueError: ``decay`` outside its range, or an ``update`` without ``params``.
-        TypeError: ``decay`` no number, or a leaf that is not floating.
+        ValueError: ``decay`` is out of range, or ``update`` is called without ``params``.
+        TypeError: ``decay`` is not a number, or a leaf is not floating.
 
     Example:
         >>> import jax.numpy as jnp, jadam, optax
@@ -60,7 +64,7 @@ def average_params(decay: float | jax.Array | None = 0.999) -> optax.GradientTra
     def init(params) -> Any:
         checks.check_trainable(params, "params")
         checks.check_values(params, "params")
-        wide = lambda p: jnp.array(p, dtype=at_least_float32(p), copy=True)  # both may be donated
+        wide = lambda p: jnp.array(p, dtype=at_least_float32(p), copy=True)  # params and state may both be donated
         dtype_of = lambda p: placeholder(p, jnp.result_type(p))
         return AverageParamsState(jnp.zeros([], jnp.int32), jax.tree.map(wide, params), jax.tree.map(dtype_of, params))
 
@@ -90,17 +94,17 @@ def average_params(decay: float | jax.Array | None = 0.999) -> optax.GradientTra
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def averaged_params(state):
-    """The average that `average_params` keeps, wherever in ``state`` it is.
+def averaged_params(state: optax.OptState) -> optax.Params:
+    """Return the average that `average_params` keeps, found anywhere in ``state``.
 
     Args:
-        state: the state of a transformation that has `average_params` in it, once.
+        state: the state of a transformation that contains one `average_params`.
 
     Returns:
         The average, a tree like the parameters, in their dtypes.
 
     Raises:
-        ValueError: no average in ``state``, or several.
+        ValueError: ``state`` contains no average, or several.
 
     Example:
         >>> import jax.numpy as jnp, jadam, optax
@@ -111,7 +115,7 @@ def averaged_params(state):
     found = find_states(state, AverageParamsState)
     if len(found) != 1:
         raise ValueError(
-            f"state must hold the average of one average_params, found {len(found)}. "
-            "Chain it last: optax.chain(jadam.adam(...), jadam.average_params(...))."
+            f"state must contain one AverageParamsState, found {len(found)}. "
+            + ("Pass a part of state that has one." if found else "Train with optax.chain(tx, jadam.average_params()).")
         )
     return jax.tree.map(lambda average, like: average.astype(like.dtype), found[0].average, found[0].dtypes)

@@ -1,5 +1,6 @@
-"""AdamW with exceptions by a parameter's name: other rates, decays and formats, or none of it."""
+"""AdamW with settings by parameter path: learning rate, weight decay, decay rates, moment format; or frozen."""
 
+import contextlib
 import difflib
 import re
 from collections.abc import Callable, Sequence
@@ -24,8 +25,8 @@ from jadam._transformation.transformation import (
     ScheduledBetasState,
     Transformation,
     Update,
-    or_nan,
-    over,
+    decouple,
+    nan_if_invalid,
     schedule_value,
 )
 
@@ -40,21 +41,25 @@ SETTINGS = ("lr_mult", "weight_decay", "moments", "b1", "b2")
 
 
 class ByPathState(NamedTuple):
-    """The moments of all groups together, None for a frozen leaf; and for each group what corrects scheduled betas."""
+    """State of `by_path`: the moments of all parameters, and the bias corrections of scheduled decay rates.
+
+    ``moments`` has None for a frozen parameter. ``corrections`` has a dict for each rule that is not `FROZEN`, as in
+    `ScheduledBetasState`.
+    """
 
     moments: QuantizedAdamState
     corrections: tuple[dict[str, jax.Array], ...]
 
 
 class _Group(NamedTuple):
-    """What holds for the leaves of one rule; ``direction`` is None where they are frozen."""
+    """Settings of the leaves that follow one rule."""
 
-    name: str
+    name: str  # as `jadam.describe` prints it
     pattern: re.Pattern
-    direction: Transformation | None
-    moments: Any
-    minus_lr: Callable[[jax.Array], Any]  # of the steps taken
-    weight_decay: Callable[[jax.Array], Any]
+    tx: Transformation | None = None  # `scale_by_adam` with the group's settings; None if frozen
+    moments: Any = "float32"
+    minus_lr: Callable[[jax.Array], Any] = lambda count: 0.0  # minus the learning rate after count steps
+    weight_decay: Callable[[jax.Array], Any] = lambda count: 0.0  # likewise
 
 
 @call_as_repr
@@ -73,27 +78,27 @@ def by_path(
     moments: Moments = "float32",
     max_lr: float | None = None,
 ) -> Transformation:
-    r"""`jadam.adamw` with exceptions by path.
+    r"""`jadam.adamw` with other settings for some parameters, chosen by path.
 
     Args:
-        rules: pairs ``(pattern, settings)``; a parameter follows the first whose pattern is found in its path. Patterns
-            are regular expressions, as for `re.search`; paths are as `jax.tree_util.keystr` writes them, without the
-            ``.value`` that Flax NNX adds in places: ``['Dense_0']['kernel']`` in Flax Linen,
+        rules: pairs ``(pattern, settings)``. A parameter follows the first rule whose pattern matches its path.
+            Patterns are regular expressions, used with `re.search`. Paths are written as by `jax.tree_util.keystr`,
+            without the ``.value`` that Flax NNX sometimes adds: ``['Dense_0']['kernel']`` in Flax Linen,
             ``['layers'][0]['kernel']`` in NNX, ``.layers[0].weight`` in Equinox. `jadam.describe` prints them.
-            Settings are a dict of what differs from the arguments below: ``lr_mult`` >= 0, which multiplies the
-            learning rate, ``weight_decay``, ``moments``, ``b1``, ``b2``; or `jadam.FROZEN`: the parameter stays what it
-            is and has no state. End with ``("", {})`` for all others.
-        learning_rate, b1, b2, eps, eps_root, weight_decay, nesterov, eps_mode, bias_correction, moments, max_lr: as for
-            `jadam.adamw`, for every parameter that its rule does not except.
+            Settings are a dict that replaces arguments below: ``weight_decay``, ``moments``, ``b1``, ``b2``, and
+            ``lr_mult`` >= 0, a factor of the learning rate. Or they are `jadam.FROZEN`: the parameter never changes and
+            has no state. End with ``("", {})`` for all other parameters.
+        learning_rate, b1, b2, eps, eps_root, weight_decay, nesterov, eps_mode, bias_correction, moments, max_lr: see
+            `jadam.adamw`; the defaults for all rules.
 
     Returns:
-        A transformation with state `ByPathState`; ``update`` needs ``params``. Under `jadam.exact_bf16` frozen bfloat16
-        parameters keep their remainders.
+        A transformation with state `ByPathState`; ``update`` needs ``params``. Under `jadam.exact_bf16`, frozen
+        bfloat16 parameters keep their remainders.
 
     Raises:
-        ValueError: a pattern found in no path, or only in those that follow rules before it, or a path in which none is
-            found, at ``init``; a setting that does not exist; and what `jadam.adamw` raises.
-        TypeError: rules that are no such pairs; and what `jadam.adamw` raises.
+        ValueError: at ``init``, a pattern that matches no path, or is never used because earlier patterns match the
+            same paths, or a path that no pattern matches; an unknown setting; see also `jadam.adamw`.
+        TypeError: ``rules`` is not a list of such pairs; see also `jadam.adamw`.
 
     Example:
         >>> import jax.numpy as jnp, jadam
@@ -113,37 +118,36 @@ def by_path(
         max_lr = checks.hyperparameter("max_lr", max_lr, "> 0", schedule=False)
 
     def group(pattern, settings) -> _Group:
-        pattern = _pattern(pattern)
+        pattern = _compile_pattern(pattern)
         if settings is FROZEN:
-            nothing = lambda count: 0.0
-            return _Group(f"{pattern.pattern!r} {settings!r}", pattern, None, "float32", nothing, nothing)
-        own: dict[str, Any] = {**defaults, **_settings(pattern.pattern, settings)}
-        make = lambda moments: scale_by_adam(own["b1"], own["b2"], eps, eps_root, moments=moments, **switches)
-        named: Any = own["moments"]
-        if not callable(named):
-            make(named)  # raises what only a name can
-        of_leaf: Any = (lambda path, p: named) if isinstance(named, str) else named  # so that all states have one type
-        direction = make(of_leaf)
-        lr_mult = checks.hyperparameter("lr_mult", own["lr_mult"], ">= 0", schedule=False)
-        decay = or_nan("weight_decay", checks.hyperparameter("weight_decay", own["weight_decay"], ">= 0"))
-        decay = decay if max_lr is None else over(decay, max_lr)
-        told = settings if named == "float32" else {**settings, "moments": named}
-        text = " ".join([repr(pattern.pattern), *(f"{name}={value!r}" for name, value in told.items())])
-        minus_lr = lambda count: -(schedule_value(or_nan("learning_rate", learning_rate), count) * lr_mult)
-        return _Group(text, pattern, direction, named, minus_lr, lambda count: schedule_value(decay, count))
+            return _Group(f"{pattern.pattern!r} {settings!r}", pattern)
+        merged: dict[str, Any] = {**defaults, **_check_settings(pattern.pattern, settings)}
+        make = lambda moments: scale_by_adam(merged["b1"], merged["b2"], eps, eps_root, moments=moments, **switches)
+        choice: Any = merged["moments"]
+        if not callable(choice):
+            make(choice)  # for the checks that apply to names only
+        # With a function for moments, the state of every group is a QuantizedAdamState.
+        tx = make((lambda path, p: choice) if isinstance(choice, str) else choice)
+        lr_mult = checks.hyperparameter("lr_mult", merged["lr_mult"], ">= 0", schedule=False)
+        decay = nan_if_invalid("weight_decay", checks.hyperparameter("weight_decay", merged["weight_decay"], ">= 0"))
+        decay = decay if max_lr is None else decouple(decay, max_lr)
+        shown = settings if choice == "float32" else {**settings, "moments": choice}
+        name = " ".join([repr(pattern.pattern), *(f"{key}={value!r}" for key, value in shown.items())])
+        minus_lr = lambda count: -(schedule_value(nan_if_invalid("learning_rate", learning_rate), count) * lr_mult)
+        return _Group(name, pattern, tx, choice, minus_lr, lambda count: schedule_value(decay, count))
 
-    groups = [group(*rule) for rule in _pairs(rules)]
-    trees = [name for name in QuantizedAdamState._fields if name not in ("count", "version")]
+    groups = [group(*rule) for rule in _check_rules(rules)]
+    fields = [name for name in QuantizedAdamState._fields if name not in ("count", "version")]
 
     def init(params) -> Any:
         checks.check_trainable(params, "params")
-        parts = _Parts(groups, params)
-        states = [group.direction.init(parts.only(k, params)) for k, group in parts.moving]
-        corrections, states = _apart(states)
-        merged = {name: parts.together([getattr(x, name) for x in states]) for name in trees}
-        return ByPathState(
-            QuantizedAdamState(jnp.zeros([], jnp.int32), **merged, version=formats.version()), corrections
+        partition = _Partition(groups, params)
+        corrections, states = _split_corrections(
+            [group.tx.init(partition.take(k, params)) for k, group in partition.trained]
         )
+        merged = {name: partition.merge([getattr(x, name) for x in states]) for name in fields}
+        moments = QuantizedAdamState(jnp.zeros([], jnp.int32), **merged, version=formats.version())
+        return ByPathState(moments, corrections)
 
     def fuse(updates, state, params) -> FusedUpdate:
         if params is None:
@@ -151,30 +155,40 @@ def by_path(
         checks.check_gradients(updates, state, params, planning=True)
         checks.check_state_type(state, ByPathState)
         checks.check_state_type(state.moments, QuantizedAdamState)
-        parts = _Parts(groups, updates)
+        for name in fields:
+            _check_tree(groups, params, getattr(state.moments, name), f"state.moments.{name}")
+        partition = _Partition(groups, updates)
         count = state.moments.count
-        leaf_updates: list = [None] * len(parts.of_leaf)
+        leaf_updates: list = [None] * len(partition.group_of_leaf)
         rebuilders = []
-        for (k, group), corrections in zip(parts.moving, state.corrections, strict=True):
-            own = state.moments._replace(**{name: parts.only(k, getattr(state.moments, name)) for name in trees})
+        for (k, group), corrections in zip(partition.trained, state.corrections, strict=True):
+            own = state.moments._replace(**{name: partition.take(k, getattr(state.moments, name)) for name in fields})
             own = ScheduledBetasState(corrections, own) if corrections else own
-            planned, rebuild_state = group.direction.info.fuse(parts.only(k, updates), own, parts.only(k, params))
-            rebuilders.append((parts.indices[k], rebuild_state))
-            decay = group.weight_decay(count)
-            changes = {"minus_lr": group.minus_lr(count), "weight_decay": decay, "group": group}
-            for i, leaf_update in zip(parts.indices[k], planned, strict=True):
-                leaf_updates[i] = leaf_update._replace(**changes)
+            own_updates, rebuild_state = group.tx.update.fuse(
+                partition.take(k, updates), own, partition.take(k, params)
+            )
+            rebuilders.append((partition.indices[k], rebuild_state))
+            changes = {"minus_lr": group.minus_lr(count), "weight_decay": group.weight_decay(count), "group": group}
+            for i, leaf in zip(partition.indices[k], own_updates, strict=True):
+                leaf_updates[i] = leaf._replace(**changes)
         for i, g in enumerate(jax.tree.leaves(updates)):
             if leaf_updates[i] is None:
-                frozen = groups[parts.of_leaf[i]]
                 leaf_updates[i] = LeafUpdate(
-                    FROZEN_RULE, None, at_least_float32(g), formats.FORMATS["float32"], (), 0, count, group=frozen
+                    FROZEN_RULE,
+                    hyperparams=None,
+                    dtype=at_least_float32(g),
+                    format=formats.FORMATS["float32"],
+                    stored=(),
+                    salt=0,
+                    count=count,
+                    group=groups[partition.group_of_leaf[i]],
                 )
 
         def rebuild_state(stored):
-            states = [rebuild_state([stored[i] for i in indices]) for indices, rebuild_state in rebuilders]
-            corrections, states = _apart(states)
-            merged = {name: parts.together([getattr(x, name) for x in states]) for name in trees}
+            corrections, states = _split_corrections(
+                [rebuild([stored[i] for i in indices]) for indices, rebuild in rebuilders]
+            )
+            merged = {name: partition.merge([getattr(x, name) for x in states]) for name in fields}
             moments = state.moments._replace(count=optax.safe_increment(count), **merged)
             return ByPathState(moments, corrections)
 
@@ -183,88 +197,95 @@ def by_path(
     return Transformation(init, Update(fuse))
 
 
-class _Parts:
-    """A tree of parameters in parts, one a group."""
+class _Partition:
+    """The leaves of a tree, divided into groups."""
 
     def __init__(self, groups: list[_Group], tree):
         paths, self.structure = jax.tree_util.tree_flatten_with_path(tree)
         self.names = [leaf_name(path) for path, _ in paths]
-        self.of_leaf = _assign(groups, self.names)
-        self.indices = [[i for i, own in enumerate(self.of_leaf) if own == k] for k in range(len(groups))]
-        self.moving: list = [(k, group) for k, group in enumerate(groups) if group.direction is not None]
+        self.group_of_leaf = _assign_groups(groups, self.names)
+        self.indices = [[i for i, own in enumerate(self.group_of_leaf) if own == k] for k in range(len(groups))]
+        self.trained: list = [(k, group) for k, group in enumerate(groups) if group.tx is not None]
 
-    def only(self, k: int, tree) -> NamedLeaves:
-        """The part of group ``k``."""
-        try:
-            leaves = self.structure.flatten_up_to(tree)
-        except ValueError:
-            raise ValueError(
-                "state.moments must be of the gradients' tree, got another. The parameters must be those of init."
-            ) from None
+    def take(self, k: int, tree) -> NamedLeaves:
+        """Return the leaves of group ``k`` of ``tree``, which is like the partitioned tree."""
+        leaves = self.structure.flatten_up_to(tree)
         return NamedLeaves(*([x[i] for i in self.indices[k]] for x in (self.names, leaves)))
 
-    def together(self, parts: list[NamedLeaves]):
-        """The tree of the parts of all groups that move, with None for the leaves of the others."""
+    def merge(self, parts: list[NamedLeaves]):
+        """Merge the leaves of all trained groups into one tree, with None for frozen leaves."""
         leaves: list = [None] * len(self.names)
-        for (k, _), part in zip(self.moving, parts, strict=True):
+        for (k, _), part in zip(self.trained, parts, strict=True):
             for i, x in zip(self.indices[k], part.leaves, strict=True):
                 leaves[i] = x
         return self.structure.unflatten(leaves)
 
 
-def _apart(states) -> tuple[tuple[dict, ...], list]:
-    """What corrects scheduled betas, of each state, and the states themselves."""
+def _split_corrections(states) -> tuple[tuple[dict, ...], list]:
+    """Split states into the bias corrections of scheduled betas and the inner states."""
     scheduled = [isinstance(x, ScheduledBetasState) for x in states]
     corrections = tuple(x.corrections if on else {} for x, on in zip(states, scheduled, strict=True))
     return corrections, [x.inner_state if on else x for x, on in zip(states, scheduled, strict=True)]
 
 
-def _assign(groups: list[_Group], names: list[str]) -> list[int]:
-    """For each path the first group whose pattern is found in it; raises where rules and paths miss each other."""
-    found = [[group.pattern.search(name) is not None for group in groups] for name in names]
-    if not names:  # as of the tree that `optax.tree.map_params` makes
+def _check_tree(groups: list[_Group], params, moments, what: str) -> None:
+    """Raise unless ``moments`` are of a tree like ``params``, naming the first leaf that differs."""
+    with contextlib.suppress(ValueError):
+        jax.tree.structure(params).flatten_up_to(moments)
+        return
+    leaves = lambda tree: jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: x is None)
+    by_name = lambda tree: NamedLeaves(names := [leaf_name(path) for path, _ in leaves(tree)], names)
+    checks.check_same_structure(by_name(params), by_name(moments), "params", what)
+    # The same paths, so the difference is in the nodes' types, or a parameter is now None.
+    frozen = lambda name: next((group.tx is None for group in groups if group.pattern.search(name)), False)
+    trained = jax.tree_util.tree_map_with_path(lambda path, p: None if frozen(leaf_name(path)) else p, params)
+    checks.check_same_structure(trained, moments, "params", what)
+
+
+def _assign_groups(groups: list[_Group], names: list[str]) -> list[int]:
+    """Return for each path the first group whose pattern matches; raise if a path or a pattern has no match."""
+    matches = [[group.pattern.search(name) is not None for group in groups] for name in names]
+    if not names:  # `optax.tree.map_params` calls init with a tree of no leaves
         return []
-    for k, group in enumerate(groups):
-        if not any(row[k] for row in found):
+    patterns = [group.pattern.pattern for group in groups]
+    for k, pattern in enumerate(patterns):
+        if not any(row[k] for row in matches):
             raise ValueError(
-                f"by_path's pattern {group.pattern.pattern!r} is found in no path. Near: "
-                f"{', '.join(_near(group.pattern.pattern, names))}."
+                f"by_path's pattern {pattern!r} matches no path. Closest paths: {', '.join(_closest(pattern, names))}."
             )
-        earlier = [row.index(True) for row in found if row[k]]
-        if k not in earlier and len(earlier) < len(
-            names
-        ):  # one that is found in all, such as "", may be the last resort
+        first = [row.index(True) for row in matches if row[k]]
+        if k not in first and len(first) < len(names):  # a default that matches all paths, such as "", may be unused
             raise ValueError(
-                f"by_path's pattern {group.pattern.pattern!r} comes too late: all that it is found in follows "
-                f"{groups[earlier[0]].pattern.pattern!r} or another before it. Put it first."
+                f"by_path's pattern {pattern!r} is never used: earlier patterns, such as {patterns[first[0]]!r}, match "
+                "all its paths. Move it before them."
             )
-    lost = [name for name, row in zip(names, found, strict=True) if not any(row)]
-    if lost:
-        more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
-        near = _near(lost[0], [group.pattern.pattern for group in groups])
+    missing = [name for name, row in zip(names, matches, strict=True) if not any(row)]
+    if missing:
         raise ValueError(
-            f"by_path has no rule for {', '.join(lost[:5])}{more}; nearest pattern: {near[0]!r}. End "
-            'the rules with ("", {}) to treat all others by the defaults.'
+            f"by_path has no pattern that matches {', '.join(missing[:5])}"
+            f"{f' and {len(missing) - 5} more' if len(missing) > 5 else ''}. "
+            f"Closest pattern: {_closest(missing[0], patterns)[0]!r}. "
+            'To give all other parameters the defaults, end rules with ("", {}).'
         )
-    return [row.index(True) for row in found]
+    return [row.index(True) for row in matches]
 
 
-def _near(text: str, among: list[str]) -> list[str]:
-    """The three of ``among`` that have words most like those of ``text``."""
+def _closest(text: str, candidates: list[str]) -> list[str]:
+    """Return the three candidates with a word most similar to a word of ``text``."""
     words = re.findall(r"\w+", text) or [""]
 
-    def likeness(other):
+    def similarity(other):
         others = re.findall(r"\w+", other) or [""]
         return max(difflib.SequenceMatcher(None, a.lower(), b.lower()).ratio() for a in words for b in others)
 
-    return sorted(among, key=likeness, reverse=True)[:3]
+    return sorted(candidates, key=similarity, reverse=True)[:3]
 
 
-def _pairs(rules) -> list[tuple]:
+def _check_rules(rules) -> list[tuple]:
     if isinstance(rules, (str, dict)) or not isinstance(rules, Sequence) or not rules:
-        example = '[("bias", {"weight_decay": 0.0}), ("", {})]'
         raise TypeError(
-            f"rules must be a list of (pattern, settings), such as {example}, got {checks.short_repr(rules)}."
+            'rules must be a list of (pattern, settings), such as [("bias", {"weight_decay": 0.0}), ("", {})], got '
+            f"{checks.short_repr(rules)}."
         )
     for i, rule in enumerate(rules):
         if not isinstance(rule, (tuple, list)) or len(rule) != 2:
@@ -272,18 +293,19 @@ def _pairs(rules) -> list[tuple]:
     return list(rules)
 
 
-def _pattern(pattern) -> re.Pattern:
+def _compile_pattern(pattern) -> re.Pattern:
     if not isinstance(pattern, (str, re.Pattern)):
         raise TypeError(f"by_path's pattern must be a string, got {checks.short_repr(pattern)}.")
     try:
         return re.compile(pattern)
     except re.error as error:
         raise ValueError(
-            f"by_path's pattern {pattern!r} is no regular expression: {error}. Brackets are escaped as \\[ and \\]."
+            f"by_path's pattern {pattern!r} must be a regular expression: {error}. Escape brackets as \\[ and \\], and "
+            "write .* for any text."
         ) from None
 
 
-def _settings(pattern: str, settings) -> dict:
+def _check_settings(pattern: str, settings) -> dict:
     if not isinstance(settings, dict):
         raise TypeError(
             f"by_path's settings of {pattern!r} must be a dict or jadam.FROZEN, got {checks.short_repr(settings)}."
@@ -291,6 +313,8 @@ def _settings(pattern: str, settings) -> dict:
     for name in settings:
         if name not in SETTINGS:
             near = difflib.get_close_matches(str(name), SETTINGS, 1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise ValueError(f"by_path's settings of {pattern!r} must be of {', '.join(SETTINGS)}, got {name!r}.{hint}")
+            raise ValueError(
+                f"by_path's settings of {pattern!r} must be among {', '.join(SETTINGS)}, got {name!r}."
+                f"{f' Did you mean {near[0]}?' if near else ''}"
+            )
     return settings

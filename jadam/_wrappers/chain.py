@@ -1,6 +1,6 @@
-"""Optax's `chain` and clipping, made recognisable, so that `jadam.step` sees through them.
+"""Optax's `chain`, `clip` and `clip_by_global_norm`, in a form that `jadam.step` can fuse.
 
-Each has the state and the results of its namesake in Optax, whose code it runs.
+Each has the state and results of its namesake in Optax, and runs Optax's code.
 """
 
 import dataclasses
@@ -17,36 +17,35 @@ from jadam._transformation.transformation import (
     FusedUpdate,
     NotFusible,
     Transformation,
-    info_of,
     not_fusible,
+    update_of,
 )
 from jadam._wrappers.exact_bf16 import ExactBF16
 
 
 @dataclasses.dataclass(eq=False)
 class ClipUpdate(FunctionUpdate):
-    """``update`` of a clipping, and what it does to the jobs of a plan."""
+    """`Update` of a clipping transformation."""
 
     name: str = dataclasses.field(kw_only=True)
-    clip_leaves: Callable[..., Any] = dataclasses.field(kw_only=True)  # clip_leaves(jobs, updates) returns the jobs
+    clip_leaves: Callable[..., Any] = dataclasses.field(kw_only=True)  # clip_leaves(leaf_updates, grads), with clipping
 
 
 class Clip(optax.GradientTransformation):
-    """What `clip` and `clip_by_global_norm` return: Optax's transformation, which `chain` knows."""
+    """A clipping transformation of Optax's that `chain` can fuse."""
 
-    @property
-    def info(self) -> ClipUpdate:
-        """``update``, with its type."""
-        return cast(ClipUpdate, self.update)
+    update: ClipUpdate  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __repr__(self):
-        return self.info.call
+        return self.update.call
 
 
 def _clip(tx, clip_leaves, name, bound) -> Clip:
     def update(updates, state, params=None) -> Any:
         checks.check_gradients(updates, state, None)
-        leaves, structure = jax.tree.flatten(updates)  # a norm makes numbers of arrays: none for a user's own class
+        leaves, structure = jax.tree.flatten(
+            updates
+        )  # Optax's norm puts scalars into the tree, which classes may reject
         leaves, state = tx.update(leaves, state)
         return structure.unflatten(leaves), state
 
@@ -56,16 +55,17 @@ def _clip(tx, clip_leaves, name, bound) -> Clip:
 
 
 def clip(max_delta: jax.typing.ArrayLike) -> Clip:
-    """Clip every gradient to ``[-max_delta, max_delta]``: `optax.clip`, for `jadam.chain`.
+    """Clip every gradient element to ``[-max_delta, max_delta]``: `optax.clip`, for `jadam.chain`.
 
     Args:
-        max_delta: > 0, in the gradient's unit; a number or a scalar array.
+        max_delta: a number or a scalar array > 0, in the gradient's unit.
 
     Returns:
-        A transformation without state.
+        A stateless transformation.
 
     Raises:
-        ValueError, TypeError: ``max_delta`` out of range or no number.
+        ValueError: ``max_delta`` is out of range.
+        TypeError: ``max_delta`` is not a number.
 
     Example:
         >>> import jax.numpy as jnp, jadam
@@ -75,24 +75,24 @@ def clip(max_delta: jax.typing.ArrayLike) -> Clip:
         [ 1.  -0.5]
     """
     bound = checks.hyperparameter("max_delta", max_delta, "> 0", schedule=False)
-
-    clip_leaves = lambda leaf_updates, updates: [leaf_update._replace(bound=bound) for leaf_update in leaf_updates]
+    clip_leaves = lambda leaf_updates, grads: [leaf._replace(bound=bound) for leaf in leaf_updates]
     return _clip(optax.clip(bound), clip_leaves, "clip", bound)
 
 
 def clip_by_global_norm(max_norm: jax.typing.ArrayLike) -> Clip:
-    """Scale all gradients so that their norm together is at most ``max_norm``: Optax's own, for `jadam.chain`.
+    """Scale all gradients so that their global norm is at most ``max_norm``, as Optax does, for `jadam.chain`.
 
     Pascanu, Mikolov & Bengio 2013, "On the difficulty of training recurrent neural networks", Algorithm 1.
 
     Args:
-        max_norm: > 0, in the gradient's unit; a number or a scalar array.
+        max_norm: a number or a scalar array > 0, in the gradient's unit.
 
     Returns:
-        A transformation without state.
+        A stateless transformation.
 
     Raises:
-        ValueError, TypeError: ``max_norm`` out of range or no number.
+        ValueError: ``max_norm`` is out of range.
+        TypeError: ``max_norm`` is not a number.
 
     Example:
         >>> import jax.numpy as jnp, jadam
@@ -103,33 +103,34 @@ def clip_by_global_norm(max_norm: jax.typing.ArrayLike) -> Clip:
     """
     max_norm = checks.hyperparameter("max_norm", max_norm, "> 0", schedule=False)
 
-    def clip_leaves(leaf_updates, updates):
-        leaves = jax.tree.leaves(updates)
-        if (bound := next((leaf_update.bound for leaf_update in leaf_updates), None)) is not None:
+    def clip_leaves(leaf_updates, grads):
+        leaves = jax.tree.leaves(grads)
+        if (bound := next((leaf.bound for leaf in leaf_updates), None)) is not None:
             leaves, _ = optax.clip(bound).update(leaves, optax.EmptyState())
         norm = optax.tree.norm(leaves)
-        small = jnp.squeeze(norm < max_norm)
-        by, to = jnp.where(small, 1.0, norm), jnp.where(small, 1.0, max_norm)
-        return [leaf_update._replace(norm=by, max_norm=to) for leaf_update in leaf_updates]
+        unclipped = jnp.squeeze(norm < max_norm)
+        factors = {"norm": jnp.where(unclipped, 1.0, norm), "max_norm": jnp.where(unclipped, 1.0, max_norm)}
+        return [leaf._replace(**factors) for leaf in leaf_updates]
 
     return _clip(optax.clip_by_global_norm(max_norm), clip_leaves, "clip_by_global_norm", max_norm)
 
 
 def chain(*stages: optax.GradientTransformation) -> Transformation:
-    """`optax.chain`, remembering its stages: the same state and results, and `jadam.step` can see what it is.
+    """`optax.chain` in a form that `jadam.step` can fuse, with the same state and results.
 
-    One pass over memory is kept where the stages are any of `jadam.clip` and then `jadam.clip_by_global_norm`, and then
-    one of jadam's optimizers. With other stages `jadam.step` does what it does for any transformation.
+    The step is one pass over memory if the stages are, in this order: `jadam.clip` (optional),
+    `jadam.clip_by_global_norm` (optional), and one of jadam's optimizers. With other stages, `jadam.step` calls
+    ``update`` and `optax.apply_updates`.
 
     Args:
-        stages: transformations, each fed with the updates of the one before.
+        stages: transformations; each gets the updates of the one before.
 
     Returns:
         A transformation whose state is the tuple of the stages' states.
 
     Raises:
-        TypeError: a stage that is no transformation.
-        ValueError: no stage, or `jadam.exact_bf16` or `jadam.record` within: they must be outermost.
+        TypeError: a stage is not a transformation.
+        ValueError: there are no stages, or a stage is `jadam.exact_bf16` or `jadam.record`, which must be outermost.
 
     Example:
         >>> import jax.numpy as jnp, jadam
@@ -143,17 +144,16 @@ def chain(*stages: optax.GradientTransformation) -> Transformation:
         checks.check_transformation(f"chain's stage {i} must be", stage)
         if isinstance(stage, ExactBF16):
             raise ValueError(f"chain's stage {i} is exact_bf16, which must be outermost: exact_bf16(chain(...)).")
-        if info_of(stage).after_step is not None:
+        if update_of(stage).after_step is not None:
             raise ValueError(
-                f"chain's stage {i} is record, which must be outermost: record(chain(...)). With other stages than "
-                "clipping: optax.chain(record(...), ...)."
+                f"chain's stage {i} is record, which must be outermost: record(chain(...)). With stages other than "
+                "clipping and the optimizer: optax.chain(..., record(optimizer), ...)."
             )
     if not stages:
-        raise ValueError("chain needs one stage at least, got none. optax.identity() changes nothing.")
+        raise ValueError("chain needs at least one stage, got none. To change nothing: optax.identity().")
     inner = optax.with_extra_args_support(optax.chain(*stages))
-    clips: list[Any] = list(stages[:-1])
-    last: Any = stages[-1]
-    reason = _why_not_one_pass(clips, last)
+    *clips, last = cast(tuple[Any, ...], stages)
+    reason = _why_never_fused(clips, last)
 
     def update(updates, state, params=None, **extra_args) -> Any:
         checks.check_chain_state(state, len(stages))
@@ -166,29 +166,33 @@ def chain(*stages: optax.GradientTransformation) -> Transformation:
             raise NotFusible(reason)
         checks.check_gradients(updates, state, params, planning=True)
         if clips and any(jnp.finfo(jnp.result_type(g)).bits < 32 for g in jax.tree.leaves(updates)):
-            raise NotFusible("16-bit gradients are clipped in 16 bits; wrap the chain in jadam.exact_bf16")
+            raise NotFusible(
+                "jadam.chain clips 16-bit gradients in 16 bits (for bfloat16 parameters, use jadam.exact_bf16)"
+            )
         if clips and any(jnp.iscomplexobj(g) for g in jax.tree.leaves(updates)):
-            raise NotFusible("complex gradients are clipped")
-        leaf_updates, rebuild_state = last.info.fuse(updates, last_state, params)
+            raise NotFusible("jadam.chain clips complex gradients")
+        leaf_updates, rebuild_state = last.update.fuse(updates, last_state, params)
         for stage in clips:
-            leaf_updates = stage.info.clip_leaves(leaf_updates, updates)
+            leaf_updates = stage.update.clip_leaves(leaf_updates, updates)
         return FusedUpdate(leaf_updates, lambda *stored: (*states, rebuild_state(*stored)))
 
-    text = f"jadam.chain({', '.join(map(repr, stages))})"
-    needs_gradient_values = any(stage.info.name == "clip_by_global_norm" for stage in clips if isinstance(stage, Clip))
-    return Transformation(inner.init, FunctionUpdate(fuse, text, None, needs_gradient_values, function=update))
+    call = f"jadam.chain({', '.join(map(repr, stages))})"
+    needs_gradient_values = any(
+        stage.update.name == "clip_by_global_norm" for stage in clips if isinstance(stage, Clip)
+    )
+    return Transformation(inner.init, FunctionUpdate(fuse, call, None, needs_gradient_values, function=update))
 
 
-def _why_not_one_pass(clips, last) -> str | None:
-    """Why a chain of these stages is never one pass, or None."""
+def _why_never_fused(clips, last) -> str | None:
+    """Why a chain of these stages cannot be fused, whatever the gradients; or None."""
     if not isinstance(last, Transformation):
-        return "jadam.chain's last stage is none of jadam's optimizers"
+        return "jadam.chain's last stage is not a jadam optimizer"
     for i, stage in enumerate(clips):
         if not isinstance(stage, Clip):
             return f"jadam.chain's stage {i} is neither jadam.clip nor jadam.clip_by_global_norm"
-    names = [stage.info.name for stage in clips]
+    names = [stage.update.name for stage in clips]
     if "clip" in names[1:]:
-        return "jadam.clip comes after another clipping"
+        return "jadam.chain has jadam.clip after another clipping"
     if names.count("clip_by_global_norm") > 1:
-        return "two jadam.clip_by_global_norm in one chain"
+        return "jadam.chain has jadam.clip_by_global_norm more than once"
     return None

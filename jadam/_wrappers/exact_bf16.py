@@ -1,11 +1,12 @@
-"""bfloat16 weights that train as float32: a 16-bit remainder beside each holds the rest of its float32 master.
+"""Training of bfloat16 parameters with float32 precision: each has a 16-bit remainder, the rest of a float32 master.
 
-A float32 number is its bfloat16 neighbour and the distance to it, counted in float32's own steps; ties go away from
-zero, so that the count fits int16. 2 bytes per parameter instead of a master's 4, and the same bits.
+A float32 number is stored as the nearest bfloat16 number and the signed distance to it, in units of float32's spacing.
+Ties round away from zero, so that the distance fits int16. This takes 2 bytes per parameter instead of 4 for a float32
+master, with the same bits.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,14 +24,15 @@ from jadam._transformation.transformation import (
     NotFusible,
     Transformation,
     Update,
-    info_of,
+    update_of,
 )
 
 
 class ExactBF16State(NamedTuple):
-    """int16 remainders shaped like the parameters (one byte where one is not bfloat16), and the inner state.
+    """State of `exact_bf16`: remainders, the inner state, and a version.
 
-    The length of ``version`` tells how remainders are laid out.
+    A remainder is int16 and shaped like the parameter; for parameters of other dtypes than bfloat16, it is a
+    placeholder of one byte. The length of ``version`` is the version number of this layout.
     """
 
     remainder: Any
@@ -39,7 +41,7 @@ class ExactBF16State(NamedTuple):
 
 
 class ExactUpdate(FunctionUpdate):
-    """``update`` of `exact_bf16`: carries out the inner plan, or calls the inner ``update`` where there is no plan."""
+    """`Update` of `exact_bf16`: fuses the update if the inner optimizer can be fused, else calls ``function``."""
 
     def __call__(self, updates, state, params=None, **extra_args) -> Any:
         """Optax's ``update``."""
@@ -50,60 +52,60 @@ class ExactUpdate(FunctionUpdate):
 
 
 class ExactBF16(Transformation):
-    """What `exact_bf16` returns."""
+    """The transformation that `exact_bf16` returns."""
 
 
 def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
-    r"""Let ``tx`` train float32 masters of which the bfloat16 parameters are the rounded form.
+    r"""Train float32 masters with ``tx``; the bfloat16 parameters are the masters, rounded.
 
-    A step joins parameters and remainders to masters, runs ``tx`` on them with gradients in float32, and splits the
-    result. `optax.apply_updates` then lands on the masters rounded to bfloat16. The masters are those of float32
-    training on the same gradients, bit for bit. Where no update can lead `optax.apply_updates` there (from
-    -3e38 to 3e38, or within bfloat16's subnormal numbers, below 1.2e-38) the master becomes what it does lead to.
+    A step joins parameters and remainders to masters, runs ``tx`` on them with float32 gradients, and splits the
+    result. `optax.apply_updates` then gives the masters rounded to bfloat16. The masters are equal, bit for bit, to
+    those of float32 training on the same gradients. The exception: in a few cases no update makes
+    `optax.apply_updates` give the rounded master (from -3e38 to 3e38, or among bfloat16's subnormal numbers, below
+    1.2e-38). Then the master becomes the parameter that results.
 
-    It is the outermost wrapper: a stage behind it would change the parameters without the masters' knowing. So
-    ``exact_bf16(optax.chain(...))``, ``exact_bf16(optax.MultiSteps(tx, k))``, whose sums are then float32 too, and
-    ``exact_bf16(optax.apply_if_finite(tx, n))``. Not ``optax.MultiSteps(exact_bf16(tx), k)``, which sums in bfloat16,
-    and not ``optax.chain(exact_bf16(jadam.scale_by_adam()), optax.scale(-1e-3))``: the masters would take the step
-    without the scale. In `jadam.chain` that is an error; `optax.chain` cannot be looked into.
+    It must be the outermost wrapper, because a stage after it would change the parameters but not the masters.
+    Correct: ``exact_bf16(optax.chain(...))``, ``exact_bf16(optax.apply_if_finite(tx, n))``, and
+    ``exact_bf16(optax.MultiSteps(tx, k))``, which accumulates gradients in float32. Wrong:
+    ``optax.MultiSteps(exact_bf16(tx), k)``, which accumulates in bfloat16, and
+    ``optax.chain(exact_bf16(jadam.scale_by_adam()), optax.scale(-1e-3))``, where the masters take the step without the
+    scale. `jadam.chain` raises an error for this; `optax.chain` cannot detect it.
 
-    Apply the updates with `optax.apply_updates`. ``eqx.apply_updates`` and a bare ``p + u`` leave float32 parameters,
-    exactly the rounded masters: cast them back, ``jax.tree.map(lambda p, q: q.astype(p.dtype), params, new)``, or the
-    next ``update`` raises.
+    Apply the updates with `optax.apply_updates`. ``eqx.apply_updates`` and ``p + u`` give float32 parameters, equal to
+    the rounded masters. Cast them back, or the next ``update`` raises:
+    ``jax.tree.map(lambda p, q: q.astype(p.dtype), params, new)``.
 
     Args:
         tx: any Optax transformation, chains and wrappers included.
 
     Returns:
-        A transformation whose ``update`` needs ``params``. State: `ExactBF16State`, 2 bytes per bfloat16 parameter
-        beside the state that ``tx`` has for float32 ones. Other parameters pass through to ``tx``.
+        A transformation with state `ExactBF16State`; ``update`` needs ``params``. The state takes 2 bytes per bfloat16
+        parameter, plus the state of ``tx`` for float32 parameters. Parameters of other dtypes are left to ``tx``.
 
     Raises:
-        ValueError: an ``update`` without ``params``, or with trees that do not match.
-        TypeError: parameters of other dtypes than at ``init``, or ``tx`` no transformation.
+        ValueError: ``update`` is called without ``params``, or with trees that do not match.
+        TypeError: a parameter has another dtype than at ``init``, or ``tx`` is not a transformation.
 
     Example:
         >>> import jax.numpy as jnp, jadam, optax
         >>> tx = jadam.exact_bf16(jadam.adam(1e-4))
         >>> params = jnp.ones(1, jnp.bfloat16)
         >>> state = tx.init(params)
-        >>> for _ in range(10):  # each step is a fortieth of bfloat16's spacing at 1
+        >>> for _ in range(10):  # each step is 1/40 of bfloat16's spacing below 1
         ...     updates, state = tx.update(jnp.ones(1, jnp.bfloat16), state, params)
         ...     params = optax.apply_updates(params, updates)
         >>> print(params[0], f"{jadam.float32_params(params, state)[0]:.4f}")
         1 0.9990
     """
     checks.check_transformation("exact_bf16 needs", tx)
-    if info_of(tx).after_step is not None:
-        raise ValueError(
-            "exact_bf16 must not be around record, whose records would be of other weights: record(exact_bf16(tx))."
-        )
+    if update_of(tx).after_step is not None:
+        raise ValueError("exact_bf16 must be inside record, got it around record. Swap them: record(exact_bf16(tx)).")
     inner = optax.with_extra_args_support(optax.GradientTransformation(tx.init, tx.update))
-    needs_gradient_values = info_of(tx).needs_gradient_values
+    needs_gradient_values = update_of(tx).needs_gradient_values
 
     def init(params) -> Any:
         checks.check_trainable(params, "params")
-        inner_state = inner.init(jax.tree.map(_widened, params, params))
+        inner_state = inner.init(jax.tree.map(_widen, params, params))
         if find_states(inner_state, ExactBF16State):
             raise ValueError("exact_bf16 must be outermost, got it around another exact_bf16. Drop the inner one.")
         return ExactBF16State(jax.tree.map(_no_remainder, params), inner_state, version())
@@ -114,16 +116,12 @@ def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
         params, _ = params_with_gradients(params, updates)
         checks.check_gradients(updates, state, params)
         masters = _masters(params, state.remainder)
-        wide = jax.tree.map(_widened, updates, params)
+        wide = jax.tree.map(_widen, updates, params)
         updates, inner_state = inner.update(wide, state.inner_state, masters, **extra_args)
-        update_master = apply_updates(masters, updates)
-        updates = jax.tree.map(lambda p, x, u: update_to(p, x) if _is_bf16(p) else u, params, update_master, updates)
+        masters = apply_updates(masters, updates)
+        updates = jax.tree.map(lambda p, x, u: update_to(p, x) if _is_bf16(p) else u, params, masters, updates)
         remainder = jax.tree.map(
-            lambda p, x, u, r: remainder_of(p, x, u) if _is_bf16(p) else r,
-            params,
-            update_master,
-            updates,
-            state.remainder,
+            lambda p, x, u, r: remainder_of(p, x, u) if _is_bf16(p) else r, params, masters, updates, state.remainder
         )
         return updates, state._replace(remainder=remainder, inner_state=inner_state)
 
@@ -131,46 +129,48 @@ def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
         if params is None:
             raise ValueError("exact_bf16 needs params: call update(updates, state, params).")
         if not isinstance(tx, Transformation):
-            raise NotFusible("jadam.exact_bf16 is around none of jadam's optimizers nor jadam.chain")
+            raise NotFusible("the optimizer inside jadam.exact_bf16 is not a jadam optimizer or jadam.chain")
         checks.check_state_type(state, ExactBF16State)
         checks.check_version(state, VERSION)
         checks.check_gradients(updates, state, params, planning=True)
         _check_remainder(params, state.remainder)
-        # A plan looks at shapes and dtypes, mostly. Masters and wide gradients are made leaf by leaf, in the one pass.
-        masters = jax.tree.map(lambda p: _no_values(p) if _is_bf16(p) else p, params)
-        wide_gradient = _widened if needs_gradient_values else lambda g, p: _no_values(g) if _is_bf16(p) else g
-        leaf_updates, rebuild_state = tx.info.fuse(
-            jax.tree.map(wide_gradient, updates, params), state.inner_state, masters
-        )
+        # `fuse` reads shapes and dtypes only, except for a norm. So no masters and float32 gradients are made here:
+        # each `LeafUpdate` makes its own, in the same pass over memory.
+        masters = jax.tree.map(lambda p: _shaped_zeros(p) if _is_bf16(p) else p, params)
+        widen = _widen if needs_gradient_values else lambda g, p: _shaped_zeros(g) if _is_bf16(p) else g
+        leaf_updates, rebuild_inner = tx.update.fuse(jax.tree.map(widen, updates, params), state.inner_state, masters)
         old, structure = jax.tree.flatten(state.remainder)
-        has = [_is_bf16(p) for p in jax.tree.leaves(params)]
-        leaf_updates = [x._replace(remainder=r) if y else x for x, r, y in zip(leaf_updates, old, has, strict=True)]
+        is_bf16 = [_is_bf16(p) for p in jax.tree.leaves(params)]
+        leaf_updates = [
+            leaf._replace(remainder=r) if bf16 else leaf
+            for leaf, r, bf16 in zip(leaf_updates, old, is_bf16, strict=True)
+        ]
 
-        def whole(stored):
-            remainders = [x[0] if y else r for x, r, y in zip(stored, old, has, strict=True)]
-            moments = [x[1:] if y else x for x, y in zip(stored, has, strict=True)]
-            return state._replace(remainder=structure.unflatten(remainders), inner_state=rebuild_state(moments))
+        def rebuild_state(stored):
+            remainders = [new[0] if bf16 else r for new, r, bf16 in zip(stored, old, is_bf16, strict=True)]
+            moments = [new[1:] if bf16 else new for new, bf16 in zip(stored, is_bf16, strict=True)]
+            return state._replace(remainder=structure.unflatten(remainders), inner_state=rebuild_inner(moments))
 
-        return FusedUpdate(leaf_updates, whole)
+        return FusedUpdate(leaf_updates, rebuild_state)
 
     return ExactBF16(
         init, ExactUpdate(fuse, f"jadam.exact_bf16({tx!r})", inner, needs_gradient_values, function=update)
     )
 
 
-def float32_params(params, state):
-    """The float32 masters, for evaluation or a checkpoint.
+def float32_params(params: optax.Params, state: optax.OptState) -> optax.Params:
+    """Return the float32 masters, for evaluation or a checkpoint.
 
     Args:
         params: the parameters after `optax.apply_updates`.
-        state: the state of `exact_bf16`, or one that has it inside, once.
+        state: the state of `exact_bf16`, or a state that contains one.
 
     Returns:
-        A tree like ``params``, float32 where they are bfloat16, itself elsewhere.
+        A tree like ``params``: masters in place of bfloat16 parameters, the others unchanged.
 
     Raises:
-        ValueError: no `ExactBF16State` in ``state``, or several, or of another tree; or donated arrays.
-        TypeError: parameters of other dtypes than at ``init``.
+        ValueError: ``state`` contains no `ExactBF16State`, or several, or one of another tree; or an array was donated.
+        TypeError: a parameter has another dtype than at ``init``.
 
     Example:
         >>> import jax.numpy as jnp, jadam
@@ -181,8 +181,13 @@ def float32_params(params, state):
     found = find_states(state, ExactBF16State)
     if len(found) != 1:
         raise ValueError(
-            f"state must hold one ExactBF16State, found {len(found)}. Train with jadam.exact_bf16(...), and call "
-            "float32_params(params, state); with Flax NNX, state is optimizer.opt_state."
+            f"state must contain one ExactBF16State, found {len(found)}. "
+            + (
+                "Pass a part of state that has one."
+                if found
+                else "Train with jadam.exact_bf16(...), and call float32_params(params, state). With Flax NNX, pass "
+                "optimizer.opt_state."
+            )
         )
     checks.check_version(found[0], VERSION)
     checks.check_trainable(params, "params")
@@ -192,26 +197,31 @@ def float32_params(params, state):
     named, other = (
         {leaf_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)} for tree in (params, remainder)
     )
-    if named.keys() == other.keys():  # the same tree, be it of other Flax variables
+    if named.keys() == other.keys():  # the same tree, but perhaps of other Flax variables
         remainder = jax.tree.unflatten(jax.tree.structure(params), [other[name] for name in named])
     return _masters(params, remainder)
 
 
-def from_float32(params32, tx: Transformation, keep: Callable[[str, Any], bool] | None = None):
-    """bfloat16 parameters and a state that hold float32 ones without loss.
+def from_float32(
+    params32: optax.Params,
+    tx: optax.GradientTransformation,
+    keep: Callable[[str, Any], bool] | None = None,
+) -> tuple[optax.Params, optax.OptState]:
+    """Convert float32 parameters to bfloat16 parameters and a state, without loss.
 
     Args:
-        params32: parameters; those that are float32 become bfloat16, others stay what they are.
-        tx: what `exact_bf16` returned, or `jadam.record` around it.
-        keep: ``keep(path, leaf)`` is True for those that stay float32, ``path`` being a string such as
-            ``"['norm']['scale']"``. Default: none.
+        params32: parameters. Those that are float32 become bfloat16, the others are unchanged.
+        tx: the result of `exact_bf16`, or `jadam.record` around it.
+        keep: ``keep(path, leaf)`` is True for parameters that stay float32. ``path`` is a string such as
+            ``"['norm']['scale']"``. Default: all become bfloat16.
 
     Returns:
-        ``(params, state)``, with ``float32_params(params, state)`` equal to ``params32``. Should one of them be NaN, it
-        becomes the canonical one.
+        ``(params, state)``, with ``float32_params(params, state)`` equal to ``params32``. A NaN becomes the canonical
+        NaN.
 
     Raises:
-        TypeError: ``tx`` is not from `exact_bf16`, or a leaf is not floating.
+        ValueError: an array was donated.
+        TypeError: ``tx`` is not from `exact_bf16`, ``keep`` is not a function, or a leaf is not floating.
 
     Example:
         >>> import jax.numpy as jnp, jadam
@@ -220,15 +230,17 @@ def from_float32(params32, tx: Transformation, keep: Callable[[str, Any], bool] 
         >>> print(params["w"].dtype, params["b"].dtype)
         bfloat16 float32
     """
-    recorded = isinstance(tx, Transformation) and tx.info.after_step is not None  # by jadam.record
-    exact = tx.info.inner if recorded else tx
+    recorded = isinstance(tx, Transformation) and tx.update.after_step is not None  # by jadam.record
+    exact = update_of(tx).inner if recorded else tx
     if not isinstance(exact, ExactBF16):
-        got = checks.short_repr(tx)
-        raise TypeError(f"from_float32 needs what jadam.exact_bf16 returned, got {got}. Wrap it: exact_bf16(tx).")
+        raise TypeError(
+            f"tx must be from jadam.exact_bf16, got {checks.short_repr(tx)}. Pass jadam.exact_bf16(tx), or "
+            "jadam.record(jadam.exact_bf16(tx))."
+        )
     checks.check_trainable(params32, "params32")
     checks.check_values(params32, "params32")
     if not (keep is None or callable(keep)):
-        raise TypeError(f"keep must be a function f(path, leaf) to True or False, got {checks.short_repr(keep)}.")
+        raise TypeError(f"keep must be a function f(path, leaf) that returns a bool, got {checks.short_repr(keep)}.")
 
     def narrow(path, x):
         if jnp.result_type(x) != jnp.float32 or (keep is not None and keep(leaf_name(path), x)):
@@ -237,18 +249,18 @@ def from_float32(params32, tx: Transformation, keep: Callable[[str, Any], bool] 
 
     params = jax.tree_util.tree_map_with_path(narrow, params32)
     remainder = jax.tree.map(lambda p, x: _no_remainder(p) if p is x else split(x)[1], params, params32)
-    state = ExactBF16State(remainder, exact.info.inner.init(_masters(params, remainder)), version())
-    outer: Any = tx.init(params) if exact is not tx else None
-    return params, state if outer is None else outer._replace(inner_state=state)
+    state = ExactBF16State(remainder, exact.update.inner.init(_masters(params, remainder)), version())
+    return params, cast(Any, tx.init(params))._replace(inner_state=state) if recorded else state
 
 
 def _masters(params, remainder):
+    """Join bfloat16 parameters and their remainders; other parameters are unchanged."""
     _check_remainder(params, remainder)
     return jax.tree.map(lambda p, r: join(p, r) if _is_bf16(p) else p, params, remainder)
 
 
 def _check_remainder(params, remainder) -> None:
-    """Raise unless the parameters are in the dtypes that they had at `init`."""
+    """Raise unless the parameters have the tree, shapes and dtypes that they had at ``init``."""
     checks.check_same_structure(params, remainder, "params", "state.remainder")
     leaves, remainders = jax.tree.leaves(params), jax.tree.leaves(remainder)
     for i, (p, r) in enumerate(zip(leaves, remainders, strict=True)):
@@ -257,23 +269,24 @@ def _check_remainder(params, remainder) -> None:
             was = f"bfloat16 of shape {r.shape}" if was_bf16 else "of another dtype than bfloat16"
             path = jax.tree_util.keystr(jax.tree_util.tree_leaves_with_path(params)[i][0])
             raise TypeError(
-                f"params{path} was {was} at init, got {jnp.result_type(p)} of shape {np.shape(p)}. Apply updates with "
-                "optax.apply_updates; eqx.apply_updates and p + u leave float32 parameters to be cast back."
+                f"params{path} was {was} at init, got {jnp.result_type(p)} of shape {np.shape(p)}. Pass the "
+                "parameters of init, updated by optax.apply_updates; eqx.apply_updates and p + u leave float32 "
+                "parameters to be cast back."
             )
 
 
 def _no_remainder(p):
-    """Zeros for bfloat16."""
+    """The remainder of a parameter that was never float32: zeros, or a placeholder if it is not bfloat16."""
     return jnp.zeros_like(p, dtype=jnp.int16) if _is_bf16(p) else placeholder(p)
 
 
-def _no_values(x):
-    """Zeros in float32, of the shape of ``x`` but in no memory."""
+def _shaped_zeros(x):
+    """float32 zeros in the shape of ``x``, which take no memory."""
     return np.broadcast_to(np.zeros([], at_least_float32(x)), jnp.shape(x))
 
 
-def _widened(x, p):
-    """``x``, of a bfloat16 parameter ``p`` or that itself, in float32 at least."""
+def _widen(x, p):
+    """Cast ``x`` to at least float32 if the parameter ``p`` is bfloat16."""
     return x.astype(at_least_float32(x)) if _is_bf16(p) else x
 
 

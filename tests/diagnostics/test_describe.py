@@ -103,7 +103,7 @@ def test_whether_a_step_is_one_pass(monkeypatch):
     two = "not fused: not a jadam optimizer (for a chain, use jadam.chain)"
     assert said(optax.chain(jadam.adam(1e-3))) == (False, two)
     assert "neither jadam.clip nor" in said(jadam.chain(optax.clip(1.0), jadam.adam(1e-3)))[1]
-    assert "jadam.exact_bf16 is around none" in said(jadam.exact_bf16(optax.adam(1e-3)))[1]
+    assert "the optimizer inside jadam.exact_bf16 is not" in said(jadam.exact_bf16(optax.adam(1e-3)))[1]
     monkeypatch.setenv("JADAM_KERNELS", "xla")
     assert said(jadam.adam(1e-3)) == (False, "not fused on cpu: JADAM_KERNELS=xla")
 

@@ -297,7 +297,7 @@ def test_the_family(member):
     rule = leaf_update.rule
     if rule.state_type not in (optax.ScaleByAdamState, optax.ScaleByAmsgradState):  # a later relative: its own root
         root = np.asarray(
-            rule.root(leaf_update.hyperparams, *(optax.tree.get(state, x)["w"] for x in rule.moments[1:]))
+            rule.denominator(leaf_update.hyperparams, *(optax.tree.get(state, x)["w"] for x in rule.moments[1:]))
         )
     if member.name.startswith("adamax"):
         root = functools.reduce(lambda x, g: np.maximum(b2 * x, np.abs(g) + eps), gs, 0)

@@ -1,6 +1,7 @@
 """`jadam.by_path` is `jadam.adamw` with each leaf's own settings."""
 
 import functools
+import re
 
 import equinox as eqx
 import helpers
@@ -216,11 +217,28 @@ def test_no_path_and_no_complaint():
 
 
 def test_a_rule_behind_one_that_takes_all():
-    text = "by_path's pattern 'bias' comes too late: all that it is found in follows 'layers' or another before it"
+    text = "by_path's pattern 'bias' is never used: earlier patterns, such as 'layers', match all its paths"
     with pytest.raises(ValueError, match=text):
         jadam.by_path([("layers", {}), ("bias", jadam.FROZEN), ("", {})], 1e-3).init(params())
     partly = [("layers", {}), ("scale|bias", {}), ("norm", {}), ("embed|head", {}), ("", {})]
-    with pytest.raises(ValueError, match="'norm' comes too late"):
+    with pytest.raises(ValueError, match="'norm' is never used"):
         jadam.by_path(partly, 1e-3).init(params())
     partly.pop(2)
     jadam.by_path(partly, 1e-3).init(params())  # the last rule has none left, and is there for those that might be
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"norm": None}, "params['norm']['scale'] is missing (or None), state.moments.mu has it."),
+        ({"head": [params()["head"]]}, "params['head'][0] has no counterpart in state.moments.mu."),
+        ({"embed_2": params()["embed"]}, "params['embed_2'] has no counterpart in state.moments.mu."),
+        ({"embed": None}, "params['embed'] is missing (or None), state.moments.mu has it."),
+    ],
+)
+def test_another_tree_than_that_of_init(change, text):
+    """The first leaf that differs is named, be it trained or frozen."""
+    tx = jadam.by_path(RULES, 1e-3)
+    other = {key: x for key, x in {**params(), **change}.items() if x is not None}
+    with pytest.raises(ValueError, match=re.escape(text)):
+        tx.update(other, tx.init(params()), other)
