@@ -1140,7 +1140,7 @@ COMMAND_LINE = [
 def command_line(arguments, folder):
     """What ``jadam`` returns and prints in a folder with another in it."""
     (folder / "folder.png").mkdir(exist_ok=True)
-    return helpers.command_line(arguments, folder)
+    return helpers.run_cli(arguments, folder)
 
 
 @pytest.mark.parametrize("row", range(len(COMMAND_LINE)))

@@ -8,7 +8,7 @@ import pkgutil
 from pathlib import Path
 
 import pytest
-from helpers import rows
+from helpers import parametrize
 
 import jadam
 
@@ -23,7 +23,7 @@ SLOW = {"jadam._checkpoints.convert", "jadam._diagnostics.record"}  # a codec wi
 FUNCTIONS = [name for name in dir(jadam) if inspect.isfunction(getattr(jadam, name))]
 
 
-@rows("name", MODULES, default=[name for name in MODULES if name not in SLOW])
+@parametrize("name", MODULES, default=[name for name in MODULES if name not in SLOW])
 def test_examples_run(name):
     result = doctest.testmod(importlib.import_module(name), verbose=False)
     assert result.failed == 0

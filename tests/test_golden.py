@@ -18,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from golden import cases, where
-from helpers import assert_equal, rows, update_and_apply
+from helpers import assert_equal, parametrize, update_and_apply
 
 import jadam
 
@@ -114,7 +114,7 @@ TWO_CALLS += ["nadamw, int8", "adamax, float32", "adamw, mask", "by_path", "chai
 TWO_CALLS += ["exact_bf16, int8"]
 
 
-@rows("name", list(cases.CASES), default=TWO_CALLS)
+@parametrize("name", list(cases.CASES), default=TWO_CALLS)
 def test_two_calls(name):
     """Under jit, all remembered steps at once by `jax.vmap`."""
     remembered, case = start(name), cases.CASES[name]
@@ -130,7 +130,7 @@ def test_two_calls(name):
     assert check_steps(name, lambda *_: next(results), remembered, transitions) == []
 
 
-@rows("name", list(cases.CASES), default=["adam, float32"])
+@parametrize("name", list(cases.CASES), default=["adam, float32"])
 def test_eager(name):
     """The last step, outside of jit."""
     step = functools.partial(update_and_apply, cases.CASES[name].make())

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import grid, update_and_apply
+from helpers import parametrize_grid, update_and_apply
 
 import jadam
 
@@ -227,7 +227,7 @@ def taken(name, call):
     return tx, five
 
 
-@grid(
+@parametrize_grid(
     {"name": list(AT_THE_END), "call": ["step", "two calls"]},
     default=[
         "adam-step",

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from helpers import environment, leaves
+from helpers import subprocess_env, zip_leaves
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from programs import processes as program
@@ -34,7 +34,7 @@ def free_port():
 def started(name, folder, port, process):
     """A process with four devices; it imports the jadam that is tested here and writes into a log."""
     devices = f"--xla_force_host_platform_device_count={program.DEVICES // program.PROCESSES}"
-    env = environment(JAX_PLATFORMS="cpu", XLA_FLAGS=devices, no_grpc_proxy="127.0.0.1")
+    env = subprocess_env(JAX_PLATFORMS="cpu", XLA_FLAGS=devices, no_grpc_proxy="127.0.0.1")
     command = [sys.executable, "-W", "error", program.__file__, name, str(folder), str(port), str(process)]
     with open(folder / f"log-{process}", "w") as log:
         return subprocess.Popen(command, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
@@ -134,7 +134,7 @@ def test_the_same_losses(killed):
         loss, gradients = program.loss_and_gradients(params, *batch)
         bounds = largest_difference(params, batch)
         if j == 0:
-            for a, b, bound in leaves(gradients, theirs, bounds):
+            for a, b, bound in zip_leaves(gradients, theirs, bounds):
                 assert (np.abs(a - b) <= bound).all()
         # The loss is such a sum of eight itself. A gradient off by d moves a coordinate by at most 2 * LR * d / sqrt(v)
         # in each step from then on, of which there are j * (j + 1) / 2, and the loss by that times its gradient, which

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import CPU, FORMATS, MESH, assert_equal, leaves, rows
+from helpers import CPU, FORMATS, MESH, assert_equal, parametrize, zip_leaves
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -93,7 +93,7 @@ def trained(name, place, p, state, steps=3):
     return p, state
 
 
-@rows(
+@parametrize(
     "name",
     [*ALL],
     default=["float32, bf16 weights", "bfloat16, bf16 weights", "int8", "bfloat16, amsgrad", "Optax's own"],
@@ -103,7 +103,7 @@ def test_one_device_s_bits(name):
     got, expected = (trained(name, place, *start(name, place)) for place in ("eight", "one"))
     assert jax.tree.structure(got) == jax.tree.structure(expected)
     exact = not name.startswith("Optax")  # its stages are XLA's, which may fuse them otherwise: an ulp of lr * u
-    for a, b in leaves(got, expected):
+    for a, b in zip_leaves(got, expected):
         if exact:
             np.testing.assert_array_equal(a, b)
         elif a.dtype == jnp.float32:
@@ -111,7 +111,7 @@ def test_one_device_s_bits(name):
     wanted = divided(name)[0].shardings
     for state in (divided(name)[1], got[1]):
         shardings = jax.tree.map(lambda x: x.sharding, state)
-        assert all(a.is_equivalent_to(b, x.ndim) for a, b, x in leaves(shardings, wanted, state))
+        assert all(a.is_equivalent_to(b, x.ndim) for a, b, x in zip_leaves(shardings, wanted, state))
     assert all(x.sharding.is_equivalent_to(WHOLE, x.ndim) for x in jax.tree.leaves(got[0]))
 
 
@@ -218,7 +218,7 @@ def test_the_two_calls_agree_and_describe_tells():
     state = divided.init(p)
     updates, _ = jax.jit(divided.update)(p, state, jax.device_put(p, WHOLE))
     expected, _ = jax.jit(tx.update)(p, tx.init(p), p)
-    for a, b in leaves(updates, expected):
+    for a, b in zip_leaves(updates, expected):
         np.testing.assert_allclose(a, b, rtol=1e-6)
     assert jadam.describe(divided, p).bytes == jadam.describe(tx, p).bytes
 

@@ -12,7 +12,7 @@ import optax
 import pytest
 import safetensors.numpy
 from flax import nnx
-from helpers import grid, leaves, rows, update_and_apply
+from helpers import parametrize, parametrize_grid, update_and_apply, zip_leaves
 from programs import torch_states
 
 import jadam
@@ -72,7 +72,7 @@ def moments_in(state):
 def equal(a, b):
     """Bit for bit, NaN included, in the same dtypes."""
     assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in leaves(a, b):
+    for x, y in zip_leaves(a, b):
         assert x.dtype == y.dtype
         assert x.shape == y.shape
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
@@ -144,7 +144,7 @@ def distances(name, params, state):
     return found
 
 
-@grid(
+@parametrize_grid(
     {"name": list(MAKE), "wrap": list(WRAPPED)},
     default=["adam-plain", "adam-exact_bf16", "adamw-schedule", "adamw-jadam.chain", "amsgrad-optax.chain"],
 )
@@ -302,7 +302,7 @@ AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
 PLACED = {"float32-auto": ("float32", AUTO), "bfloat16-auto": ("bfloat16", AUTO), "int8-explicit": ("int8", EXPLICIT)}
 
 
-@rows("placed", PLACED, default=["float32-auto", "int8-explicit"])
+@parametrize("placed", PLACED, default=["float32-auto", "int8-explicit"])
 def test_eight_devices(placed):
     moments, kind = placed
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
@@ -315,7 +315,7 @@ def test_eight_devices(placed):
     filled = torch_state.from_torch(flat, state, names)
     equal(jax.device_get(filled), jax.device_get(torch_state.from_torch(flat, tx.init(params), names)))
     assert filled[0].mu.sharding == sharding
-    for x, old in leaves(filled, state):
+    for x, old in zip_leaves(filled, state):
         assert (x.sharding, x.committed) == (old.sharding, old.committed)
     assert torch_state.to_torch(filled, names)["w.exp_avg"].shape == (256, 64)
 

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from helpers import assert_equal, grid, leaves, normal
+from helpers import assert_equal, normal, parametrize_grid, zip_leaves
 
 import jadam
 
@@ -71,7 +71,7 @@ def restored(tree, path):
         return checkpointer.restore(path, abstract(tree))
 
 
-@grid(
+@parametrize_grid(
     {"tx": STATES, "place": {"one device": one_device, "eight devices": eight_devices}},
     default=["by_path-one device", "exact_bf16-one device", "int8-eight devices"],
 )
@@ -82,7 +82,7 @@ def test_save_and_restore(tx, place, tmp_path):
     _, state = update(p, settled(tx.init(p), p["scale"]), p)
     again = restored(state, tmp_path / "state")
     assert_equal(again, state)
-    for x, y in leaves(again, state):
+    for x, y in zip_leaves(again, state):
         assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
     expected, compiled = update(p, state, p), update._cache_size()
     jax.tree.map(np.testing.assert_array_equal, update(p, again, p), expected)
@@ -120,7 +120,7 @@ def test_between_optax_and_jadam(name, back, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again, state)
     updates, _ = updates_of(wanted)(p, again, p)
     expected, _ = updates_of(saved)(p, state, p)
-    for x, y in leaves(updates, expected):
+    for x, y in zip_leaves(updates, expected):
         np.testing.assert_allclose(x, y, rtol=2e-5)  # Optax's distance from the paper is 1.3e-5, see test_adam.py
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import FORMATS, grid, leaves, normal
+from helpers import FORMATS, normal, parametrize_grid, zip_leaves
 
 import jadam
 
@@ -38,7 +38,7 @@ def state_of(wrap, moments):
     return state
 
 
-@grid(
+@parametrize_grid(
     {"new": FORMATS, "old": FORMATS, "wrap": ["alone", "chain", "exact_bf16"]},
     default=[
         "float32-bfloat16-alone",
@@ -61,7 +61,7 @@ def test_every_format_to_every_other(new, old, wrap):
     avals = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype, getattr(x, "weak_type", False)), tree)
     assert avals(converted) == avals(expected)
     for name in ("mu", "nu"):
-        for x, y in leaves(*(optax.tree.get(s, name) for s in (before, after))):
+        for x, y in zip_leaves(*(optax.tree.get(s, name) for s in (before, after))):
             x, y = np.asarray(x), np.asarray(y)
             size = np.abs(x) if new != "int8" or x.ndim < 2 else np.abs(x).max(axis=1, keepdims=True)
             assert (np.abs(x - y) <= WIDTH[new] * size).all(), name

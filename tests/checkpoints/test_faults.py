@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from helpers import environment, printed
+from helpers import check_output, subprocess_env
 from programs import damage
 from programs.damage import bits, flipped
 
@@ -25,7 +25,7 @@ from jadam._core import numerics
 
 FLIPS = 201
 # coverage's files do not fit in 1 KiB
-HERE = {name: x for name, x in environment().items() if not name.startswith("COV")}
+HERE = {name: x for name, x in subprocess_env().items() if not name.startswith("COV")}
 
 
 # ---------------------------------------------------------------- the checksum
@@ -139,7 +139,7 @@ def test_a_damaged_checkpoint_is_an_error(name, tmp_path):
     """Or what was damaged has no part in what is restored: no array ever has other bits."""
     flips, result = FLIPS // len(damage.CONFIGURATIONS), tmp_path / "damages.json"
     command = [sys.executable, damage.__file__, name, str(flips), result]
-    printed(command, env=HERE, timeout=100)
+    check_output(command, env=HERE, timeout=100)
     damages = json.loads(result.read_text())
     assert damages[0] == damages[-1] == [None, "none", "same"]
     assert [x for x in damages if x[-1] == "other"] == []
@@ -217,20 +217,20 @@ def contents(directory):
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
-@pytest.fixture(params=disks.OBSTACLES, ids=lambda obstacle: obstacle.__name__)
-def obstacle(request):
-    """``(directory, obstructed, reason)``."""
-    with request.param() as (directory, obstructed):
-        yield directory, obstructed, os.strerror(disks.OBSTACLES[request.param])
+@pytest.fixture(params=disks.FAULTS, ids=lambda fault: fault.__name__)
+def fault(request):
+    """``(directory, unwritable, reason)``."""
+    with request.param() as (directory, unwritable):
+        yield directory, unwritable, os.strerror(disks.FAULTS[request.param])
 
 
-def test_a_state_for_pytorch_on_a_bad_disk(obstacle):
-    directory, obstructed, reason = obstacle
+def test_a_state_for_pytorch_on_a_bad_disk(fault):
+    directory, unwritable, reason = fault
     path = directory / "adam.safetensors"
     torch_state.to_torch(STATE, NAMES, path)
     before = contents(directory)
     text = rf"path: cannot write .*adam\.safetensors: .*{reason}.*\. What was there is as it was\.$"
-    with obstructed(), pytest.raises(OSError, match=text):
+    with unwritable(), pytest.raises(OSError, match=text):
         torch_state.to_torch(STATE, NAMES, path)
     assert contents(directory) == before
     torch_state.to_torch(STATE, NAMES, path)
@@ -243,10 +243,10 @@ def imported(tmp_path_factory):
 
 
 @pytest.mark.usefixtures("imported")
-def test_a_picture_on_a_bad_disk(obstacle, capsys):
-    directory, obstructed, reason = obstacle
+def test_a_picture_on_a_bad_disk(fault, capsys):
+    directory, unwritable, reason = fault
     (directory / "picture.png").write_bytes(b"older")
-    with obstructed():
+    with unwritable():
         assert main(["plan", "--out", str(directory / "picture.png")]) == 2
     assert contents(directory) == {"picture.png": b"older"}
     _, err = capsys.readouterr()
@@ -255,10 +255,10 @@ def test_a_picture_on_a_bad_disk(obstacle, capsys):
 
 def test_standard_output_on_a_full_disk():
     command = [sys.executable, "-m", "jadam", "plan", "--out", "picture.png"]
-    with disks.limited() as (directory, obstructed), (directory / "log").open("w") as log:
+    with disks.limited() as (directory, unwritable), (directory / "log").open("w") as log:
         log.write("." * disks.KIB)  # as much as there may be
         log.flush()
-        with obstructed():
+        with unwritable():
             run = {"stdout": log, "stderr": subprocess.PIPE, "text": True, "timeout": 60, "cwd": directory, "env": HERE}
             result = subprocess.run(command, **run)
         assert [path.name for path in directory.iterdir()] == ["log"]

@@ -12,7 +12,7 @@ import time
 import disks
 import numpy as np
 import pytest
-from helpers import environment
+from helpers import subprocess_env
 from programs import resume
 from programs.resume import CONFIGURATIONS, SAVE_EVERY, STEPS
 
@@ -27,7 +27,7 @@ def command(configuration, directory, *arguments):
     return [*program, configuration, directory / "run", directory / "end.npz", *arguments]
 
 
-ENVIRONMENT = environment(XLA_FLAGS="")  # one device
+ENVIRONMENT = subprocess_env(XLA_FLAGS="")  # one device
 
 
 class Training:

@@ -16,7 +16,7 @@ import disks
 import flax.nnx as nnx
 import optax
 import pytest
-from helpers import command_line
+from helpers import run_cli
 
 from jadam.__main__ import main
 from jadam._cli import demo as _demo
@@ -35,7 +35,7 @@ def finished(request, tmp_path_factory):
     if request.param == "a process":
         result = subprocess.run(COMMAND, cwd=folder, capture_output=True, text=True, timeout=120)
         return result.returncode, result.stdout, result.stderr, folder
-    return *command_line(["demo"], folder), folder
+    return *run_cli(["demo"], folder), folder
 
 
 def rows(output):
@@ -148,10 +148,10 @@ def test_a_full_disk_leaves_the_old_picture(capsys, monkeypatch):
         name, rate, steps=[1], loss=[2.3], accuracy=[0.1], seconds=1.0, bytes_per_parameter=0.0
     )
     monkeypatch.setattr(_demo, "train", quick)
-    with disks.limited() as (directory, obstructed):
+    with disks.limited() as (directory, unwritable):
         out = directory / "old.png"
         out.write_bytes(b"precious")
-        with obstructed():
+        with unwritable():
             assert main(["demo", "--steps", "1", "--out", str(out)]) == 2
         assert out.read_bytes() == b"precious"
         assert list(directory.iterdir()) == [out]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import CPU, MESH, assert_equal, float32_params, leaves, update_and_apply
+from helpers import CPU, MESH, assert_equal, float32_params, update_and_apply, zip_leaves
 from jax import export
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -68,7 +68,7 @@ TRANSFORMATIONS = {
 }
 
 
-@helpers.grid(
+@helpers.parametrize_grid(
     {"transformation": TRANSFORMATIONS, "take": [one_pass, update_and_apply]},
     default=["chain, exact_bf16, int8-one_pass", "by_path-one_pass"],
 )
@@ -97,7 +97,7 @@ def test_what_is_kept(transformation, take):
                 np.testing.assert_allclose(kept[field][k], x, rtol=4140 * 2.0**-24)
     plain, alone = trained(inner, tree(dtype=dtype), some(11), take)
     exact = take is one_pass and CPU.kernel is not None
-    for a, b in leaves((p, state.inner_state), (plain, alone)):
+    for a, b in zip_leaves((p, state.inner_state), (plain, alone)):
         if exact:
             np.testing.assert_array_equal(a, b)
         else:  # XLA may contract a product and a sum in one program only: codes and remainders hide how far
@@ -146,7 +146,7 @@ def compiled(keep):
     return programs(tx)[1].lower(p, jax.eval_shape(tx.init, p), p).compile()
 
 
-@helpers.rows("keep", [10, 1000], default=["1000"])
+@helpers.parametrize("keep", [10, 1000], default=["1000"])
 def test_the_steps_between_do_next_to_nothing(keep):
     """The statistics are within a loop of at most one round; no parameter and no ring is copied."""
     program = compiled(keep)
@@ -168,7 +168,7 @@ ADAMW = {
 }
 
 
-@helpers.grid(
+@helpers.parametrize_grid(
     {"tx": ADAMW, "dtype": [jnp.float32, jnp.bfloat16]},
     default=["by name-float32", "by name-bfloat16"],
 )

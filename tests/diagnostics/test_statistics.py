@@ -11,7 +11,7 @@ import optax
 import oracle
 import pytest
 from family import FAMILY
-from helpers import FORMATS, MESH, leaves
+from helpers import FORMATS, MESH, zip_leaves
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -180,7 +180,7 @@ HOW = {  # how to make it, and whose weights do not decay
 }
 
 
-@helpers.rows("how", HOW, default=["chain, some masked"])
+@helpers.parametrize("how", HOW, default=["chain, some masked"])
 def test_every_format(how):
     make, masked = how
     tx = make()
@@ -194,7 +194,7 @@ def test_every_format(how):
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(told))
 
 
-@helpers.rows("tx", EXACT_BF16, default=[])
+@helpers.parametrize("tx", EXACT_BF16, default=[])
 def test_exact_bf16(tx):
     """The masters' numbers."""
     p, state, _ = trained(tx, tree(dtype=jnp.bfloat16))
@@ -221,7 +221,7 @@ def test_zero1():
         p = optax.apply_updates(p, updates)
     told = jadam.statistics(tx, state, p)
     alone = jadam.statistics(FORMATTED, *jax.tree.map(np.asarray, (state, p)))
-    for a, b in leaves(told, alone):
+    for a, b in zip_leaves(told, alone):
         np.testing.assert_allclose(a, b, rtol=2 * 8729 * 2.0**-24)
 
 
@@ -234,7 +234,7 @@ EXPLICIT = {
 }
 
 
-@helpers.grid({"make": EXPLICIT, "context": {"in set_mesh": True, "bare": False}}, default=["int8-bare"])
+@helpers.parametrize_grid({"make": EXPLICIT, "context": {"in set_mesh": True, "bare": False}}, default=["int8-bare"])
 def test_explicit_axes(make, context):
     """Where JAX infers no sharding: the numbers of one device, also of what record keeps, and one compilation."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
@@ -259,7 +259,7 @@ def test_explicit_axes(make, context):
         told = telling(tx)(state, p, gradients)
     assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves((told, state.ring)))
     wanted = telling(tx)(*jax.tree.map(np.asarray, (state, p, gradients)))
-    for a, b in leaves(told, wanted):
+    for a, b in zip_leaves(told, wanted):
         np.testing.assert_allclose(a, b, rtol=2 * 8216 * 2.0**-24)  # each leaf's sum in another order
     kept = jadam.history(state)
     np.testing.assert_array_equal(kept.steps, [4, 6])
@@ -275,7 +275,7 @@ MEMBERS = {
 }
 
 
-@helpers.rows("member", helpers.MEMBERS, default=["adamax", "nadamw", "amsgrad", "radam"])
+@helpers.parametrize("member", helpers.MEMBERS, default=["adamax", "nadamw", "amsgrad", "radam"])
 def test_the_family(member):
     """Against the oracles, which start from gradients: the implied update is the real one, but for NAdam's."""
     settings = {**member.settings}
@@ -334,7 +334,7 @@ UNTRAINED = {
 }
 
 
-@helpers.rows("untrained", UNTRAINED, default=UNTRAINED.keys() - {"exact_bf16"})
+@helpers.parametrize("untrained", UNTRAINED, default=UNTRAINED.keys() - {"exact_bf16"})
 def test_before_the_first_step_all_is_zero(untrained):
     """Also of given updates."""
     tx, make = untrained
@@ -464,7 +464,7 @@ def test_a_sample():
     _, plain, _ = updating(ADAM)(p, initial(ADAM)(p), p)
     both = jax.jit(lambda state, p: [jadam.statistics(ADAM, state, p, sample=n) for n in (256, None)])
     some, all_ = both(plain, p)
-    for a, b in leaves(some, all_):
+    for a, b in zip_leaves(some, all_):
         # the total weighs a leaf by all its coordinates; each is a sum of 65,536 + 8,192 + 1,000 terms at most
         np.testing.assert_allclose(a, b, rtol=74728 * 2.0**-24)
     state = jax.eval_shape(tx.init, p)
@@ -493,7 +493,7 @@ def test_what_a_sample_is_of(shape, wanted):
     assert np.empty(shape)[measuring._subsample(shape, 2**15)].shape == wanted
 
 
-@helpers.rows("most", [1, 4096], default=["4096"])
+@helpers.parametrize("most", [1, 4096], default=["4096"])
 def test_leaves_by_themselves_and_together(monkeypatch, most):
     """How many are looked at at once changes nothing: the sums of the filled ones may be in another order."""
     p, state, _ = trained(FORMATTED, tree())

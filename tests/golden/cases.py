@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from family import FAMILY, VARIANTS
-from helpers import ADAMS
+from helpers import INT8_OPTIMIZERS
 
 import jadam
 
@@ -40,7 +40,7 @@ def _cases():
     for member in FAMILY:
         yield f"{member.name}, float32", Case(functools.partial(member.make, RATE, **member.settings))
         yield f"{member.name}, bfloat16", Case(functools.partial(member.make, RATE, moments="bfloat16"), "medium")
-    for name in ADAMS:
+    for name in INT8_OPTIMIZERS:
         yield f"{name}, int8", Case(functools.partial(getattr(jadam, name), RATE, moments="int8"), "large")
     for name, settings, _ in VARIANTS:
         text = ", ".join(f"{key}={value}" for key, value in settings.items() if key not in ("b1", "b2", "eps"))

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import ones, rows, zeros
+from helpers import ones, parametrize, zeros
 from hypothesis import strategies as st
-from properties import holds
+from properties import property_test
 
 import jadam
 from jadam._moments import formats
@@ -141,7 +141,7 @@ def test_the_bound_holds(kind, nesterov):
         assert ratio > 0.5  # the bound is not an idle one
 
 
-@holds(
+@property_test(
     few=40,
     b2=st.floats(0.5, 0.9999),
     share=st.floats(0, 0.98),
@@ -283,7 +283,7 @@ def test_blocks_fit_shards(under_jit):
     np.testing.assert_allclose(update(g, state)[0], g, rtol=1e-6)
 
 
-@rows("make", ADAMS, default=["nadamw"])
+@parametrize("make", ADAMS, default=["nadamw"])
 def test_jit_is_eager(make):
     # Under jit a multiplication and an addition may be one operation, so a value may round to the neighbouring code.
     p = zeros((40, 300))
@@ -298,7 +298,7 @@ def test_jit_is_eager(make):
         assert (codes != others).mean() < 1e-3
 
 
-@rows("member", family.FAMILY, default=["adamaxw", "amsgrad", "radam"])
+@parametrize("member", family.FAMILY, default=["adamaxw", "amsgrad", "radam"])
 def test_bfloat16_throughout_the_family(member):
     p = {"w": ones((8, 16), jnp.bfloat16), "b": ones(3), "none": None, "empty": zeros((0, 3))}
     tx, plain = member.make(0.1, moments="bfloat16"), member.make(0.1)

@@ -14,7 +14,7 @@ import optax
 import oracle
 import pytest
 from family import FAMILY
-from helpers import MEMBERS, assert_equal, grid, leaves, rows
+from helpers import MEMBERS, assert_equal, parametrize, parametrize_grid, zip_leaves
 
 import jadam
 
@@ -120,7 +120,7 @@ def test_matches_its_oracle(member):
     # A step of lr 0.01 is off by at most 1e-6 * 0.01, plus p's own rounding, |p| * 2**-24, at each of 60 steps.
     gradients = [tree(seed) for seed in range(1, 61)]
     found = trained(family, 60)[0][member.name]
-    for p, start, *gs in leaves(found, tree(), *gradients):
+    for p, start, *gs in zip_leaves(found, tree(), *gradients):
         directions = member.oracle([np.asarray(g, np.float64) for g in gs], **member.settings)
         rates = lambda t: 0.01 * 0.5 * (1 + np.cos(np.pi * t / 60))
         expected = oracle.scale_by_learning_rate_and_decay(start, directions, rates, **decay(member))[-1]
@@ -133,7 +133,7 @@ def test_matches_its_oracle_in_float64(member):
     gradients = [tree(seed, np.float64) for seed in range(1, 61)]
     params, states, _ = trained(at_constant_rate, 60, np.float64)
     assert all(x.dtype in (jnp.float64, jnp.int32) for x in jax.tree.leaves(states[member.name]))
-    for p, start, *gs in leaves(params[member.name], tree(dtype=np.float64), *gradients):
+    for p, start, *gs in zip_leaves(params[member.name], tree(dtype=np.float64), *gradients):
         directions = member.oracle([np.asarray(g) for g in gs], **member.settings)
         expected = oracle.scale_by_learning_rate_and_decay(start, directions, lambda t: 0.01, **decay(member))[-1]
         np.testing.assert_allclose(p, expected, rtol=0, atol=1e-12)
@@ -144,17 +144,17 @@ def test_state_is_optax_s(member):
     params = tree()
     ours, theirs = member.make(1e-3).init(params), member.optax(1e-3).init(params)
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
-    for a, b in leaves(ours, theirs):
+    for a, b in zip_leaves(ours, theirs):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
 
 
 @every_member
 def test_an_optax_state_goes_on_in_jadam_and_back(member):
     a, b, after_ours, after_theirs, back = handed_over()
-    for x, y in leaves(a[member.name], b[member.name]):
+    for x, y in zip_leaves(a[member.name], b[member.name]):
         np.testing.assert_allclose(x, y, rtol=2e-4)  # Optax's own distance from the paper: 1e-4 (README)
     assert jax.tree.structure(after_ours[member.name]) == jax.tree.structure(after_theirs[member.name])
-    for x, y in leaves(back[member.name], after_ours[member.name]):
+    for x, y in zip_leaves(back[member.name], after_ours[member.name]):
         assert jax.typeof(x) == jax.typeof(y)
 
 
@@ -194,7 +194,7 @@ def test_dtypes_are_a_fixed_point(member):
             assert u.dtype == jnp.promote_types(*pair), name
 
 
-@rows("schedule", SCHEDULES, default=["constant", "warmup", "joined"])
+@parametrize("schedule", SCHEDULES, default=["constant", "warmup", "joined"])
 def test_one_trace_whatever_the_schedule(schedule):
     program = stepper(every(lambda m: m.make(schedule)))
     params = dict.fromkeys(MEMBERS, matrix(tree()))
@@ -255,7 +255,7 @@ def test_abstract_init(member):
     params = tree()
     tx = member.make(optax.cosine_decay_schedule(1e-3, 10))
     abstract = jax.eval_shape(tx.init, params)
-    for a, b in leaves(abstract, tx.init(params)):
+    for a, b in zip_leaves(abstract, tx.init(params)):
         assert (a.shape, a.dtype, a.weak_type) == (b.shape, b.dtype, b.weak_type)
 
 
@@ -276,7 +276,7 @@ def scanned():
 @every_member
 def test_scan_equals_a_loop(member):
     looped, found = trained(family, 8)[:2], scanned()
-    for a, b in leaves(*([part[member.name] for part in x] for x in (looped, found))):
+    for a, b in zip_leaves(*([part[member.name] for part in x] for x in (looped, found))):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=8 * 1e-8)  # other fusions, other contractions: an ulp a step
 
 
@@ -292,7 +292,7 @@ def test_eager_equals_jit(member):
     jitted, jitted_state = (x[member.name] for x in trained(family, 8)[:2])
     is_moment = lambda x: isinstance(x, dict)
     jitted_state = jax.tree.map(lambda x: only(x) if is_moment(x) else x, jitted_state, is_leaf=is_moment)
-    for a, b in leaves((params, state), (only(jitted), jitted_state)):
+    for a, b in zip_leaves((params, state), (only(jitted), jitted_state)):
         assert jax.typeof(a) == jax.typeof(b)
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=8 * 1e-8)
 
@@ -343,7 +343,7 @@ WRAPPERS = {
 }
 
 
-@grid(
+@parametrize_grid(
     {"wrapper": WRAPPERS, "member": MEMBERS},
     default=[
         "chain-adamw",
@@ -370,7 +370,7 @@ def test_inside_optax_s_wrappers(wrapper, member):
     for dtype in dtypes:
         a, b = params["ours", dtype], params["theirs", dtype]
         assert jax.tree.structure(a) == jax.tree.structure(b)
-        for x, y in leaves(a, b):
+        for x, y in zip_leaves(a, b):
             assert x.dtype == y.dtype
             # Four steps of 1e-2, Optax's share of error 1e-4; in bf16 each step rounds to 2**-8 of |p| <= 1.
             np.testing.assert_allclose(

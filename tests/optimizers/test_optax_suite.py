@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import environment
+from helpers import subprocess_env
 
 MODULES = ["optax._src.alias_test", "optax._src.transform_test", "optax._src.float64_test", "optax._src.sharding_test"]
 MODULES += ["optax.contrib._common_test"]
@@ -19,7 +19,7 @@ EXPECTED = {"test_rms_match_adam": 1, "test_explicit_dtype": 2}
 def test_optax_s_own_tests_pass_with_jadam_in_optax_s_place(tmp_path):
     command = [sys.executable, "-m", "pytest", "-p", "programs.optax_suite", "-p", "no:cacheprovider", "-rfE"]
     command += ["--tb=line", "-q", "--pyargs", *MODULES]
-    result = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    result = subprocess.run(command, cwd=tmp_path, env=subprocess_env(), capture_output=True, text=True)
     summary = result.stdout[result.stdout.index("short test summary") :]
     failed = re.findall(r"^(?:FAILED|SUBFAILED|ERROR).*::([a-z_]+)", summary, re.MULTILINE)
     assert {name: failed.count(name) for name in failed} == EXPECTED, summary

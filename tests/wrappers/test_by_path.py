@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen, nnx
-from helpers import CPU, float32_params, grid, leaves, rows
+from helpers import CPU, float32_params, parametrize, parametrize_grid, zip_leaves
 
 import jadam
 
@@ -75,7 +75,7 @@ def only(tree, *paths):
     return jax.tree_util.tree_map_with_path(keep, tree)
 
 
-@grid(
+@parametrize_grid(
     {"rate": {"schedule": COSINE, "constant": 1e-2}, "take": [update_and_apply, one_pass]},
     default=["schedule-update_and_apply", "schedule-one_pass"],
 )
@@ -117,7 +117,7 @@ def test_frozen_leaves_cost_nothing_and_stay():
         assert np.signbit(embed).all() == (take is one_pass), take
 
 
-@rows("moments", ["int8", "float32", "bfloat16"], default=["int8"])
+@parametrize("moments", ["int8", "float32", "bfloat16"], default=["int8"])
 def test_one_pass_under_exact_bf16_and_clipping(moments):
     """The kernel is held to the two calls elsewhere; here each leaf must get its own scalars."""
     tx = jadam.chain(jadam.clip_by_global_norm(1.0), jadam.by_path(RULES, 1e-2, moments=moments))
@@ -132,7 +132,7 @@ def test_one_pass_under_exact_bf16_and_clipping(moments):
         results.append(jax.device_get(float32_params(p, state)))
     # A stochastic rounding that the two decide differently, 1e-4 of the codes, moves an element's next two steps, each
     # lr * R = 0.07 at most and lr on average, by a few per cent of itself.
-    for a, b in leaves(*results):
+    for a, b in zip_leaves(*results):
         assert np.mean(np.abs(a - b) > 1e-6) < 1e-2
         np.testing.assert_allclose(a, b, rtol=0, atol=3e-3)
     np.testing.assert_array_equal(results[1]["embed"], p32["embed"])

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from helpers import float32_params, update_and_apply
 from hypothesis import strategies as st
-from properties import holds
+from properties import property_test
 
 import jadam
 from jadam._wrappers import exact_bf16 as _exact_bf16
@@ -110,7 +110,7 @@ SPECIAL = [0.0, -0.0, 1.0, -1.5, 3.0e38, 3.4028235e38, -3.4028235e38, 1e-38, 1.1
 split_by_jax, join = jax.jit(_exact_bf16.split), jax.jit(_exact_bf16.join)
 
 
-@holds(few=300, bits=st.integers(0, 2**32 - 1))
+@property_test(few=300, bits=st.integers(0, 2**32 - 1))
 def test_split_and_join(bits):
     x = np.uint32(bits).view(np.float32)
     p, remainder = split_by_jax(x)
