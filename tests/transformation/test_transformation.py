@@ -54,7 +54,7 @@ def test_eager_step_calls_the_schedule_every_time(monkeypatch, name):
     np.testing.assert_array_equal(again["b"], params["b"])
 
 
-def test_flax_s_optimizer_schedule_of_setting_a_python_variable(monkeypatch):
+def test_flax_optimizer_calls_the_schedule_every_time(monkeypatch):
     model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
     optimizer = jadam.flax.Optimizer(model, jadam.adam(schedule_of_setting), wrt=nnx.Param)
     grads = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
@@ -286,7 +286,7 @@ def test_a_whole_equinox_model_as_params(name):
     trained = eqx.filter(model, eqx.is_inexact_array)
     state = jax.jit(tx.init)(trained)
     update, step = tx.update, functools.partial(jadam.step, tx)
-    if name != "adamw, mask":  # covers eager steps
+    if name != "adamw, mask":  # left eager
         update, step = eqx.filter_jit(update), eqx.filter_jit(step)
     expected, _ = step(trained, state, trained)
     for found, wanted in (
