@@ -109,10 +109,10 @@ def expected(m_hat, root, u, p, eps, zero=0.0):
 def check(stats, wanted, u, n, row=""):
     """Compares measures and quantiles of the update ``u`` of ``n`` coordinates.
 
-    A float32 sum of n terms >= 0, in any order, has a relative error of at most n * 2**-24. Terms have
-    16 roundings each. A root halves the error. A coordinate within 16 roundings of eps may be counted on the other side: at most one
-    here. A reported quantile is in the same histogram bin as the true one, or, after 8 roundings at a bin's edge, in
-    the next. The widest bins are [1, 1.25) times a power of two.
+    A float32 sum of n terms >= 0, in any order, has a relative error of at most n * 2**-24; terms have 16 roundings
+    each; a root halves both. A coordinate within 16 roundings of eps may be counted on its other side: at most one here.
+    A reported quantile is in the histogram bin of the true one or, after 8 roundings at a bin's edge, in the next. The
+    widest bins are [1, 1.25) times a power of two.
     """
     for name, x in wanted.items():
         share = 1 / max(1, u.size) if name.endswith("share") else 0
