@@ -110,8 +110,8 @@ def check(stats, wanted, u, n, row=""):
     """Compares measures and quantiles of the update ``u`` of ``n`` coordinates.
 
     A float32 sum of n terms >= 0, in any order, has a relative error of at most n * 2**-24; terms have 16 roundings
-    each; a root halves both. A coordinate within 16 roundings of eps may be counted on its other side: at most one here.
-    A reported quantile is in the histogram bin of the true one or, after 8 roundings at a bin's edge, in the next. The
+    each; a root halves both. A coordinate within 16 roundings of eps may be counted on its other side: here at most
+    one. A reported quantile is in the histogram bin of the true one or, after 8 roundings at its edge, in the next. The
     widest bins are [1, 1.25) times a power of two.
     """
     for name, x in wanted.items():
