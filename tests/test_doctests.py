@@ -1,4 +1,4 @@
-"""Every example in a docstring runs, and every public function has one, with its arguments, result and errors."""
+"""Docstring examples run; every public function documents arguments, result and errors and has an example."""
 
 import doctest
 import importlib
@@ -19,7 +19,7 @@ def has_examples(name):
 
 
 MODULES = [m.name for m in pkgutil.walk_packages(jadam.__path__, "jadam.") if has_examples(m.name)]
-SLOW = {"jadam._checkpoints.convert", "jadam._diagnostics.record"}  # a codec without jit, and a picture
+SLOW = {"jadam._checkpoints.convert", "jadam._diagnostics.record"}  # an int8 conversion without jit, and a picture
 FUNCTIONS = [name for name in dir(jadam) if inspect.isfunction(getattr(jadam, name))]
 
 

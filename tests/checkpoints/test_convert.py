@@ -15,7 +15,7 @@ WIDTH = {
     "float32": 0,
     "bfloat16": 2**-7,
     "int8": 0.05,
-}  # error relative to a moment; for int8, to the maximum of its block
+}  # error relative to a moment; int8: to the block's maximum
 
 
 def params():

@@ -92,7 +92,7 @@ def test_each_leaf_is_trained_by_its_own_adamw(rate, take):
     for paths, tx in alone.items():
         own, s = trained(take(tx), tx, lambda seed=0, paths=paths: only(params(seed), *paths))
         for path in paths:
-            # 5 steps of 2 ulp of an update that is at most 4
+            # 5 steps: updates differ by at most 2 ulp, and each side rounds p, |p| < 4
             atol, name = 5 * 2 * 2**-24 * 4, str(path)
             np.testing.assert_allclose(at(got, path), at(own, path), rtol=0, atol=atol, err_msg=name)
             mu = at(state.moments.mu, path)
