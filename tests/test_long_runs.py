@@ -74,8 +74,8 @@ def test_float32_moments_do_not_drift(stream, steps):
         settled = 1 - B2**steps
         np.testing.assert_allclose(state.nu, settled * np.float64(mean) ** 2, rtol=2.0**-24 / (1 - B2) + 1e-6)
     else:
-        # Two independent roundings a step, uniform within half an ulp, at most 2**-24: variance 2/3 * 2**-48. Summed with
-        # weights b2**k: variance 2 / 3 / (1 - b2**2), standard deviation 18 times 2**-24. The mean over 64
+        # Two independent roundings a step, uniform within half an ulp, at most 2**-24, have a variance of 2/3 * 2**-48.
+        # Summed with weights b2**k: variance 2 / 3 / (1 - b2**2), standard deviation 18 times 2**-24. The mean over 64
         # coordinates and (steps / 1000) independent times divides by the root of their number. Six standard deviations.
         times = max(1, (steps - 5000) // 1000)
         assert np.abs(of_v[5:].mean()) <= 6 * 19 * 2.0**-24 / np.sqrt(times * 64)
@@ -125,7 +125,7 @@ def test_bias_of_narrow_moments(moments, stream, steps):
     of_m, of_v = mu[warm:].mean() - np.mean(mean, dtype=np.float64), nu[warm:].mean() - expected_square(mean, stream)
     # A stochastic rounding has an error of at most half a gap between levels (rms), and the average sums 1 / (1-b) of
     # them. Gaps: bfloat16 2**-7 of a moment of at most 2; int8's v 8 / 214 of v (a block's values are within a factor
-    # of 2, so codes are above 214); int8's r 2 / 127 of its maximum, at most 3. Noise of the gradients: g has variance 1,
+    # of 2, so codes are above 214); int8's r 2 / 127 of its maximum, at most 3. Noise: g has variance 1,
     # g**2 at most 6. Tolerance: six standard deviations.
     gap_m, gap_v = (3 * 2 / 127 * 2, 0.04 * 2) if moments == "int8" else (2.0**-7 * 2, 2.0**-7 * 2)
     noise = stream == "random"

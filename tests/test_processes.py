@@ -137,11 +137,11 @@ def test_the_same_losses(killed):
             for a, b, bound in zip_leaves(gradients, theirs, bounds):
                 assert (np.abs(a - b) <= bound).all()
         # The loss is a sum over eight devices, too. An error d of a gradient moves its coordinate by at most
-        # 2 * LR * d / sqrt(v) in that step and each later one, j * (j + 1) / 2 times in all. That changes the loss by the
-        # move times the gradient, which is at most sqrt(steps) * sqrt(v). Times 2, because later gradients are those of
+        # 2 * LR * d / sqrt(v) in that step and each later one, j * (j + 1) / 2 times in all. The loss changes by that
+        # times the gradient, which is at most sqrt(steps) * sqrt(v). Times 2, because later gradients are those of
         # moved parameters.
         moved = 2 * program.LR * j * (j + 1) * math.sqrt(steps) * sum(x.sum() for x in jax.tree.leaves(bounds))
-        # About one code or bfloat16 value a step may differ, at a rounding threshold. It moves a weight by less than LR.
+        # About one code or bfloat16 value a step may differ, at a rounding threshold. A weight moves by less than LR.
         decided = j * program.LR * max(np.abs(g).max() for g in jax.tree.leaves(theirs))
         tolerance = REORDERED * expected + moved + (0 if name == "float32" else decided)
         assert abs(float(loss) - expected) <= tolerance, (steps, float(loss), expected, tolerance)

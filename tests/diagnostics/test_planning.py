@@ -16,7 +16,7 @@ COUNTS = {
     "gpt2": 124_439_808,
     "llama-7b": 6_738_415_616,
     "llama-70b": 68_976_648_192,
-}  # parameters of the published models
+}  # of the published models
 
 
 @pytest.mark.parametrize("name", COUNTS)
