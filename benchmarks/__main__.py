@@ -20,7 +20,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def machine() -> dict:
-    """What a figure must be read with."""
+    """Date, machine and versions, for the results file."""
     info = Path("/proc/cpuinfo")
     names = [line for line in (info.read_text() if info.exists() else "").splitlines() if line.startswith("model name")]
     cpu = names[0].split(":")[1].strip() if names else platform.processor()
@@ -34,22 +34,22 @@ def machine() -> dict:
 
 
 def aot_mesh(text: str) -> str:
-    """A topology such as ``v5e:16x16``."""
+    """Checks that ``text`` is a TPU topology such as ``v5e:16x16``."""
     if not re.fullmatch(r"\w+:\d+x\d+", text):
         raise argparse.ArgumentTypeError(f"must be a topology, got {text}; try v5e:16x16")
     return text
 
 
 def main() -> int:
-    """Run what is asked for, each benchmark writing one JSON file."""
+    """Runs the benchmarks; each writes one JSON file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; default: all")
-    parser.add_argument("--mesh", type=aot_mesh, help="aot: compile a step of --model for a TPU's chips, as v5e:16x16")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(NAMES)}; default: all")
     parser.add_argument(
-        "--model", default="llama-70b", help="whose shapes aot --mesh takes, as `jadam plan` knows them"
+        "--mesh", type=aot_mesh, help="aot: compile a step of --model for a TPU topology, e.g. v5e:16x16"
     )
-    parser.add_argument("--against", metavar="COMMIT", help="core: the commit whose step this one's is beside")
-    parser.add_argument("--torch-python", help="a Python with PyTorch, for the comparisons with it")
+    parser.add_argument("--model", default="llama-70b", help="aot --mesh: a model that `jadam plan` knows")
+    parser.add_argument("--against", metavar="COMMIT", help="core: the commit to compare with")
+    parser.add_argument("--torch-python", help="a Python interpreter with PyTorch, to compare with")
     options = parser.parse_args()
     if unknown := set(options.names) - set(NAMES):
         parser.error(f"no benchmark named {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")

@@ -1,8 +1,8 @@
-"""How far each library's Adam is from Algorithm 1 in float64.
+"""Distance of each library's float32 Adam from Algorithm 1 in float64.
 
-The largest error of the direction (the update at learning rate 1) over 1,500 steps, gradients N(0, 1) scaled by 1,
-1e-6 and 1e6, b2 in 0.95, 0.999, 0.9999, all else at its default, in float32. The largest of more coordinates is larger,
-so 16 and 1,000 are given, and beside them the floor: float64 throughout, but for v being stored in float32.
+The measure is the maximum error of the direction (the update at learning rate 1) over 1,500 steps. Gradients are N(0,
+1) scaled by 1, 1e-6 and 1e6; b2 is 0.95, 0.999, 0.9999; all else is default. The maximum grows with the number of
+coordinates, so it is given for 16 and 1,000. The floor is Adam in float64 that stores only v in float32.
 """
 
 import itertools
@@ -24,13 +24,13 @@ CASES = list(itertools.product([0.95, 0.999, 0.9999], [1.0, 1e-6, 1e6]))
 
 
 def gradients(coordinates, scale):
-    """The same for every side."""
+    """Gradients of all steps, reproducible."""
     rng = np.random.default_rng(0)
     return (scale * rng.standard_normal((STEPS, coordinates))).astype(np.float32)
 
 
 def exact(g, b2, stored=np.float64):
-    """Algorithm 1 in float64, with v stored as ``stored``."""
+    """Directions of Algorithm 1 in float64, with v stored as ``stored``."""
     m = v = np.zeros(g.shape[1])
     out = []
     for t, g_t in enumerate(g.astype(np.float64), start=1):
@@ -41,7 +41,7 @@ def exact(g, b2, stored=np.float64):
 
 
 def with_optax_api(scale_by_adam):
-    """The directions of an Optax-style transformation."""
+    """Function that returns the directions of an Optax-style transformation."""
 
     def directions(g, b2):
         tx = scale_by_adam(b2=b2)
@@ -52,7 +52,7 @@ def with_optax_api(scale_by_adam):
 
 
 def with_torch(python):
-    """The directions of ``torch.optim.Adam`` in another environment's Python."""
+    """Function that returns the directions of ``torch.optim.Adam``, run with the interpreter ``python``."""
     program = """if True:
         import sys, numpy as np, torch
         data = np.load(sys.argv[1])

@@ -1,9 +1,8 @@
-"""What XLA makes of a step on hardware that is not here: kernels, temporaries and bytes, compiled ahead of time.
+"""Kernels, temporaries and memory traffic of a step compiled ahead of time for a TPU v5e and an H100.
 
-For a TPU v5e and an H100, each in an environment of its own with that platform's compiler, made on the first run and
-kept in ``$XDG_CACHE_HOME/jadam`` (``~/.cache/jadam``). Counted are the operations of the compiled program that write
-more bytes than a fiftieth of the number of parameters; their bytes are those of what they read and write. The run fails
-where a bar is missed.
+Each platform's compiler is in a virtual environment, created by the first run in ``$XDG_CACHE_HOME/jadam``
+(``~/.cache/jadam``). A large kernel is an operation of the compiled program that writes more bytes than a fiftieth of
+the number of parameters; its traffic is the bytes it reads and writes. The run fails if a bar is exceeded.
 """
 
 import hashlib
@@ -34,27 +33,27 @@ FREE = ("parameter", "constant", "bitcast", "tuple", "get-tuple-element")
 
 
 def cases():
-    """Name, shape, and what must hold: how many large kernels, bytes and bytes of temporaries per parameter."""
+    """Yields name, shape and bars: number of large kernels, bytes and bytes of temporaries per parameter."""
     whole = SHAPES[0]
     for how in ("step", "stock"):
         yield f"{how} float32", whole, {"kernels": 1, "bytes": 28.01, "temporaries": 0.001}
     yield "step bfloat16", whole, {"kernels": 1, "bytes": 20.01, "temporaries": 0.001}
     yield "step bfloat16, bf16 weights", whole, {"kernels": 1, "bytes": 18.01, "temporaries": 0.001}
-    for shape in SHAPES:  # 12 for p and g, 4 for codes, and two scales a block read and written
-        scales = 16 / min(128, shape[-1]) * 1.3  # the last block of a row is shorter
+    for shape in SHAPES:  # 12 bytes for p and g, 4 for codes, and two scales a block, read and written
+        scales = 16 / min(128, shape[-1]) * 1.3  # 1.3: the last block of a row may be shorter
         yield "step int8", shape, {"kernels": 1, "bytes": 16.01 + scales, "temporaries": 0.05}
     yield "step int8, bf16 weights", whole, {"kernels": 1, "bytes": 14.2, "temporaries": 0.05}
-    for name in ("stock bfloat16", "stock int8"):  # no bar: what the update alone costs
+    for name in ("stock bfloat16", "stock int8"):  # without a bar: `update` + `apply_updates`, for comparison
         yield name, whole, {}
 
 
 def run(options) -> dict:
-    """Every case on both platforms, each in its environment; or with ``--mesh`` a model's step on many chips."""
+    """Compiles every case for both platforms, or with ``--mesh`` a model's step for many chips."""
     if options.mesh:
         return on_mesh(options.mesh, options.model)
     rows, missed = [], []
     for platform in PACKAGES:
-        for row in lines_of(platform, platform):
+        for row in run_in_environment(platform, platform):
             rows.append(row)
             over = [k for k, bar in row["bars"].items() if row[k] > bar]
             missed += [f"{row['target']}, {row['case']}, {row['shape']}: {k} {row[k]}" for k in over]
@@ -66,8 +65,8 @@ def run(options) -> dict:
     return {"per parameter": rows}
 
 
-def lines_of(platform, *arguments):
-    """The lines of JSON that this file, run in a platform's environment, prints, as they come."""
+def run_in_environment(platform, *arguments):
+    """Runs this file in a platform's environment; yields the JSON lines it prints."""
     python = environment(platform)
     search = os.pathsep.join([os.environ.get("PATH", ""), *map(str, python.parent.parent.rglob("cuda_nvcc/bin"))])
     quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_STDERR_LOG_LEVEL": "3", "TF_CPP_MIN_LOG_LEVEL": "3"}
@@ -86,13 +85,13 @@ def lines_of(platform, *arguments):
 
 
 def on_mesh(topology, model) -> dict:
-    """The step of a model's shapes in every format, divided by `jadam.sharding.zero1` over a quarter of a mesh's rows.
+    """Compiles a model's step in every format, with `jadam.sharding.zero1`, for a TPU topology.
 
-    Parameters are divided over the larger axis, the state over both; the gradients come as each replica's own, so that
-    the program has to reduce them. What the compiler says is held against `jadam.plan`.
+    Parameters are sharded over the larger mesh axis, the state over both. Each replica has its own gradients, which the
+    program has to reduce. The compiler's memory must agree with `jadam.plan`.
     """
     rows = []
-    for row in lines_of("tpu", topology, model):
+    for row in run_in_environment("tpu", topology, model):
         rows.append(row)
         gib = {
             name: f"{row[name] / 2**30:.3f}" for name in ("parameters", "gradients", "state", "arguments", "planned")
@@ -104,7 +103,7 @@ def on_mesh(topology, model) -> dict:
 
 
 def environment(platform) -> Path:
-    """The Python of the environment with a platform's compiler, made if it is not there."""
+    """Python of the environment with a platform's compiler, created if it does not exist."""
     wanted = hashlib.sha1(repr((sys.version_info[:2], PACKAGES[platform])).encode()).hexdigest()[:8]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jadam" / f"aot-{platform}-{wanted}"
     python = cache / "bin" / "python"
@@ -117,7 +116,7 @@ def environment(platform) -> Path:
 
 
 def device(platform):
-    """A device of the platform, to compile for."""
+    """An abstract device of the platform, to compile for."""
     from jax.experimental import topologies
 
     if platform == "tpu":
@@ -128,8 +127,8 @@ def device(platform):
     return topology.devices[0]
 
 
-def compiled(name, shape, to):
-    """The program of a case."""
+def compile_case(name, shape, to):
+    """Compiled program of a case."""
     import jax.numpy as jnp
     import optax
 
@@ -152,8 +151,8 @@ def compiled(name, shape, to):
     return jax.jit(step, donate_argnums=(0, 1)).lower(*args).compile()
 
 
-def count(text, parameters) -> tuple[int, int]:
-    """Of a program's text, operations that write as much as a fiftieth of its parameters, and the bytes they touch."""
+def count_large_kernels(text, parameters) -> tuple[int, int]:
+    """Number of large kernels in an HLO text, and the bytes they read and write."""
     entry = text[text.index("\nENTRY") :].split("\n}")[0]
     size, large, touched = {}, 0, 0
     for line in entry.splitlines():
@@ -169,19 +168,19 @@ def count(text, parameters) -> tuple[int, int]:
 
 
 def array_bytes(found):
-    """Bytes of ``(dtype, dimensions)`` in HLO's notation."""
+    """Bytes of an array, from ``(dtype, dimensions)`` in HLO's notation."""
     dtype, dimensions = found
     bits = 8 if dtype == "pred" else int(re.sub(r"\D", "", dtype))
     return bits // 8 * math.prod(int(x) for x in dimensions.split(",") if x)
 
 
 def main(platform):
-    """In the platform's environment: a line of JSON for every case."""
+    """Prints a line of JSON for every case; runs in the platform's environment."""
     to = device(platform)
     for name, shape, bars in cases():
-        program = compiled(name, shape, to)
+        program = compile_case(name, shape, to)
         parameters = math.prod(shape)
-        large, touched = count(program.as_text(), parameters)
+        large, touched = count_large_kernels(program.as_text(), parameters)
         row = {
             "target": TARGETS[platform],
             "case": name,
@@ -195,7 +194,7 @@ def main(platform):
 
 
 def compile_on_mesh(topology, model):
-    """In the TPU's environment: a line of JSON for every format."""
+    """Prints a line of JSON for every format; runs in the TPU's environment."""
     import numpy as np
     from jax.experimental import topologies
 
@@ -223,7 +222,7 @@ def compile_on_mesh(topology, model):
 
 
 def step_on_mesh(tx, shapes, mesh):
-    """The compiled step, and which of its arguments are parameters, state and gradients."""
+    """Compiled step, and the ranges of its arguments that are parameters, state and gradients."""
     import jadam
     from jadam.sharding import shard_largest_dim, zero1
 
@@ -246,14 +245,14 @@ def step_on_mesh(tx, shapes, mesh):
 
 
 def entry_bytes(text, which) -> int:
-    """Of a program's text, the bytes on a device of some of its many parameters, by number; they come as one tuple."""
+    """Bytes on a device of the program's arguments with these numbers. The program takes all arguments as one tuple."""
     (together,) = re.findall(r"= \((.*)\)\S* parameter\(0\)", text[text.index("\nENTRY") :].split("\n}")[0])
     sizes = list(map(array_bytes, re.findall(r"([a-z]+\d+|pred)\[([\d,]*)\]", together)))
     return sum(sizes[number] for number in which)
 
 
 def collectives(text) -> dict[str, int]:
-    """How many of each there are; a TPU's reduce-scatter is a fusion of that name's all-reduce."""
+    """Number of each collective. On a TPU a reduce-scatter is a fusion called all-reduce-scatter."""
     scatters = len(re.findall(r"calls=%all-reduce-scatter", text)) + len(re.findall(r" reduce-scatter\(", text))
     within = sum(
         len(re.findall(r" all-reduce\(", body))

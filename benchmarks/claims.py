@@ -1,11 +1,10 @@
-"""What the paper says of Adam, measured on real data: six claims, each with a verdict by a rule stated beside it.
+"""Six claims of the paper about Adam, tested on real data, each with a verdict by a fixed rule.
 
-Every optimizer gets its own grid of learning rates, a quarter of a decade apart (half a decade for the network of 1,000
-units), which grows until its ends are clearly worse than its best; Nesterov's momentum and RMSProp's decay are tuned as
-well, Adam's betas are the paper's. All sides of a seed have the same start, batches and noise. `benchmarks.training`
-says what is trained. The logistic regressions are tuned over two schedules as well, a constant rate and the paper's
-alpha / sqrt(t), which alone would be hard on AdaGrad: it decays by itself. A run that was interrupted goes on where it
-was.
+Each optimizer has its own grid of learning rates, a quarter of a decade apart (half a decade for the network of 1,000
+units), which grows until its ends are clearly worse than its best. Nesterov's momentum and RMSProp's decay are tuned,
+too; Adam keeps the paper's betas. All optimizers have the same start, batches and noise for each seed. For logistic
+regression the schedule is tuned as well: constant, or the paper's alpha / sqrt(t), which alone would be unfair to
+AdaGrad, whose rate decays by itself. The problems are in `benchmarks.training`. An interrupted run resumes.
 """
 
 import functools
@@ -30,12 +29,12 @@ import jadam
 from benchmarks import training
 
 RESULTS = Path(__file__).parent / "results"
-TOLERANCE = 1.01  # losses closer than this, or not in the same order for every seed, are equal
-WITHIN = 1.05  # of the best loss: what counts as a good learning rate
+TOLERANCE = 1.01  # losses within 1 %, or not ordered the same way for every seed, count as equal
+WITHIN = 1.05  # a learning rate is good if its loss is within 5 % of the best
 
 HOLDS, PARTLY, FAILS = "holds", "holds in part", "does not hold on this data"
 
-# side: {variant: (transformation of a learning rate or schedule, log10 of a usual rate)}
+# {optimizer: {variant: (function of a learning rate or schedule, log10 of a usual rate)}}
 SIDES = {
     "Adam": {"": (jadam.adam, -2.5)},
     "SGD": {"": (optax.sgd, 0.0)},
@@ -43,14 +42,14 @@ SIDES = {
         f"momentum {momentum}": (functools.partial(optax.sgd, momentum=momentum, nesterov=True), usual)
         for momentum, usual in ((0.9, -1.0), (0.99, -2.0))
     },
-    # the sum of squares starts at 0 as in Duchi et al. 2011: Optax's 0.1 would outweigh sparse gradients
+    # the accumulator starts at 0 as in Duchi et al. 2011; Optax's 0.1 would dominate sparse gradients
     "AdaGrad": {"": (functools.partial(optax.adagrad, initial_accumulator_value=0.0), -1.5)},
     "RMSProp": {f"decay {decay}": (functools.partial(optax.rmsprop, decay=decay), -2.5) for decay in (0.9, 0.99)},
 }
 
 
 class Sizes(NamedTuple):
-    """What a run costs."""
+    """Sizes of a run."""
 
     sides: dict = SIDES
     seeds: int = 3
@@ -66,7 +65,7 @@ class Sizes(NamedTuple):
     code_rates: int = 9
     betas: tuple = tuple((b1, b2) for b1 in (0.0, 0.9) for b2 in (0.99, 0.999, 0.9999))
     evaluated: int = 2000
-    points: int = 20  # of a curve
+    points: int = 20  # points of a loss curve
 
 
 QUICK = Sizes(
@@ -88,7 +87,7 @@ QUICK = Sizes(
 )
 
 
-# Schedules: functions of a learning rate (the largest) and the number of steps to what an optimizer takes.
+# Schedules: functions of the peak learning rate and the number of steps; they return a rate or a schedule.
 def constant(rate, steps):
     return rate
 
@@ -99,25 +98,25 @@ def root_decay(rate, steps):
 
 
 def one_cycle(rate, steps):
-    """Up for 30 % of the steps, then down to nearly 0, as a cosine."""
+    """Cosine one-cycle: up for 30 % of the steps, then down to nearly 0."""
     shape = optax.cosine_onecycle_schedule(steps, 1.0)
     return lambda count: rate * shape(count)
 
 
 class Task(NamedTuple):
-    """A problem with what all optimizers share."""
+    """A problem, and settings that all optimizers share."""
 
     problem: Callable
-    schedules: dict[str, Callable]  # tuned like the rate
+    schedules: dict[str, Callable]  # tuned, like the rate
     steps: int
-    step: float = 0.25  # of the grid, decades
-    fully: bool = True  # every rate with every seed, and until the ends are no good rates
+    step: float = 0.25  # spacing of the grid, decades
+    fully: bool = True  # run every rate with every seed, and grow the grid until its ends are no good rates
 
 
 def tasks(sizes: Sizes) -> dict[str, Task]:
-    """By name; a problem is loaded only when it is called."""
+    """``{name: task}``; a problem is loaded when it is called."""
     network = functools.partial(training.network, sizes.network)
-    # with dropout, for without it the loss falls to nearly 0, where 5 % of it are nothing
+    # dropout keeps the loss away from 0, where 5 % mean nothing
     dropping = functools.partial(network, dropout=0.5)
     flat, either = {"": constant}, {"constant": constant, "1/sqrt(t)": root_decay}
     return {
@@ -133,7 +132,7 @@ def tasks(sizes: Sizes) -> dict[str, Task]:
 
 
 def short(x):
-    """Four digits of every number of a tree; None for what is no finite number."""
+    """Rounds all numbers of a tree to four digits; None for non-finite ones."""
     if isinstance(x, dict):
         return {key: short(value) for key, value in x.items()}
     if isinstance(x, list | tuple):
@@ -145,14 +144,14 @@ def short(x):
 
 
 def finite_or_inf(losses):
-    """As NumPy's float64, a loss that is NaN being infinite."""
+    """float64 array with NaN replaced by infinity."""
     return np.nan_to_num(np.asarray(losses, np.float64), nan=np.inf, posinf=np.inf)
 
 
 def sweep(train, usual, step, grid, largest, seeds, within=WITHIN):
-    """``(log10_rates, losses, errors)`` of a grid about ``usual`` that grows while an end is a good rate.
+    """``(log10_rates, losses, errors)`` of a grid around ``usual``, which grows while an end is a good rate.
 
-    ``train`` is what `training.trainer` returns. Losses have shape (seeds, rates, points), errors (seeds, rates).
+    ``train`` is a result of `training.trainer`. Losses have shape (seeds, rates, points), errors (seeds, rates).
     """
     run = lambda exponents: map(finite_or_inf, train(jnp.asarray(10.0 ** np.asarray(exponents), jnp.float32), seeds))
     exponents = usual + step * (np.arange(grid) - grid // 2)
@@ -171,7 +170,7 @@ def sweep(train, usual, step, grid, largest, seeds, within=WITHIN):
 
 
 def good_rates(exponents, final, within=WITHIN):
-    """``(low, high)``, log10, about the best rate, where the loss (linear between the points) is good."""
+    """log10 of the ends of the interval of good rates around the best one, by linear interpolation of the loss."""
     exponents, final = np.asarray(exponents), np.asarray(final)
     best, bound = int(np.argmin(final)), within * final.min()
 
@@ -189,7 +188,7 @@ def good_rates(exponents, final, within=WITHIN):
 
 
 def measure(task: Task, sizes: Sizes, tick=lambda: None) -> dict:
-    """Every side at its best, and its loss over the learning rate."""
+    """Result of each optimizer at its best rate, and its final loss over learning rates."""
     problem, seeds, result = task.problem(), jnp.arange(sizes.seeds), {}
     for side, variants in sizes.sides.items():
         found = {}
@@ -199,7 +198,7 @@ def measure(task: Task, sizes: Sizes, tick=lambda: None) -> dict:
             train = training.trainer(problem, tx, task.steps, sizes.points, evaluated=sizes.evaluated)
             if task.fully:
                 exponents, losses, errors = sweep(train, usual, task.step, sizes.grid, sizes.largest_grid, seeds)
-            else:  # until the best is no end
+            else:  # stop when the best rate is not an end
                 exponents, losses, errors = sweep(train, usual, task.step, 3, sizes.largest_grid, seeds[:1], 1.0)
             found[variant] = exponents, losses, errors, train
             tick()
@@ -231,13 +230,13 @@ def measure(task: Task, sizes: Sizes, tick=lambda: None) -> dict:
 
 
 def rescaling(params):
-    """For every weight a power of two, from 1/256 to 256."""
+    """A random power of two from 1/256 to 256 for every weight."""
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: jnp.exp2(rng.integers(-8, 9, x.shape).astype(np.float32)), params)
 
 
 def times(factors):
-    """Every gradient times its factor."""
+    """Transformation that multiplies gradients by ``factors``."""
     return optax.stateless(lambda updates, params: jax.tree.map(jnp.multiply, updates, factors))
 
 
@@ -245,11 +244,11 @@ UNSCALED = {"Adam": lambda rate: jadam.adam(rate, eps=0.0), "SGD": optax.sgd}
 
 
 def weights_that_differ(make, steps, rate=0.01) -> dict[str, int]:
-    """How many of the weights of a logistic regression end with other bits if the gradients are rescaled."""
+    """Number of weights of a logistic regression, and of those whose bits change if gradients are rescaled."""
     problem = training.network()
     start = problem.init(jax.random.key(0))
 
-    @jax.jit  # the factors are an argument: both trainings must be the same compiled program
+    @jax.jit  # factors are an argument, so that both trainings run the same program
     def final(factors):
         tx = optax.chain(times(factors), make(rate))
 
@@ -267,7 +266,7 @@ def weights_that_differ(make, steps, rate=0.01) -> dict[str, int]:
 
 
 def invariance(sizes: Sizes, tick=lambda: None) -> dict:
-    """Adam (eps 0) and SGD on logistic regression, and again with every gradient times a power of two of its own."""
+    """Adam (eps 0) and SGD on logistic regression, plain and with every gradient scaled by a power of two."""
     problem = training.network()
     factors = rescaling(problem.init(jax.random.key(0)))
     seeds, exponents = jnp.arange(sizes.seeds), np.arange(-3.0, 2.01, 0.25)
@@ -292,7 +291,7 @@ def invariance(sizes: Sizes, tick=lambda: None) -> dict:
 
 
 def bias_correction(sizes: Sizes, tick=lambda: None) -> dict:
-    """Figure 4 of the paper: a variational autoencoder's loss with and without, after few steps and after more."""
+    """Figure 4 of the paper: a variational autoencoder with and without bias correction, after few and more steps."""
     problem, seeds = training.autoencoder(*sizes.code), jnp.arange(sizes.seeds)
     exponents = np.linspace(-5, -1, sizes.code_rates)
     rates, cells = jnp.asarray(10.0**exponents, jnp.float32), []
@@ -309,11 +308,11 @@ def bias_correction(sizes: Sizes, tick=lambda: None) -> dict:
     return short({"steps": steps, "log10_rate": exponents, "cells": cells})
 
 
-# Verdicts, from the results as they are in the JSON.
+# Verdicts, computed from the results in the JSON.
 
 
 def order(ours, theirs) -> str:
-    """``"better"`` or ``"worse"`` where our loss is so by 1 % or more for every seed, otherwise ``"equal"``."""
+    """``"better"`` or ``"worse"`` if ``ours`` is lower or higher by 1 % or more for every seed, else ``"equal"``."""
     ours, theirs = (np.array([np.inf if x is None else x for x in side], float) for side in (ours, theirs))
     if (ours * TOLERANCE <= theirs).all() and np.isfinite(ours).all():
         return "better"
@@ -321,12 +320,12 @@ def order(ours, theirs) -> str:
 
 
 def against(sides) -> dict[str, str]:
-    """Adam's final loss against every rival's."""
+    """`order` of Adam's final loss against every rival's."""
     return {side: order(sides["Adam"]["loss"], x["loss"]) for side, x in sides.items() if side != "Adam"}
 
 
 def sooner(ours, theirs) -> float | None:
-    """The share of the steps after which our mean curve is as low as theirs at the end; None if it never is."""
+    """Share of the steps after which our mean loss reaches their final one; None if it never does."""
     ours, theirs = (
         finite_or_inf([[np.inf if x is None else x for x in row] for row in c]).mean(0) for c in (ours, theirs)
     )
@@ -335,7 +334,7 @@ def sooner(ours, theirs) -> float | None:
 
 
 def overall(parts) -> str:
-    """All of them, some of them, none of them."""
+    """Verdict: holds if all ``parts`` are true, in part if some are."""
     return HOLDS if all(parts) else PARTLY if any(parts) else FAILS
 
 
@@ -401,7 +400,7 @@ def invariant(result) -> dict:
 
 
 def corrected(result) -> dict:
-    """Each cell is b1, b2 and the number of steps; its best is over the learning rates, of the mean over the seeds."""
+    """Verdict on bias correction. The best rate of a side minimizes the mean over seeds."""
     best, each, stable = {}, [], {}
     for cell in result["cells"]:
         finite = {side: ~np.isnan(numbers(cell[side]["more"])).any(0) for side in ("with", "without")}
@@ -443,7 +442,7 @@ def with_one_cycle(problems) -> dict:
 
 
 def verdicts(problems, rescaled, bias) -> dict:
-    """The six, numbered as in the table."""
+    """``{number of the claim: verdict}``."""
     judged = (
         faster(problems),
         less_tuning(problems),
@@ -455,7 +454,7 @@ def verdicts(problems, rescaled, bias) -> dict:
     return {str(i): claim for i, claim in enumerate(judged, 1)}
 
 
-# Pictures. Colours are Okabe and Ito's, which colour-blind readers can tell apart.
+# Pictures, with Okabe and Ito's colour-blind palette.
 COLORS = dict(zip(SIDES, ("#D55E00", "#0072B2", "#56B4E9", "#009E73", "#CC79A7"), strict=True))
 MARKERS = dict(zip(SIDES, "osD^v", strict=True))
 TITLES = {
@@ -469,24 +468,24 @@ TITLES = {
 
 
 def numbers(x):
-    """An array of what the JSON has, NaN where a loss was not finite."""
+    """Float array of JSON numbers; None becomes NaN."""
     return np.array(x, dtype=float)
 
 
 def band(axis, x, rows, side, **style):
-    """The mean over the seeds and, around it, all of them."""
+    """Plots the mean over seeds and a band from minimum to maximum."""
     rows = numbers(rows)
     axis.plot(x, rows.mean(0), color=COLORS[side], marker=MARKERS[side], ms=3, lw=1.2, **style)
     axis.fill_between(x, rows.min(0), rows.max(0), color=COLORS[side], alpha=0.25, lw=0)
 
 
 def legend(axis, title=None):
-    """Below the axis, where it hides nothing."""
+    """Legend below the axis."""
     axis.legend(fontsize=8, title=title, title_fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15))
 
 
 def log_scale(axis):
-    """Upwards, with plain numbers."""
+    """Logarithmic y axis with plain numbers."""
     axis.set_yscale("log")
     axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axis.yaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:g}"))
@@ -494,7 +493,7 @@ def log_scale(axis):
 
 
 def curves(axis, name, problem):
-    """Loss over the steps, every side at its best rate."""
+    """Plots loss over steps, each optimizer at its best rate."""
     for side, x in problem["sides"].items():
         points = len(x["curves"][0])
         steps = problem["steps"] / points * np.arange(1, points + 1)
@@ -511,7 +510,7 @@ def curves(axis, name, problem):
 
 
 def widths(axis, name, problem):
-    """Final loss over its best, against the learning rate over the best one."""
+    """Plots final loss over learning rate, both relative to the optimizer's best."""
     for side, x in problem["sides"].items():
         grid, best = x["grid"], min(loss for loss in x["grid"]["loss"] if loss is not None)
         decades = numbers(grid["log10_rate"]) - x["log10_rate"]
@@ -529,7 +528,7 @@ def widths(axis, name, problem):
 
 
 def draw_rescaled(axes, result):
-    """Each side's plain and rescaled training, at the best rates."""
+    """Plots plain and rescaled training of each optimizer, at the best rates."""
     for axis, (side, x) in zip(axes, result["sides"].items(), strict=True):
         for name, style in (("plain", "-"), ("rescaled", "--")):
             points = len(x[name]["curves"][0])
@@ -542,7 +541,7 @@ def draw_rescaled(axes, result):
 
 
 def draw_bias(axes, result):
-    """A panel for each pair of betas: with and without, after few steps and after more."""
+    """Plots a panel for each pair of betas: with and without bias correction, after few and more steps."""
     for axis, cell in zip(np.ravel(axes), result["cells"], strict=True):
         for side, color in (("with", COLORS["Adam"]), ("without", COLORS["SGD"])):
             for when, style in (("few", ":"), ("more", "-")):
@@ -556,7 +555,7 @@ def draw_bias(axes, result):
 
 
 def plot(result, folder: Path) -> None:
-    """Every picture, as ``claims-NAME.png``."""
+    """Draws every picture, ``claims-NAME.png``."""
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
@@ -584,19 +583,19 @@ def plot(result, folder: Path) -> None:
         draw(axes)
         figure.canvas.draw()
         picture = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
-        picture.quantize(128).save(folder / f"claims-{name}.png", optimize=True)  # a third of the bytes
+        picture.quantize(128).save(folder / f"claims-{name}.png", optimize=True)  # a third of the size
         plt.close(figure)
 
 
 def fingerprint(sizes: Sizes) -> str:
-    """Of the sizes and of this program: what was measured by another must be measured again."""
+    """Hash of the sizes and of the sources; results of other sources are not reused."""
     sides = {side: list(variants) for side, variants in sizes.sides.items()}
     sources = b"".join(Path(module).read_bytes() for module in (__file__, training.__file__))
     return hashlib.sha256(repr(sizes._replace(sides=sides)).encode() + sources).hexdigest()
 
 
 def run(options, sizes: Sizes = Sizes(), folder: Path = RESULTS):  # noqa: B008 -- a tuple
-    """Six claims and their verdicts; what a run finished before it was interrupted is taken from its scratch file."""
+    """Runs all claims; reuses what an interrupted run has left in its scratch file."""
     scratch = folder / "claims.partial.json"
     settings = fingerprint(sizes)
     done = json.loads(scratch.read_text()) if scratch.exists() else {}

@@ -1,9 +1,9 @@
-"""`jadam.step` beside that of another commit, in one process: ``python -m benchmarks core --against COMMIT``.
+"""Compares `jadam.step` with another commit in one process: ``python -m benchmarks core --against COMMIT``.
 
-The other commit's package is built and imported under another name, its extension under another FFI target. Four sides
-take turns, each code twice; the ratio within a round is of both together, and that of the other's two tells what of it
-is chance. Arrays that are made first are a few percent slower, so processes begin with one code and the other by turns.
-Given are the medians over processes of each one's median, and their extremes.
+The other commit's package is built and imported under another name, with another FFI target. Each version is measured
+twice a round; four sides take turns. The ratio of a round is that of the sums, and the ratio of the other version's two
+sides is the noise. Arrays that are allocated first are a few percent slower, so every second process starts with the
+other version. Reported are the median over processes of each one's median, and the extremes.
 """
 
 import importlib
@@ -30,7 +30,7 @@ CASES = [*((moments, False) for moments in FORMATS), ("bfloat16", True), ("int8"
 
 
 def build(commit: str, folder: Path) -> None:
-    """The package of ``commit`` under the name `EARLIER`, its extension built."""
+    """Builds the package of ``commit`` with its extension, as `EARLIER` in ``folder``."""
     top = Path(__file__).parent.parent
     source = folder / "source"
     source.mkdir()
@@ -47,7 +47,7 @@ def build(commit: str, folder: Path) -> None:
 
 
 def one_process(folder: str, case: str, moments: str, exact: bool, first: int) -> dict[str, list[float]]:
-    """Seconds of each side in every round, of a step with these moments, of bfloat16 weights if ``exact``."""
+    """Seconds of each side in every round; ``exact`` is `exact_bf16` with bfloat16 weights."""
     sys.path.insert(0, folder)
     earlier = importlib.import_module(EARLIER)
     rng = np.random.default_rng(0)
@@ -77,7 +77,7 @@ def one_process(folder: str, case: str, moments: str, exact: bool, first: int) -
 
 
 def run(options) -> dict:
-    """Every size and format."""
+    """Runs every size and format."""
     if options.against is None:
         print("core: left out, --against COMMIT not given", file=sys.stderr)
         return {}
@@ -104,14 +104,14 @@ def _shown(extremes) -> tuple[float, tuple[float, float]]:
 
 
 def summary(processes) -> dict[str, list[float]]:
-    """The median over processes of each one's median, and their extremes."""
+    """Median, minimum and maximum over processes of each one's median."""
 
-    def both(x, name):
+    def total(x, name):
         return np.add(x[name], x[f"{name} again"])
 
     columns = {
-        "ms": [1e3 * np.median(both(x, "this")) / 2 for x in processes],
-        "this over other": [np.median(both(x, "this") / both(x, "other")) for x in processes],
+        "ms": [1e3 * np.median(total(x, "this")) / 2 for x in processes],
+        "this over other": [np.median(total(x, "this") / total(x, "other")) for x in processes],
         "other over other": [np.median(np.divide(x["other again"], x["other"])) for x in processes],
     }
     return {k: [round(float(f(v)), 4) for f in (statistics.median, min, max)] for k, v in columns.items()}

@@ -1,8 +1,8 @@
-"""Does training with 2 bytes of state, or with bf16 weights, end where float32 ends?
+"""Final loss of training with 2 bytes of state or with bf16 weights, relative to float32 (1.00 = same).
 
-Two trainings on real data, every side from the same start on the same batches: the demo's classifier of handwritten
-digits, and a character-level transformer on Python's own documentation (`pydoc_data.topics`). The figure is the final
-training loss, in float32, of the weights as they are (bf16 where the side has bf16 weights), over that of float32.
+Two problems on real data, the same start and batches for every side: the demo's classifier of handwritten digits, and a
+character-level transformer on Python's documentation (`pydoc_data.topics`). The training loss is computed in float32
+from the weights as stored (bf16 for sides with bf16 weights).
 """
 
 import functools
@@ -43,7 +43,7 @@ SIDES = {
 
 
 def flashoptim():
-    """The 8-bit Adam of `flashoptim-jax` as a transformation, or why there is none."""
+    """The 8-bit Adam of `flashoptim-jax` as an Optax transformation, or None, and its version or why it is missing."""
     try:
         from flashoptim_jax import flash_adam
     except ImportError:
@@ -62,7 +62,7 @@ def flashoptim():
 
 
 def train(tx, dtype, params, loss, batches, tick):
-    """The weights after all of ``batches``, an array of indices, and the loss along the way."""
+    """Weights after training on ``batches``, an array of indices, and the loss curve."""
     params = jax.tree.map(lambda p: p.astype(dtype), params)
 
     @jax.jit
@@ -85,12 +85,12 @@ def train(tx, dtype, params, loss, batches, tick):
 
 
 def wide(params):
-    """The weights in float32, in which every side's loss is computed."""
+    """The weights cast to float32."""
     return jax.tree.map(lambda p: p.astype(jnp.float32), params)
 
 
 def digits(steps=DIGITS_STEPS, seed=0):
-    """Start, batches, loss of a batch and loss of the whole training set."""
+    """``(params, batches, loss, final_loss)`` of the digits; ``final_loss`` is that of the whole training set."""
     data, _ = _demo.load(seed)
     graph, params = nnx.split(_demo.Classifier(nnx.Rngs(seed)), nnx.Param)
     images, labels = jnp.asarray(data.images), jnp.asarray(data.labels)
@@ -103,11 +103,11 @@ def digits(steps=DIGITS_STEPS, seed=0):
     return params, batches, loss, jax.jit(lambda params: loss(params, jnp.arange(len(labels))))
 
 
-Modules = getattr(nnx, "List", list)  # before Flax 0.12 a plain list would do
+Modules = getattr(nnx, "List", list)  # before Flax 0.12 a plain list
 
 
 class Block(nnx.Module):
-    """Causal attention and a two-layer network, each behind a normalisation."""
+    """Transformer block: causal attention and a two-layer network, each with layer norm before it."""
 
     def __init__(self, rngs):
         self.norms = Modules([nnx.LayerNorm(WIDTH, rngs=rngs) for _ in range(2)])
@@ -115,13 +115,13 @@ class Block(nnx.Module):
         self.up, self.down = nnx.Linear(WIDTH, 4 * WIDTH, rngs=rngs), nnx.Linear(4 * WIDTH, WIDTH, rngs=rngs)
 
     def __call__(self, x, mask):
-        """(batch, context, width) to the same."""
+        """Maps (batch, context, width) to the same shape."""
         x = x + self.attention(self.norms[0](x), mask=mask)
         return x + self.down(nnx.gelu(self.up(self.norms[1](x))))
 
 
 class Transformer(nnx.Module):
-    """The next character from those before."""
+    """Character-level language model."""
 
     def __init__(self, characters, rngs):
         self.embed, self.place = nnx.Embed(characters, WIDTH, rngs=rngs), nnx.Embed(CONTEXT, WIDTH, rngs=rngs)
@@ -129,7 +129,7 @@ class Transformer(nnx.Module):
         self.norm, self.head = nnx.LayerNorm(WIDTH, rngs=rngs), nnx.Linear(WIDTH, characters, rngs=rngs)
 
     def __call__(self, text):
-        """(batch, context) character numbers to logits of the next."""
+        """Maps (batch, context) character numbers to logits of the next character."""
         x = self.embed(text) + self.place(jnp.arange(CONTEXT))
         for block in self.blocks:
             x = block(x, nnx.make_causal_mask(text))
@@ -137,7 +137,7 @@ class Transformer(nnx.Module):
 
 
 def text(steps=TEXT_STEPS, seed=0):
-    """The same for the transformer; its whole training set is 2,048 places in the text."""
+    """The same for the transformer; ``final_loss`` is that of 2,048 places in the text."""
     characters, codes = np.unique(list("\n".join(pydoc_data.topics.topics.values())), return_inverse=True)
     codes = jnp.asarray(codes, jnp.int32)
     graph, params = nnx.split(Transformer(len(characters), nnx.Rngs(seed)), nnx.Param)
@@ -154,7 +154,7 @@ def text(steps=TEXT_STEPS, seed=0):
 
 
 def compare(problem, rate, sides, tick=lambda steps: None):
-    """Final loss and curve of every side."""
+    """Final loss and loss curve of every side."""
     params, batches, loss, final = problem
     result = {}
     for name, (make, dtype) in sides.items():
@@ -164,7 +164,7 @@ def compare(problem, rate, sides, tick=lambda steps: None):
 
 
 def run(options):
-    """Both trainings; the results and a picture."""
+    """Trains both problems; returns the results and draws a picture."""
     make, flash = flashoptim()
     sides = SIDES | ({"flashoptim-jax": (make, jnp.float32)} if make else {})
     few = {name: sides[name] for name in sides if name != "exact_bf16 weights"}
@@ -185,7 +185,7 @@ def run(options):
 
 
 def rows(problem, rate, runs):
-    """One row a side: losses by seed, their mean ratio to float32's, and that of the paired differences."""
+    """One row a side: losses by seed, their ratios to float32, the mean ratio, and the loss curve."""
     out = []
     for name in runs[0]:
         losses = [run[name]["loss"] for run in runs]
@@ -207,11 +207,11 @@ def rows(problem, rate, runs):
 
 
 def plot(table, out):
-    """Learning curves, mean over the seeds, a panel a training."""
+    """Draws the loss curves, means over seeds, one panel for each problem and rate."""
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    # Okabe & Ito's colours, which the colour-blind tell apart; float32 is broad, for the others lie on it
+    # Okabe & Ito's colour-blind palette; float32 is a broad line, as the others lie on it
     styles = [("#999999", "-", 5), ("#0072b2", "-", 1), ("#56b4e9", "--", 1), ("#009e73", ":", 2)]
     styles += [("#000000", "-.", 1), ("#d55e00", "-", 2), ("#e69f00", "--", 1.5)]
     styles = dict(zip(dict.fromkeys(row["side"] for row in table), styles, strict=True))

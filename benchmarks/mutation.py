@@ -1,8 +1,8 @@
-"""Do the tests see it when the code is wrong? Every small change that cosmic-ray knows, one at a time.
+"""Mutation testing with cosmic-ray: do the tests detect each small change of the code?
 
-A mutant is killed when a test fails or does not end in time. Each is tested in a fork of a process that has imported
-JAX but not used it. Who survives is listed with the reason; without one it is a hole in the tests. Mutants killed
-before are not tried again while their line is what it was: tests are added, seldom taken away.
+A mutant is killed if a test fails or exceeds its time. Each runs in a fork of a process that has imported JAX but not
+used it. Survivors are listed with the reason; without one they are a gap in the tests. Mutants that were killed before
+are not tried again as long as their line is unchanged.
 """
 
 import difflib
@@ -23,7 +23,7 @@ from rich.progress import Progress
 
 TOP = Path(__file__).parent.parent
 KILLED = TOP / "benchmarks" / "results" / "mutation.partial.json"
-# What is mutated, and the tests of its own, which come first, those with the function's name before all.
+# {mutated module: its own tests, which run first}. Of those, tests with the mutated function's name come first.
 MODULES = {
     "jadam/_core/numerics.py": ["numerics"],
     "jadam/_optimizers/adam.py": ["rules", "adam"],
@@ -43,32 +43,32 @@ TESTS = [
     "doctests",
     "step",
 ]
-SECONDS = 200  # of CPU for the tests, which take a minute and a half
+SECONDS = 200  # limit of CPU time; the tests take a minute and a half
 BAR = 0.985
 
-# part of a line as it became: why no test can tell
+# {part of the mutated line: why no test can detect it}
 SURVIVE = {
-    "<< 16 ^ start": "the two halves have no bit in common: or is xor",
-    "x == 0, 2, root": "what is divided by there is not taken: the outer where has 0",
+    "<< 16 ^ start": "the halves have no bit in common, so or equals xor",
+    "x == 0, 2, root": "the outer where discards that quotient",
     "<= wide.type(info": "the smallest normal number is rounded to itself",
-    "info.bits == 32": "what is float64 is rounded to float64, so it is itself",
-    "info.bits > 32": "what is float32 is rounded to float32, so it is itself",
-    "info.bits >= 33": "what is float32 is rounded to float32, so it is itself",
+    "info.bits == 32": "float64 is rounded to float64",
+    "info.bits > 32": "float32 is rounded to float32",
+    "info.bits >= 33": "float32 is rounded to float32",
     "info.bits >= 31": "no dtype has 31 bits",
     "hp.t // hp.t": "t is whole and at least 1: both are 1",
-    'eps_mode <= "hat"': "the other word that is let by, paper, comes after hat",
-    "dtype <= np.float32": "what is compared is float32 or wider",
-    "stored[1].dtype <=": "of what converts to bfloat16 only int8's codes are stored, and int8 is asked first",
-    'name >= "int8"': "the other names that are let by come before int8",
-    'whose > "moments"': "whose is moments or begins with it",
-    "looks_ahead=False": "what statistics says of NAdam: tests/diagnostics/test_statistics.py sees it",
-    "dithers = False": "leaves of one seed: tests/test_golden.py sees it",
-    "dithers = True": "the same numbers, from a program for each leaf",
+    'eps_mode <= "hat"': "the only other valid value, paper, sorts after hat",
+    "dtype <= np.float32": "the dtype is float32 or wider",
+    "stored[1].dtype <=": "only int8's codes would match too, and int8 is tried first",
+    'name >= "int8"': "the other valid names sort before int8",
+    'whose > "moments"': "whose is moments or starts with it",
+    "looks_ahead=False": "changes statistics of NAdam: tests/diagnostics/test_statistics.py detects it",
+    "dithers = False": "leaves get one seed: tests/test_golden.py detects it",
+    "dithers = True": "same values, from one program for each leaf",
 }
 
 
 def mutants(module: str, scratch: Path) -> list[dict]:
-    """Every mutant of a module."""
+    """All mutants of a module."""
     source, found = (TOP / module).read_text(), []
     with use_db(str(scratch / f"{Path(module).stem}.sqlite")) as database:
         init([TOP / module], database, {})
@@ -94,7 +94,7 @@ def mutants(module: str, scratch: Path) -> list[dict]:
 
 
 def test(mutant: dict, tree: Path) -> int:
-    """Start the tests of a mutant in a copy of the code; the process that runs them."""
+    """Forks a process that tests a mutant in a copy of the code; returns its id."""
     (tree / mutant["module"]).write_text(mutant["code"])
     if child := os.fork():
         return child
@@ -117,7 +117,7 @@ def test(mutant: dict, tree: Path) -> int:
 
 
 def try_all(scratch: Path) -> dict:
-    """Test every mutant of ``MODULES``, two at a time."""
+    """Tests all mutants of ``MODULES``, two at a time."""
     everything = [mutant for module in MODULES for mutant in mutants(module, scratch)]
     killed = set(json.loads(KILLED.read_text())) if KILLED.exists() else set()
     left = [mutant for mutant in everything if mutant["key"] not in killed][::-1]
@@ -154,7 +154,7 @@ def try_all(scratch: Path) -> dict:
 
 
 def run(options) -> dict:
-    """In a process of its own, which has not imported jadam."""
+    """Runs in a new process, which has not imported jadam."""
     del options
     with tempfile.TemporaryDirectory() as scratch:
         keep_compiled = {
@@ -172,7 +172,7 @@ def run(options) -> dict:
 
 
 if __name__ == "__main__":
-    import flax.nnx  # noqa: F401  with JAX and Optax what the forks share
+    import flax.nnx  # noqa: F401  shared by the forks, with JAX and Optax
 
     assert "jadam" not in sys.modules
     (Path(sys.argv[1]) / "result.json").write_text(json.dumps(try_all(Path(sys.argv[1]))))

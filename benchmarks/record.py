@@ -1,11 +1,14 @@
-"""What `jadam.record` costs at every=100: cycles of 100 steps with it and without, ten by turns, in one process.
+"""Cost of `jadam.record` at every=100, in one process.
 
-Given is the ratio of their times, a cycle holding one record: the median over pairs of cycles, and the quartiles. The
-side without is there twice; what those two differ by is what this machine can tell. Every two cycles the sides are laid
-out in memory anew, each in turn first: where arrays lie makes a few per cent. GPT-2, 2^25 and 2^22 are the optimizer's
-step alone, the harshest measure; the others are whole training steps: `lean`'s two, and a network of five narrow
-layers, all of whose arithmetic takes no longer than the calls. Programs run on the calling thread: XLA else would run
-the side without, a program of few operations, there and the other in the background, which costs int8 a tenth of 2 ms.
+A cycle has 100 steps, one of which records; sides with and without `record` take turns of ten steps. Reported are the
+median and quartiles of the ratio of times over pairs of cycles. The side without is measured twice: the ratio of the
+two is the measurement's noise. Arrays are allocated anew every two cycles, each side first in turn, because addresses
+make a difference of a few per cent.
+
+GPT-2, 2^25 and 2^22 are the optimizer's step alone, the hardest case. The others are whole training steps: the two of
+`lean`, and a network of five narrow layers whose arithmetic takes no longer than the calls. Asynchronous dispatch is
+off: XLA would run the small program without `record` on the calling thread and the other in the background, which costs
+0.2 ms with int8.
 """
 
 import statistics
@@ -26,11 +29,11 @@ EVERY = 100
 TURN = 10  # steps of one side, then of the other
 CYCLES = {"GPT-2": 6, "2^25": 6, "2^22": 40, "transformer": 12, "digits": 40, "toy": 40}
 TRAININGS = {"transformer": text, "digits": digits}
-BAR = 1.02  # of a step without it
+BAR = 1.02  # largest accepted ratio
 
 
 def problem(case):
-    """Parameters, the gradient as a function of them and of an array, that array."""
+    """``(params, gradient, x)`` of a case; ``gradient(params, x)``."""
     if case in TRAININGS:
         params, batches, loss, _ = TRAININGS[case](steps=1)
         return params, jax.grad(loss), jnp.asarray(batches[0])
@@ -42,14 +45,14 @@ def problem(case):
 
 
 def toy_loss(params, x):
-    """Of the toy's network, its outputs to be 1."""
+    """Loss of the toy network, with targets 1."""
     for kernel, bias in zip(params[::2], params[1::2], strict=True):
         x = jnp.tanh(x @ kernel + bias)
     return jnp.mean((x - 1) ** 2)
 
 
 def steps(tx, make, gradient, x):
-    """A function that takes ``TURN`` steps of what it holds, in place, and returns their seconds."""
+    """Function that takes ``TURN`` steps of ``[params, state]``, in place, and returns the seconds."""
     take = make(tx)
     step = jax.jit(lambda params, state, x: take(params, state, gradient(params, x)), donate_argnums=(0, 1))
 
@@ -64,7 +67,7 @@ def steps(tx, make, gradient, x):
 
 
 def measure(case, moments, make) -> dict:
-    """Ratios for one case."""
+    """Time and ratios of one case."""
     params, gradient, x = problem(case)
     tx = jadam.adam(1e-3, moments=moments)
     sides = [tx, tx, jadam.record(tx, every=EVERY)]
@@ -91,7 +94,7 @@ def measure(case, moments, make) -> dict:
 
 
 def run(options) -> dict:
-    """Every case."""
+    """Runs every case."""
     del options
     jax.config.update("jax_cpu_enable_async_dispatch", False)  # before the first array
     result = {}

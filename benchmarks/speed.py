@@ -1,8 +1,8 @@
-"""How long a step takes beside Optax's, PyTorch's and what the memory allows, and how long until the first one.
+"""Time of a step compared with Optax, PyTorch and the memory bandwidth, and time until the first step.
 
-Every case runs in several fresh processes, for the addresses that arrays happen to get change a step by a half; in each
-the sides take turns. Given are medians over the processes: milliseconds, the ratio to Optax in the same round, and to
-the limit, a pass in C that reads p, g, m, v and writes p, m, v, the arrays well apart. All but gradients are donated.
+Every case runs in several new processes, because the addresses of arrays change times by up to a half; in each process
+the sides take turns. Reported are medians over processes: milliseconds, the ratio to Optax in the same round, and the
+ratio to the limit, a C loop that reads p, g, m, v and writes p, m, v. All arguments but gradients are donated.
 """
 
 import ctypes
@@ -28,7 +28,7 @@ from rich.table import Table
 import jadam
 
 PROCESSES = 5
-ROUNDS = {"2^27": 7, "2^26": 9}  # of others 15
+ROUNDS = {"2^27": 7, "2^26": 9}  # other cases: 15
 GROWTH = range(10, 28)
 GROWING = ["optax", "jadam, two calls", "step, float32", "step, int8", "step, bfloat16, bf16 weights"]
 
@@ -40,7 +40,7 @@ TOY = [(64, 32), (32,), (32, 32), (32,), (32, 32), (32,), (32, 32), (32,), (32, 
 
 
 def shapes(case) -> list[tuple[int, ...]]:
-    """The leaves of a case: ``2^n`` is one, ``n leaves`` are 32x32."""
+    """Shapes of a case: ``2^n`` is one leaf of that size, ``n leaves`` are 32x32 each."""
     if case.startswith("2^"):
         n = int(case[2:])
         return [(2 ** (n // 2), 2 ** (n - n // 2))]
@@ -48,7 +48,7 @@ def shapes(case) -> list[tuple[int, ...]]:
 
 
 def update_and_apply(tx):
-    """What a user of Optax writes."""
+    """Step with ``tx.update`` and `optax.apply_updates`."""
 
     def step(params, state, grads):
         updates, state = tx.update(grads, state, params)
@@ -58,12 +58,12 @@ def update_and_apply(tx):
 
 
 def one_pass(tx):
-    """What a user of `jadam.step` writes."""
+    """Step with `jadam.step`."""
     return lambda params, state, grads: jadam.step(tx, grads, state, params)
 
 
 def sides():
-    """Name: (transformation, what makes a step of it, dtype of parameters and gradients)."""
+    """``{name: (optimizer, function that makes its step, dtype of parameters and gradients)}``."""
     adam = functools.partial(jadam.adam, 1e-3)
     exact = lambda moments: jadam.exact_bf16(adam(moments=moments))
     return {
@@ -78,7 +78,7 @@ def sides():
 
 
 def stepper(step, params, state, grads):
-    """A function that takes one step, in place, and returns its seconds."""
+    """Function that takes one step, in place, and returns the seconds."""
     step = jax.jit(step, donate_argnums=(0, 1))
     held = [jax.tree.map(jnp.copy, params), state]
 
@@ -91,7 +91,7 @@ def stepper(step, params, state, grads):
 
 
 def flashoptim(params, grads):
-    """`flashoptim-jax`'s 8-bit Adam without its fused kernels, which do not run on a CPU; None if it is absent."""
+    """Timed step of `flashoptim-jax`'s 8-bit Adam, unfused, as its kernels need a GPU; None if not installed."""
     try:
         from flashoptim_jax import flash_adam
     except ImportError:
@@ -126,7 +126,7 @@ void run(float *p, float *m, float *v, const float *g, long n, int threads) {
 
 
 def limit(n):
-    """The pass in C over four arrays of ``n``; None without a compiler."""
+    """Timed C loop over four arrays of ``n`` floats; None without a compiler."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         return None
@@ -150,7 +150,7 @@ def limit(n):
 
 
 def torch_side(python, case):
-    """``torch.optim.Adam(fused=True)`` in another environment's process, which takes a step for every line it reads."""
+    """Timed step of ``torch.optim.Adam(fused=True)``, in a process that takes a step for every line of input."""
     program = """if True:
         import sys, time, torch
         shapes = eval(sys.argv[1])
@@ -198,7 +198,7 @@ def one_process(case, only, torch_python) -> dict[str, list[float]]:
 
 
 def first_step(leaves, name) -> dict[str, float]:
-    """Seconds of tracing, lowering and compiling a step."""
+    """Seconds to trace, lower and compile a step."""
     tx, make, dtype = sides()[name]
     params = [jax.ShapeDtypeStruct((32, 32), dtype)] * leaves
     state = jax.eval_shape(tx.init, params)
@@ -213,12 +213,12 @@ def first_step(leaves, name) -> dict[str, float]:
 
 
 def fresh(function, *args):
-    """What ``function(*args)`` of this file returns in a fresh process."""
+    """Result of this file's ``function(*args)`` in a new process."""
     return in_fresh_process(__name__, function.__name__, *args)
 
 
 def in_fresh_process(module, name, *args):
-    """What a module's function returns in a fresh process."""
+    """Result of a module's function in a new process; arguments and result as JSON."""
     program = "import importlib, json, sys; module, name, args = json.loads(sys.argv[1]); "
     program += "print(json.dumps(getattr(importlib.import_module(module), name)(*args)))"
     command = [sys.executable, "-c", program, json.dumps([module, name, args])]
@@ -227,7 +227,7 @@ def in_fresh_process(module, name, *args):
 
 
 def summary(processes) -> dict[str, dict]:
-    """For each side milliseconds and ratios: the median over processes of each one's median, and their extremes."""
+    """Milliseconds and ratios of each side: median, minimum and maximum over processes of each one's median."""
     rows = {}
     for name in processes[0]:
         row = {"ms": [1e3 * statistics.median(x[name]) for x in processes]}
@@ -240,7 +240,7 @@ def summary(processes) -> dict[str, dict]:
 
 
 def show(case, rows):
-    """A table: medians, and the extremes of the ratio to Optax."""
+    """Prints a table of medians, and the extremes of the ratio to Optax."""
     table = Table("", "ms", "over optax", "(least, most)", "over limit", title=case)
     for name, row in rows.items():
         ratio = row.get("over optax", ["-"] * 3)
@@ -254,7 +254,7 @@ def show(case, rows):
 
 
 def run(options) -> dict:
-    """Every case."""
+    """Runs every case."""
     if not options.torch_python:
         print("speed: torch left out, --torch-python not given", file=sys.stderr)
     result: dict = {"backend": str(jadam.backends()["cpu"].kernel), "cases": {}}
@@ -291,14 +291,14 @@ def run(options) -> dict:
 
 
 def draw(result):
-    """Time against the number of parameters, and each side's share of the limit at 2^25."""
+    """Draws times over the number of parameters, and each side's ratio to the limit at 2^25."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    colors = ("#999999", "#000000", "#0072b2", "#e69f00", "#009e73")  # Okabe & Ito's, which the colour-blind tell apart
+    colors = ("#999999", "#000000", "#0072b2", "#e69f00", "#009e73")  # Okabe & Ito's
     lines = ("-", ":", "-", "--", "-.")
     for name, color, line in zip(next(iter(result["growth"].values())), colors, lines, strict=True):
         times = [rows[name]["ms"][0] for rows in result["growth"].values()]

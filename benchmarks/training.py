@@ -1,4 +1,4 @@
-"""Data, problems and the training loop that `benchmarks.claims` shares among all optimizers."""
+"""Data, problems and training loop of `benchmarks.claims`, the same for all optimizers."""
 
 import collections
 import functools
@@ -18,12 +18,12 @@ TEST_SHARE = 0.2
 
 
 class Problem(NamedTuple):
-    """What is trained, apart from the optimizer."""
+    """A model with its data."""
 
-    init: Callable  # of a key: the parameters
-    loss: Callable  # of parameters, rows of the training set and a key of its noise
-    error: Callable  # of parameters: the share of the test set that is wrong
-    rows: int  # of the training set
+    init: Callable  # init(key) -> parameters
+    loss: Callable  # loss(parameters, row numbers of the training set, key) -> scalar
+    error: Callable  # error(parameters) -> share of test examples that are classified wrongly
+    rows: int  # size of the training set
 
 
 def split(inputs, labels):
@@ -42,9 +42,9 @@ def digits():
 
 @functools.cache
 def reviews(words=10_000):
-    """Sentences as numbers of their different words, padded with ``words``; 1 where the rating is positive.
+    """Sentences as the numbers of their distinct words, padded with ``words``; labels are 1 for positive ratings.
 
-    The words are the most frequent of the training set, as in section 6.1 of the paper; others are left out.
+    The vocabulary is the most frequent words of the training set, as in section 6.1 of the paper.
     """
     with gzip.open(DATA / "movie_reviews.tsv.gz", "rt", encoding="utf-8") as file:
         ratings, texts = zip(*(line.rstrip("\n").split("\t") for line in list(file)[1:]), strict=True)
@@ -60,35 +60,35 @@ def reviews(words=10_000):
 
 
 def wrong_labels(labels, share, classes=10):
-    """The labels, this share of them (on average) replaced by another class, each as likely."""
+    """``labels`` with a share of them, on average, replaced by another class, uniformly."""
     rng = np.random.default_rng(0)
     other = (labels + rng.integers(1, classes, len(labels))) % classes
     return np.where(rng.random(len(labels)) < share, other, labels).astype(np.int32)
 
 
 def cross_entropy(logits, labels):
-    """Mean in nats per example."""
+    """Mean cross-entropy, nats per example."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
 def drop(x, rate, key):
-    """Dropout: a share ``rate`` of the elements becomes 0 and the others grow to make up for it."""
+    """Dropout with probability ``rate``, the others scaled by 1 / (1 - rate)."""
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
 
 
 def dense(key, n_in, n_out, scale=2.0):
-    """Weights of variance ``scale / n_in`` and no bias."""
+    """Normal weights of variance ``scale / n_in``, and a zero bias."""
     return jax.random.normal(key, (n_in, n_out)) * jnp.sqrt(scale / n_in), jnp.zeros(n_out)
 
 
 def network(hidden=(), dropout=0.0, noise=0.0) -> Problem:
-    """A classifier of the digits with these hidden layers (ReLU, dropout behind each); none: logistic regression."""
+    """Digit classifier with these hidden layers (ReLU and dropout after each); without any, logistic regression."""
     (images, labels), (test_images, test_labels) = (tuple(map(jnp.asarray, pair)) for pair in digits())
     labels = jnp.asarray(wrong_labels(np.asarray(labels), noise))
     widths = (images.shape[1], *hidden, 10)
 
     def init(key):
-        scales = [2.0] * len(hidden) + [0.0]  # the last layer starts at 0: every class as likely
+        scales = [2.0] * len(hidden) + [0.0]  # the last layer starts at 0: uniform class probabilities
         keys = jax.random.split(key, len(scales))
         return [dense(*layer) for layer in zip(keys, widths[:-1], widths[1:], scales, strict=True)]
 
@@ -105,7 +105,7 @@ def network(hidden=(), dropout=0.0, noise=0.0) -> Problem:
 
 
 def bag_of_words(dropout=0.5, words=10_000) -> Problem:
-    """Logistic regression of the reviews' sentiment on which words are there, some of them dropped at every step."""
+    """Logistic regression of the reviews' sentiment on bags of words, with dropout of the inputs."""
     (table, labels), (test_table, test_labels) = (tuple(map(jnp.asarray, pair)) for pair in reviews(words))
 
     def features(table, key=None):
@@ -125,7 +125,7 @@ def bag_of_words(dropout=0.5, words=10_000) -> Problem:
 
 
 def autoencoder(hidden=100, latent=10) -> Problem:
-    """A variational autoencoder of the digits; its loss is minus the evidence's lower bound, nats per digit."""
+    """Variational autoencoder of the digits; its loss is the negative ELBO, nats per digit."""
     (images, _), _ = digits()
     images = jnp.asarray(images)
 
@@ -148,12 +148,11 @@ def autoencoder(hidden=100, latent=10) -> Problem:
 
 
 def trainer(problem: Problem, make, steps: int, points: int = 10, batch: int = 128, evaluated: int = 2000):
-    """A function of rates and seeds: training loss (seed, rate, point) and test error (seed, rate).
+    """Jitted function ``(rates, seeds) -> (training loss (seed, rate, point), test error (seed, rate))``.
 
-    ``make`` gives the transformation of a learning rate. All rates of a seed have the same start, batches (drawn with
-    replacement) and noise. The loss is that of the first ``evaluated`` rows of the training set, under the same noise
-    as in training but the same draw of it at every point; it is taken ``points`` times, equally spaced, the last time
-    at the end.
+    ``make(rate)`` returns the optimizer. All rates of a seed share initial parameters, batches (drawn with replacement)
+    and noise. The loss is measured ``points`` times, equally spaced, the last time at the end, on the first
+    ``evaluated`` rows of the training set, with noise as in training but always the same draw.
     """
 
     def one_seed(rates, seed):

@@ -1,4 +1,4 @@
-"""Global modes: eight CPU devices, JAX's config, the persistent compilation cache, and a count of compilations."""
+"""Eight CPU devices, a persistent compilation cache, a limit on the number of compilations, and fixtures."""
 
 import os
 
@@ -14,19 +14,19 @@ from pathlib import Path
 import jax
 import pytest
 
-COMMITTED = Path(__file__).parent / "compilations.json"  # programs XLA compiles in a default run, by JAX's version
-MARGIN = 1.3  # workers share what they compile by chance
+LIMITS = Path(__file__).parent / "compilations.json"  # {JAX version: programs compiled in a default run}
+MARGIN = 1.3  # which programs two workers both compile depends on how tests are distributed
 CACHE_BYTES = 2**30
 
 compiled = {"here": 0, "workers": 0}
 
 
 def _count(event, *_, **__):
-    compiled["here"] += event == "/jax/core/compile/backend_compile_duration"  # also what comes from the cache
+    compiled["here"] += event == "/jax/core/compile/backend_compile_duration"  # cache hits included
 
 
 def _link(source: Path, target: Path) -> None:
-    """Hard links in ``target`` to the files of ``source``: JAX never writes into a file that is there."""
+    """Hard-links the cache files of ``source`` into ``target``. JAX never changes an existing file."""
     target.mkdir(parents=True, exist_ok=True)
     for file in source.glob("*-cache"):
         with contextlib.suppress(FileExistsError):
@@ -34,10 +34,10 @@ def _link(source: Path, target: Path) -> None:
 
 
 def pytest_configure(config):
-    """A compilation cache of this process, which begins with what earlier runs compiled.
+    """Sets up this process's compilation cache, filled from earlier runs, and counts compilations.
 
-    JAX writes its files neither at once nor under a lock, so each process has a folder of its own; the first process
-    collects them when all are done. Programs that tests start have no cache.
+    JAX writes cache files neither atomically nor under a lock, so each process has its own folder. The folders are
+    merged at exit. Processes that tests start have no cache.
     """
     if hasattr(config, "cache"):
         common = config.cache.mkdir("jax") / jax.__version__
@@ -49,7 +49,7 @@ def pytest_configure(config):
         jax.config.update("jax_compilation_cache_dir", str(own))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # else the folder's name is part of the key
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # else the folder is part of a key
     jax.monitoring.register_event_duration_secs_listener(_count)
 
 
@@ -57,7 +57,7 @@ FOLDERS = pytest.StashKey[tuple[Path, Path]]()
 
 
 def pytest_unconfigure(config):
-    """What this process compiled is kept for the next run."""
+    """Keeps this process's cache for the next run."""
     if FOLDERS in config.stash:
         common, own = config.stash[FOLDERS]
         _link(own, common)
@@ -65,7 +65,7 @@ def pytest_unconfigure(config):
 
 
 def pytest_sessionfinish(session):
-    """A worker tells how many programs it compiled; the first process compares the sum with the committed number."""
+    """Reports a worker's count; in the controller, fails the run if the total is above the limit."""
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["compiled"] = compiled["here"]
         return
@@ -76,26 +76,26 @@ def pytest_sessionfinish(session):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node):
-    """The worker's number."""
+    """Adds a worker's count."""
     compiled["workers"] += getattr(node, "workeroutput", {}).get("compiled", 0)
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """A line with the count."""
+    """Prints the total."""
     count, limit = sum(compiled.values()), _limit(config)
     against = "" if limit is None else f", at most {limit} in a default run with jax {jax.__version__}"
     terminalreporter.write_line(f"XLA compiled {count} programs{against}")
     if limit is not None and count > limit:
-        terminalreporter.write_line(f"Too many. If they are needed, change {COMMITTED.name}.", red=True)
+        terminalreporter.write_line(f"Too many. If they are needed, change {LIMITS.name}.", red=True)
 
 
 def _limit(config) -> int | None:
-    """The number that a default run must not exceed, or None for another run or another JAX."""
+    """Most programs that a default run may compile; None for other runs and unknown versions of JAX."""
     default = config.getini("addopts")[config.getini("addopts").index("-m") + 1]
     whole = (
         config.args == config.getini("testpaths") and config.option.markexpr == default and not config.option.keyword
     )
-    number = json.loads(COMMITTED.read_text()).get(jax.__version__) if whole else None
+    number = json.loads(LIMITS.read_text()).get(jax.__version__) if whole else None
     return None if number is None else int(MARGIN * number)
 
 
@@ -113,7 +113,7 @@ def _config(**values):
 
 @pytest.fixture
 def programs_compiled():
-    """A function that returns how many programs XLA has compiled in this process."""
+    """A function that returns the number of programs compiled so far in this process."""
     return lambda: compiled["here"]
 
 
@@ -125,6 +125,6 @@ def x64():
 
 @pytest.fixture
 def strict():
-    """No implicit promotion of dtypes or ranks: what a user with these modes on needs of us."""
+    """JAX's strict modes: no implicit promotion of dtypes or ranks."""
     with _config(jax_numpy_dtype_promotion="strict", jax_numpy_rank_promotion="raise"):
         yield

@@ -1,4 +1,4 @@
-"""Directories that cannot be written to any more: full, mounted read-only, or forbidden."""
+"""Directories that become unwritable: disk full, mounted read-only, file size limited, or permission denied."""
 
 import contextlib
 import errno
@@ -14,7 +14,7 @@ UNSHARE = ["unshare", "--user", "--map-root-user", "--mount"]
 
 
 def _can_mount():
-    """Whether this system lets us have a mount of our own, as Linux does unless it is told not to."""
+    """Whether an unprivileged user may mount a file system in a namespace of its own, as on most Linux systems."""
     command = [*UNSHARE, "mount", "-t", "tmpfs", "none", tempfile.gettempdir()]
     return shutil.which("unshare") is not None and subprocess.run(command, capture_output=True).returncode == 0
 
@@ -23,7 +23,7 @@ CAN_MOUNT = _can_mount()
 
 
 class Disk:
-    """A file system of a few KiB in memory, which only a shell's mount namespace has; others reach it through /proc."""
+    """A tmpfs of a few KiB in the mount namespace of a shell process; this process reaches it through /proc."""
 
     def __init__(self, shell, mount_point):
         self._shell, self._mount_point = shell, mount_point
@@ -54,13 +54,13 @@ class Disk:
 def small_disk(size=512 * KIB):
     with tempfile.TemporaryDirectory() as mount_point:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        with subprocess.Popen([*UNSHARE, "sh"], **pipes) as shell:  # and the disk is gone with it
+        with subprocess.Popen([*UNSHARE, "sh"], **pipes) as shell:  # the disk disappears with the shell
             disk = Disk(shell, mount_point)
             disk.mount(f"size={size}")
             yield disk
 
 
-# Each yields a directory, and a context in which it cannot be written to.
+# Each context manager below yields a directory and a context manager that makes it unwritable.
 
 
 @contextlib.contextmanager
@@ -77,10 +77,10 @@ def read_only():
 
 @contextlib.contextmanager
 def limited():
-    """As on a full disk, a file is begun and cannot be finished; any process may limit itself so."""
+    """File size limited to 1 KiB: as on a full disk, a file is begun but not finished. Needs no privileges."""
 
     @contextlib.contextmanager
-    def obstructed():
+    def unwritable():
         _, hard = before = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (KIB, hard))
         try:
@@ -89,15 +89,15 @@ def limited():
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
     with tempfile.TemporaryDirectory() as directory:
-        yield Path(directory), obstructed
+        yield Path(directory), unwritable
 
 
 @contextlib.contextmanager
 def forbidden():
-    """Nobody may write there; root may everywhere, so it becomes somebody else."""
+    """No write permission. Root, who may write anywhere, becomes another user meanwhile."""
 
     @contextlib.contextmanager
-    def obstructed():
+    def unwritable():
         me = os.geteuid()
         os.chmod(directory, 0o555)
         if me == 0:
@@ -109,10 +109,10 @@ def forbidden():
             os.chmod(directory, 0o755)
 
     with tempfile.TemporaryDirectory() as directory:
-        yield Path(directory), obstructed
+        yield Path(directory), unwritable
 
 
-# For each, why a file cannot be written.
-OBSTACLES = {limited: errno.EFBIG, forbidden: errno.EACCES}
+# {context manager: errno of a write}
+FAULTS = {limited: errno.EFBIG, forbidden: errno.EACCES}
 if CAN_MOUNT:
-    OBSTACLES |= {full: errno.ENOSPC, read_only: errno.EROFS}
+    FAULTS |= {full: errno.ENOSPC, read_only: errno.EROFS}

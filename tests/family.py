@@ -1,7 +1,7 @@
-"""The family: every optimizer of `jadam._optimizers`, found by its name. Every contract test runs over all of them.
+"""`FAMILY` lists every optimizer of `jadam._optimizers`. The contract tests run on each.
 
-An optimizer's oracle has its name, without the ``w`` of decoupled weight decay; its counterpart is Optax's of the same
-name.
+Reference functions are found by name: Optax's function of the same name, and the function in ``oracle.py`` of that name
+without the final ``w`` (of decoupled weight decay).
 """
 
 import functools
@@ -15,15 +15,15 @@ import oracle
 import jadam
 
 MOMENTS = {"b1": 0.8, "b2": 0.95, "eps": 1e-4}
-SETTINGS = {**MOMENTS, "eps_root": 1e-6, "threshold": 4.5}  # non-default, for those that have them
+SETTINGS = {**MOMENTS, "eps_root": 1e-6, "threshold": 4.5}  # non-default; a member gets those it has
 
 
 class Member(NamedTuple):
-    """One optimizer: how to make it, its Optax namesake, its oracle, and settings that both know."""
+    """An optimizer, its two references, and settings that all three accept."""
 
     name: str
     make: Callable  # make(learning_rate, **settings) -> transformation
-    optax: Callable  # Optax's function of the same name, whose state and signature ours must have
+    optax: Callable  # Optax's function of the same name; ours has its state and signature
     oracle: Callable  # oracle(gradients, **settings) -> directions
     settings: dict  # non-default
     decays: bool  # has weight_decay, mask and max_lr
@@ -46,7 +46,7 @@ def _is_optimizer(name: str) -> bool:
 
 FAMILY = [_member(name) for name in jadam.__all__ if callable(getattr(jadam, name)) and _is_optimizer(name)]
 
-# Further ways to call a member: (member, arguments only jadam knows, the oracle of the result).
+# Options that Optax lacks: (member, arguments, the matching oracle).
 VARIANTS = [
     ("adam", {"eps_mode": "hat", **MOMENTS}, functools.partial(oracle.adam_hat, **MOMENTS)),
     ("adam", {"bias_correction": False, **MOMENTS}, functools.partial(oracle.adam_uncorrected, **MOMENTS)),

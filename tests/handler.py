@@ -1,6 +1,6 @@
-"""The CPU's handler called as XLA calls it, but with addresses, sizes and threads of the caller's choice.
+"""Calls the CPU kernel's FFI handler through ctypes, with chosen buffer addresses, sizes and thread pool.
 
-The structs are those of ``xla/ffi/api/c_api.h``, which XLA keeps as they are.
+The structs mirror XLA's stable C API, ``xla/ffi/api/c_api.h``.
 """
 
 import ctypes
@@ -14,13 +14,13 @@ import numpy as np
 
 import jadam
 
-CODES = {
+DTYPE_CODES = {
     **{"bool": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "uint8": 6, "uint16": 7, "uint32": 8, "uint64": 9},
     **{"float16": 10, "float32": 11, "float64": 12, "complex64": 15, "bfloat16": 16, "complex128": 18},
     **{"float8_e5m2": 19, "int4": 21},
 }
-EXECUTE = 3  # the stage
-FUNCTIONS = 18  # of XLA's API, in the order of `XLA_FFI_Api`
+EXECUTE = 3  # XLA_FFI_ExecutionStage_EXECUTE
+FUNCTIONS = 18  # number of functions in `XLA_FFI_Api`; the indices below are in its order
 ERROR_CREATE, ERROR_MESSAGE, ERROR_DESTROY, SCHEDULE, NUM_THREADS = 0, 1, 2, 11, 12
 
 
@@ -29,26 +29,26 @@ def struct(name, **fields):
 
 
 BufferStruct = struct("BufferStruct", dtype=c_int, data=c_void_p, rank=c_int64, dims=POINTER(c_int64))
-Several = struct("Several", n=c_int64, types=POINTER(c_int), values=POINTER(c_void_p))
+BufferList = struct("BufferList", n=c_int64, types=POINTER(c_int), values=POINTER(c_void_p))
 Attributes = struct("Attributes", n=c_int64, types=POINTER(c_int), names=POINTER(c_void_p), values=POINTER(c_void_p))
 Api = struct("Api", version=c_int64 * 3, internal=c_void_p, functions=c_void_p * FUNCTIONS)
-Frame = struct(
-    "Frame",
+CallFrame = struct(
+    "CallFrame",
     api=POINTER(Api),
     context=c_void_p,
     stage=c_int,
-    args=Several,
-    rets=Several,
+    args=BufferList,
+    rets=BufferList,
     attrs=Attributes,
     future=c_void_p,
 )
-Error = struct("Error", text=c_char_p, code=c_int)
-Failed = struct("Failed", error=c_void_p, text=c_char_p)
-Task = struct("Task", context=c_void_p, run=c_void_p, data=c_void_p)
-Number = struct("Number", context=c_void_p, number=POINTER(c_int64))
+CreateErrorArgs = struct("CreateErrorArgs", text=c_char_p, code=c_int)
+ErrorArgs = struct("ErrorArgs", error=c_void_p, text=c_char_p)
+ScheduleArgs = struct("ScheduleArgs", context=c_void_p, run=c_void_p, data=c_void_p)
+NumThreadsArgs = struct("NumThreadsArgs", context=c_void_p, number=POINTER(c_int64))
 
 
-class Text(Structure):
+class ByteSpan(Structure):
     _fields_ = [("text", c_char_p), ("n", c_size_t)]
 
 
@@ -63,7 +63,7 @@ class Buffer(NamedTuple):
 
 
 def library():
-    """The extension that is active here, loaded once more, which is the same one."""
+    """The active extension as a ctypes library."""
     found = ctypes.CDLL(jadam.backends()["cpu"].reason)
     found.jadam_step.restype = c_void_p
     return found
@@ -73,7 +73,7 @@ def library():
 
 
 class Inline:
-    """Does a task at once."""
+    """Runs each task at once, in the calling thread."""
 
     threads = 4
 
@@ -82,18 +82,18 @@ class Inline:
         return True
 
     def after(self):
-        """What is left to do once the handler has returned."""
+        """Called after the handler has returned."""
 
 
 class Full(Inline):
-    """Takes no task."""
+    """Refuses every task."""
 
     def schedule(self, task):
         return False
 
 
 class Late(Inline):
-    """Does every task after the handler has returned, when its buffers are gone."""
+    """Runs every task after the handler has returned, when its buffers may be freed."""
 
     def __init__(self):
         self.tasks = []
@@ -108,7 +108,7 @@ class Late(Inline):
 
 
 class Threads(Inline):
-    """A thread for each task."""
+    """Runs each task in a new thread."""
 
     def __init__(self):
         self.started = []
@@ -130,12 +130,15 @@ ATTRIBUTES = ("rule", "format", "clipping", "scalars", "salt", "block", "run", "
 
 
 def attributes(leaves) -> dict[str, np.ndarray]:
-    """Of leaves one after the other, each with its numbers in the order of `ATTRIBUTES`."""
+    """The handler's attributes. ``leaves`` is flat: for each leaf the numbers named in `ATTRIBUTES`."""
     return {name: np.array(leaves[i :: len(ATTRIBUTES)], np.int64) for i, name in enumerate(ATTRIBUTES)}
 
 
 def call(inputs, outputs, leaves, pool=None) -> str | None:
-    """The handler's error, or None. ``inputs`` begin with scalars and count; ``pool.after`` is the caller's to call."""
+    """Calls the handler and returns its error or None. ``inputs`` begin with scalars and count.
+
+    Call ``pool.after`` afterwards.
+    """
     pool = pool or Inline()
     errors: dict[int, bytes] = {}
 
@@ -147,7 +150,8 @@ def call(inputs, outputs, leaves, pool=None) -> str | None:
         args.contents.text = errors[args.contents.error]
 
     def schedule(args):
-        run, data = CFUNCTYPE(None, c_void_p)(args.contents.run), args.contents.data  # the struct lives no longer
+        # copied, for the struct lives only during this call
+        run, data = CFUNCTYPE(None, c_void_p)(args.contents.run), args.contents.data
         if pool.schedule(lambda: run(data)):
             return None
         errors[len(errors) + 1] = b"full"
@@ -157,43 +161,45 @@ def call(inputs, outputs, leaves, pool=None) -> str | None:
         args.contents.number[0] = pool.threads
 
     functions = {
-        ERROR_CREATE: CFUNCTYPE(c_void_p, POINTER(Error))(create),
-        ERROR_MESSAGE: CFUNCTYPE(None, POINTER(Failed))(message),
-        ERROR_DESTROY: CFUNCTYPE(None, POINTER(Failed))(lambda args: None),
-        SCHEDULE: CFUNCTYPE(c_void_p, POINTER(Task))(schedule),
-        NUM_THREADS: CFUNCTYPE(c_void_p, POINTER(Number))(number),
+        ERROR_CREATE: CFUNCTYPE(c_void_p, POINTER(CreateErrorArgs))(create),
+        ERROR_MESSAGE: CFUNCTYPE(None, POINTER(ErrorArgs))(message),
+        ERROR_DESTROY: CFUNCTYPE(None, POINTER(ErrorArgs))(lambda args: None),
+        SCHEDULE: CFUNCTYPE(c_void_p, POINTER(ScheduleArgs))(schedule),
+        NUM_THREADS: CFUNCTYPE(c_void_p, POINTER(NumThreadsArgs))(number),
     }
     api = Api(ctypes.sizeof(Api))
     for place, function in functions.items():
         api.functions[place] = ctypes.cast(function, c_void_p)
-    named = sorted(attributes(leaves).items())  # as XLA has them
-    arrays = [Array(CODES["int64"], x.size, x.ctypes.data) for _, x in named]
-    names = [Text(name.encode(), len(name)) for name, _ in named]
-    args, keep_args = several(inputs)
-    rets, keep_rets = several(outputs)
+    attributes_by_name = sorted(attributes(leaves).items())  # XLA sorts them too
+    arrays = [Array(DTYPE_CODES["int64"], x.size, x.ctypes.data) for _, x in attributes_by_name]
+    names = [ByteSpan(name.encode(), len(name)) for name, _ in attributes_by_name]
+    args, keep_args = pack_buffers(inputs)
+    rets, keep_rets = pack_buffers(outputs)
     attrs = Attributes(
         ctypes.sizeof(Attributes),
         None,
-        len(named),
-        (c_int * len(named))(*[1] * len(named)),
+        len(attributes_by_name),
+        (c_int * len(attributes_by_name))(*[1] * len(attributes_by_name)),
         void_pointers(list(map(pointer, names))),
         void_pointers(list(map(pointer, arrays))),
     )
-    frame = Frame(Frame.future.offset, None, pointer(api), None, EXECUTE, args, rets, attrs, None)
+    frame = CallFrame(CallFrame.future.offset, None, pointer(api), None, EXECUTE, args, rets, attrs, None)
     error = library().jadam_step(byref(frame))
     del keep_args, keep_rets
     return None if error is None else errors[error].decode()
 
 
-def several(buffers):
-    """``XLA_FFI_Args``, and what must live as long."""
+def pack_buffers(buffers):
+    """``XLA_FFI_Args`` of buffers, and the objects that must stay alive with it."""
     structs = []
     for address, shape, dtype in buffers:
         dims = (c_int64 * max(1, len(shape)))(*shape)
-        structs.append(BufferStruct(ctypes.sizeof(BufferStruct), None, CODES[dtype], address or None, len(shape), dims))
+        structs.append(
+            BufferStruct(ctypes.sizeof(BufferStruct), None, DTYPE_CODES[dtype], address or None, len(shape), dims)
+        )
     pointers = [pointer(x) for x in structs]
     types = (c_int * max(1, len(pointers)))(*[1] * len(pointers))
-    return Several(ctypes.sizeof(Several), None, len(pointers), types, void_pointers(pointers)), pointers
+    return BufferList(ctypes.sizeof(BufferList), None, len(pointers), types, void_pointers(pointers)), pointers
 
 
 def void_pointers(pointers):
@@ -204,7 +210,7 @@ def void_pointers(pointers):
 
 
 class Sparse:
-    """An array of zeros of any length: the same few pages over and over, but for windows with pages of their own."""
+    """A huge array of zeros in little memory: one piece mapped repeatedly, and private pages for ``windows``."""
 
     PIECE, FIXED = 2**25, 0x10
 

@@ -1,4 +1,4 @@
-"""What several test files need."""
+"""Helpers shared by several test files."""
 
 import contextlib
 import functools
@@ -28,65 +28,65 @@ CPU = jadam.backends()["cpu"]
 MESH = Mesh(np.array(jax.devices()), ("data",))
 FORMATS = ["float32", "bfloat16", "int8"]
 MEMBERS = {member.name: member for member in FAMILY}
-ADAMS = ("adam", "adamw", "nadam", "nadamw")  # whose moments int8 can store
+INT8_OPTIMIZERS = ("adam", "adamw", "nadam", "nadamw")
 needs_kernel = pytest.mark.skipif(CPU.kernel is None, reason=f"no CPU kernel: {CPU.reason}")
 
 
-# ---------------------------------------------------------------- rows of tests
+# ---------------------------------------------------------------- parametrization
 
 
-def rows(axis: str, values: Mapping | Iterable, default: Collection[str]):
-    """``pytest.mark.parametrize`` over ``values``; the names in ``default`` run by default, all others are slow.
+def parametrize(name: str, values: Mapping | Iterable, default: Collection[str]):
+    """``pytest.mark.parametrize(name, values)``, where only the ids in ``default`` run by default; others are `slow`.
 
-    A value's name is its key in a mapping, else its ``str``.
+    A value's id is its key in a mapping, else its ``__name__`` or its ``str``.
     """
-    return grid({axis: values}, default)
+    return parametrize_grid({name: values}, default)
 
 
-def grid(axes: Mapping[str, Mapping | Iterable], default: Collection[str]):
-    """``pytest.mark.parametrize`` over the product of ``axes``; the same, with the names joined by ``-``."""
-    named = [_named(values) for values in axes.values()]
-    products = {"-".join(names): names for names in itertools.product(*named)}
+def parametrize_grid(axes: Mapping[str, Mapping | Iterable], default: Collection[str]):
+    """The same over the product of ``axes``, ``{name: values}``. An id joins the ids of its values with ``-``."""
+    by_id = [_by_id(values) for values in axes.values()]
+    products = {"-".join(ids): ids for ids in itertools.product(*by_id)}
     if unknown := set(default) - set(products):
-        raise ValueError(f"default must name rows of the grid, got {sorted(unknown)}; there are {sorted(products)}")
+        raise ValueError(f"default must hold ids of the grid, got {sorted(unknown)}; there are {sorted(products)}")
     params = [
         pytest.param(
-            *(values[name] for values, name in zip(named, names, strict=True)),
+            *(values[x] for values, x in zip(by_id, ids, strict=True)),
             id=row,
             marks=() if row in default else pytest.mark.slow,
         )
-        for row, names in products.items()
+        for row, ids in products.items()
     ]
     return pytest.mark.parametrize(tuple(axes), params)
 
 
-def _named(values) -> dict:
+def _by_id(values) -> dict:
     return dict(values) if isinstance(values, Mapping) else {getattr(x, "__name__", str(x)): x for x in values}
 
 
 # ---------------------------------------------------------------- processes
 
 
-def environment(**more):
-    """Variables for a process that imports this jadam, and from ``tests`` what it needs."""
+def subprocess_env(**more):
+    """Environment variables of a process that imports this jadam and the modules of ``tests``."""
     folders = Path(jadam.__file__).parents[1], ROOT / "tests"
     return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders))} | more
 
 
-def printed(command, **how):
-    """What a command prints; it must succeed."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False, **how)
+def check_output(command, **kwargs):
+    """Standard output of a command. A nonzero exit code fails the test and shows standard error."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **kwargs)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def command_line(arguments, folder):
-    """What ``jadam`` returns, prints, and prints as errors, in a folder."""
+def run_cli(arguments, folder):
+    """Runs ``jadam ARGUMENTS`` within ``folder``; returns exit code, standard output and standard error."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             code = main(arguments)
-        except SystemExit as stop:  # argparse's
+        except SystemExit as stop:  # raised by argparse
             code = stop.code
     return code, out.getvalue(), err.getvalue()
 
@@ -95,25 +95,25 @@ def command_line(arguments, folder):
 
 
 def zeros(shape, dtype=np.float32):
-    """``jnp.zeros``, but nothing is compiled."""
+    """``jnp.zeros`` without a compilation."""
     return jax.device_put(np.zeros(shape, dtype))
 
 
 def ones(shape, dtype=np.float32):
-    """``jnp.ones``, but nothing is compiled."""
+    """``jnp.ones`` without a compilation."""
     return jax.device_put(np.ones(shape, dtype))
 
 
 def normal(*shape, seed=0, dtype=np.float32):
-    """Normal numbers, for a seed and a shape always the same."""
+    """Standard normal numbers, reproducible from shape and seed."""
     return jax.device_put(np.asarray(np.random.default_rng(seed).standard_normal(shape), dtype))
 
 
-SHAPES = {"a": (33, 300), "b": (77,), "c": ()}
+SHAPES = {"a": (33, 300), "b": (77,), "c": ()}  # the last int8 block of a row of "a" is partial
 
 
-def trees(seed, dtype=np.float32, shapes=SHAPES):
-    """A leaf of each shape, of all sizes; default a matrix of awkward width, a vector and a scalar."""
+def random_tree(seed, dtype=np.float32, shapes=SHAPES):
+    """Random leaves of these shapes. Their elements' sizes spread over six decades."""
     rng = np.random.default_rng(seed)
     return {
         k: jax.device_put(np.asarray(rng.standard_normal(x) * 10.0 ** rng.uniform(-3, 3, x), dtype))
@@ -121,22 +121,22 @@ def trees(seed, dtype=np.float32, shapes=SHAPES):
     }
 
 
-def leaves(*trees):
-    """The leaves of trees side by side."""
+def zip_leaves(*trees):
+    """Tuples of corresponding leaves."""
     return zip(*map(jax.tree.leaves, trees), strict=True)
 
 
 def assert_equal(tree, expected):
-    """The same structure, dtypes and numbers."""
+    """Same structure, dtypes and values; no tolerance."""
     assert jax.tree.structure(tree) == jax.tree.structure(expected)
-    for x, y in leaves(tree, expected):
+    for x, y in zip_leaves(tree, expected):
         assert x.dtype == y.dtype
         np.testing.assert_array_equal(x, y)
 
 
-def assert_finite_alike(tree, expected):
-    """The same numbers are finite."""
-    for x, y in leaves(tree, expected):
+def assert_same_finite(tree, expected):
+    """The same elements are finite."""
+    for x, y in zip_leaves(tree, expected):
         np.testing.assert_array_equal(np.isfinite(np.float32(x)), np.isfinite(np.float32(y)))
 
 
@@ -144,7 +144,7 @@ def assert_finite_alike(tree, expected):
 
 
 def lowbias32(x):
-    """Wellons' hash in Python's integers."""
+    """Wellons' hash ``lowbias32`` of a Python integer."""
     x = (x ^ x >> 16) * 0x7FEB352D & 0xFFFFFFFF
     x = (x ^ x >> 15) * 0x846CA68B & 0xFFFFFFFF
     return x ^ x >> 16
@@ -158,12 +158,12 @@ float32_params = jax.jit(jadam.float32_params)
 
 
 def update_and_apply(tx, g, state, params):
-    """One step by ``tx.update`` and `optax.apply_updates`."""
+    """One step with ``tx.update`` and `optax.apply_updates`; returns ``(params, state)``."""
     updates, state = tx.update(g, state, params)
     return optax.apply_updates(params, updates), state
 
 
-# Every rule and option that the kernel writes a second time.
+# Every rule and option that the kernels implement.
 RULES = {
     "adam": lambda **k: jadam.adam(1.0, **k),
     "adam, small betas": lambda **k: jadam.adam(1.0, b1=0.2, b2=0.3, **k),
@@ -196,49 +196,49 @@ for _member in FAMILY:  # those that no row above names
 def takes_int8(rule) -> bool:
     """Whether a row of ``RULES`` can store its moments in int8."""
     try:
-        make(rule, "int8")
+        make_optimizer(rule, "int8")
     except ValueError:
         return False
     return True
 
 
 @functools.cache
-def make(rule, moments="float32"):
-    """The same object each time, so that tests share what is compiled for it."""
+def make_optimizer(rule, moments="float32"):
+    """An optimizer of `RULES`; cached, so that tests share compiled programs."""
     return RULES[rule](moments=moments)
 
 
 @functools.cache
-def compiled(tx):
-    """The step and the two calls."""
+def jitted_steps(tx):
+    """`jadam.step` and `update_and_apply` of ``tx``, each jitted."""
     return [jax.jit(functools.partial(f, tx)) for f in (jadam.step, _step.update_and_apply)]
 
 
-def custom_calls(f, *args):
-    """How many kernels ``f`` calls."""
+def count_kernel_calls(f, *args):
+    """Number of kernel calls in the lowered ``jit(f)``."""
     return jax.jit(f).lower(*args).as_text().count("@jadam_step")
 
 
-# The float32 parameters of `jadam.exact_bf16`, and the state of what it is around.
-masters_of = jax.jit(lambda params, state: (jadam.float32_params(params, state), state.inner_state))
+# Float32 parameters and the inner optimizer's state, from those of `jadam.exact_bf16`.
+unwrap_exact_bf16 = jax.jit(lambda params, state: (jadam.float32_params(params, state), state.inner_state))
 
-# XLA contracts products and sums on this machine; the portable loops may not, and then a product rounds once more.
+# XLA contracts products and sums to fused multiply-adds; the portable kernel may not, which is one rounding more.
 ULPS = 4 if "portable" in str(CPU.kernel) else 2
 
 
 def assert_steps_agree(new, expected, old, ulps=ULPS):
-    """The contract of the kernel, for ``(params, state)`` from the same start.
+    """Compares two results ``(params, state)`` of a step from ``old``.
 
-    What is stored within ``ulps`` of max(|old|, |increment|); an update within 5e-7 of the larger of itself and 1;
-    bfloat16 moments, remainders and int8 codes equal but where the sides straddle a rounding edge.
+    Tolerance of a stored float32: ``ulps`` of max(|old|, |increment|); for parameters 5e-7 * max(1, |update|) more.
+    bfloat16 moments, remainders and int8 codes are equal, except where a rounding threshold lies between the results.
     """
     new, expected, old = jax.device_get((new, expected, old))
     assert jax.tree.structure(new) == jax.tree.structure(expected)
     for is_param, parts in enumerate(zip(new[::-1], expected[::-1], old[::-1], strict=True)):
-        for a, b, c in leaves(*parts):
+        for a, b, c in zip_leaves(*parts):
             assert (a.shape, a.dtype) == (b.shape, b.dtype)
             if a.dtype != jnp.float32 and not (is_param and a.dtype == jnp.bfloat16):
-                # 2 ulp of float32 are 2**-15 of bfloat16's spacing
+                # 2 ulp of float32 are 2**-15 of bfloat16's spacing: the chance that a threshold lies between
                 assert np.mean(np.asarray(a) != np.asarray(b)) <= (1e-4 if a.size > 10**5 else 1e-3), a.dtype
                 continue
             a, b, c = (np.asarray(x, np.float64) for x in (a, b, c))

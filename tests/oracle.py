@@ -1,7 +1,7 @@
-"""The papers' algorithms in NumPy float64, one plain loop each: the truth the library is held against.
+"""Reference implementations in NumPy float64: each paper's algorithm as one plain loop.
 
-Imports neither jax nor jadam. Each takes a list of gradients ``g_1, g_2, ...`` and returns the list of directions
-``u_1, u_2, ...``; the update is ``-learning_rate * u``.
+This module imports neither jax nor jadam. Each function takes a list of gradients ``g_1, g_2, ...`` and returns the
+list of directions ``u_1, u_2, ...``. The update is ``-learning_rate * u``.
 """
 
 import numpy as np
@@ -22,7 +22,7 @@ def adam(gradients, b1=0.9, b2=0.999, eps=1e-8, eps_root=0.0):
 
 
 def adam_hat(gradients, b1=0.9, b2=0.999, eps=1e-8):
-    """Kingma & Ba 2015, end of section 2: the cheaper order, and TensorFlow's ``AdamOptimizer``."""
+    """Kingma & Ba 2015, end of section 2: eps before the correction of v, as in TensorFlow's ``AdamOptimizer``."""
     m = v = np.zeros_like(gradients[0], np.float64)
     directions = []
     for t, g in enumerate(gradients, start=1):
@@ -47,7 +47,7 @@ def adam_uncorrected(gradients, b1=0.9, b2=0.999, eps=1e-8):
 
 
 def adam_scheduled(gradients, b1, b2, eps=1e-8):
-    """Theorem 4.1's Adam, betas that are functions of t = 0, 1, ...: weights that sum to one by their products."""
+    """Adam with betas that are functions of t = 0, 1, ... (Theorem 4.1), corrected by one minus their products."""
     m = v = np.zeros_like(gradients[0], np.float64)
     product1 = product2 = 1.0
     directions = []
@@ -61,7 +61,7 @@ def adam_scheduled(gradients, b1, b2, eps=1e-8):
 
 
 def nadam(gradients, b1=0.9, b2=0.999, eps=1e-8, eps_root=0.0):
-    """Dozat 2016, Algorithm 2 with a constant momentum and, as everywhere, no further factor b2 on v_hat."""
+    """Dozat 2016, Algorithm 2, constant momentum. Its extra factor b2 on v_hat is left out, as in Optax and PyTorch."""
     m = v = np.zeros_like(gradients[0], np.float64)
     directions = []
     for t, g in enumerate(gradients, start=1):
@@ -90,7 +90,7 @@ def nadam_scheduled(gradients, mu, b2=0.999, eps=1e-8):
 
 
 def adamax(gradients, b1=0.9, b2=0.999, eps=1e-8):
-    """Kingma & Ba 2015, Algorithm 2, eps on |g| as Optax and PyTorch have it."""
+    """Kingma & Ba 2015, Algorithm 2, with eps added to |g| as in Optax and PyTorch."""
     m = u = np.zeros_like(gradients[0], np.float64)
     directions = []
     for t, g in enumerate(gradients, start=1):
@@ -102,7 +102,7 @@ def adamax(gradients, b1=0.9, b2=0.999, eps=1e-8):
 
 
 def amsgrad(gradients, b1=0.9, b2=0.999, eps=1e-8, eps_root=0.0, max_of="v_hat", corrected=True):
-    """Reddi, Kale & Kumar 2018, Algorithm 2 (``corrected=False``), with Adam's corrections in either order."""
+    """Reddi, Kale & Kumar 2018, Algorithm 2. ``corrected`` adds Adam's bias corrections."""
     m = v = largest = np.zeros_like(gradients[0], np.float64)
     directions = []
     for t, g in enumerate(gradients, start=1):
@@ -142,7 +142,7 @@ def radam(gradients, b1=0.9, b2=0.999, eps=1e-8, eps_root=0.0, threshold=5.0, ne
 
 
 def scale_by_learning_rate_and_decay(p, directions, learning_rate, weight_decay=0.0):
-    """Loshchilov & Hutter 2019, Algorithm 2, decay times the learning rate: the parameters after each step.
+    """Parameters after each step: Loshchilov & Hutter 2019, Algorithm 2, with decay times the learning rate.
 
     ``learning_rate`` is a function of t = 0, 1, ...
     """

@@ -1,4 +1,4 @@
-"""A property as a test on a few examples, always the same, and another on ten thousand new ones before a release."""
+"""Hypothesis: `property_test`, and strategies and arrays for it."""
 
 import inspect
 
@@ -7,42 +7,43 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-ALWAYS = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
+SUPPRESSED = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
 
 
-def holds(few=25, many=10_000, default=None, **strategies):
-    """The decorated body, which asserts, as a test of ``few`` examples and another, `nightly`, of ``many``.
+def property_test(few=25, many=10_000, narrow=None, **strategies):
+    """Decorator: turns a function that asserts a property of ``strategies`` into pytest tests.
 
-    ``default`` has narrower strategies for the first, which compile less; a third, `slow`, takes few of the wide ones.
-    Arguments of the body without a strategy are pytest's. A failure of the second prints the line that repeats it.
+    One test tries ``few`` examples, always the same; another, marked `nightly`, tries ``many`` new ones and prints how
+    to reproduce a failure. ``narrow`` replaces some strategies in the first by narrower ones, which compile fewer
+    programs; the wide ones are then tried by a third test, marked `slow`. Arguments without a strategy are pytest's.
     """
     marks = [pytest.param(few, True, id=str(few)), pytest.param(many, False, id=str(many), marks=pytest.mark.nightly)]
-    if default is not None:
+    if narrow is not None:
         marks.insert(1, pytest.param(few, False, id=f"{few} of all", marks=pytest.mark.slow))
 
-    def as_tests(body):
-        def test(examples, narrow, **others):
-            how = settings(
+    def decorate(body):
+        def test(examples, narrowed, **others):
+            configure = settings(
                 max_examples=examples,
                 derandomize=examples == few,
                 print_blob=True,
                 database=None,
                 deadline=None,
-                suppress_health_check=ALWAYS,
+                suppress_health_check=SUPPRESSED,
             )
-            how(given(**strategies | (default or {} if narrow else {}))(body))(**others)
+            configure(given(**strategies | (narrow or {} if narrowed else {}))(body))(**others)
 
         parameter = lambda name: inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         others = [p for name, p in inspect.signature(body).parameters.items() if name not in strategies]
-        test.__signature__ = inspect.Signature([parameter("examples"), parameter("narrow"), *others])
+        test.__signature__ = inspect.Signature([parameter("examples"), parameter("narrowed"), *others])
         test.__name__, test.__doc__, test.__module__ = body.__name__, body.__doc__, body.__module__
-        return pytest.mark.parametrize(("examples", "narrow"), marks)(test)
+        return pytest.mark.parametrize(("examples", "narrowed"), marks)(test)
 
-    return as_tests
+    return decorate
 
 
-# Decay rates over all of [0, 1): the usual, the ends, and as many near 1 as near 0.
-RATES = (
+# Betas in [0, 1): usual ones, both ends, uniform ones, and log-uniform distances from 1.
+BETAS = (
     st.sampled_from([0.0, 0.5, 0.9, 0.95, 0.999, 0.9999, 5e-324, 1e-20, 1 - 2.0**-53])
     | st.floats(0, 1, exclude_max=True)
     | st.floats(0, 53).map(lambda x: 1 - 2.0**-x)
@@ -53,22 +54,22 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 
 def any_floats(shape, seed, numbers):
-    """float32 over all its bit patterns, among them these ``numbers``."""
+    """float32 array of uniformly random bit patterns, with ``numbers`` at random places."""
     rng = np.random.default_rng(seed)
     x = rng.integers(0, 2**32, shape, np.uint32).view(np.float32)
-    return _sprinkled(x, rng, numbers)
+    return _insert_at_random(x, rng, numbers)
 
 
-def tame_floats(shape, seed, numbers=(), smallest=2.0**-49, largest=2.0**59):
-    """float32 of either sign with sizes in a range of which the logarithm is uniform, default from 2e-15 to 6e17."""
+def moderate_floats(shape, seed, numbers=(), smallest=2.0**-49, largest=2.0**59):
+    """float32 array of either sign, |x| log-uniform in a random part of [smallest, largest]: default 2e-15 to 6e17."""
     rng = np.random.default_rng(seed)
     low, high = np.log2([smallest, largest])
     centre, spread = rng.uniform(low, high), rng.uniform(0, high - low)
     x = np.exp2(np.clip(rng.uniform(centre - spread, centre + spread, shape), low, high)) * rng.choice([-1, 1], shape)
-    return _sprinkled(x.astype(np.float32), rng, numbers)
+    return _insert_at_random(x.astype(np.float32), rng, numbers)
 
 
-def _sprinkled(x, rng, numbers):
+def _insert_at_random(x, rng, numbers):
     flat = np.array(x).reshape(-1)
     if flat.size and len(numbers):
         places = rng.integers(0, flat.size, len(numbers))

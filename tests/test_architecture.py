@@ -1,4 +1,4 @@
-"""The layers of `CONTRIBUTING.md`: each part of jadam imports only those above it in the table."""
+"""Layers: each part of jadam imports only parts above it in `CONTRIBUTING.md`'s table. And the public namespace."""
 
 import ast
 import platform
@@ -16,12 +16,12 @@ from jadam.__main__ import main
 
 TOP = Path(jadam.__file__).parent
 PAGE = ROOT / "CONTRIBUTING.md"
-ENTRIES = ["__init__", "__main__"]  # import what is public
+ENTRIES = ["__init__", "__main__"]  # entry points, above all layers
 LAYERS = re.findall(r"`jadam/(\w+?)(?:\.py)?`", PAGE.read_text().split("| folder |")[1].split("\n\n")[0])
 
 
 def imported(file):
-    """The parts of jadam that a file imports, wherever in it."""
+    """Parts of jadam that a file imports, at module level or within functions."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "jadam":
             names = [node.module] if "." in node.module else [f"jadam.{alias.name}" for alias in node.names]
@@ -35,7 +35,7 @@ def test_the_table_has_every_part():
     assert sorted(LAYERS) == sorted(parts - set(ENTRIES))
 
 
-def test_each_part_uses_only_those_above_it():
+def test_parts_import_only_those_above():
     wrong = [
         f"{file.relative_to(TOP)} imports {name}"
         for file in TOP.rglob("*.py")
@@ -46,8 +46,8 @@ def test_each_part_uses_only_those_above_it():
     assert wrong == []
 
 
-def test_importing_jadam_and_asking_for_help_import_no_jax():
-    """Nor NumPy: names are imported when they are used."""
+def test_import_and_help_do_not_load_jax():
+    """Imports are lazy: neither JAX, NumPy nor Optax is loaded."""
     program = (
         "import sys, jadam; dir(jadam); from jadam.__main__ import main\ntry: main(['--help'])\nexcept SystemExit: "
     )
@@ -65,7 +65,7 @@ def test_dir_has_the_public_names_and_no_others():
         _ = jadam.jax
 
 
-def test_version_tells_what_serves(capsys):
+def test_version_prints_the_backends(capsys):
     with pytest.raises(SystemExit) as done:
         main(["--version"])
     assert done.value.code == 0

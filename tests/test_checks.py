@@ -1,7 +1,7 @@
-"""Bad input, one table: every wrong call, the type of its exception and its text, which is one line.
+"""Tables of wrong calls, each with its exception type and its one-line text.
 
-Each text tells the name, what it may be, what it was, and often what to do. `test_torch_state` has the errors that list
-all that is wrong with a file at once, a line each.
+Texts give the name, the allowed values, the actual value, and often a remedy. Errors that list all problems of a file,
+one a line, are in `test_torch_state`.
 """
 
 import functools
@@ -51,19 +51,19 @@ TEMPLATE = "restore it into the template tx.init(params)"
 
 
 def updated(tx=None, params=W, **changed):
-    """Update with W's gradients, some leaves changed."""
+    """``tx.update`` with W as gradients, some leaves changed."""
     tx = tx or jadam.adam(1e-3)
     return tx.update(changed.get("g", params), changed.get("state", tx.init(params)), changed.get("p", params))
 
 
 def stepped(tx=ADAM, params=W, **changed):
-    """The same in one pass."""
+    """`jadam.step` with W as gradients, some leaves changed."""
     state = changed.get("state", tx.init(params))
     return jadam.step(tx, changed.get("g", params), state, changed.get("p", params))
 
 
 def donated(tree=W):
-    """Arrays of which nothing is left."""
+    """Deleted arrays."""
     gone = jax.tree.map(lambda x: jnp.array(np.asarray(x)), tree)
     jax.tree.map(lambda x: x.delete(), gone)
     return gone
@@ -1171,7 +1171,7 @@ def test_bad_input(name):
 
 AXES = "error: argument --mesh: must be axes and sizes > 0, got "
 NUMBER = "must be a number > 0, got "
-MANY = "9" * 5000  # more digits than Python reads
+MANY = "9" * 5000  # more digits than int() accepts
 
 COMMAND_LINE = [
     ([], "jadam: error: the following arguments are required: COMMAND"),
@@ -1231,9 +1231,9 @@ COMMAND_LINE = [
 
 
 def command_line(arguments, folder):
-    """What ``jadam`` returns and prints in a folder with another in it."""
+    """`helpers.run_cli` in a folder that contains another folder."""
     (folder / "folder.png").mkdir(exist_ok=True)
-    return helpers.command_line(arguments, folder)
+    return helpers.run_cli(arguments, folder)
 
 
 @pytest.mark.parametrize("row", range(len(COMMAND_LINE)))
@@ -1250,7 +1250,7 @@ def test_command_line(row, tmp_path):
 
 
 def test_what_looks_wrong_and_is_not():
-    """NumPy's integers for whole numbers, numbers for arrays, and a mask that is an Equinox module."""
+    """NumPy integers, numbers as arrays, and Equinox modules as masks are accepted."""
     assert (
         jadam.history(jadam.record(ADAM, every=np.int64(2), keep=np.int32(3), sample=np.uint8(9)).init(W)).steps.size
         == 0
@@ -1263,7 +1263,7 @@ def test_what_looks_wrong_and_is_not():
 
 
 def test_a_mask_that_is_a_module():
-    """Of booleans, and callable itself, as an Equinox model is."""
+    """A mask may be a pytree of booleans that is callable, as Equinox models are."""
     shapes = jax.eval_shape(lambda: eqx.filter(eqx.nn.MLP(3, 1, 4, 1, key=jax.random.key(0)), eqx.is_inexact_array))
     model = jax.tree.map(lambda x: np.linspace(-1, 1, x.size, dtype=x.dtype).reshape(x.shape), shapes)
     matrices = lambda params: jax.tree.map(lambda x: x.ndim > 1, params)
@@ -1283,7 +1283,7 @@ def test_a_mask_that_is_a_module():
 
 @pytest.mark.parametrize("wrong", ["grads", "state", "both"])
 def test_zero1_s_eager_step_takes_what_is_elsewhere(wrong):
-    """Committed to one device, as a checkpoint or another program leaves it: moved, the same bits."""
+    """Arrays committed to one device, as from a checkpoint, are moved; the bits are the same."""
     state = DIVIDED.init(VECTOR)
     expected = jadam.step(DIVIDED, 2 * VECTOR, state, VECTOR)
     grads = on(3, 2 * VECTOR) if wrong != "state" else 2 * VECTOR
@@ -1308,7 +1308,7 @@ def update_with_traced(name):
 @pytest.mark.parametrize("name", ["b1", "b2", "eps"])
 @pytest.mark.parametrize("value", [-0.5, 1.5, float("nan")])
 def test_traced_out_of_range_is_nan_not_silence(name, value):
-    # Nothing under jit can raise: the updates are NaN, so that loss and apply_if_finite see it.
+    # Traced values cannot raise, so the updates become NaN, which the loss and apply_if_finite show.
     fine = (name, value) == ("eps", 1.5)
     assert np.isnan(update_with_traced(name)(value)).all() != fine
 
@@ -1321,14 +1321,14 @@ def test_scheduled_out_of_range(name):
     second, _ = jax.jit(tx.update)(W, state)
     assert np.isfinite(first["w"]).all()
     assert np.isnan(second["w"]).all()
-    tx = jadam.adam(1e-3, **{name: lambda count: 1.0})  # a Python number: known at once
+    tx = jadam.adam(1e-3, **{name: lambda count: 1.0})  # a Python number raises at once
     with pytest.raises(ValueError, match=f"{name} must be in \\[0, 1\\), got 1"):
         tx.update(W, tx.init(W))
 
 
 @pytest.mark.parametrize("name", ["learning_rate", "weight_decay"])
 def test_a_traced_rate_out_of_range_is_seen(name):
-    """Negated, it would climb."""
+    """A negative learning rate would ascend: NaN updates."""
     p = np.ones((8, 8), np.float32)
     makers = {"adamw": jadam.adamw, "by_path": lambda **how: jadam.by_path([("", {})], **how)}
     kinds = {"scalar": lambda v: v, "schedule": lambda v: lambda count: v}

@@ -1,4 +1,4 @@
-"""The benchmark `claims` in short: its rules on made-up results, its search for rates, and its training on little."""
+"""The benchmark `claims`: its rules on synthetic results, its grid search, and a short run."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ FEW = claims.QUICK
 
 
 def side(loss, width=1.0):
-    """What `claims.measure` says of one optimizer, three seeds about this final loss."""
+    """A result of `claims.measure` for one optimizer: three seeds with about this final loss."""
     losses = [0.999 * loss, loss, 1.001 * loss]
     grid = {"log10_rate": [-1.0, 0.0, 1.0], "loss": [None, loss, 2 * loss]}
     return {
@@ -58,7 +58,7 @@ def bias(with_few=((1.0, 5.0),), without_few=((2.0, None),), betas=((0.9, 0.999)
     return {"steps": {"few": 2, "more": 10}, "log10_rate": [-2.0, -1.0], "cells": cells}
 
 
-def test_every_claim_holds_on_results_made_so():
+def test_verdict_holds():
     judged = claims.verdicts(problems(), rescaled(), bias())
     assert [claim["verdict"] for claim in judged.values()] == [claims.HOLDS] * 6
 
@@ -89,18 +89,18 @@ worse, none_wider = problem(2.0, 1.0), problem(adam_width=0.1)
         ),
     ],
 )
-def test_a_claim_that_holds_in_part_or_not_at_all(judge, partly, fails):
+def test_verdicts_partly_and_fails(judge, partly, fails):
     assert [judge(result)["verdict"] for result in (partly, fails)] == [claims.PARTLY, claims.FAILS]
 
 
-def test_divergence_is_seen():
+def test_divergence():
     stable = claims.corrected(bias())["largest_log10_rate_without_divergence"]
     assert stable == {"b1 0.9, b2 0.999": {"with": -1.0, "without": -2.0}}
     none = claims.corrected(bias(without_few=((None, None),)))["largest_log10_rate_without_divergence"]
     assert none == {"b1 0.9, b2 0.999": {"with": -1.0, "without": None}}
 
 
-def test_order_wants_one_percent_for_every_seed():
+def test_order_needs_one_percent_for_every_seed():
     assert claims.order([1.0, 1.0], [1.02, 1.02]) == "better"
     assert claims.order([1.02, 1.02], [1.0, 1.0]) == "worse"
     assert claims.order([1.0, 1.0], [1.02, 1.0]) == "equal"
@@ -123,15 +123,15 @@ def test_the_grid_grows_until_its_ends_are_bad():
     np.testing.assert_array_equal(exponents, np.arange(-0.5, 2.6, 0.5))
     assert losses.shape == (2, 7, 3)
     assert errors.shape == (2, 7)
-    # in float32: log10 and a square, some units of 1.2e-7 of numbers below 8
+    # float32 log10 and square: some ulp, 1.2e-7, of numbers below 8
     np.testing.assert_allclose(losses[0, :, -1], 1 + (exponents - 2) ** 2, rtol=0, atol=1e-5)
     assert len(claims.sweep(train, 0.0, 0.5, 3, 3, np.arange(2))[0]) == 3
 
 
-def test_good_rates_are_read_between_the_points():
+def test_good_rates_are_interpolated():
     low, high = claims.good_rates([-1, 0, 1, 2], [1.5, 1.0, 1.0, 1.1], 1.05)
-    assert abs(low - -0.1) < 1e-15  # 1.05 is half a unit of 2.2e-16 off, and the slope is 2
-    assert abs(high - 1.5) < 3e-15  # 1.1 is besides, and the slope is 10
+    assert abs(low - -0.1) < 1e-15  # 1.05 has an error of half an ulp, 2.2e-16; the slope is 2
+    assert abs(high - 1.5) < 3e-15  # 1.1 has one, too; the slope is 10
     assert claims.good_rates([0, 1], [1.0, np.inf], 1.05) == (0.0, 0.0)
 
 
@@ -144,7 +144,7 @@ def test_the_data():
     assert len(table) == 8484
     assert len(test_table) == 2121
     assert table.max() == 10_000  # the padding
-    # shuffled, or one of the halves of the sorted file would be nearly all of one kind; 0.06: 5 standard deviations
+    # shuffled: in the sorted file the halves have one class each; 0.06 are 5 standard deviations
     assert abs(sentiment.mean() - test_sentiment.mean()) < 0.06
 
 
@@ -156,16 +156,16 @@ def test_wrong_labels_are_wrong():
     np.testing.assert_array_equal(training.wrong_labels(labels, 0.0), labels)
 
 
-def test_adam_is_invariant_to_the_last_bit_and_sgd_is_not(monkeypatch):
+def test_adam_is_invariant_to_rescaling_and_sgd_is_not(monkeypatch):
     few = [(images[:1000], labels[:1000]) for images, labels in training.digits()]
-    monkeypatch.setattr(training, "digits", lambda: few)  # they are constants of the program
+    monkeypatch.setattr(training, "digits", lambda: few)  # the data are constants of the program
     differ = {side: claims.weights_that_differ(make, 20) for side, make in claims.UNSCALED.items()}
     assert differ["Adam"] == {"weights": 7850, "weights_that_differ": 0}
-    assert differ["SGD"]["weights_that_differ"] > 5000  # those of pixels that are never on do not move
+    assert differ["SGD"]["weights_that_differ"] > 5000  # weights of pixels that are always 0 do not move
 
 
 def fake_trainer(problem, make, *args, **kwargs):
-    """Instead of training: a parabola over log10 of the rate, best at 0.1, in every third seed a bit worse."""
+    """A trainer without training: losses are a parabola over log10 of the rate, best at 0.1; seeds differ slightly."""
 
     def train(rates, seeds):
         losses = 1 + (np.log10(rates) + 1) ** 2 + 0.001 * (np.asarray(seeds)[:, None] % 3)
@@ -175,17 +175,17 @@ def fake_trainer(problem, make, *args, **kwargs):
 
 
 @pytest.mark.parametrize("fully", [True, False])
-def test_what_is_said_of_a_side(fully, monkeypatch):
+def test_measure(fully, monkeypatch):
     monkeypatch.setattr(training, "trainer", fake_trainer)
     task = claims.Task(lambda: None, {"": claims.constant}, 10, fully=fully)
     sides = claims.measure(task, claims.Sizes())["sides"]
     assert list(sides) == SIDES
     for x in sides.values():
         assert x["log10_rate"] == -1
-        assert x["loss"] == [1.0, 1.001, 1.002]  # to the 4 digits that are kept
+        assert x["loss"] == [1.0, 1.001, 1.002]  # rounded to 4 digits
         assert x["test_error"] == [0.1] * 3
         assert np.shape(x["curves"]) == (3, 5)
-        # 5 %: sqrt(0.05 * 1.001) = 0.2237 to either side of the parabola; its chords lie above it and cut a bit off
+        # 5 % is at sqrt(0.05 * 1.001) = 0.2237; interpolation is by chords, above the parabola, so slightly less
         assert x["width"] is None if not fully else 0.40 < x["width"] < 2 * 0.2238
     assert list(sides["RMSProp"]["other_variants"]) == ["decay 0.99"]
 
@@ -208,7 +208,7 @@ def test_training_and_pictures(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes(tmp_path, monkeypatch):
     done = {name: problem() for name in claims.TITLES} | {"rescaling": rescaled()}
     (tmp_path / "claims.partial.json").write_text(json.dumps({"settings": claims.fingerprint(FEW), **done}))
     monkeypatch.setattr(claims, "bias_correction", lambda sizes, tick: bias())
@@ -220,7 +220,7 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_another_program_measured_is_not_taken(tmp_path, monkeypatch):
+def test_results_of_another_version_are_discarded(tmp_path, monkeypatch):
     (tmp_path / "claims.partial.json").write_text(json.dumps({"settings": "other", "mnist_logistic": problem()}))
     monkeypatch.setattr(claims, "measure", lambda *_: pytest.fail("measured again"))
     with pytest.raises(pytest.fail.Exception, match="measured again"):

@@ -1,4 +1,4 @@
-"""Every example in a docstring runs, and every public function has one, with its arguments, result and errors."""
+"""Docstring examples run; every public function documents arguments, result and errors and has an example."""
 
 import doctest
 import importlib
@@ -8,7 +8,7 @@ import pkgutil
 from pathlib import Path
 
 import pytest
-from helpers import rows
+from helpers import parametrize
 
 import jadam
 
@@ -19,11 +19,11 @@ def has_examples(name):
 
 
 MODULES = [m.name for m in pkgutil.walk_packages(jadam.__path__, "jadam.") if has_examples(m.name)]
-SLOW = {"jadam._checkpoints.convert", "jadam._diagnostics.record"}  # a codec without jit, and a picture
+SLOW = {"jadam._checkpoints.convert", "jadam._diagnostics.record"}  # an int8 conversion without jit, and a picture
 FUNCTIONS = [name for name in dir(jadam) if inspect.isfunction(getattr(jadam, name))]
 
 
-@rows("name", MODULES, default=[name for name in MODULES if name not in SLOW])
+@parametrize("name", MODULES, default=[name for name in MODULES if name not in SLOW])
 def test_examples_run(name):
     result = doctest.testmod(importlib.import_module(name), verbose=False)
     assert result.failed == 0

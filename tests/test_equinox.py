@@ -1,4 +1,4 @@
-"""Equinox around jadam: the documented loop, in two calls and in one pass, and what `exact_bf16` asks of it."""
+"""jadam with Equinox models: training loops with `update` and with `step`, and the dtypes of `exact_bf16`."""
 
 import functools
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import CPU, ULPS, assert_steps_agree, custom_calls, leaves, rows
+from helpers import CPU, ULPS, assert_steps_agree, count_kernel_calls, parametrize, zip_leaves
 
 import jadam
 
@@ -21,7 +21,7 @@ WEIGHTS = [RANDOM.uniform(-(n**-0.5), n**-0.5, (m, n)) for m, n in ((130, 33), (
 
 
 class Net(eqx.Module):
-    """A matrix large enough for int8, a function, and an array that is not trained."""
+    """A model with a matrix large enough for int8, a function, and an array that is not trained."""
 
     hidden: eqx.nn.Linear
     out: eqx.nn.Linear
@@ -60,13 +60,13 @@ def one_pass(tx, grads, state, model):
 
 
 def cast_back(tx, grads, state, model):
-    """`update_and_apply` that leaves every parameter in its dtype."""
+    """`update_and_apply`, then a cast to the parameters' dtypes."""
     new, state = update_and_apply(tx, grads, state, model)
     return jax.tree.map(lambda p, q: q.astype(p.dtype) if eqx.is_inexact_array(p) else q, model, new), state
 
 
 def train(step, tx, model, steps=20, donate="none"):
-    """The model and state, the losses, and how often it was traced."""
+    """Returns ``(model, state)`` and the losses; traces once."""
     traces = []
 
     @eqx.filter_jit(donate=donate)
@@ -88,9 +88,9 @@ def assert_equal(tree, expected):
     helpers.assert_equal(*(eqx.filter(x, eqx.is_array) for x in (tree, expected)))
 
 
-@rows("moments", ["float32", "int8"], default=["int8"])  # small leaves stay float32
+@parametrize("moments", ["float32", "int8"], default=["int8"])  # small leaves stay float32
 def test_loop(moments, monkeypatch):
-    """Two calls, one pass by XLA and one that is donated are equal to the bit, and learn."""
+    """`update`, `step` by XLA, and `step` with donation train to the same bits, and the loss falls."""
     monkeypatch.setenv("JADAM_KERNELS", "xla")
     tx = jadam.chain(jadam.clip_by_global_norm(1.0), jadam.adamw(1e-2, moments=moments))
     expected, losses = train(update_and_apply, tx, Net())
@@ -106,9 +106,9 @@ def test_loop(moments, monkeypatch):
     assert state[1][0].mu.order is None
 
 
-@rows("moments", ["float32", "int8"], default=["int8"])  # small leaves stay float32
-def test_the_kernel_takes_the_step(moments):
-    """From the same start, at learning rate 1, for which the tolerance is made."""
+@parametrize("moments", ["float32", "int8"], default=["int8"])  # small leaves stay float32
+def test_kernel(moments):
+    """One step at learning rate 1, as `assert_steps_agree` assumes."""
     tx = jadam.adamw(1.0, moments=moments)
     model = Net()
     params = eqx.filter(model, eqx.is_inexact_array)
@@ -119,16 +119,16 @@ def test_the_kernel_takes_the_step(moments):
     )
     (new, new_state), (expected, expected_state) = new, expected
     arrays = lambda model: eqx.filter(model, eqx.is_inexact_array)
-    ulps = ULPS * (2 if moments == "int8" else 1)  # as there
+    ulps = ULPS * (2 if moments == "int8" else 1)  # as in test_step.py
     assert_steps_agree((arrays(new), new_state), (arrays(expected), expected_state), (params, state), ulps)
     kernel = CPU.kernel is not None
     step = lambda grads, state, params: one_pass(tx, grads, state, eqx.combine(params, model))[1]
-    assert custom_calls(step, grads, state, params) == kernel
+    assert count_kernel_calls(step, grads, state, params) == kernel
 
 
 @pytest.mark.slow
-def test_exact_bf16_leaves_the_rounded_masters():
-    """``eqx.apply_updates`` leaves float32 parameters, of the values that `optax.apply_updates` has in bfloat16."""
+def test_exact_bf16_with_eqx_apply_updates():
+    """``eqx.apply_updates`` returns float32 parameters with the bfloat16 values of `optax.apply_updates`."""
     tx = jadam.exact_bf16(jadam.adam(1e-2))
     model = Net(jnp.bfloat16)
     params = eqx.filter(model, eqx.is_inexact_array)
@@ -141,13 +141,13 @@ def test_exact_bf16_leaves_the_rounded_masters():
     assert_equal(jax.tree.map(lambda x: x.astype(jnp.bfloat16), loose), tight)
     masters = jadam.float32_params(tight, state)
     assert_equal(jadam.from_float32(masters, tx)[0], tight)
-    assert all((x != y).any() for x, y in leaves(masters, loose))
+    assert all((x != y).any() for x, y in zip_leaves(masters, loose))
     with pytest.raises(TypeError, match=r"hidden\.weight was bfloat16.*leave float32 parameters to be cast back"):
         tx.update(grads, state, loose)
 
 
 def test_exact_bf16_trains_as_float32(monkeypatch):
-    """Cast back, or in one pass, the parameters stay bfloat16 and the steps are the same; bare Adam's are lost."""
+    """With `exact_bf16` the weights stay bfloat16 and move; without, small steps round to nothing."""
     monkeypatch.setenv("JADAM_KERNELS", "xla")
     tx = jadam.exact_bf16(jadam.adam(1e-4, moments="int8"))
     (model, state), losses = train(cast_back, tx, Net(jnp.bfloat16))
@@ -157,8 +157,8 @@ def test_exact_bf16_trains_as_float32(monkeypatch):
     assert_equal(trained, (model, state))
     start = Net(jnp.bfloat16)
     (plain, _), _ = train(cast_back, jadam.adam(1e-4, moments="int8"), start)
-    # Weights from 0.125 to 0.174 = 33**-0.5 are 9.8e-4 apart in bfloat16. A step of 1e-4 is less than half of that
-    # and lost; twenty are twice that. Not all gradients keep their sign for so long.
+    # bfloat16 numbers from 0.125 to 0.174 = 33**-0.5 are 9.8e-4 apart. A step of 1e-4 is less than half of that and
+    # lost; twenty are twice that, but not all gradients keep their sign.
     weight = lambda model: np.asarray(model.hidden.weight, np.float32)
     large = np.abs(weight(start)) > 0.125
     moved = lambda model: np.mean((weight(model) != weight(start))[large])

@@ -1,4 +1,4 @@
-"""`jadam.flax` takes the steps of Flax's own classes, and these take every transformation of jadam."""
+"""`jadam.flax` agrees with Flax's own classes, which also accept every transformation of jadam."""
 
 import contextlib
 import functools
@@ -14,14 +14,23 @@ from flax import linen as nn
 from flax import nnx
 from flax.core import FrozenDict
 from flax.training import train_state
-from helpers import ADAMS, CPU, ULPS, assert_equal, assert_steps_agree, float32_params, leaves, rows
+from helpers import (
+    CPU,
+    INT8_OPTIMIZERS,
+    ULPS,
+    assert_equal,
+    assert_steps_agree,
+    float32_params,
+    parametrize,
+    zip_leaves,
+)
 
 import jadam
 import jadam.flax
 
 KERNEL = CPU.kernel is not None
 
-# At learning rate 1, for which the kernel's tolerance is made.
+# Learning rate 1, as `assert_steps_agree` assumes.
 ONE_PASS = {
     "adam": lambda: jadam.adam(1.0),
     "adamw, masked": lambda: jadam.adamw(1.0, weight_decay=0.1, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)),
@@ -43,14 +52,14 @@ def dtype_for(name):
 
 
 def gradients(seed, params):
-    """Of all sizes, in the parameters' dtypes."""
+    """Gradients of all sizes in the parameters' dtypes."""
     rng = np.random.default_rng(seed)
     random = lambda p: (rng.standard_normal(p.shape) * 10.0 ** rng.uniform(-3, 3, p.shape)).astype(p.dtype)
     return jax.tree.map(random, params)
 
 
 def copies(tree):
-    """As NumPy arrays."""
+    """Leaves as NumPy arrays."""
     return jax.tree.map(np.array, tree)
 
 
@@ -59,12 +68,12 @@ def ones_like(tree):
 
 
 def assert_same_step(name, path, new, expected, old):
-    """Equal where XLA does both, else within the tolerance of the kernel; each is ``(params, state)``."""
+    """Compares ``(params, state)``: equal if both are stepped by XLA, else within the kernel's tolerance."""
     if path == "xla":
         return assert_equal(new, expected)
-    if "exact" in name:  # the weights are their masters, rounded
+    if "exact" in name:  # compare the float32 masters
         new, expected, old = ((float32_params(*x), x[1].inner_state) for x in (new, expected, old))
-    ulps = 2 * ULPS if "int8" in name else ULPS  # as there
+    ulps = 2 * ULPS if "int8" in name else ULPS  # as in test_step.py
     return assert_steps_agree(new, expected, old, ulps)
 
 
@@ -72,7 +81,7 @@ averaged_params = jax.jit(jadam.averaged_params)
 
 
 def paths(name):
-    """``JADAM_KERNELS`` of what may do a step: XLA and, where it can, the kernel."""
+    """Values of ``JADAM_KERNELS`` to test: XLA, and the kernel if it can take the step."""
     return ["xla", ""] if name in ONE_PASS and KERNEL else ["xla"]
 
 
@@ -80,7 +89,7 @@ def paths(name):
 
 
 def random_kernel(key, shape, dtype=jnp.float32, **_):
-    """Flax's own takes seven programs for each shape and dtype."""
+    """An initializer that compiles little; Flax's compiles seven programs for each shape and dtype."""
     return jnp.asarray(np.random.default_rng(0).uniform(-1, 1, shape) * (3 / shape[0]) ** 0.5, dtype)
 
 
@@ -89,7 +98,7 @@ def linear(n_in, n_out, dtype=jnp.float32):
 
 
 class Net(nnx.Module):
-    """Matrices large enough for int8, one of them used twice, and statistics, which are not trained."""
+    """A model with matrices large enough for int8, a shared one, and batch statistics, which are not trained."""
 
     def __init__(self, dtype=jnp.float32):
         self.hidden = linear(33, 130, dtype)
@@ -116,9 +125,9 @@ def params_and_state(model, optimizer):
     return copies((nnx.state(model, optimizer.wrt), optimizer.opt_state))
 
 
-@rows("name", ALL.keys(), default=["exact_bf16, int8", "optax.chain"])
-def test_nnx_takes_flax_s_steps(name, monkeypatch):
-    """From the same start, and the state of one is the state of the other."""
+@parametrize("name", ALL.keys(), default=["exact_bf16, int8", "optax.chain"])
+def test_nnx_agrees_with_flax(name, monkeypatch):
+    """One step from the same parameters and state, three times."""
     make = lambda optimizer: (model := Net(dtype_for(name)), optimizer(model, ALL[name](), wrt=nnx.Param))
     stock, *pairs = make(nnx.Optimizer), *(make(jadam.flax.Optimizer) for _ in paths(name))
     traces = []
@@ -144,8 +153,8 @@ def test_nnx_takes_flax_s_steps(name, monkeypatch):
 
 
 @pytest.mark.slow
-def test_nnx_trains_as_flax_does(monkeypatch):
-    """Losses of ten steps and evaluations between them are equal, and fall; donated, and traced once."""
+def test_nnx_trains_as_flax(monkeypatch):
+    """Ten donated steps with evaluations in between: equal losses, which fall, and one trace."""
     monkeypatch.setenv("JADAM_KERNELS", "xla")
     x = jax.random.normal(jax.random.key(0), (64, 33))
     traces, losses = [], []
@@ -170,7 +179,7 @@ def test_nnx_trains_as_flax_does(monkeypatch):
 
 
 def test_nnx_in_place():
-    """Donated, a step needs memory for its gradients only; with int8 moments the two calls need more."""
+    """A donated step allocates its gradients only; with int8 moments Flax's Optimizer allocates more."""
 
     @nnx.jit(donate_argnums=(0, 1))
     def step(model, optimizer):
@@ -187,7 +196,7 @@ def test_nnx_in_place():
 
 
 def test_nnx_split_and_merge():
-    """A step after merging is the step without."""
+    """`nnx.split` and `nnx.merge` between steps change nothing."""
     model = Net()
     optimizer = jadam.flax.Optimizer(model, jadam.adam(1e-2, moments="int8"), wrt=nnx.Param)
     step = nnx.jit(gradient_step)
@@ -195,7 +204,7 @@ def test_nnx_split_and_merge():
     step(model, optimizer, x)
     graphdef, state = nnx.split((model, optimizer))
     again = nnx.merge(graphdef, jax.tree.map(jnp.asarray, copies(state)))
-    assert again[0].again is again[0].square  # one parameter, one step
+    assert again[0].again is again[0].square  # still shared
     step(model, optimizer, x)
     step(*again, x)
     assert_equal(nnx.state(again), nnx.state((model, optimizer)))
@@ -209,14 +218,14 @@ KERNELS, HIDDEN = nnx.PathContains("kernel"), nnx.PathContains("hidden")
     "wrt", [nnx.All(nnx.Param, HIDDEN), (HIDDEN, KERNELS), nnx.Not(nnx.Any(KERNELS, nnx.BatchStat))]
 )
 def test_nnx_filters(wrt):
-    """What ``wrt`` leaves out stays, be there a gradient for it or not."""
+    """Parameters outside of ``wrt`` stay, with or without gradients for them."""
     model, again, start = Net(), Net(), Net()
     grads = ones_like(nnx.state(model, nnx.Param))
     for x, given in ((model, nnx.filter_state(grads, wrt)), (again, grads)):
         optimizer = jadam.flax.Optimizer(x, jadam.adam(1.0), wrt=wrt)
         optimizer.update(x, given)
         assert len(jax.tree.leaves(optimizer.opt_state[0].mu)) == len(jax.tree.leaves(nnx.state(x, wrt)))
-    for x, y in leaves(*(nnx.state(x, wrt) for x in (model, start))):
+    for x, y in zip_leaves(*(nnx.state(x, wrt) for x in (model, start))):
         np.testing.assert_allclose(x, y - 1, atol=5e-7)  # two roundings of numbers up to 2
     rest = nnx.state(model, nnx.Not(wrt))
     assert jax.tree.leaves(rest)
@@ -225,7 +234,7 @@ def test_nnx_filters(wrt):
 
 
 def test_nnx_extra_arguments():
-    """They reach the transformation, by Flax's own two calls."""
+    """Extra arguments are passed on to ``tx.update``."""
 
     def update(updates, state, params=None, *, scale):
         return jax.tree.map(lambda g: -scale * g, updates), state
@@ -242,7 +251,7 @@ def test_nnx_extra_arguments():
     take(model, optimizer, ones_like(start), 0.0)
     assert_equal(copies(nnx.state(model)), start)
     take(model, optimizer, ones_like(start), -2.0)
-    for x, y in leaves(copies(nnx.state(model)), start):
+    for x, y in zip_leaves(copies(nnx.state(model)), start):
         np.testing.assert_allclose(x, y - 2, atol=1e-6)  # three roundings of numbers up to 4
     assert optimizer.step[...] == 2
     with pytest.raises(TypeError, match="scale"):
@@ -250,14 +259,16 @@ def test_nnx_extra_arguments():
 
 
 def test_nnx_graph_mode():
-    """The mode that an optimizer is made with, in Flax versions that have them, is the one it works in."""
+    """An optimizer keeps the graph mode it was made with, in Flax versions that have such modes."""
     newer = "graph" in inspect.signature(nnx.Optimizer.__init__).parameters
     model, start = Net(), Net()
     optimizer = jadam.flax.Optimizer(model, jadam.adam(1.0), wrt=nnx.Param, **({"graph": True} if newer else {}))
     grads = ones_like(nnx.state(model, nnx.Param))
-    with nnx.set_graph_mode(False) if newer else contextlib.nullcontext():  # as trees, no parameter may be shared
+    with (
+        nnx.set_graph_mode(False) if newer else contextlib.nullcontext()
+    ):  # in tree mode shared parameters are an error
         optimizer.update(model, grads)
-    for x, y in leaves(*(nnx.state(x, nnx.Param) for x in (model, start))):
+    for x, y in zip_leaves(*(nnx.state(x, nnx.Param) for x in (model, start))):
         np.testing.assert_allclose(x, y - 1, atol=5e-7)  # two roundings of numbers up to 2
 
 
@@ -282,8 +293,8 @@ def linen_params(dtype=jnp.float32):
     return jax.tree.map(lambda x: jnp.asarray(x, dtype), {"dense": dense, "scale": np.ones(())})
 
 
-@rows("name", ALL.keys(), default=["clipped", "optax"])
-def test_linen_takes_flax_s_steps(name, monkeypatch):
+@parametrize("name", ALL.keys(), default=["clipped", "optax"])
+def test_linen_agrees_with_flax(name, monkeypatch):
     fields = {"apply_fn": None, "params": linen_params(dtype_for(name)), "tx": ALL[name]()}
     state = jadam.flax.TrainState.create(**fields)
     stock = train_state.TrainState.create(**fields)
@@ -306,7 +317,7 @@ def test_linen_takes_flax_s_steps(name, monkeypatch):
 
 
 def test_linen_donated():
-    """In one pass, in its own memory, to the same bits."""
+    """A donated step is one kernel call with the same bits."""
     state = jadam.flax.TrainState.create(apply_fn=None, params=linen_params(), tx=jadam.adam(1.0, moments="int8"))
     step = lambda state, grads: state.apply_gradients(grads=grads)
     grads = gradients(0, state.params)
@@ -318,7 +329,7 @@ def test_linen_donated():
 
 @pytest.mark.slow
 def test_linen_overwrite_with_gradient(monkeypatch):
-    """fp8 layers pass their scales as gradients: kept as they are, and unknown to the optimizer."""
+    """fp8 layers return their new scales as gradients, which replace the old ones without the optimizer."""
     monkeypatch.setenv("JADAM_KERNELS", "xla")
     net = nn.Dense(16, dot_general_cls=nn.Fp8DirectDotGeneralOp)
     x = jax.random.normal(jax.random.key(0), (32, 16))
@@ -360,11 +371,14 @@ def test_linen_further_fields_and_bare_arrays():
 
 # -- Flax's own classes ------------------------------------------------------------------------------------------------
 
-MIXED = {True: lambda path, p: "int8" if "kernel" in path else "bfloat16", False: "bfloat16"}  # with int8 or without
+MIXED = {
+    True: lambda path, p: "int8" if "kernel" in path else "bfloat16",
+    False: "bfloat16",
+}  # {whether the optimizer has int8: moments}
 EVERY = {
     f"{member} {name}": (lambda member=member, moments=moments: member.make(0.1, moments=moments))
     for member in family.FAMILY
-    for name, moments in {"float32": "float32", "mixed": MIXED[member.name in ADAMS]}.items()
+    for name, moments in {"float32": "float32", "mixed": MIXED[member.name in INT8_OPTIMIZERS]}.items()
 }
 EVERY |= {
     "scheduled betas": lambda: jadam.adam(optax.linear_schedule(0.1, 0.0, 9), b1=optax.linear_schedule(0.5, 0.9, 9)),
@@ -375,9 +389,9 @@ EVERY |= {
 }
 
 
-@rows("name", EVERY.keys(), default=["nadamw mixed", "amsgrad mixed", "scheduled betas", "exact_bf16"])
-def test_flax_s_own_classes(name):
-    """Each trains as the other, to the bit; a step of Linen's is Optax's two calls on the arrays themselves."""
+@parametrize("name", EVERY.keys(), default=["nadamw mixed", "amsgrad mixed", "scheduled betas", "exact_bf16"])
+def test_flax_classes(name):
+    """NNX's Optimizer and Linen's TrainState train every optimizer to the same bits."""
     tx = EVERY[name]()
     model = linear(33, 130, dtype_for(name))
     params = copies({"kernel": model.kernel[...], "bias": model.bias[...]})
@@ -404,8 +418,8 @@ def test_flax_s_own_classes(name):
         model, optimizer = nnx.merge(*nnx.split((model, optimizer)))
     assert sorted(traces) == ["linen", "nnx"]
     assert linen.step == optimizer.step[...] == 3
-    assert all((x != y).any() for x, y in leaves(copies(linen.params), params))
-    leaves_equal = lambda *trees: assert_equal(*map(jax.tree.leaves, trees))  # the trees are of other classes
+    assert all((x != y).any() for x, y in zip_leaves(copies(linen.params), params))
+    leaves_equal = lambda *trees: assert_equal(*map(jax.tree.leaves, trees))  # the trees have different classes
     variables = nnx.state(model, nnx.Param)
     leaves_equal((variables, optimizer.opt_state), (linen.params, linen.opt_state))
     if "average" in name:
@@ -427,9 +441,9 @@ def train_step(model, optimizer):
 OPTIMIZERS = {"flax": nnx.Optimizer, "jadam.flax": jadam.flax.Optimizer}
 
 
-@rows("make", OPTIMIZERS, default=["jadam.flax"])
-def test_recording_of_training_that_has_begun(make):
-    """The optimizer's state of before is put into that of one that records."""
+@parametrize("make", OPTIMIZERS, default=["jadam.flax"])
+def test_recording_from_a_plain_state(make):
+    """A plain optimizer's state becomes the inner state of a recording one."""
     model = linear(2, 3)
     earlier = make(model, ADAM, wrt=nnx.Param)
     train_step(model, earlier)
@@ -440,9 +454,9 @@ def test_recording_of_training_that_has_begun(make):
     np.testing.assert_array_equal(jadam.history(optimizer.opt_state).steps, [2, 3])
 
 
-@rows("make", OPTIMIZERS, default=OPTIMIZERS)
-def test_statistics_of_what_nnx_holds(make):
-    """Of its optimizer's state and the model's parameters as they are: the numbers of plain arrays."""
+@parametrize("make", OPTIMIZERS, default=OPTIMIZERS)
+def test_statistics_of_nnx_states(make):
+    """Statistics of NNX's state and parameters are those of plain arrays."""
     model, tx = linear(2, 3), ADAM
     optimizer = make(model, tx, wrt=nnx.Param)
     train_step(model, optimizer)

@@ -1,10 +1,9 @@
-"""The numbers, texts and names of jadam are those that ``tests/golden`` remembers.
+"""Regression tests against the trajectories, states and public names in ``tests/golden``.
 
-Bits are compared where the golden files were made: on the same processor, with the same instructions and jaxlib.
-Elsewhere, and on XLA's path always, one step from each remembered state is compared within rounding: 2 ulp of the
-larger of the old value and the increment, for parameters 5e-7 of the update besides, and one code in ten thousand. A
-float32 that differs by 2 ulp crosses an edge of bfloat16's roundings with a chance of 2**-15, and of int8's with a
-smaller one.
+On the processor, instruction set and jaxlib that made the golden files, bits are compared. Elsewhere, and always for
+XLA's path, one step from each saved state is compared: to 2 ulp of max(|old|, |increment|), for parameters 5e-7 of the
+update besides, and all but one code in ten thousand. Between two float32 that differ by 2 ulp lies a rounding
+threshold of bfloat16 with probability 2**-15, and of int8 with a smaller one.
 """
 
 import functools
@@ -18,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from golden import cases, where
-from helpers import assert_equal, rows, update_and_apply
+from helpers import assert_equal, parametrize, update_and_apply
 
 import jadam
 
@@ -26,15 +25,15 @@ FOLDER = Path(os.environ.get("JADAM_GOLDEN", Path(__file__).parent / "golden"))
 MADE = json.loads((FOLDER / "made.json").read_text())
 SAVED = sorted(path.stem for path in (FOLDER / "states").glob("*.npz"))
 with np.load(FOLDER / "trajectories.npz") as _file:
-    REMEMBERED = sorted({x.split("/")[0] for x in _file.files} - {"params", "gradients"})  # none of a later relative
-UPDATE = 5e-7  # how far the kernel's updates and XLA's may differ, relatively: see helpers.py
+    SAVED_CASES = sorted({x.split("/")[0] for x in _file.files} - {"params", "gradients"})  # without newer relatives
+UPDATE = 5e-7  # relative difference of the kernel's and XLA's updates, as in helpers.py
 
 
 def ulps(name):
-    """2; 4 where rounded numbers are used once more.
+    """Tolerance in ulp: 2, or 4 where rounded numbers are used once more.
 
-    A norm, whose sum may be in another order, scales a gradient that is then squared; 1 - b of a scheduled b is a
-    difference of rounded numbers; AMSGrad keeps a quotient of two of them.
+    A global norm, summed in any order, scales gradients, which are then squared; 1 - b of a scheduled b is a difference
+    of rounded numbers; AMSGrad stores a quotient of two.
     """
     return 4 if any(x in name for x in ("chain", "scheduled", "amsgrad")) else 2
 
@@ -46,7 +45,7 @@ def stored():
 
 
 def comparable(case, params, state):
-    """Named arrays; of bfloat16 parameters with a remainder the float32 masters, which hold both."""
+    """``{path: array}`` of parameters and state; for `exact_bf16` of float32 masters and inner state."""
     if hasattr(state, "remainder"):
         params, state = jadam.float32_params(params, state), state.inner_state
     leaves = jax.tree_util.tree_leaves_with_path((params, state))
@@ -54,7 +53,7 @@ def comparable(case, params, state):
 
 
 def differences(found, expected, old, ulps):
-    """Lines about floats that are too far off, and how many codes differ of how many."""
+    """Messages for floats out of tolerance, the number of differing codes, and the number of codes."""
     lines, differ, codes = [], 0, 0
     for name, a in found.items():
         b, c = expected[name], old[name]
@@ -73,78 +72,76 @@ def differences(found, expected, old, ulps):
     return lines, differ, codes
 
 
-def check_steps(name, step, remembered, transitions):
-    """``step(g, state, params)`` from each remembered state leads to the next."""
+def check_steps(name, step, saved, transitions):
+    """Messages for each of ``transitions`` where ``step(g, state, params)`` does not lead to the saved next state."""
     case = cases.CASES[name]
     _, gradients = cases.inputs(case, stored())
     lines, differ, codes = [], 0, 0
     for t in transitions:
-        params, state = remembered[t - 1]
+        params, state = saved[t - 1]
         result = step(jax.tree.map(lambda g, t=t: g[t - 1], gradients), state, params)
-        rows = [comparable(case, *x) for x in (result, remembered[t], remembered[t - 1])]
+        rows = [comparable(case, *x) for x in (result, saved[t], saved[t - 1])]
         more, *counts = differences(*rows, ulps(name))
         lines += [f"{name}, step {t}: {line}" for line in more]
         differ, codes = differ + counts[0], codes + counts[1]
-    # of fewer than 10,000 codes one may differ
+    # one code may differ, or 1e-4 of them
     return lines + [f"{name}: {differ} codes of {codes} differ"] * bool(differ > max(1, 1e-4 * codes))
 
 
-def start(name):
-    """The remembered states, that before the first step besides."""
+def saved_states(name):
+    """``{step: (params, state)}``, saved ones and the initial one."""
     case = cases.CASES[name]
     params, _ = cases.inputs(case, stored())
     return {0: (params, case.make().init(params)), **cases.from_arrays(name, case, stored())}
 
 
-@pytest.mark.parametrize("name", REMEMBERED)
+@pytest.mark.parametrize("name", SAVED_CASES)
 def test_step(name):
-    """All 20 steps, to the bit where they were made; else each within rounding."""
-    remembered, case = start(name), cases.CASES[name]
+    """All 20 steps, to the bit on the machine that made them, else each within rounding."""
+    saved, case = saved_states(name), cases.CASES[name]
     if where.here() == {key: MADE[key] for key in where.here()}:
         for t, kept in cases.trajectory(case, stored()).items():
-            for (path, a), b in zip(
-                jax.tree_util.tree_leaves_with_path(kept), jax.tree.leaves(remembered[t]), strict=True
-            ):
+            for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(kept), jax.tree.leaves(saved[t]), strict=True):
                 np.testing.assert_array_equal(a, b, f"{name}, step {t}, {jax.tree_util.keystr(path)}")
         return
     step = jax.jit(functools.partial(jadam.step, case.make()))
-    assert check_steps(name, step, remembered, [t for t in remembered if t - 1 in remembered]) == []
+    assert check_steps(name, step, saved, [t for t in saved if t - 1 in saved]) == []
 
 
-TWO_CALLS = ["adam, float32", "adam, bfloat16", "adam, int8", "amsgrad, float32", "radam, bfloat16", "adam, complex"]
-TWO_CALLS += ["nadamw, int8", "adamax, float32", "adamw, mask", "by_path", "chain, clip_by_global_norm"]
-TWO_CALLS += ["exact_bf16, int8"]
+DEFAULT = ["adam, float32", "adam, bfloat16", "adam, int8", "amsgrad, float32", "radam, bfloat16", "adam, complex"]
+DEFAULT += ["nadamw, int8", "adamax, float32", "adamw, mask", "by_path", "chain, clip_by_global_norm"]
+DEFAULT += ["exact_bf16, int8"]
 
 
-@rows("name", REMEMBERED, default=TWO_CALLS)
-def test_two_calls(name):
-    """Under jit, all remembered steps at once by `jax.vmap`."""
-    remembered, case = start(name), cases.CASES[name]
+@parametrize("name", SAVED_CASES, default=DEFAULT)
+def test_update_and_apply(name):
+    """`update_and_apply` under jit, all saved steps at once with `jax.vmap`."""
+    saved, case = saved_states(name), cases.CASES[name]
     _, gradients = cases.inputs(case, stored())
-    transitions = [t for t in remembered if t - 1 in remembered]
+    transitions = [t for t in saved if t - 1 in saved]
     stack = lambda trees: jax.tree.map(lambda *x: jnp.stack(list(map(jnp.asarray, x))), *trees)
-    before = stack([remembered[t - 1] for t in transitions])
+    before = stack([saved[t - 1] for t in transitions])
     g = jax.tree.map(lambda g: g[np.array(transitions) - 1], gradients)
     step = jax.jit(jax.vmap(functools.partial(update_and_apply, case.make())))
     after = step(g, before[1], before[0])
     rows = {t: jax.tree.map(lambda x, i=i: x[i], after) for i, t in enumerate(transitions)}
     results = iter(rows.values())
-    assert check_steps(name, lambda *_: next(results), remembered, transitions) == []
+    assert check_steps(name, lambda *_: next(results), saved, transitions) == []
 
 
-@rows("name", REMEMBERED, default=["adam, float32"])
+@parametrize("name", SAVED_CASES, default=["adam, float32"])
 def test_eager(name):
-    """The last step, outside of jit."""
+    """`update_and_apply` without jit, the last step."""
     step = functools.partial(update_and_apply, cases.CASES[name].make())
-    assert check_steps(name, step, start(name), [cases.STEPS]) == []
+    assert check_steps(name, step, saved_states(name), [cases.STEPS]) == []
 
 
 @pytest.mark.parametrize("name", SAVED)
 @pytest.mark.parametrize("kind", ["npz", "orbax"])
 def test_saved_states_load(name, kind):
-    """And are those of the tenth step."""
+    """Saved states restore to those of the tenth step."""
     (case,) = (x for x in cases.CASES if x.replace(", ", "-").replace(" ", "_") == name)
-    params, state = start(case)[10]
+    params, state = saved_states(case)[10]
     if kind == "npz":
         with np.load(FOLDER / "states" / f"{name}.npz") as file:
             again = where.unnamed(file, state)
@@ -157,6 +154,6 @@ def test_saved_states_load(name, kind):
 
 
 def test_public_names():
-    """None is lost, and each function has the arguments it had."""
-    found, remembered = where.public_names(), json.loads((FOLDER / "names.json").read_text())
-    assert {name: found.get(name, "lost") for name in remembered} == remembered
+    """Public names and their arguments are unchanged."""
+    found, saved = where.public_names(), json.loads((FOLDER / "names.json").read_text())
+    assert {name: found.get(name, "lost") for name in saved} == saved

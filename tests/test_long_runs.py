@@ -1,4 +1,4 @@
-"""A million steps: averages that do not drift, masters that stay float32's, a count that stops where int32 ends."""
+"""Long runs: no drift in a million steps, exact float32 masters, and a count that saturates at int32's maximum."""
 
 import functools
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import grid, update_and_apply
+from helpers import parametrize_grid, update_and_apply
 
 import jadam
 
@@ -19,7 +19,7 @@ nightly = pytest.mark.nightly
 
 
 def run(step, carry, n):
-    """``carry`` after ``n`` steps, ``step(carry, t)`` being one, and what the steps returned, a mean a chunk."""
+    """``carry`` after ``n`` calls of ``step(carry, t)``, and the mean of their outputs over each chunk of steps."""
 
     @jax.jit
     def chunk(carry, start):
@@ -46,8 +46,8 @@ lengths = pytest.mark.parametrize(
 @lengths
 @streams
 @pytest.mark.usefixtures("x64")
-def test_float32_averages_stay(stream, steps):
-    """Against the same averages in float64, for which the gradients are known to the bit."""
+def test_float32_moments_do_not_drift(stream, steps):
+    """float32 moments against float64 moments of the same gradients."""
     mean = jnp.linspace(0.25, 4, 64, dtype=jnp.float32)
     tx = jadam.scale_by_adam(B1, B2)
     wide = lambda x: x.astype(jnp.float64)
@@ -63,20 +63,20 @@ def test_float32_averages_stay(stream, steps):
     (state, m, v), (of_m, of_v, _) = run(step, (tx.init(mean), zeros, zeros), steps)
     assert state.count == steps
     assert (state.mu.dtype, state.nu.dtype) == (jnp.float32, jnp.float32)
-    # A step rounds at most 4 * 2**-24 of the average of |g|, or of v (test_properties.py says where), and forgets (1-b)
-    # of what it had: never more than 4 * 2**-24 / (1-b) together, whatever the gradients and however many.
+    # A step's error is at most 4 * 2**-24 of the average of |g|, or of v (see test_properties.py), and 1-b of earlier
+    # errors is forgotten. The sum never exceeds 4 * 2**-24 / (1-b).
     worst_m, worst_v = (4 * 2.0**-24 / (1 - b) for b in (B1, B2))
-    assert np.max(np.abs(state.mu - m)) <= worst_m * 10  # |g| <= 10: 4 and six standard deviations
+    assert np.max(np.abs(state.mu - m)) <= worst_m * 10  # |g| <= 10: mean 4 plus six standard deviations
     assert np.max(np.abs(state.nu / v - 1)) <= worst_v
     if stream == "constant":
-        # It stops below g where a step is less than half an ulp: (1-b) * (g - m) <= 2**-24 g.
+        # m stops below g where an increment is less than half an ulp: (1-b) * (g - m) <= 2**-24 g.
         np.testing.assert_allclose(state.mu, mean, rtol=2.0**-24 / (1 - B1))
         settled = 1 - B2**steps
         np.testing.assert_allclose(state.nu, settled * np.float64(mean) ** 2, rtol=2.0**-24 / (1 - B2) + 1e-6)
     else:
-        # Roundings that are independent, each within half an ulp, at most 2**-24, of variance a third of that squared,
-        # two a step: over time 2 / 3 / (1 - b2**2) of them, 18 times 2**-24. A mean over n / 1000 such times and 64
-        # coordinates is as much less; six of its standard deviations.
+        # Two independent roundings a step, uniform within half an ulp, at most 2**-24, have a variance of 2/3 * 2**-48.
+        # Summed with weights b2**k: variance 2 / 3 / (1 - b2**2), standard deviation 18 times 2**-24. The mean over 64
+        # coordinates and (steps / 1000) independent times divides by the root of their number. Six standard deviations.
         times = max(1, (steps - 5000) // 1000)
         assert np.abs(of_v[5:].mean()) <= 6 * 19 * 2.0**-24 / np.sqrt(times * 64)
         assert np.max(np.abs(of_m[5:].mean())) <= 6 * 3 * 2.0**-24 * 5 / np.sqrt(times * 64)
@@ -84,7 +84,7 @@ def test_float32_averages_stay(stream, steps):
 
 @pytest.mark.parametrize("moments", ["float32", "bfloat16"])
 def test_a_constant_gradient_is_a_fixed_point(moments):
-    """Moments that are there already stay there to the bit; in bfloat16 where it can hold them."""
+    """m = g and v = g**2 stay to the bit under a constant gradient; in bfloat16 for representable v."""
     g = np.array([0.75, -3.0, 1e-12, 1e12], jnp.bfloat16).astype(np.float32)
     v = np.square(g)
     g = np.where(v == v.astype(jnp.bfloat16), g, np.float32(1.5)) if moments == "bfloat16" else g
@@ -106,8 +106,8 @@ def test_a_constant_gradient_is_a_fixed_point(moments):
 @streams
 @pytest.mark.parametrize("moments", ["bfloat16", "int8"])
 @pytest.mark.usefixtures("x64")
-def test_narrow_averages_have_next_to_no_bias(moments, stream, steps):
-    """The mean over time and coordinates of v is E[g**2], and that of m E[g], but for what is said below."""
+def test_bias_of_narrow_moments(moments, stream, steps):
+    """Means of m and v over time and coordinates are E[g] and E[g**2], up to the small biases given below."""
     shape = (32, 128) if moments == "int8" else (64,)
     mean = jnp.linspace(0.5, 1, np.prod(shape), dtype=jnp.float32).reshape(shape)
     tx = jadam.scale_by_adam(B1, B2, moments=moments)
@@ -123,21 +123,21 @@ def test_narrow_averages_have_next_to_no_bias(moments, stream, steps):
     warm = 10  # chunks, after which 1 - b2**t is 1 to 5e-5, and to 5e-6 in the mean
     n = np.sqrt((steps - warm * CHUNK) * mean.size)
     of_m, of_v = mu[warm:].mean() - np.mean(mean, dtype=np.float64), nu[warm:].mean() - expected_square(mean, stream)
-    # A rounding, up or down by chance, is off by half a gap in root mean square, at most; an average sums up 1 / (1-b)
-    # of each. Gaps: of bfloat16 2**-7 of a moment, which is at most 2; of int8's v 8 / 214 of it (all of a block are
-    # within a factor of 2, so codes are above 214), of its r 2 / 127 of the largest, which is at most 3. Noise besides:
-    # g has variance 1, and g**2 at most 6. Six standard deviations in all.
+    # A stochastic rounding has an error of at most half a gap between levels (rms), and the average sums 1 / (1-b) of
+    # them. Gaps: bfloat16 2**-7 of a moment of at most 2; int8's v 8 / 214 of v (a block's values are within a factor
+    # of 2, so codes are above 214); int8's r 2 / 127 of its maximum, at most 3. Noise: g has variance 1,
+    # g**2 at most 6. Tolerance: six standard deviations.
     gap_m, gap_v = (3 * 2 / 127 * 2, 0.04 * 2) if moments == "int8" else (2.0**-7 * 2, 2.0**-7 * 2)
     noise = stream == "random"
     most_m, most_v = (np.hypot(gap / 2 / (1 - b), noise * x) for gap, b, x in ((gap_m, B1, 1), (gap_v, B2, 6**0.5)))
-    # int8's m is r * s, s the root of what has no bias: a 32nd of the gap squared low, 9 times in a row.
+    # int8's m is r * s, where s is the root of an unbiased v: low by gap**2 / 32, summed over 9 steps.
     low = 9 * 0.04**2 / 32 if moments == "int8" else 0
-    # The dither is no chance but a walk, and m remembers only some ten of its steps: under a constant gradient a
-    # fortieth of bfloat16's gap, 2**-8 below 1, is left for good (measured, not derived). To nearest it would be five.
+    # The dither is an evenly spread sequence, of which m averages only some ten steps. Under a constant gradient a bias
+    # of a fortieth of bfloat16's gap, 2**-8 below 1, remains (measured, not derived); round-to-nearest has five gaps.
     low += 2.0**-8 / 20 if moments == "bfloat16" and not noise else 0
     assert abs(of_m) <= 6 * most_m / n + low + 5e-6, (of_m, most_m / n)
-    # And under random gradients the walk leaves int8's v 0.3 % low, a fourteenth of a gap (measured, not derived). To
-    # nearest v would not move at all: a step changes it by less than half a gap.
+    # Under random gradients int8's v is 0.3 % low, a fourteenth of a gap (measured, not derived). With round-to-nearest
+    # v would never change, as an increment is less than half a gap.
     low_v = 0.004 * expected_square(mean, stream) if moments == "int8" and noise else 0
     assert abs(of_v) <= 6 * most_v / n + low_v + 1e-5, (of_v, most_v / n)
 
@@ -154,11 +154,11 @@ def expected_square(mean, stream):
         pytest.param("float32", STEPS, marks=nightly),
     ],
 )
-def test_exact_bf16_masters_stay_those_of_float32(moments, steps):
-    """Noisy descent, the gradient being each side's own: were a bit ever lost, the paths would part."""
+def test_exact_bf16_masters_equal_float32_training(moments, steps):
+    """Noisy descent, each side with gradients at its own weights: one lost bit would make the paths diverge."""
     shape = (32, 128) if moments == "int8" else (16, 16)
     target = np.linspace(-1, 1, np.prod(shape), dtype=np.float32).reshape(shape)
-    plain = jadam.adam(2.0**-10, B1, B2, moments=moments)  # a power of two: a contracted product rounds the same
+    plain = jadam.adam(2.0**-10, B1, B2, moments=moments)  # a power of two: the product is exact, contracted or not
     exact = jadam.exact_bf16(plain)
 
     @jax.jit
@@ -207,8 +207,8 @@ AT_THE_END = {
 
 
 @functools.cache
-def taken(name, call):
-    """Five steps from a state whose counts are ``count``: the parameters after each, and the last state."""
+def five_steps(name, call):
+    """An optimizer, and a jitted function that takes five steps from a state with the given count."""
     tx = AT_THE_END[name]()
 
     one = functools.partial(jadam.step if call == "step" else update_and_apply, tx)
@@ -227,7 +227,7 @@ def taken(name, call):
     return tx, five
 
 
-@grid(
+@parametrize_grid(
     {"name": list(AT_THE_END), "call": ["step", "two calls"]},
     default=[
         "adam-step",
@@ -240,9 +240,9 @@ def taken(name, call):
         "int8-step",
     ],
 )
-def test_count_stops_and_steps_go_on(name, call):
-    """The last count is int32's largest for good; a step there is what it was at 2**30, all corrections being 1."""
-    tx, five = taken(name, call)
+def test_count_saturates(name, call):
+    """The count saturates at int32's maximum. Steps there equal those at 2**30, as all corrections are 1."""
+    tx, five = five_steps(name, call)
     rng = np.random.default_rng(0)
     dtype = jnp.bfloat16 if name == "exact_bf16" else jnp.float32
     tree = lambda *more: {k: rng.standard_normal((*more, *x)).astype(dtype) for k, x in SHAPES.items()}
@@ -259,7 +259,7 @@ def test_count_stops_and_steps_go_on(name, call):
         moved = np.abs(np.diff(np.float32(path[k]), axis=0))
         assert np.isfinite(np.float32(path[k])).all()
         assert moved.max() > 1e-4
-        if name in ("bfloat16", "int8"):  # other random bits: the first step is the same, the moments it stores differ
+        if name in ("bfloat16", "int8"):  # another dither: only the first update is the same
             np.testing.assert_array_equal(path[k][0], expected[k][0])
             assert moved.max() <= 0.01 * 7.27 * (1 + 1e-4)  # the bound of `jadam._moments.int8`
         else:

@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom in a Jupyter kernel, and is committed as it then is."""
+"""Every notebook runs from top to bottom in a Jupyter kernel, and is committed with its outputs."""
 
 import nbformat
 import pytest
@@ -20,18 +20,18 @@ def pictures(notebook):
 def test_runs(path, monkeypatch):
     from nbclient import NotebookClient
 
-    for name in ("MPLBACKEND", "XLA_FLAGS"):  # the tests' own
+    for name in ("MPLBACKEND", "XLA_FLAGS"):  # set by the tests
         monkeypatch.delenv(name, raising=False)
     notebook = nbformat.read(path, nbformat.NO_CONVERT)
     committed = pictures(notebook)
     client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}})
-    client.execute()  # raises what a cell raises
+    client.execute()  # raises the first exception of a cell
     assert not [x.text for x in outputs(notebook) if x.output_type == "stream" and x.name == "stderr"]
     assert pictures(notebook) == committed > 0
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_is_committed_as_it_ran(path):
+def test_is_committed_with_outputs(path):
     notebook = nbformat.read(path, nbformat.NO_CONVERT)
     nbformat.validate(notebook)
     counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
@@ -42,5 +42,5 @@ def test_is_committed_as_it_ran(path):
     assert path.stat().st_size < 400_000
 
 
-def test_they_are_there():
+def test_numbers_of_notebooks():
     assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05"]

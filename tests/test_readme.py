@@ -1,4 +1,4 @@
-"""Every code block of the README: Python runs here, shell commands run in .ci/run. The same for CONTRIBUTING.md."""
+"""Code blocks of README and CONTRIBUTING: Python runs here; shell commands must be in .ci/run."""
 
 import importlib.metadata
 import re
@@ -14,7 +14,7 @@ BOTH = TEXT + (ROOT / "CONTRIBUTING.md").read_text()
 
 
 def python_blocks():
-    """Each by its section and its number there."""
+    """``{section and number within it: example}``."""
     blocks = {}
     for example in sybil.document.Document.parse(str(README), PythonCodeBlockParser()):
         section = re.findall(r"^## (.*)$", TEXT[: example.start], re.MULTILINE)[-1]
@@ -29,7 +29,7 @@ BLOCKS = python_blocks()
 
 @pytest.mark.parametrize("example", BLOCKS.values(), ids=BLOCKS)
 def test_python_blocks(example):
-    """Each needs no other."""
+    """Each block runs on its own."""
     example.document.namespace.clear()
     example.evaluate()
 
@@ -41,7 +41,7 @@ def shell_commands():
 
 @pytest.mark.parametrize("command", shell_commands())
 def test_shell_commands_are_run_by_ci_or_resolve(command):
-    if extra := re.fullmatch(r"pip install \. 'jax\[(\w+)\]'", command):  # an accelerator is needed to do more
+    if extra := re.fullmatch(r"pip install \. 'jax\[(\w+)\]'", command):  # cannot run without an accelerator
         assert extra[1] in importlib.metadata.metadata("jax").get_all("Provides-Extra")
     else:
         assert command in (ROOT / ".ci" / "run").read_text().splitlines()
@@ -56,7 +56,7 @@ def test_paths_exist(path):
 
 
 def test_the_installed_description_links_to_no_file():
-    """There is none beside it."""
+    """Relative links would be broken on a package index."""
     found = importlib.metadata.metadata("jadam")
     text = found["Description"] or found.get_payload()
     assert text.startswith("# jadam")

@@ -1,4 +1,4 @@
-"""`jadam.sharding.zero1` on eight virtual devices: an eighth of the state each, and one device's bits."""
+"""`jadam.sharding.zero1` on eight virtual devices: an eighth of the state on each, and the bits of one device."""
 
 import functools
 import re
@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import CPU, FORMATS, MESH, assert_equal, leaves, rows
+from helpers import CPU, FORMATS, MESH, assert_equal, parametrize, zip_leaves
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -22,7 +22,7 @@ WHOLE = NamedSharding(MESH, P())
 
 
 def params(dtype=jnp.float32, seed=0):
-    """Odd rows with six blocks of 128, a ragged last block, a vector, and what eight does not divide."""
+    """Parameters with an odd number of rows, partial int8 blocks, a vector, and a size that 8 does not divide."""
     normal = functools.partial(helpers.normal, seed=seed, dtype=dtype)
     return {
         "embed": normal(257, 768),
@@ -52,20 +52,20 @@ ALL = {name: (tx, dtype) for name, tx, dtype in transformations()}
 
 @functools.cache
 def divided(name):
-    """What `zero1` makes of a transformation, and its first state, not to be donated."""
+    """`zero1` of the optimizer ``name``, and its initial state, which must not be donated."""
     p = params_of(name)
     divided = zero1(ALL[name][0], p, MESH, "data")
     return divided, divided.init(p)
 
 
 def params_of(name):
-    """Fewer of Optax's, whose states have no blocks and whose steps are XLA's to compile."""
+    """Parameters; fewer for Optax's optimizers, which are slow to compile."""
     p = params(ALL[name][1])
     return {k: p[k] for k in ("kernel", "bias", "scale", "none")} if name == "Optax's own" else p
 
 
 def start(name, place):
-    """Parameters and state to be donated, on eight devices or on one."""
+    """Parameters and state that may be donated, on eight devices or on one."""
     tx, state = divided(name)
     p, state = params_of(name), jax.tree.map(np.array, state)
     if place == "eight":
@@ -81,7 +81,7 @@ def gradient(i, p):
 
 @functools.cache
 def compiled(name, place):
-    """`jadam.step`, donated: for these avals and shardings, and no others."""
+    """`jadam.step`, compiled for these avals and shardings, with donated arguments."""
     tx = divided(name)[0] if place == "eight" else ALL[name][0]
     p, state = start(name, place)
     return jax.jit(functools.partial(jadam.step, tx), donate_argnums=(1, 2)).lower(gradient(0, p), state, p).compile()
@@ -93,17 +93,17 @@ def trained(name, place, p, state, steps=3):
     return p, state
 
 
-@rows(
+@parametrize(
     "name",
     [*ALL],
     default=["float32, bf16 weights", "bfloat16, bf16 weights", "int8", "bfloat16, amsgrad", "Optax's own"],
 )
-def test_one_device_s_bits(name):
-    """Parameters, moments, codes and scales, from the same state and gradients."""
+def test_bits_of_one_device(name):
+    """Parameters, moments, codes and scales are those of one device, bit for bit."""
     got, expected = (trained(name, place, *start(name, place)) for place in ("eight", "one"))
     assert jax.tree.structure(got) == jax.tree.structure(expected)
-    exact = not name.startswith("Optax")  # its stages are XLA's, which may fuse them otherwise: an ulp of lr * u
-    for a, b in leaves(got, expected):
+    exact = not name.startswith("Optax")  # XLA may fuse its stages otherwise: 1 ulp of lr * u
+    for a, b in zip_leaves(got, expected):
         if exact:
             np.testing.assert_array_equal(a, b)
         elif a.dtype == jnp.float32:
@@ -111,13 +111,13 @@ def test_one_device_s_bits(name):
     wanted = divided(name)[0].shardings
     for state in (divided(name)[1], got[1]):
         shardings = jax.tree.map(lambda x: x.sharding, state)
-        assert all(a.is_equivalent_to(b, x.ndim) for a, b, x in leaves(shardings, wanted, state))
+        assert all(a.is_equivalent_to(b, x.ndim) for a, b, x in zip_leaves(shardings, wanted, state))
     assert all(x.sharding.is_equivalent_to(WHOLE, x.ndim) for x in jax.tree.leaves(got[0]))
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_bytes_on_each_device(name):
-    """An eighth, and all of what belongs to the leaf that eight does not divide, to none, or is one element."""
+    """A device holds an eighth of each array, and all of scalars and of the leaf that 8 does not divide."""
     p = params_of(name)
     tx, state = divided(name)
     here = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
@@ -131,31 +131,33 @@ def test_bytes_on_each_device(name):
 
 
 @pytest.mark.parametrize("moments", FORMATS)
-def test_what_travels(moments):
-    """Parameters are gathered, once each; no moment, code, scale or remainder is; the kernel works on the parts."""
+def test_communication(moments):
+    """Only parameters are gathered, once each; the kernel steps the shards."""
     p = params(jnp.bfloat16)
     text = compiled(f"{moments}, bf16 weights", "eight").as_text()
     gathered = re.findall(r"= (\w+)\[([\d,]*)\]\S* all-gather\(", text)
     sizes = [x.size for x in jax.tree.leaves(p) if x.size > 3]
     assert sorted(np.prod([int(n) for n in shape.split(",")]) for _, shape in gathered) == sorted(sizes)
-    assert {dtype for dtype, _ in gathered} <= {"bf16", "f32"}  # XLA widens it on a CPU
+    assert {dtype for dtype, _ in gathered} <= {"bf16", "f32"}  # on a CPU XLA gathers bfloat16 as float32
     assert not re.search(r" (all-to-all|collective-permute)\(", text)
     assert ("jadam_step" in text) == (CPU.kernel is not None)
 
 
-def test_the_norm_is_that_of_all_gradients():
-    tx = jadam.chain(jadam.clip_by_global_norm(1.0), jadam.adamw(1e-2, eps=10.0))  # with such an eps the norm matters
+def test_the_clipping_norm_is_global():
+    tx = jadam.chain(
+        jadam.clip_by_global_norm(1.0), jadam.adamw(1e-2, eps=10.0)
+    )  # eps is so large that the scale of gradients matters
     p = {"w": jax.device_put(np.ones((16, 8), np.float32))}
     divided = zero1(tx, p, MESH, "data")
     by_rows = NamedSharding(MESH, P("data"))
     g = {"w": np.arange(128, dtype=np.float32).reshape(16, 8)}
     got, _ = jax.jit(functools.partial(jadam.step, divided))(jax.device_put(g, by_rows), divided.init(p), p)
     expected, _ = jax.jit(functools.partial(jadam.step, tx))(g, tx.init(p), p)
-    np.testing.assert_allclose(got["w"], expected["w"], rtol=1e-7)  # the sum of squares in another order
+    np.testing.assert_allclose(got["w"], expected["w"], rtol=1e-7)  # another order of the sum of squares
 
 
 def losses(tx, p, state, x, y):
-    """Of a two-layer network in five steps."""
+    """Losses of five steps of a two-layer network."""
 
     def loss(p, x, y):
         return jnp.mean((jnp.tanh(x @ p["a"]) @ p["b"] - y) ** 2)
@@ -187,7 +189,7 @@ ADAMW_INT8 = jadam.adamw(1e-2, moments="int8")
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_in_training(kind):
-    """Data-parallel gradients in the same program, parameters sharded over a second axis, losses as on one device."""
+    """Data-parallel training with parameters sharded over a second axis has the losses of one device."""
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
     on = lambda *spec: NamedSharding(mesh, P(*spec))
     host, batch, alone = trained_alone(ADAMW_INT8)
@@ -198,39 +200,39 @@ def test_in_training(kind):
     divided = zero1(ADAMW_INT8, p, mesh, "data")
     assert not divided.undivided
     many = losses(divided, p, divided.init(p), *(jax.device_put(x, on()) for x in batch))
-    # the gradients' sums in another order, 1e-6 of a gradient; a code decided otherwise moves one coordinate by lr
+    # another order of the gradients' sums: 1e-6 of a gradient, or another code, which moves one coordinate by lr
     np.testing.assert_allclose(many, alone, rtol=1e-3)
     assert many[-1] < many[0]
 
 
-def test_states_restored_elsewhere_go_on():
-    """From eight devices to one: same blocks, same bits."""
+def test_states_move_between_meshes():
+    """A state moves from eight devices to one with the same blocks and bits."""
     host = jax.tree.map(np.array, trained("int8", "eight", *start("int8", "eight"), 2))
     back = jax.device_put(host[0], WHOLE), jax.device_put(host[1], divided("int8")[0].shardings)
     alone = jax.device_put(host)
     assert_equal(trained("int8", "eight", *back, 1), trained("int8", "one", *alone, 1))
 
 
-def test_the_two_calls_agree_and_describe_tells():
+def test_update_and_describe():
     tx = jadam.adamw(1e-2)
     p = {name: x for name, x in params().items() if name in ("kernel", "bias", "scale")}
     divided = zero1(tx, p, MESH, "data")
     state = divided.init(p)
     updates, _ = jax.jit(divided.update)(p, state, jax.device_put(p, WHOLE))
     expected, _ = jax.jit(tx.update)(p, tx.init(p), p)
-    for a, b in leaves(updates, expected):
+    for a, b in zip_leaves(updates, expected):
         np.testing.assert_allclose(a, b, rtol=1e-6)
     assert jadam.describe(divided, p).bytes == jadam.describe(tx, p).bytes
 
 
-def test_looking_at_a_mesh_that_is_not_here():
+def test_abstract_mesh():
     mesh = jax.sharding.AbstractMesh((256,), ("data",))
     shapes = {"w": jax.ShapeDtypeStruct((4096, 50257), jnp.bfloat16)}
     divided = zero1(jadam.exact_bf16(jadam.adamw(1e-3, moments="int8")), shapes, mesh, "data")
     assert divided.shardings.remainder["w"].spec == P("data")
 
 
-def test_undivided_for_its_blocks():
+def test_undivided_because_of_blocks():
     narrow = zero1(
         jadam.adamw(1e-3, moments="int8"),
         {"a": np.ones((33, 200), np.float32), "b": np.ones(8, np.float32)},
@@ -243,7 +245,7 @@ def test_undivided_for_its_blocks():
     )
 
 
-def test_parameters_that_are_others():
+def test_other_parameters_are_refused():
     p = params()
     divided = zero1(jadam.adamw(1e-3), p, MESH, "data")
     state = divided.init(p)
@@ -271,7 +273,7 @@ def test_parameters_on_another_mesh():
             zero1(jadam.adamw(1e-3), p, MESH, "data")
 
 
-def test_axes_of_size_1_compile_nothing_twice():
+def test_axes_of_size_1_do_not_recompile():
     mesh = jax.make_mesh((1, 8), ("one", "data"), axis_types=(AxisType.Auto,) * 2)
     p = jax.device_put(np.ones((16, 8), np.float32), NamedSharding(mesh, P()))
     divided = zero1(jadam.adamw(1e-3), p, mesh, ("one", "data"))
@@ -287,8 +289,8 @@ def gradient_of(model):
 
 
 @pytest.mark.parametrize("given", ["variables", "pure", "shapes"])
-def test_nnx_whatever_tree_zero1_was_given(given):
-    """Flax's Optimizer has its own kind of tree for the same parameters."""
+def test_nnx_with_any_tree_of_parameters(given):
+    """`zero1` accepts the parameters in any of NNX's kinds of trees."""
     make = lambda: nnx.Linear(64, 128, rngs=nnx.Rngs(0))
     model = make()
     variables = nnx.state(model, nnx.Param)
@@ -297,6 +299,6 @@ def test_nnx_whatever_tree_zero1_was_given(given):
     divided = zero1(jadam.adamw(1e-2, moments="int8"), p, MESH, "data")
     optimizer = jadam.flax.Optimizer(model, divided, wrt=nnx.Param)
     optimizer.update(model, gradient_of(model))
-    np.testing.assert_allclose(model.bias[...], -1e-2, rtol=1e-6)  # a first direction is 1, off by a few ulp of 1e-7
+    np.testing.assert_allclose(model.bias[...], -1e-2, rtol=1e-6)  # the first direction is 1, to a few ulp
     parts = {(x.size, x.addressable_shards[0].data.size) for x in jax.tree.leaves(nnx.state(optimizer)) if x.size > 1}
-    assert parts == {(64 * 128, 8 * 128), (64, 8), (128, 16)}  # codes, scales, the bias's moments
+    assert parts == {(64 * 128, 8 * 128), (64, 8), (128, 16)}  # codes, scales, moments of the bias

@@ -1,4 +1,4 @@
-"""PyTorch's state of Adam in and out: training goes on from it, and all that does not fit is named at once."""
+"""Import and export of PyTorch's Adam states: training continues, and one error lists all that does not match."""
 
 import functools
 import inspect
@@ -12,7 +12,7 @@ import optax
 import pytest
 import safetensors.numpy
 from flax import nnx
-from helpers import grid, leaves, rows, update_and_apply
+from helpers import parametrize, parametrize_grid, update_and_apply, zip_leaves
 from programs import torch_states
 
 import jadam
@@ -31,7 +31,7 @@ MAKE = {
     "adamw": functools.partial(jadam.adamw, weight_decay=0.1, **SETTINGS),
     "amsgrad": functools.partial(jadam.amsgrad, max_of="v", **SETTINGS),
 }
-# Each leaves the steps what they are. The schedule has the learning rate only from PyTorch's step on.
+# Wrappers that do not change the steps. The schedule has the right learning rate only from PyTorch's step on.
 WRAPPED = {
     "plain": lambda make: make(torch_states.LR),
     "schedule": lambda make: make(lambda count: jnp.where(count < torch_states.BEFORE, 1e3, torch_states.LR)),
@@ -39,19 +39,19 @@ WRAPPED = {
     "jadam.chain": lambda make: jadam.chain(jadam.clip(1e3), make(torch_states.LR)),
     "exact_bf16": lambda make: jadam.exact_bf16(make(torch_states.LR)),
 }
-SHAPE = (64, 256)  # two blocks of int8 in a row; `from_torch` is not jitted, so each new shape is compiled for
+SHAPE = (64, 256)  # two int8 blocks a row; one shape for all tests, as eager `from_torch` compiles for each
 W = {"w.exp_avg": np.zeros(2), "w.exp_avg_sq": np.zeros(2), "w.step": 1}
 STATE = jadam.adam(1e-3).init(jnp.zeros(2))
 MOMENTS = {"mu": "exp_avg", "nu": "exp_avg_sq", "nu_max": "max_exp_avg_sq"}
 
 
-def part(prefix):
-    """The fixture's entries that begin so."""
+def entries(prefix):
+    """Entries of the fixture that start with ``prefix``, without it."""
     return {key.removeprefix(prefix): x for key, x in TORCH.items() if key.startswith(prefix)}
 
 
 def tree(flat, suffix=""):
-    """Entries of each parameter in JAX's tree and layouts; axes in front of the parameter's stay there."""
+    """Entries in JAX's tree and layouts. Leading axes, such as that of steps, are kept."""
     conv, dense = flat[f"0.weight{suffix}"], flat[f"3.weight{suffix}"]
     return {
         "conv": {"bias": flat[f"0.bias{suffix}"], "kernel": np.moveaxis(conv, (-4, -3), (-1, -2))},  # OIHW to HWIO
@@ -59,33 +59,33 @@ def tree(flat, suffix=""):
     }
 
 
-PARAMS = jax.tree.map(jnp.asarray, tree(part("adam/before/params/")))
+PARAMS = jax.tree.map(jnp.asarray, tree(entries("adam/before/params/")))
 
 
 def moments_in(state):
-    """The one state with moments in ``state``."""
+    """The only NamedTuple with moments in ``state``."""
     has = lambda x: hasattr(x, "mu")
     (found,) = (x for x in jax.tree.leaves(state, is_leaf=has) if has(x))
     return found
 
 
-def equal(a, b):
-    """Bit for bit, NaN included, in the same dtypes."""
+def assert_same_bits(a, b):
+    """Same structure, shapes, dtypes and bits, those of NaN included."""
     assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in leaves(a, b):
+    for x, y in zip_leaves(a, b):
         assert x.dtype == y.dtype
         assert x.shape == y.shape
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
-# ---------------------------------------------------------------- training goes on
+# ---------------------------------------------------------------- continued training
 
 
 @functools.cache
 def programs(name, wrap, make=None):
-    """The fixture's first parameters, the state made of them, and jitted a step and what gives float32 parameters."""
+    """The fixture's parameters, their initial state, a jitted step, and a function that returns float32 parameters."""
     tx = WRAPPED[wrap](make or MAKE[name])
-    params = tree(part(f"{name}/before/params/"))
+    params = tree(entries(f"{name}/before/params/"))
     if wrap == "exact_bf16":
         return *jax.jit(lambda p: jadam.from_float32(p, tx))(params), jitted(tx), jax.jit(jadam.float32_params)
     params = jax.tree.map(jnp.asarray, params)
@@ -96,40 +96,41 @@ def jitted(tx):
     return jax.jit(lambda g, params, state: update_and_apply(tx, g, state, params))
 
 
-def continued(name, wrap, step=torch_states.BEFORE, make=None):
-    """Parameters and the state with moments after the fixture's steps, from PyTorch's state at ``step``."""
+def continue_training(name, wrap, step=torch_states.BEFORE, make=None):
+    """Parameters and moments after the fixture's steps, started from PyTorch's state with the count ``step``."""
     params, state, update, float32 = programs(name, wrap, make)
-    flat = part(f"{name}/before/state/")
+    flat = entries(f"{name}/before/state/")
     flat |= {key: np.float32(step) for key in flat if key.endswith(".step")}
     state = torch_state.from_torch(flat, state, NAMES)
-    gradients = tree(part(f"{name}/gradients/"))
+    gradients = tree(entries(f"{name}/gradients/"))
     for t in range(torch_states.STEPS):
         params, state = update(jax.tree.map(lambda g, t=t: g[t], gradients), params, state)
     return float32(params, state), moments_in(state)
 
 
 def distances(name, params, state):
-    """How far parameters and moments are from PyTorch's, in units of what rounding explains; 1 is all of it.
+    """Differences from PyTorch's parameters and moments, relative to a bound of both sides' rounding errors.
 
-    Let e = 2**-24, half an ulp of 1, and M the largest |m| and |g| of the fixture. In each of 4 steps each of the two
-    sides rounds
+    Let e = 2**-24 and M the largest |m| and |g| of the fixture. Both sides take 4 steps. In each, each side rounds
 
-    * m at most 4 times, numbers up to 2 M: 64 e M in all;
-    * v, a sum of positive terms, by 5 e of itself (b2, its product, g**2, its product, the sum): 40 e of v in all. A
-      maximum of such is no worse;
-    * the direction m_hat / (sqrt(v_hat) + eps) 10 times. With what m and v are off that is below (64 + 20 + 20) e D,
-      where D = M / (1 - b1**t) / sqrt(v) is largest for the first t and the smallest v, at least b2**4 of the first;
-    * p at most 4 times, numbers up to |p| + 0.1, for it moves by less: 8 e (|p| + 0.1) a step for both sides.
+    * m at most 4 times, numbers up to 2 M. Bound: 4 * 2 * 4 * 2 e M = 64 e M.
+    * v, a sum of positive terms, by 5 e v (b2, its product, g**2, its product, the sum). Bound: 40 e v. AMSGrad's
+      maximum has the same bound.
+    * the direction m_hat / (sqrt(v_hat) + eps) 10 times. With the errors of m and v: below (64 + 20 + 20) e D, where
+      D = M / (1 - b1**t) / sqrt(v) is largest for the first t and the smallest v, which is at least b2**4 of the first.
+    * p at most 4 times, numbers up to |p| + 0.1, as p moves by less than 0.1. Bound: 8 e (|p| + 0.1) a step.
     """
     e, steps, (b1, b2) = 2.0**-24, torch_states.STEPS, torch_states.BETAS
-    before, after = (part(f"{name}/{when}/state/") for when in ("before", "after"))
+    before, after = (entries(f"{name}/{when}/state/") for when in ("before", "after"))
     largest = jax.tree.map(
-        lambda m, g: np.maximum(np.abs(m), np.abs(g).max(0)), tree(before, ".exp_avg"), tree(part(f"{name}/gradients/"))
+        lambda m, g: np.maximum(np.abs(m), np.abs(g).max(0)),
+        tree(before, ".exp_avg"),
+        tree(entries(f"{name}/gradients/")),
     )
     smallest = jax.tree.map(lambda v: b2**steps * v, tree(before, ".exp_avg_sq"))
     first = torch_states.BEFORE + 1
     d = jax.tree.map(lambda m, v: m / (1 - b1**first) / np.sqrt(v), largest, smallest)
-    p = tree(part(f"{name}/after/params/"))
+    p = tree(entries(f"{name}/after/params/"))
     bound = lambda d, p: steps * (torch_states.LR * 104 * e * d + 8 * e * (np.abs(p) + 0.1))
 
     def worst(found, expected, tolerance):
@@ -144,44 +145,44 @@ def distances(name, params, state):
     return found
 
 
-@grid(
+@parametrize_grid(
     {"name": list(MAKE), "wrap": list(WRAPPED)},
     default=["adam-plain", "adam-exact_bf16", "adamw-schedule", "adamw-jadam.chain", "amsgrad-optax.chain"],
 )
-def test_training_goes_on_where_pytorch_was(name, wrap):
-    params, state = continued(name, wrap)
+def test_training_continues_from_pytorch(name, wrap):
+    params, state = continue_training(name, wrap)
     assert state.count == torch_states.BEFORE + torch_states.STEPS
     found = distances(name, params, state)
     assert max(found.values()) <= 1, found
 
 
-def test_the_distances_see_what_is_wrong():
-    """No steps at all, a count too high or too low, and the maximum of the other second moment, are far off."""
-    start = torch_state.from_torch(part("amsgrad/before/state/"), MAKE["amsgrad"](1e-3).init(PARAMS), NAMES)[0]
+def test_the_bound_detects_wrong_states():
+    """Without steps, with a wrong count, or with the maximum of v_hat instead of v, the bound is exceeded."""
+    start = torch_state.from_torch(entries("amsgrad/before/state/"), MAKE["amsgrad"](1e-3).init(PARAMS), NAMES)[0]
     assert min(distances("amsgrad", PARAMS, start).values()) > 100
     for step in (torch_states.BEFORE - 1, torch_states.BEFORE + 1):
-        assert distances("adam", *continued("adam", "plain", step))["params"] > 100, step
+        assert distances("adam", *continue_training("adam", "plain", step))["params"] > 100, step
     of_v_hat = functools.partial(jadam.amsgrad, **SETTINGS)
-    found = distances("amsgrad", *continued("amsgrad", "plain", make=of_v_hat))
+    found = distances("amsgrad", *continue_training("amsgrad", "plain", make=of_v_hat))
     assert min(found["params"], found["nu_max"]) > 100
 
 
-# ---------------------------------------------------------------- to the bit
+# ---------------------------------------------------------------- round trips
 
 
 @pytest.mark.parametrize("name", MAKE)
-def test_there_and_back_to_the_bit(name, tmp_path):
-    flat, state = part(f"{name}/before/state/"), MAKE[name](1e-3).init(PARAMS)
+def test_round_trip_to_the_bit(name, tmp_path):
+    flat, state = entries(f"{name}/before/state/"), MAKE[name](1e-3).init(PARAMS)
     file, copy = tmp_path / "adam.safetensors", tmp_path / "copy.safetensors"
     safetensors.numpy.save_file(flat, file)
     filled = torch_state.from_torch(file, state, NAMES)
-    equal(filled, torch_state.from_torch(flat, state, NAMES))
+    assert_same_bits(filled, torch_state.from_torch(flat, state, NAMES))
     for field, entry in MOMENTS.items():
         if hasattr(state[0], field):
-            equal(jax.tree.map(np.asarray, getattr(filled[0], field)), tree(flat, f".{entry}"))
+            assert_same_bits(jax.tree.map(np.asarray, getattr(filled[0], field)), tree(flat, f".{entry}"))
     back = torch_state.to_torch(filled, NAMES, copy)
-    equal(back, flat)
-    equal(safetensors.numpy.load_file(copy), flat)
+    assert_same_bits(back, flat)
+    assert_same_bits(safetensors.numpy.load_file(copy), flat)
     assert all(x.flags.c_contiguous for x in back.values())
 
 
@@ -192,7 +193,7 @@ def test_there_and_back_to_the_bit(name, tmp_path):
     ids=["int8", "bfloat16", "amsgrad", "amsgrad by leaf"],
 )
 def test_moments_are_stored_as_a_step_stores_them(rule, moments):
-    """One step from zero has the same moments in every format, so it stores what is to come from them."""
+    """`from_torch` encodes moments as a step does: compare with a step from zero, whose moments are known."""
     params = {"a": jnp.zeros((65, 67)), "b": jnp.zeros(5)}
     rng = np.random.default_rng(0)
     gradients = jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape), jnp.float32), params)
@@ -207,14 +208,14 @@ def test_moments_are_stored_as_a_step_stores_them(rule, moments):
     flat = torch_state.to_torch(stepped(one), names)
     assert {x.dtype for x in flat.values()} == {np.dtype(np.float32)}
     filled = torch_state.from_torch(flat, many.init(params), names)
-    equal(filled, expected)
+    assert_same_bits(filled, expected)
     assert filled[0].nu["a"].dtype in (jnp.uint8, jnp.bfloat16)
     other = torch_state.from_torch(flat | {"w.step": np.int64(8), "b.step": np.int64(8)}, many.init(params), names)
-    assert (other[0].nu["a"] != filled[0].nu["a"]).any()  # the dither is that of the step
+    assert (other[0].nu["a"] != filled[0].nu["a"]).any()  # the dither depends on the step
 
 
-def test_int8_and_bfloat16_come_out_within_a_level():
-    """A code is one of the two levels around the number, so less than one level away; 0.01 is float32's rounding."""
+def test_round_trip_of_int8_and_bfloat16_within_a_level():
+    """A code is one of the two neighbouring levels, less than one level away; 0.01 more for float32's rounding."""
     params = {"w": jnp.zeros(SHAPE)}
     rng = np.random.default_rng(0)
     v = rng.chisquare(1, SHAPE).astype(np.float32)
@@ -238,23 +239,25 @@ def test_int8_and_bfloat16_come_out_within_a_level():
         assert (x16 != x).any()
 
 
-def test_a_narrower_first_moment():
-    flat = part("adam/before/state/")
+def test_mu_dtype():
+    flat = entries("adam/before/state/")
     state = torch_state.from_torch(flat, jadam.adam(1e-3, mu_dtype=jnp.bfloat16).init(PARAMS), NAMES)
-    equal(jax.tree.map(np.asarray, state[0].mu), tree({k: x.astype(jnp.bfloat16) for k, x in flat.items()}, ".exp_avg"))
+    assert_same_bits(
+        jax.tree.map(np.asarray, state[0].mu), tree({k: x.astype(jnp.bfloat16) for k, x in flat.items()}, ".exp_avg")
+    )
 
 
 @pytest.mark.usefixtures("x64")
-def test_float64_stays():
+def test_round_trip_of_float64():
     flat = {"w.exp_avg": np.array([0.1, np.nan]), "w.exp_avg_sq": np.array([np.inf, 0.3]), "w.step": np.float32(1)}
     state = torch_state.from_torch(flat, jadam.adam(1e-3).init(jnp.zeros(2)), {"": "w"})
-    equal(torch_state.to_torch(state, {"": "w"}), {key: np.asarray(x) for key, x in flat.items()})
+    assert_same_bits(torch_state.to_torch(state, {"": "w"}), {key: np.asarray(x) for key, x in flat.items()})
 
 
-def test_what_is_not_finite_stays():
+def test_round_trip_of_non_finite_values():
     flat = {"w.exp_avg": np.float32([np.nan, -np.inf]), "w.exp_avg_sq": np.float32([np.inf, 0]), "w.step": np.int64(1)}
     state = torch_state.from_torch(flat, jadam.adam(1e-3).init(jnp.zeros(2)), {"": "w"})
-    equal(torch_state.to_torch(state, {"": "w"}), flat | {"w.step": np.array(1, np.float32)})
+    assert_same_bits(torch_state.to_torch(state, {"": "w"}), flat | {"w.step": np.array(1, np.float32)})
 
 
 @pytest.mark.parametrize("step", [np.float32(0), np.int64(7), 7, 7.0, np.array(2.0**31, np.float32), np.int64(2**40)])
@@ -266,7 +269,7 @@ def test_the_step_in_any_dtype_and_size(step):
         assert jax.typeof(count) == jax.typeof(jnp.int32(0))
 
 
-# ---------------------------------------------------------------- the state stays what it was
+# ---------------------------------------------------------------- structure, shardings, other states
 
 
 AVALS = {
@@ -302,27 +305,27 @@ AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
 PLACED = {"float32-auto": ("float32", AUTO), "bfloat16-auto": ("bfloat16", AUTO), "int8-explicit": ("int8", EXPLICIT)}
 
 
-@rows("placed", PLACED, default=["float32-auto", "int8-explicit"])
+@parametrize("placed", PLACED, default=["float32-auto", "int8-explicit"])
 def test_eight_devices(placed):
     moments, kind = placed
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x", "y"))
-    w = np.random.default_rng(0).standard_normal((256, 64))  # float64, as NumPy likes it
+    w = np.random.default_rng(0).standard_normal((256, 64))  # float64, NumPy's default
     flat = {"w.exp_avg": w, "w.exp_avg_sq": w * w, "w.step": np.float32(3)}
     names = {"": ("w", torch_state.LINEAR)}
     tx, params = jadam.adam(1e-3, moments=moments), jnp.zeros(SHAPE)
     state = tx.init(jax.device_put(params, sharding))
     filled = torch_state.from_torch(flat, state, names)
-    equal(jax.device_get(filled), jax.device_get(torch_state.from_torch(flat, tx.init(params), names)))
+    assert_same_bits(jax.device_get(filled), jax.device_get(torch_state.from_torch(flat, tx.init(params), names)))
     assert filled[0].mu.sharding == sharding
-    for x, old in leaves(filled, state):
+    for x, old in zip_leaves(filled, state):
         assert (x.sharding, x.committed) == (old.sharding, old.committed)
     assert torch_state.to_torch(filled, names)["w.exp_avg"].shape == (256, 64)
 
 
 @pytest.mark.parametrize("committed", [False, True])
-def test_the_source_s_memory_stays_its_own(committed):
-    """JAX takes over memory of NumPy's where it begins at a multiple of 64, and then sees it change."""
+def test_the_source_is_not_aliased(committed):
+    """The state must not alias the source: JAX shares NumPy memory that is aligned to 64 bytes."""
     memory = np.zeros(2 * 64 + 64, np.uint8)
     start = -memory.ctypes.data % 64
     x = memory[start : start + 128].view(np.float32)
@@ -334,7 +337,7 @@ def test_the_source_s_memory_stays_its_own(committed):
     assert not np.any(filled[0].mu)
 
 
-def test_another_mesh_is_set_than_at_init():
+def test_another_mesh_than_at_init():
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AUTO,))
     with jax.set_mesh(mesh):
         inside = jadam.adam(1e-3).init(jnp.zeros(2))
@@ -344,20 +347,20 @@ def test_another_mesh_is_set_than_at_init():
         assert [x.sharding for x in jax.tree.leaves(new)] == [x.sharding for x in jax.tree.leaves(old)]
 
 
-def test_other_parts_of_the_state_stay():
-    flat = part("adam/before/state/")
+def test_other_parts_of_the_state_are_kept():
+    flat = entries("adam/before/state/")
     tx = optax.chain(jadam.adam(1e-3), jadam.average_params(0.9))
     state = tx.init(PARAMS)
     filled = torch_state.from_torch(flat, state, NAMES)
     assert filled[1].count == 0
-    equal(filled[1], state[1])
+    assert_same_bits(filled[1], state[1])
     state = optax.MultiSteps(jadam.adam(1e-3), 4).init(PARAMS)
     filled = torch_state.from_torch(flat, state, NAMES)
-    equal(filled._replace(inner_opt_state=None), state._replace(inner_opt_state=None))
+    assert_same_bits(filled._replace(inner_opt_state=None), state._replace(inner_opt_state=None))
 
 
 class OtherState(NamedTuple):
-    """A state that has more than this module knows of."""
+    """A state with a field that jadam does not know."""
 
     version: Any
     nu: Any
@@ -367,44 +370,44 @@ class OtherState(NamedTuple):
     count: Any  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
-def test_other_fields_stay():
+def test_other_fields_are_kept():
     zeros, placeholder = {"w": jnp.zeros(3), "none": None}, {"w": jnp.full(1, 7, jnp.int8), "none": None}
     state = OtherState(jnp.full(1, 2, jnp.int8), zeros, zeros, placeholder, placeholder, np.int32(0))
     flat = {"w.exp_avg": np.full(3, 2.0), "w.exp_avg_sq": np.full(3, 3.0), "w.step": 4}
     filled = torch_state.from_torch(flat, [state], {"['w']": "w"})[0]
     expected = {"nu": {"w": jnp.full(3, 3.0), "none": None}, "mu": {"w": jnp.full(3, 2.0), "none": None}}
-    equal(filled, state._replace(**expected, count=jnp.int32(4)))
+    assert_same_bits(filled, state._replace(**expected, count=jnp.int32(4)))
 
 
-def test_where_only_some_leaves_have_moments():
+def test_only_some_leaves_have_moments():
     labels = {"conv": "frozen", "dense": {"bias": "slow", "kernel": "fast"}}
     tx = optax.partition(
         {"frozen": optax.set_to_zero(), "slow": jadam.adam(1e-4), "fast": jadam.amsgrad(1e-3, max_of="v")}, labels
     )
     names = {key: name for key, name in NAMES.items() if "dense" in key}
-    flat = {key: x for key, x in part("amsgrad/before/state/").items() if key.startswith("3.")}
+    flat = {key: x for key, x in entries("amsgrad/before/state/").items() if key.startswith("3.")}
     del flat["3.bias.max_exp_avg_sq"]
-    equal(torch_state.to_torch(torch_state.from_torch(flat, tx.init(PARAMS), names), names), flat)
+    assert_same_bits(torch_state.to_torch(torch_state.from_torch(flat, tx.init(PARAMS), names), names), flat)
 
 
 def test_in_flax_nnx():
     model = nnx.Conv(4, 5, (3, 2), kernel_init=nnx.initializers.zeros_init(), rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, jadam.adam(1e-3), wrt=nnx.Param)
     names = {"['kernel']": ("0.weight", torch_state.CONV2D), "['bias']": "0.bias"}
-    flat = {key: x for key, x in part("adam/before/state/").items() if key.startswith("0.")}
+    flat = {key: x for key, x in entries("adam/before/state/").items() if key.startswith("0.")}
     optimizer.opt_state = torch_state.from_torch(flat, optimizer.opt_state, names)
-    equal(torch_state.to_torch(optimizer.opt_state, names), flat)
+    assert_same_bits(torch_state.to_torch(optimizer.opt_state, names), flat)
     nnx.jit(lambda model, optimizer: optimizer.update(model, nnx.state(model, nnx.Param)))(model, optimizer)
     after = torch_state.to_torch(optimizer.opt_state, names)
     assert after["0.bias.step"] == torch_states.BEFORE + 1
     np.testing.assert_allclose(after["0.bias.exp_avg"], 0.9 * flat["0.bias.exp_avg"], rtol=2e-7)  # the bias is 0
 
 
-# ---------------------------------------------------------------- what does not fit
+# ---------------------------------------------------------------- errors
 
 
 def test_every_problem_at_once():
-    """One of each, in the order of the leaves, then of what is left over."""
+    """One error lists all problems, in the order of leaves, then entries that are left over."""
     params = {
         "complex": jnp.zeros(2, jnp.complex64),
         "layout": jnp.zeros((2, 3)),
@@ -483,19 +486,19 @@ def test_no_name(name):
 
 @pytest.mark.parametrize("tx", [jadam.adam(1e-3, b1=lambda count: 0.9), jadam.nadam(1e-3, momentum_decay=4e-3)])
 def test_scheduled_betas_are_refused(tx):
-    """With ``count`` filled in and their product not, the next step would be ten times too large."""
+    """Their products are not in PyTorch's state; without them the next step would be ten times too large."""
     with pytest.raises(ValueError, match="state must have constant betas, got betas that follow a schedule"):
         torch_state.from_torch(W, tx.init(jnp.zeros(2)), {"": "w"})
     assert torch_state.to_torch(tx.init(jnp.zeros(2)), {"": "w"}).keys() == W.keys()
 
 
-def test_states_that_do_not_fit():
+def test_wrong_states():
     with pytest.raises(ValueError, match=r"state must have the moments of an Adam .*, found none"):
         torch_state.from_torch(W, optax.sgd(1e-3).init(jnp.zeros(2)), {"": "w"})
     with pytest.raises(ValueError, match="'' has moments in two places of state"):
         torch_state.from_torch(W, (STATE, STATE), {"": "w"})
     with pytest.raises(ValueError, match=r"(?s)w\.step is missing.*0 matches no leaf"):
-        torch_state.from_torch({0: {"exp_avg": np.zeros(2)}}, STATE, {"": "w"})  # what PyTorch has, not flattened
+        torch_state.from_torch({0: {"exp_avg": np.zeros(2)}}, STATE, {"": "w"})  # PyTorch's nested dict
     with pytest.raises(ValueError, match=r"max_exp_avg_sq is missing\. Only amsgrad has it"):
         torch_state.from_torch(W, jadam.amsgrad(1e-3).init(jnp.zeros(2)), {"": "w"})
 
@@ -534,7 +537,7 @@ def test_a_failed_save_leaves_the_old_file(monkeypatch, tmp_path):
     assert "other.step" in safetensors.numpy.load_file(path)
 
 
-def test_the_docstring_s_lines_are_those_that_pytorch_has_run():
+def test_docstring_has_the_code_that_made_the_fixture():
     script = {line.strip() for line in inspect.getsource(torch_states).splitlines()}
     code = [line.strip() for line in torch_state.__doc__.splitlines() if line.startswith("    ")]
     assert len(code) == 11

@@ -1,4 +1,4 @@
-"""Every state through Orbax, on one device and on eight, and between Optax and jadam."""
+"""States saved and restored with Orbax, on one and eight devices, and between Optax and jadam."""
 
 import functools
 
@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from helpers import assert_equal, grid, leaves, normal
+from helpers import assert_equal, normal, parametrize_grid, zip_leaves
 
 import jadam
 
@@ -34,12 +34,12 @@ def params():
 
 
 def one_device(tree):
-    """Committed to the first device."""
+    """``tree`` committed to the first device."""
     return jax.device_put(tree, jax.devices()[0])
 
 
 def eight_devices(tree):
-    """Sharded along the last axis."""
+    """``tree`` sharded along its last axes over eight devices."""
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def put(x):
@@ -49,40 +49,40 @@ def eight_devices(tree):
     return jax.tree.map(put, tree)
 
 
-def settled(state, scalar):
-    """``state`` committed as a step leaves it, so that the next step is most often the same program.
+def committed(state, scalar):
+    """``state`` committed as after a step, so that the next step needs no new program.
 
-    What is on another device than ``scalar`` goes where that is.
+    Arrays on other devices than ``scalar`` get its sharding.
     """
     there = lambda x: x.sharding.device_set == scalar.sharding.device_set
     return jax.tree.map(lambda x: jax.device_put(x, x.sharding if there(x) else scalar.sharding), state)
 
 
 def abstract(tree):
-    """Shapes, dtypes and shardings."""
+    """Shapes, dtypes and shardings of ``tree``."""
     return jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
 
 
-def restored(tree, path):
-    """``tree`` saved and restored where it was."""
+def save_and_restore(tree, path):
+    """``tree`` after a round trip through Orbax."""
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path, tree)
         checkpointer.wait_until_finished()
         return checkpointer.restore(path, abstract(tree))
 
 
-@grid(
+@parametrize_grid(
     {"tx": STATES, "place": {"one device": one_device, "eight devices": eight_devices}},
     default=["by_path-one device", "exact_bf16-one device", "int8-eight devices"],
 )
 def test_save_and_restore(tx, place, tmp_path):
-    """The same bits, in the same places, and the same next step without another compilation."""
+    """A restored state has the same bits and shardings, and the next step compiles nothing."""
     p = place(params())
     update = jax.jit(tx.update)
-    _, state = update(p, settled(tx.init(p), p["scale"]), p)
-    again = restored(state, tmp_path / "state")
+    _, state = update(p, committed(tx.init(p), p["scale"]), p)
+    again = save_and_restore(state, tmp_path / "state")
     assert_equal(again, state)
-    for x, y in leaves(again, state):
+    for x, y in zip_leaves(again, state):
         assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
     expected, compiled = update(p, state, p), update._cache_size()
     jax.tree.map(np.testing.assert_array_equal, update(p, again, p), expected)
@@ -120,15 +120,15 @@ def test_between_optax_and_jadam(name, back, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again, state)
     updates, _ = updates_of(wanted)(p, again, p)
     expected, _ = updates_of(saved)(p, state, p)
-    for x, y in leaves(updates, expected):
-        np.testing.assert_allclose(x, y, rtol=2e-5)  # Optax's distance from the paper is 1.3e-5, see test_adam.py
+    for x, y in zip_leaves(updates, expected):
+        np.testing.assert_allclose(x, y, rtol=2e-5)  # Optax's own error is 1.3e-5, see test_adam.py
 
 
 @pytest.mark.slow
 def test_optax_s_checkpoint_into_int8(tmp_path):
     p = params()
     tx = jadam.adamw(1e-3, moments="int8")
-    state = restored(optax.adamw(1e-3).init(p), tmp_path / "state")
+    state = save_and_restore(optax.adamw(1e-3).init(p), tmp_path / "state")
     state = jax.jit(lambda state: jadam.convert_moments(state, "int8"))(state)
     assert jax.tree.structure(jax.tree.map(jnp.shape, state)) == jax.tree.structure(
         jax.tree.map(jnp.shape, jax.eval_shape(tx.init, p))
@@ -137,7 +137,7 @@ def test_optax_s_checkpoint_into_int8(tmp_path):
 
 
 def test_a_later_version_is_refused(tmp_path):
-    """Restored as it is, or by what this version expects: never misread."""
+    """A state of a later version is an error in `update`, and in Orbax if restored into a state of this one."""
     tx = jadam.scale_by_adam(moments="int8")
     p = params()["kernel"]
     state = tx.init(p)._replace(version=np.zeros(2, np.int8))
@@ -150,7 +150,7 @@ def test_a_later_version_is_refused(tmp_path):
             tx.update(p, as_saved, p)
         checkpointer.save(
             tmp_path / "version", {"version": state.version}
-        )  # alone: Orbax leaves the other arrays half read
+        )  # without the other arrays, which Orbax would leave half read
         checkpointer.wait_until_finished()
         with pytest.raises(ValueError, match="shape"):
             checkpointer.restore(tmp_path / "version", abstract({"version": tx.init(p).version}))

@@ -1,4 +1,4 @@
-"""`jadam.convert_moments`: from every format to every other, and what a saved state's version is for."""
+"""`jadam.convert_moments` between all formats, and the version of saved states."""
 
 import functools
 
@@ -7,11 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import FORMATS, grid, leaves, normal
+from helpers import FORMATS, normal, parametrize_grid, zip_leaves
 
 import jadam
 
-WIDTH = {"float32": 0, "bfloat16": 2**-7, "int8": 0.05}  # of a moment's own size, or for int8 of its block's largest
+WIDTH = {
+    "float32": 0,
+    "bfloat16": 2**-7,
+    "int8": 0.05,
+}  # error relative to a moment; int8: to the block's maximum
 
 
 def params():
@@ -30,7 +34,7 @@ WRAPPED = {
 
 @functools.cache
 def state_of(wrap, moments):
-    """A state after three steps."""
+    """State after three steps."""
     p, tx = params(), WRAPPED[wrap](moments)
     state, update = tx.init(p), jax.jit(tx.update)
     for i in range(3):
@@ -38,7 +42,7 @@ def state_of(wrap, moments):
     return state
 
 
-@grid(
+@parametrize_grid(
     {"new": FORMATS, "old": FORMATS, "wrap": ["alone", "chain", "exact_bf16"]},
     default=[
         "float32-bfloat16-alone",
@@ -48,7 +52,7 @@ def state_of(wrap, moments):
     ],
 )
 def test_every_format_to_every_other(new, old, wrap):
-    """The avals are those of ``init`` and the moments are kept as well as the narrower format can."""
+    """Shapes and dtypes are those of ``init``; moments have the error of the narrower format."""
 
     @jax.jit
     def convert(state):
@@ -61,23 +65,23 @@ def test_every_format_to_every_other(new, old, wrap):
     avals = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype, getattr(x, "weak_type", False)), tree)
     assert avals(converted) == avals(expected)
     for name in ("mu", "nu"):
-        for x, y in leaves(*(optax.tree.get(s, name) for s in (before, after))):
+        for x, y in zip_leaves(*(optax.tree.get(s, name) for s in (before, after))):
             x, y = np.asarray(x), np.asarray(y)
             size = np.abs(x) if new != "int8" or x.ndim < 2 else np.abs(x).max(axis=1, keepdims=True)
             assert (np.abs(x - y) <= WIDTH[new] * size).all(), name
     jax.eval_shape(tx.update, params(), converted, params())  # is accepted
 
 
-def test_widening_is_exact_and_there_and_back_the_same():
+def test_round_trip_of_bfloat16():
     state = state_of("alone", "bfloat16")
     wide = jadam.convert_moments(state, "float32")
     np.testing.assert_array_equal(wide[0].mu["kernel"], state[0].mu["kernel"].astype(jnp.float32))
-    back = jadam.convert_moments(wide, "bfloat16")  # what bfloat16 holds is not rounded
+    back = jadam.convert_moments(wide, "bfloat16")  # bfloat16 values are exact
     jax.tree.map(np.testing.assert_array_equal, back, state)
 
 
 def test_optax_states():
-    """Of float32 parameters unchanged, of bfloat16 ones widened, after which jadam goes on."""
+    """Optax's states: with float32 parameters unchanged, with bfloat16 ones widened; jadam accepts both."""
     p = params()
     state = optax.adam(1e-3).init(p)
     jax.tree.map(np.testing.assert_array_equal, jadam.convert_moments(state, "float32"), state)
@@ -95,11 +99,11 @@ def test_a_function_and_shardings():
     p = {"a": jax.device_put(ones, columns), "b": jnp.asarray(ones)}
     state = jadam.convert_moments(jadam.adam(1e-3).init(p), lambda path, leaf: "int8" if "a" in path else "bfloat16")
     assert (state[0].mu["a"].dtype, state[0].mu["b"].dtype) == (jnp.int8, jnp.bfloat16)
-    assert state[0].mu_scale["a"].shape == (64, 8)  # 96 a block, which fits a shard
+    assert state[0].mu_scale["a"].shape == (64, 8)  # blocks of 96, the width of a shard
     assert state[0].mu["a"].sharding.is_equivalent_to(columns, 2)
 
 
-def test_non_finite_moments_stay_so():
+def test_non_finite_moments():
     state = jadam.adam(1e-3).init(params())
     nu = np.array(state[0].nu["kernel"])
     nu[3, 5] = np.inf
@@ -111,8 +115,8 @@ def test_non_finite_moments_stay_so():
 
 
 @pytest.mark.parametrize("wrap", [lambda tx: tx, jadam.exact_bf16], ids=["int8", "exact_bf16"])
-def test_a_version_that_is_not_known(wrap):
-    """Under jit too, and where a state is only read."""
+def test_unknown_version(wrap):
+    """An unknown version is an error under jit too, and in functions that only read the state."""
     tx = wrap(jadam.scale_by_adam(moments="int8"))
     p = jax.tree.map(lambda x: np.asarray(x).astype(jnp.bfloat16), params())
     state = tx.init(p)._replace(version=np.zeros(7, np.int8))
@@ -125,8 +129,8 @@ def test_a_version_that_is_not_known(wrap):
 
 
 @pytest.mark.parametrize("to", FORMATS)
-def test_groups_of_leaves(to):
-    """`jadam.by_path` goes on with what comes out, on the bits of adamw's moments."""
+def test_states_of_by_path(to):
+    """States of `jadam.by_path` are converted to the bits of adamw's."""
     within = jadam.exact_bf16(by_path("int8"))  # another state
     state = jax.eval_shape(lambda p: jadam.convert_moments(within.init(p), to), params())
     assert jax.tree.structure(state.inner_state) == jax.tree.structure(jax.eval_shape(by_path(to).init, params()))

@@ -1,4 +1,4 @@
-"""Damaged checkpoints, full and forbidden disks: an error, never other numbers, and the older file is what it was."""
+"""Damaged checkpoints and unwritable disks cause errors, never wrong numbers, and older files stay intact."""
 
 import errno
 import functools
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from helpers import environment, printed
+from helpers import check_output, subprocess_env
 from programs import damage
 from programs.damage import bits, flipped
 
@@ -24,8 +24,8 @@ from jadam.__main__ import main
 from jadam._core import numerics
 
 FLIPS = 201
-# coverage's files do not fit in 1 KiB
-HERE = {name: x for name, x in environment().items() if not name.startswith("COV")}
+# without coverage, whose files do not fit in 1 KiB
+HERE = {name: x for name, x in subprocess_env().items() if not name.startswith("COV")}
 
 
 # ---------------------------------------------------------------- the checksum
@@ -49,11 +49,11 @@ def test_every_flipped_bit_changes_the_checksum(dtype):
     tree = lambda data: (np.frombuffer(data, dtype), np.ones(3, np.float32))
     seen = {int(jadam.checksum(tree(flipped(data, place)))) for place in range(8 * len(data))}
     assert int(jadam.checksum(tree(data))) not in seen
-    assert len(seen) == 8 * len(data)  # of 640 numbers two would be equal by chance once in 20,000 runs
+    assert len(seen) == 8 * len(data)  # 640 random checksums collide once in 20,000 runs
 
 
-def test_lowbias32_can_be_undone():
-    """So it maps no two words to one, and a sum of its values tells when one of them changes."""
+def test_lowbias32_is_a_bijection():
+    """`lowbias32` is a bijection, so a change of one word always changes the sum of hashes."""
     rng = np.random.default_rng(0)
     words = np.concatenate([rng.integers(0, 2**32, 10**6, np.uint32), np.arange(2**16, dtype=np.uint32) << 16])
     x = np.asarray(jax.jit(numerics.lowbias32)(words))
@@ -63,7 +63,7 @@ def test_lowbias32_can_be_undone():
     np.testing.assert_array_equal(x ^ x >> 16, words)
 
 
-def test_the_checksum_depends_on_the_place():
+def test_the_checksum_depends_on_places():
     x, y = np.arange(4, dtype=np.float32), np.ones((2, 2), np.float32)
     same = [
         {"x": x, "y": y},
@@ -80,14 +80,14 @@ def test_the_checksum_depends_on_the_place():
 
 
 def test_the_checksum_does_not_depend_on_the_container():
-    """Orbax, told nothing of the state, restores named tuples as dicts and tuples as lists."""
+    """Orbax without a target restores named tuples as dicts and tuples as lists."""
     state = jadam.adam(1e-3).init({"w": jnp.ones(3)})
     plain = [state[0]._asdict(), None]
     assert jadam.checksum(plain) == jadam.checksum(state)
     assert jadam.checksum(jax.tree.map(np.asarray, plain)) == jadam.checksum(state)
 
 
-FEW = {name: TREE[name] for name in ("mu", "count", "complex")}  # eagerly, each leaf is a program
+FEW = {name: TREE[name] for name in ("mu", "count", "complex")}  # eagerly each leaf needs a program
 jitted = jax.jit(jadam.checksum)
 
 
@@ -110,12 +110,12 @@ def test_the_checksum_does_not_depend_on_the_devices(kind):
     of_all = [*others, jitted(sharded)]
     assert {jax.typeof(x).str_short() for x in (*of_few, *of_all)} == {"uint32[]"}
     assert len({int(x) for x in of_few}) == len({int(x) for x in of_all}) == 1
-    assert "all-gather" not in jitted.lower(sharded).compile().as_text()  # only sums travel
+    assert "all-gather" not in jitted.lower(sharded).compile().as_text()  # only sums are communicated
 
 
 @pytest.mark.usefixtures("strict")
 def test_the_checksum_under_strict_promotion():
-    jax.eval_shape(jadam.checksum, TREE)  # promotion is the trace's
+    jax.eval_shape(jadam.checksum, TREE)  # promotion happens in the trace
 
 
 @pytest.mark.usefixtures("x64")
@@ -125,7 +125,7 @@ def test_the_checksum_of_eight_bytes():
 
 
 @pytest.mark.parametrize(("leaf", "text"), [(jax.random.key(0), r"key<fry>"), ("name", "<U4")], ids=str)
-def test_no_numbers(leaf, text):
+def test_the_checksum_of_other_leaves_is_an_error(leaf, text):
     with pytest.raises(TypeError, match=rf"tree\['rng'\] must be an array of numbers, got {text}. Leave it out."):
         jadam.checksum({"rng": leaf})
 
@@ -136,10 +136,10 @@ def test_no_numbers(leaf, text):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["float32", "exact_bf16", "int8"])
 def test_a_damaged_checkpoint_is_an_error(name, tmp_path):
-    """Or what was damaged has no part in what is restored: no array ever has other bits."""
+    """Damage is an error or changes nothing that is restored; no array ever has other bits."""
     flips, result = FLIPS // len(damage.CONFIGURATIONS), tmp_path / "damages.json"
     command = [sys.executable, damage.__file__, name, str(flips), result]
-    printed(command, env=HERE, timeout=100)
+    check_output(command, env=HERE, timeout=100)
     damages = json.loads(result.read_text())
     assert damages[0] == damages[-1] == [None, "none", "same"]
     assert [x for x in damages if x[-1] == "other"] == []
@@ -147,7 +147,7 @@ def test_a_damaged_checkpoint_is_an_error(name, tmp_path):
     assert lost == ["Orbax"] * 3
     found = [x[-1] for x in damages if x[:2] == ["arrays", "flipped"]]
     print({who: found.count(who) for who in set(found)})
-    assert found.count("same") < flips / 2  # measured 5 %: bits that say nothing of the arrays
+    assert found.count("same") < flips / 2  # measured 5 %: bits of metadata that are not read
 
 
 STATE = jadam.adam(1e-3).init({"kernel": jnp.zeros((24, 16)), "bias": jnp.zeros(16)})
@@ -162,7 +162,7 @@ DAMAGED = (
 
 @pytest.fixture
 def file(tmp_path):
-    """``(path, state)``: what `to_torch` wrote, and of which state."""
+    """``(path, state)``: a file written by `to_torch`, and its state."""
     rng, path = np.random.default_rng(0), tmp_path / "adam.safetensors"
     flat = torch_state.to_torch(STATE, NAMES)
     flat = {key: np.abs(rng.standard_normal(x.shape)) if x.shape else np.float32(5) for key, x in flat.items()}
@@ -175,7 +175,7 @@ def file(tmp_path):
 def test_a_flipped_bit_of_a_safetensors_file_is_an_error(file):
     path, state = file
     data = path.read_bytes()
-    harmless = data.index(b"jadam.checksum")  # then there is no checksum to compare with, and the arrays are whole
+    harmless = data.index(b"jadam.checksum")  # a flip in this key only removes the checksum
     errors = {}
     for place in np.random.default_rng(0).integers(8 * len(data), size=FLIPS):
         path.write_bytes(flipped(data, place))
@@ -189,7 +189,7 @@ def test_a_flipped_bit_of_a_safetensors_file_is_an_error(file):
             assert harmless <= place // 8 < harmless + len("jadam.checksum"), place
             assert bits(found) == bits(state)
     assert errors.keys() == {"checksum", "safetensors"}
-    assert errors["checksum"] > FLIPS / 2  # most of the file is arrays
+    assert errors["checksum"] > FLIPS / 2  # arrays are most of the file
 
 
 def test_a_truncated_safetensors_file_is_an_error(file):
@@ -201,8 +201,8 @@ def test_a_truncated_safetensors_file_is_an_error(file):
             torch_state.from_torch(path, STATE, NAMES)
 
 
-def test_a_safetensors_file_says_nothing_more_than_its_checksum(file):
-    """PyTorch reads it as before, and one without a checksum is read as before."""
+def test_metadata_of_a_safetensors_file(file):
+    """The checksum is metadata, which other readers ignore; a file without it is accepted."""
     path, state = file
     with safetensors.safe_open(path, framework="numpy") as opened:
         assert opened.metadata() == {"jadam.checksum": f"{int(jadam.checksum(torch_state.to_torch(state, NAMES))):08x}"}
@@ -210,27 +210,27 @@ def test_a_safetensors_file_says_nothing_more_than_its_checksum(file):
     assert bits(torch_state.from_torch(path, STATE, NAMES)) == bits(state)
 
 
-# ---------------------------------------------------------------- disks
+# ---------------------------------------------------------------- unwritable disks
 
 
 def contents(directory):
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
-@pytest.fixture(params=disks.OBSTACLES, ids=lambda obstacle: obstacle.__name__)
-def obstacle(request):
-    """``(directory, obstructed, reason)``."""
-    with request.param() as (directory, obstructed):
-        yield directory, obstructed, os.strerror(disks.OBSTACLES[request.param])
+@pytest.fixture(params=disks.FAULTS, ids=lambda fault: fault.__name__)
+def fault(request):
+    """``(directory, unwritable, reason)``; ``unwritable()`` makes the directory so."""
+    with request.param() as (directory, unwritable):
+        yield directory, unwritable, os.strerror(disks.FAULTS[request.param])
 
 
-def test_a_state_for_pytorch_on_a_bad_disk(obstacle):
-    directory, obstructed, reason = obstacle
+def test_a_state_for_pytorch_on_a_bad_disk(fault):
+    directory, unwritable, reason = fault
     path = directory / "adam.safetensors"
     torch_state.to_torch(STATE, NAMES, path)
     before = contents(directory)
     text = rf"path: cannot write .*adam\.safetensors: .*{reason}.*\. An existing file is unchanged\.$"
-    with obstructed(), pytest.raises(OSError, match=text):
+    with unwritable(), pytest.raises(OSError, match=text):
         torch_state.to_torch(STATE, NAMES, path)
     assert contents(directory) == before
     torch_state.to_torch(STATE, NAMES, path)
@@ -238,15 +238,15 @@ def test_a_state_for_pytorch_on_a_bad_disk(obstacle):
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory):
-    """All that draws a picture, which another user may not be able to read."""
+    """Imports what draws pictures, because another user may not be able to read the packages."""
     assert main(["plan", "--out", str(tmp_path_factory.mktemp("plan") / "picture.png")]) == 0
 
 
 @pytest.mark.usefixtures("imported")
-def test_a_picture_on_a_bad_disk(obstacle, capsys):
-    directory, obstructed, reason = obstacle
+def test_a_picture_on_a_bad_disk(fault, capsys):
+    directory, unwritable, reason = fault
     (directory / "picture.png").write_bytes(b"older")
-    with obstructed():
+    with unwritable():
         assert main(["plan", "--out", str(directory / "picture.png")]) == 2
     assert contents(directory) == {"picture.png": b"older"}
     _, err = capsys.readouterr()
@@ -255,10 +255,10 @@ def test_a_picture_on_a_bad_disk(obstacle, capsys):
 
 def test_standard_output_on_a_full_disk():
     command = [sys.executable, "-m", "jadam", "plan", "--out", "picture.png"]
-    with disks.limited() as (directory, obstructed), (directory / "log").open("w") as log:
-        log.write("." * disks.KIB)  # as much as there may be
+    with disks.limited() as (directory, unwritable), (directory / "log").open("w") as log:
+        log.write("." * disks.KIB)  # the file is as long as the limit
         log.flush()
-        with obstructed():
+        with unwritable():
             run = {"stdout": log, "stderr": subprocess.PIPE, "text": True, "timeout": 60, "cwd": directory, "env": HERE}
             result = subprocess.run(command, **run)
         assert [path.name for path in directory.iterdir()] == ["log"]

@@ -1,4 +1,4 @@
-"""The demo as its user meets it: with a terminal, a log file, a full disk or an impatient owner."""
+"""``jadam demo``: in a terminal, into a log file, on a full disk, and interrupted."""
 
 import contextlib
 import errno
@@ -16,7 +16,7 @@ import disks
 import flax.nnx as nnx
 import optax
 import pytest
-from helpers import command_line
+from helpers import run_cli
 
 from jadam.__main__ import main
 from jadam._cli import demo as _demo
@@ -36,11 +36,11 @@ def finished(request, tmp_path_factory):
     if request.param == "a process":
         result = subprocess.run(COMMAND, cwd=folder, capture_output=True, text=True, timeout=120)
         return result.returncode, result.stdout, result.stderr, folder
-    return *command_line(["demo"], folder), folder
+    return *run_cli(["demo"], folder), folder
 
 
-def rows(output):
-    """The table's rows: {optimizer: [learning rate, accuracy, steps to 90 %, seconds, bytes]}."""
+def table_rows(output):
+    """The printed table: {optimizer: [learning rate, accuracy, steps to 90 %, seconds, bytes]}."""
     cells = [[c.strip() for c in line.strip("│").split("│")] for line in output.splitlines() if line.startswith("│")]
     return {name: [float(x) for x in rest] for name, *rest in cells}
 
@@ -48,7 +48,7 @@ def rows(output):
 def test_trains_on_real_digits(finished):
     code, out, err, folder = finished
     assert (code, err) == (0, "")
-    table = rows(out)
+    table = table_rows(out)
     assert list(table) == ["SGD", "optax.adam", "jadam.adam"]
     rate, accuracy, steps_to_90, _, size = table["jadam.adam"]
     assert (rate, size) == (1e-3, 8.0)
@@ -70,11 +70,11 @@ def test_same_start_same_batches():
     first, second = (
         _demo.train("", rate, optax.sgd(rate), start, data, 1, 3, lambda *_: None).loss for rate in (0.1, 1e-3)
     )
-    assert first == second  # the loss before the first step, whatever was trained before
+    assert first == second  # the loss before the first step
 
 
-def written(main_end):
-    """What comes out of a pseudo-terminal, piece by piece, until its other end is closed."""
+def read_terminal(main_end):
+    """Yields the output of a pseudo-terminal until its other end is closed."""
     deadline = time.monotonic() + 100
     while time.monotonic() < deadline:
         if select.select([main_end], [], [], 0.2)[0]:
@@ -93,7 +93,7 @@ def test_a_terminal_shows_progress(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     main_end, side = pty.openpty()
     pieces = []
-    reader = threading.Thread(target=lambda: pieces.extend(written(main_end)))
+    reader = threading.Thread(target=lambda: pieces.extend(read_terminal(main_end)))
     reader.start()
     with open(side, "w") as terminal, contextlib.redirect_stdout(terminal):
         code = main(["demo", "--steps", "100", "--lr", "1e-2"])
@@ -107,7 +107,7 @@ def test_a_terminal_shows_progress(tmp_path, monkeypatch):
     assert re.search(r"loss 0\.\d+, test accuracy 9\d\.\d%", output)
 
 
-# A shell script's background jobs start with SIGINT ignored, and so would their children.
+# Background jobs of a shell script ignore SIGINT, and their children inherit that.
 INTERRUPTIBLE = (
     "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
 )
@@ -120,7 +120,7 @@ def test_ctrl_c_stops_cleanly(tmp_path):
     process = subprocess.Popen(command, cwd=tmp_path, stdin=side, stdout=side, stderr=side, env=env)
     os.close(side)
     output, interrupted = b"", False
-    for chunk in written(main_end):
+    for chunk in read_terminal(main_end):
         output += chunk
         if not interrupted and b"loss" in output:
             process.send_signal(signal.SIGINT)
@@ -144,15 +144,15 @@ def test_missing_extras_are_one_line_and_exit_2(monkeypatch, capsys):
 
 
 def test_a_full_disk_leaves_the_old_picture(capsys, monkeypatch):
-    """`test_faults.py` has the other bad disks."""
+    """See `test_faults.py` for other kinds of unwritable disks."""
     quick = lambda name, rate, *_: _demo.Run(
         name, rate, steps=[1], loss=[2.3], accuracy=[0.1], seconds=1.0, bytes_per_parameter=0.0
     )
     monkeypatch.setattr(_demo, "train", quick)
-    with disks.limited() as (directory, obstructed):
+    with disks.limited() as (directory, unwritable):
         out = directory / "old.png"
         out.write_bytes(b"precious")
-        with obstructed():
+        with unwritable():
             assert main(["demo", "--steps", "1", "--out", str(out)]) == 2
         assert out.read_bytes() == b"precious"
         assert list(directory.iterdir()) == [out]

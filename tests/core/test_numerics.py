@@ -1,4 +1,4 @@
-"""Each formula of `_numerics` on its own, against exact arithmetic: Python's integers, fractions and float64."""
+"""Each function of `jadam._core.numerics` against exact arithmetic: Python's integers and fractions, and float64."""
 
 import fractions
 import functools
@@ -21,7 +21,7 @@ PATTERNS = [0, 1, 2, 3, 77, 0x8000, 0xFFFF, 0x10000, 0x7FFFFFFF, 0x80000000, 0xD
 
 
 def exact_corrections(b, t):
-    """1 - b^t of a Python float, without a rounding before the last."""
+    """1 - b^t, rounded once, to float64."""
     return float(1 - fractions.Fraction(b) ** t)
 
 
@@ -37,12 +37,12 @@ def test_constant_beta(b, traced):
         if traced
         else constant_beta(b, jnp.float32(t), np.dtype("float32"))
     )
-    # a traced rate is known as the float32 it was rounded to
+    # a traced beta is a float32
     known = float(np.float32(b)) if traced else b
     assert {np.asarray(x).dtype for x in beta} == {np.dtype("float32")}
     assert beta.b == beta.next_b == np.float32(b)
     assert beta.one_minus_b == np.float32(1 - known)
-    # log1p, a product and expm1 round three times; expm1's argument times its slope is at most 1 of the result
+    # log1p, product and expm1 round once each; expm1 does not amplify the relative error of its argument
     np.testing.assert_allclose(beta.correction, exact_corrections(known, t), rtol=4 * ULP)
     np.testing.assert_allclose(beta.next_correction, exact_corrections(known, t + 1), rtol=4 * ULP)
 
@@ -56,7 +56,7 @@ def test_scheduled_beta(dtype, x64):
         product *= b
         beta = scheduled_beta(b, next_b, correction)
         again = scheduled_beta(b, next_b, CurrentCorrection(beta.correction))
-        # a mean of ones: each step rounds twice
+        # an average of ones: two roundings a step
         np.testing.assert_allclose(beta.correction, 1 - product, rtol=8 * eps)
         np.testing.assert_allclose(beta.next_correction, 1 - product * next_b, rtol=10 * eps)
         assert (beta.b, beta.next_b, beta.one_minus_b) == (dtype(b), dtype(next_b), dtype(1 - b))
@@ -77,7 +77,7 @@ def test_one_minus(b):
 @pytest.mark.parametrize("b", [*RATES, 1e-3, 0.3, 0.9999999, 1 - 1e-12])
 @pytest.mark.parametrize("t", [1, 2, 3, 10, 1000, 10**6, 2**31 - 1])
 def test_one_minus_power(b, t):
-    # expm1 is good to 2 ulp, its argument to 1.5 (log b, t, their product), which the result at most repeats.
+    # expm1 2 ulp, its argument 1.5 (log b, t, their product), which expm1 does not amplify.
     def exact(b):
         with np.errstate(divide="ignore"):
             return -np.expm1(t * np.log1p(-(1 - b)))
@@ -101,7 +101,7 @@ def test_ema(b, traced):
     for average, x in [(0.0, 1.0), (3.0, -2.0), (1e8, 1e-8), (1e-8, 1e8), (-5.0, -5.0), (0.1, 0.1)]:
         average, x = np.float32(average), np.float32(x)
         exact = known * float(average) + (1 - known) * float(x)
-        # three roundings of terms no larger than twice the larger weight's term; the weights themselves round once
+        # three roundings of terms of at most twice the larger-weighted one, and one of each weight
         larger = max(abs(known * float(average)), abs((1 - known) * float(x)))
         found = numerics.ema(beta, jnp.float32(average), jnp.float32(x))
         assert abs(float(found) - exact) <= 4 * ULP * larger, (average, x)
@@ -111,7 +111,7 @@ def test_ema(b, traced):
 
 @pytest.mark.parametrize(("b", "slow"), [(0.5, True), (0.4999, False), (0.9, True), (0.1, False)])
 def test_ema_corrects_the_larger_term(b, slow):
-    """From b = 1/2 on the average, below it the newest term."""
+    """`ema` corrects the average for b >= 1/2, the newest term for b < 1/2."""
     rng = np.random.default_rng(0)
     average, x = np.float32(rng.standard_normal((2, 1000)))
     beta = constant_beta(b, jnp.float32(1), np.dtype("float32"))
@@ -131,7 +131,7 @@ def test_ema_with_a_traced_rate():
 
 @jax.jit
 def sqrt(x):
-    """JAX's root and ours; and ours with its first two derivatives, the second taken along 3."""
+    """JAX's square root, ours, and the first and second derivatives of ours."""
     ours = numerics.sqrt
     return jnp.sqrt(x), ours(x), jax.grad(ours)(x), *jax.jvp(ours, (x,), (jnp.float32(3),))
 
@@ -143,7 +143,7 @@ def test_sqrt_and_its_derivative(x):
     assert numerics.sqrt(jnp.float32(x)) == root
     if x == 0:
         assert slope == along == 0
-    else:  # a quotient and a square root
+    else:  # two roundings: square root and quotient
         np.testing.assert_allclose(slope, 0.5 / np.sqrt(np.float64(np.float32(x))), rtol=2 * ULP)
         np.testing.assert_allclose(along, 3 * slope, rtol=ULP)
 
@@ -171,7 +171,7 @@ def test_dtypes(strict):
     assert numerics.promote(np.dtype("int32"), np.dtype("float16")) == jnp.float16
     assert (
         numerics.promote(jnp.asarray(np.ones(2, jnp.bfloat16)), 2.0) == jnp.float32
-    )  # of a Python number jnp.result_type is it
+    )  # jnp.result_type gives the Python type of a Python number
     assert numerics.at_least_float32(jnp.bfloat16(1)) == jnp.float32
     assert numerics.at_least_float32(jnp.complex64(1)) == jnp.complex64
     assert numerics.real(np.dtype("complex64")) == jnp.float32
@@ -187,7 +187,7 @@ def test_lowbias32():
 @pytest.mark.parametrize("salt", [0, 5, 0xFFFFFFFF])
 @pytest.mark.parametrize("t", [0, 1, 123456789])
 def test_dither(k, salt, t):
-    """A saved state's next step is these bits, so they never change."""
+    """The dither is part of the saved format: a resumed run needs the same bits."""
 
     def exact(index):
         start = lowbias32(index ^ lowbias32((salt + k // 2 * 0x632BE5AB) & 0xFFFFFFFF))
@@ -201,7 +201,7 @@ def test_dither(k, salt, t):
 
 
 SHAPES = [(), (1,), (5,), (2, 3), (3, 1, 4), (2, 3, 4, 5), (0, 3)]
-# a part of an array of 2^66 elements
+# a shard of an array of 2^66 elements
 PART, LARGE = (3, 2, 2), (2**3, 2**31 + 5, 2**32 - 9)
 
 
@@ -211,7 +211,7 @@ def larger(shape):
 
 @functools.cache
 def linear_indices():
-    """By part and whole, from one program."""
+    """``{(shard shape, whole shape): indices}``, from one program."""
     of = [*((x, x) for x in SHAPES), *((x, larger(x)) for x in SHAPES), (PART, LARGE)]
     found = jax.jit(lambda: [numerics.linear_index(x) if x == y else numerics.linear_index(x, y) for x, y in of])()
     return dict(zip(of, found, strict=True))
@@ -228,7 +228,7 @@ def test_linear_index(shape):
 
 
 def test_linear_index_beyond_32_bits():
-    """Modulo 2^32."""
+    """Indices are modulo 2^32."""
     exact = [
         [[(i * LARGE[1] * LARGE[2] + j * LARGE[2] + k) % 2**32 for k in range(2)] for j in range(2)] for i in range(3)
     ]
@@ -251,7 +251,7 @@ def test_uniform():
 
 
 def rounded(x, bits):
-    """To bfloat16, as float32."""
+    """`round_to_bfloat16`, as float32."""
     found = round_to_bfloat16(x, bits)
     assert found.dtype == jnp.bfloat16
     return np.asarray(found).astype(np.float32)
@@ -259,7 +259,7 @@ def rounded(x, bits):
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_round_to_bfloat16(sign):
-    """1 + k/2^16 lies k/2^9 of the way to the next bfloat16, 1 + 2^-7: so many of all bits round it up."""
+    """1 + k/2^16 lies k/2^9 of the way to the next bfloat16, 1 + 2^-7: that share of random bits rounds it up."""
     bits = np.arange(2**16, dtype=np.uint32) << 16 | 0xABCD
     for k in (0, 1, 100, 256, 511):
         found = rounded(np.full(2**16, sign * (1 + k * 2.0**-16), np.float32), bits)
@@ -301,6 +301,6 @@ def test_applied_leaves_subnormal_numbers_unrounded(dtype):
     below, above = smallest * (1 - 2.0**-20), smallest * (1 + 2.0**-20)
     u = np.float32([0.3 * below, -0.3 * below, below, -below, above])
     found = apply_rounded(np.zeros(5, dtype), u, dtype)
-    expected = np.where(np.abs(u) < 2.0**-126, 0, u)  # XLA on a CPU has 0 for float32's subnormal numbers
+    expected = np.where(np.abs(u) < 2.0**-126, 0, u)  # XLA flushes subnormal numbers to 0 on a CPU
     expected[4] = smallest
     np.testing.assert_array_equal(found, expected)

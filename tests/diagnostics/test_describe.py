@@ -1,4 +1,4 @@
-"""`describe` counts every byte of a state and says why."""
+"""`jadam.describe` counts every byte of a state and gives reasons for formats and for steps that are not fused."""
 
 from typing import NamedTuple
 
@@ -42,7 +42,7 @@ def test_every_byte_is_counted(name):
     assert (of_state.leaves, of_state.other_bytes) == (of_tx.leaves, of_tx.other_bytes)
     assert of_state.one_pass is None
     assert of_state.bytes == sum(x.nbytes for x in jax.tree.leaves(state))
-    assert of_state.other_bytes <= 64  # counts and the like
+    assert of_state.other_bytes <= 64  # counts and versions
     assert [leaf.name for leaf in of_state.leaves] == [
         "['embed']",
         "['layers'][0]['bias']",
@@ -89,7 +89,7 @@ def test_the_table():
 
 
 def test_whether_a_step_is_one_pass(monkeypatch):
-    """As `jadam.step` decides: the transformation first, then the leaves, then what is active."""
+    """`describe` reports what `jadam.step` decides by transformation, leaves and active kernel."""
     plain = {"a": np.zeros((64, 128), np.float32), "b": np.zeros(3, np.float32)}
     on = jadam.backends()["cpu"].kernel
     said = lambda tx, params=plain: (jadam.describe(tx, params).one_pass, jadam.describe(tx, params).step)
@@ -109,14 +109,14 @@ def test_whether_a_step_is_one_pass(monkeypatch):
 
 
 class Encoder(eqx.Module):
-    """Named like fields of the state."""
+    """A model with fields named as those of Adam's state."""
 
     mu: eqx.nn.Linear
     weight: jax.Array
 
 
 def test_parameters_named_as_the_state_s_fields():
-    """`.mu.weight` is in Adam's state the moment of `.weight`, and also a parameter's path."""
+    """The path `.mu.weight` is a parameter, and also, in Adam's state, the moment of `.weight`."""
     shapes = jax.eval_shape(lambda: Encoder(eqx.nn.Linear(64, 128, key=jax.random.key(0)), jnp.ones((256, 128))))
     p = jax.tree.map(lambda x: zeros(x.shape, x.dtype), shapes)
     tx = jadam.adam(1e-3)
@@ -134,8 +134,8 @@ def test_a_bare_array_has_neither_count_nor_version():
         assert (described.leaves[0].bytes, described.other_bytes) == (8 * p.size + 2, 4 + 1)  # two unused scales
 
 
-class RingShaped(NamedTuple):
-    """Parameters under the name of what `jadam.record` keeps."""
+class WithRing(NamedTuple):
+    """Parameters with the field name of `jadam.record`'s ring."""
 
     ring: jax.Array
     other: jax.Array
@@ -143,5 +143,5 @@ class RingShaped(NamedTuple):
 
 @pytest.mark.parametrize("tx", [jadam.adam(1e-3), jadam.record(jadam.adam(1e-3), keep=2)])
 def test_a_parameter_called_ring(tx):
-    described = jadam.describe(tx, RingShaped(zeros((64, 128)), zeros((8, 8))))
+    described = jadam.describe(tx, WithRing(zeros((64, 128)), zeros((8, 8))))
     assert [(leaf.name, leaf.bytes) for leaf in described.leaves] == [(".ring", 8 * 64 * 128), (".other", 8 * 64)]

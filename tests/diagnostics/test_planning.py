@@ -1,4 +1,4 @@
-"""`jadam.plan` and ``jadam plan``: bytes that a real state on a real mesh has, and nothing allocated for them."""
+"""`jadam.plan` and ``jadam plan`` report the bytes of real states on a real mesh."""
 
 import re
 
@@ -12,18 +12,22 @@ import jadam
 from jadam.__main__ import main
 from jadam._diagnostics import plan as planning
 
-COUNTS = {"gpt2": 124_439_808, "llama-7b": 6_738_415_616, "llama-70b": 68_976_648_192}  # of the published weights
+COUNTS = {
+    "gpt2": 124_439_808,
+    "llama-7b": 6_738_415_616,
+    "llama-70b": 68_976_648_192,
+}  # of the published models
 
 
 @pytest.mark.parametrize("name", COUNTS)
-def test_models_are_the_published_ones(name):
+def test_parameter_counts_of_models(name):
     assert sum(x.size for x in jax.tree.leaves(planning.shapes_of(name))) == COUNTS[name]
 
 
 @pytest.mark.parametrize("how", planning.FORMATS)
 @pytest.mark.parametrize("params_axis", [None, "model"])
-def test_what_is_planned_is_what_is_there(how, params_axis):
-    """On a mesh of 4 x 2 devices: every array's bytes on the first of them."""
+def test_plan_matches_real_arrays(how, params_axis):
+    """Planned bytes equal those on the first device of a 4 x 2 mesh."""
     dtype, tx = planning.FORMATS[how]
     shapes = {"a": (257, 768), "b": [(128, 300), (24,)], "c": (3,)}
     shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, dtype), shapes, is_leaf=lambda x: isinstance(x, tuple))
@@ -40,14 +44,14 @@ def test_what_is_planned_is_what_is_there(how, params_axis):
     assert "['c']: state not sharded: no axis of (3,) is a multiple of 4" in str(planned)
 
 
-def test_gpt2_s_embedding_in_int8_over_eight():
-    """Odd rows and six blocks of 128: eight of 96 instead, a third of the model."""
+def test_gpt2_embedding_in_int8_on_eight_devices():
+    """The embedding, a third of the model, has odd rows of six blocks of 128, which become eight of 96."""
     planned = jadam.plan(jadam.adamw(1e-3, moments="int8"), planning.shapes_of("gpt2"), {"data": 8}, "data")
     assert not planned.notes
     assert planned.state * 8 / planned.count < 2.1
 
 
-def test_moments_that_a_sharding_widens_are_told():
+def test_notes_on_moments_kept_in_float32():
     shapes = {"w": jax.ShapeDtypeStruct((101, 768), jnp.float32), "v": jax.ShapeDtypeStruct((64, 64), jnp.float32)}
     planned = jadam.plan(jadam.adamw(1e-3, moments="int8"), shapes, {"data": 2, "model": 64}, "data", "model")
     assert "['w']: moments in float32: its own sharding cuts its last axis into shards of 12" in str(planned)
@@ -61,7 +65,7 @@ def test_command_line(model, n, tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert f"{COUNTS[model]:,} parameters on {4 * n} devices" in out
     rows = {cells[0]: cells[1:] for line in out.splitlines() if len(cells := re.split("  +", line.strip())) == 7}
-    # float32's moments take 8 bytes of each parameter on one device, the remainders of int8 + exact_bf16 2
+    # on one device a parameter has 8 bytes of float32 moments, or 2 bytes of remainder
     gib = COUNTS[model] / (4 * n) / 2**30
     assert [float(x) for x in rows["float32"]][2] == pytest.approx(8 * gib, abs=0.005)
     assert [float(x) for x in rows["int8 + exact_bf16"]][3] == pytest.approx(2 * gib, abs=0.005)

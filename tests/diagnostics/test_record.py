@@ -1,4 +1,4 @@
-"""`jadam.record`: the numbers of `jadam.statistics`, at their steps, in one program that never grows."""
+"""`jadam.record` keeps `jadam.statistics` of the right steps, in a state and program of constant size."""
 
 import functools
 import re
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import CPU, MESH, assert_equal, float32_params, leaves, update_and_apply
+from helpers import CPU, MESH, assert_equal, float32_params, update_and_apply, zip_leaves
 from jax import export
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -19,7 +19,7 @@ import jadam
 
 
 def tree(seed=0, dtype=np.float32):
-    """NumPy arrays, which cost no compilation."""
+    """NumPy arrays (no compilation)."""
     rng = np.random.default_rng(seed)
     x = lambda *shape: rng.standard_normal(shape).astype(dtype)
     return {"layers": [x(4, 4) for _ in range(2)], "kernel": x(64, 128), "bias": x(24)}
@@ -30,15 +30,15 @@ def one_pass(tx, g, state, p):
 
 
 @functools.cache
-def programs(tx, take=one_pass):
-    """``init``, and a step that is donated parameters and state."""
+def jitted(tx, take=one_pass):
+    """Jitted ``init``, and a jitted step that donates parameters and state."""
     step = jax.jit(lambda p, state, g: take(tx, g, state, p), donate_argnums=(0, 1))
     return jax.jit(tx.init), step
 
 
 def trained(tx, p, gradients, take=one_pass, each=None):
-    """In one program; ``each(i, p, state)`` looks on."""
-    init, step = programs(tx, take)
+    """Parameters and state after the steps; calls ``each(i, p, state)`` after each."""
+    init, step = jitted(tx, take)
     p, state = jax.tree.map(jnp.asarray, p), init(p)
     for i, g in enumerate(gradients, start=1):
         p, state = step(p, state, g)
@@ -48,7 +48,7 @@ def trained(tx, p, gradients, take=one_pass, each=None):
     return p, state
 
 
-def some(steps):
+def random_gradients(steps):
     return [tree(i + 1) for i in range(steps)]
 
 
@@ -68,47 +68,47 @@ TRANSFORMATIONS = {
 }
 
 
-@helpers.grid(
+@helpers.parametrize_grid(
     {"transformation": TRANSFORMATIONS, "take": [one_pass, update_and_apply]},
     default=["chain, exact_bf16, int8-one_pass", "by_path-one_pass"],
 )
-def test_what_is_kept(transformation, take):
-    """Every second step's statistics, the last three; the training's bits are those without."""
+def test_history_has_the_statistics(transformation, take):
+    """Keeps the statistics of every second step, the last three; the training has the bits of one without records."""
     inner, dtype = transformation
     tx = jadam.record(inner, every=2, keep=3)
     seen = {}
 
-    def look(i, p, state):
+    def collect(i, p, state):
         if i % 2 == 0 and i > 4:
             seen[i] = jax.tree.map(np.asarray, jadam.statistics(tx, state, p, sample=2**15))
 
-    p, state = trained(tx, tree(dtype=dtype), some(11), take, look)
+    p, state = trained(tx, tree(dtype=dtype), random_gradients(11), take, collect)
     history = jadam.history(state)
     np.testing.assert_array_equal(history.steps, [6, 8, 10])
     frozen = {"['bias']"} if transformation is TRANSFORMATIONS["by_path"] else set()
     assert set(history.leaves) == {n for n in seen[6].leaves if n not in frozen}
     assert (len(history.leaves), "['bias']" in history.leaves) == ((3, False) if frozen else (4, True))
     for k, i in enumerate(history.steps):
-        for told, kept in [(seen[i].total, history.total)] + [
+        for stats, kept in [(seen[i].total, history.total)] + [
             (seen[i].leaves[n], x) for n, x in history.leaves.items()
         ]:
-            for field, x in zip(told._fields, told, strict=True):
-                # XLA fuses the two programs otherwise: 16 roundings of a term and n / 2 of their root's sum, n = 8,248
+            for field, x in zip(stats._fields, stats, strict=True):
+                # other fusions: 16 roundings a term and n = 8,248 in the sum, halved by the root
                 np.testing.assert_allclose(kept[field][k], x, rtol=4140 * 2.0**-24)
-    plain, alone = trained(inner, tree(dtype=dtype), some(11), take)
+    plain, alone = trained(inner, tree(dtype=dtype), random_gradients(11), take)
     exact = take is one_pass and CPU.kernel is not None
-    for a, b in leaves((p, state.inner_state), (plain, alone)):
+    for a, b in zip_leaves((p, state.inner_state), (plain, alone)):
         if exact:
             np.testing.assert_array_equal(a, b)
-        else:  # XLA may contract a product and a sum in one program only: codes and remainders hide how far
+        else:  # XLA may contract other products; int8 codes and remainders amplify that
             np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), rtol=0.02, atol=2.0**16)
 
 
 def test_it_never_grows():
-    """State, program and memory: whatever the number of steps, and under scan without a host callback."""
+    """State and program stay the same over 50 steps under scan, without a host callback."""
     tx = jadam.record(jadam.adam(1e-2), every=3, keep=4)
     p = jax.tree.map(jnp.asarray, tree())
-    state = programs(tx)[0](p)
+    state = jitted(tx)[0](p)
     before = [(x.shape, x.dtype) for x in jax.tree.leaves(state)]
     step = lambda carry, g: (jadam.step(tx, g, carry[1], carry[0]), None)
     run = jax.jit(lambda p, state, g: jax.lax.scan(step, (p, state), g)[0], donate_argnums=(0, 1))
@@ -121,8 +121,8 @@ def test_it_never_grows():
     np.testing.assert_array_equal(jadam.history(state).steps, [39, 42, 45, 48])
 
 
-def test_eager_steps_do_not_compile_either(caplog):
-    """After the first, whose loop is all that a record adds."""
+def test_eager_steps_compile_once(caplog):
+    """Eager steps compile nothing after the first."""
     tx, p = jadam.record(jadam.adam(1e-2), every=3), jnp.ones(5)
     state = tx.init(p)
     counts = []
@@ -139,17 +139,17 @@ SHAPE = (1024, 1024)
 
 
 @functools.cache
-def compiled(keep):
-    """A donated step; ``keep=None`` records nothing."""
+def compiled_step(keep):
+    """Compiled step with donated arguments; ``keep=None`` records nothing."""
     tx, p = jadam.adam(1e-3), {"w": jax.ShapeDtypeStruct(SHAPE, jnp.float32)}
     tx = tx if keep is None else jadam.record(tx, keep=keep)
-    return programs(tx)[1].lower(p, jax.eval_shape(tx.init, p), p).compile()
+    return jitted(tx)[1].lower(p, jax.eval_shape(tx.init, p), p).compile()
 
 
-@helpers.rows("keep", [10, 1000], default=["1000"])
-def test_the_steps_between_do_next_to_nothing(keep):
-    """The statistics are within a loop of at most one round; no parameter and no ring is copied."""
-    program = compiled(keep)
+@helpers.parametrize("keep", [10, 1000], default=["1000"])
+def test_steps_without_a_record_cost_little(keep):
+    """Statistics run within a loop of at most one iteration; parameters and ring are not copied."""
+    program = compiled_step(keep)
     text = program.as_text()
     entry = text[text.index("ENTRY") :]
     assert len(re.findall(r" while\(", text)) == 1
@@ -157,8 +157,8 @@ def test_the_steps_between_do_next_to_nothing(keep):
     assert not re.search(rf"= f32\[({SHAPE[0]},{SHAPE[1]}|{keep},2,11)\]\S* copy\(", text)
     assert not re.search(r" (sqrt|scatter|reduce)\(", entry)
     assert ("jadam_step" in entry) == (CPU.kernel is not None)
-    alone = compiled(None).memory_analysis().temp_size_in_bytes
-    # the loop's own: at most 32,768 coordinates in some forms of 4 bytes, 1,024 bins
+    alone = compiled_step(None).memory_analysis().temp_size_in_bytes
+    # the loop: at most 32,768 sampled coordinates in some arrays of 4 bytes, and 1,024 bins
     assert program.memory_analysis().temp_size_in_bytes <= alone + 16 * 4 * 2**15
 
 
@@ -168,53 +168,53 @@ ADAMW = {
 }
 
 
-@helpers.grid(
+@helpers.parametrize_grid(
     {"tx": ADAMW, "dtype": [jnp.float32, jnp.bfloat16]},
     default=["by name-float32", "by name-bfloat16"],
 )
-def test_nothing_of_the_look_is_ahead_of_its_loop(tx, dtype):
-    """XLA takes out of a loop what is the same in every round, here into every step; constants cost nothing there."""
+def test_statistics_are_not_hoisted_out_of_the_loop(tx, dtype):
+    """XLA hoists loop-invariant code out of the loop, which would run it every step; only constants may be hoisted."""
     p = tree(dtype=dtype)
     tx = jadam.record(jadam.exact_bf16(tx) if dtype == jnp.bfloat16 else tx)
-    text = programs(tx)[1].lower(p, jax.eval_shape(tx.init, p), p).compile().as_text()
+    text = jitted(tx)[1].lower(p, jax.eval_shape(tx.init, p), p).compile().as_text()
     entry = text[text.index("ENTRY") :].splitlines()
-    of_the_look = [line for line in entry if "/while/body/" in line]
+    of_the_loop = [line for line in entry if "/while/body/" in line]
     assert any("/while/body/" in line for line in text.splitlines())
-    assert [line for line in of_the_look if not re.search(r" constant\(", line)] == []
+    assert [line for line in of_the_loop if not re.search(r" constant\(", line)] == []
 
 
 def test_describe_says_one_pass():
     p = tree()
     for tx in (jadam.adamw(1e-3, moments="int8"), jadam.chain(jadam.clip(1.0), jadam.adam(1e-3))):
-        alone, recorded = jadam.describe(tx, p), jadam.describe(jadam.record(tx, keep=10), p)
-        assert (recorded.one_pass, recorded.step) == (alone.one_pass, alone.step)
-        assert recorded.leaves == alone.leaves
-        assert recorded.bytes == alone.bytes + 10 * (5 * 11 * 4 + 4) + len("total") + sum(
+        alone, record_history = jadam.describe(tx, p), jadam.describe(jadam.record(tx, keep=10), p)
+        assert (record_history.one_pass, record_history.step) == (alone.one_pass, alone.step)
+        assert record_history.leaves == alone.leaves
+        assert record_history.bytes == alone.bytes + 10 * (5 * 11 * 4 + 4) + len("total") + sum(
             1 + len(leaf.name) for leaf in alone.leaves
         )
-    bare = np.ones((10, 11), np.float32)  # a parameter without a path is no reason to take the ring for its own
+    bare = np.ones((10, 11), np.float32)  # its path is empty; the ring must not be taken for its state
     assert jadam.describe(jadam.record(jadam.adam(1e-3)), bare).leaves == jadam.describe(jadam.adam(1e-3), bare).leaves
 
 
 def test_sharded():
-    """`zero1` around `record`: the numbers of one device, the ring on all of them."""
+    """`zero1` of `record`: the records of one device, replicated."""
     p = tree()
     tx = jadam.record(jadam.adamw(1e-2, moments="int8"), every=2, keep=2)
     divided = jadam.sharding.zero1(tx, jax.tree.map(jnp.asarray, p), MESH, "data")
-    _, alone = trained(tx, p, some(5))
+    _, alone = trained(tx, p, random_gradients(5))
     p = jax.device_put(p, NamedSharding(MESH, P()))
     step = jax.jit(lambda p, state, g: jadam.step(divided, g, state, p), donate_argnums=(0, 1))
     state = divided.init(p)
-    for g in some(5):
+    for g in random_gradients(5):
         p, state = step(p, state, g)
     assert step._cache_size() == 1
     assert all(x.sharding.is_fully_replicated for x in state.ring)
     np.testing.assert_array_equal(jadam.history(state).steps, [2, 4])
-    np.testing.assert_allclose(state.ring.values, alone.ring.values, rtol=2 * 8248 * 2.0**-24)  # sums in another order
+    np.testing.assert_allclose(state.ring.values, alone.ring.values, rtol=2 * 8248 * 2.0**-24)  # another order of sums
 
 
-def test_recording_of_training_that_has_begun():
-    """Goes on at its count; another ``every`` overwrites the oldest as well; and without it as before."""
+def test_recording_from_a_plain_state():
+    """Recording may start from a plain state, change ``every``, and be removed again."""
     plain, p = jadam.adam(1e-2), {"w": np.ones(5, np.float32)}
     p, inner = trained(plain, p, [p] * 3)
     with pytest.raises(TypeError, match=r"RecordState.*_replace\(inner_state=state\)"):
@@ -231,12 +231,12 @@ def test_recording_of_training_that_has_begun():
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", ["no parameters", "all frozen", "a wide count"])
-def test_the_rings_dtypes_under_x64(name):
-    """Are those it began with, whatever `jnp.zeros` means and whatever the count was restored as."""
+def test_dtypes_of_the_ring_under_x64(name):
+    """The ring keeps its dtypes under x64, also with a count restored as int64."""
     inner = jadam.by_path([("", jadam.FROZEN)], 0.1) if name == "all frozen" else jadam.adam(0.1)
     p = {} if name == "no parameters" else {"w": np.ones(3, np.float32)}
     tx = jadam.record(inner, every=1, keep=2)
-    init, step = programs(tx)
+    init, step = jitted(tx)
     state = init(p)
     if name == "a wide count":
         first, *rest = state.inner_state
@@ -256,14 +256,14 @@ def test_exact_bf16_from_float32():
 
 
 @pytest.mark.parametrize("take", [one_pass, update_and_apply])
-def test_training_is_differentiated(take):
-    """Backwards and forwards, as if nothing were recorded: XLA's loops have no derivative backwards of their own."""
+def test_derivatives_through_training(take):
+    """Reverse and forward derivatives are those without records, although a while loop has no reverse derivative."""
 
     def trained_from(tx, p):
         state = tx.init(p)
         for _ in range(3):
             p, state = take(tx, jax.grad(lambda p: jnp.sum(jnp.cos(p)))(p), state, p)
-        return jnp.sum(p**2), getattr(state, "ring", None)  # the ring, or XLA drops its loops
+        return jnp.sum(p**2), getattr(state, "ring", None)  # returned, or XLA removes the loop as dead code
 
     def derivatives(tx):
         f = functools.partial(trained_from, tx)
@@ -295,7 +295,10 @@ def test_history_and_its_errors():
     init = jax.jit(tx.init)
     empty = jadam.history(init(p))
     assert (len(empty.steps), repr(empty)) == (0, "History(0 records of 12 parameters)")
-    assert list(empty.leaves) == ["['bias']", *(f"['layers'][{i}]" for i in range(11))]  # as the parameters are ordered
+    assert list(empty.leaves) == [
+        "['bias']",
+        *(f"['layers'][{i}]" for i in range(11)),
+    ]  # in the order of the parameters
     assert empty.total["step_quantiles"].shape == (0, 5)
     with pytest.raises(ValueError, match="plot needs a history with at least one record"):
         jadam.plot(empty)
@@ -317,27 +320,27 @@ def test_history_and_its_errors():
 
 
 PLOTTED = jadam.record(jadam.adam(optax.constant_schedule(1e-2)), every=1, keep=5)
-NAMES = ["a", "b", "c", "d", "e", "$\\oops{$"]  # the last one is no formula of matplotlib's
+NAMES = ["a", "b", "c", "d", "e", "$\\oops{$"]  # the last is not valid mathtext
 
 
-def recorded(values):
-    """The history of a step for each of ``values``: a gradient for each of six parameters, of 40, 80, ... 240 each."""
+def record_history(values):
+    """History of one step for each of ``values``: gradients of six parameters of 40, 80, ... 240 coordinates."""
     fill = lambda each: {name: np.full(40 * (1 + i), each[i], np.float32) for i, name in enumerate(NAMES)}
     _, state = trained(PLOTTED, fill([1.0] * 6), [fill(each) for each in values])
     return jadam.history(state)
 
 
-def random(steps):
-    return recorded(np.random.default_rng(0).standard_normal((steps, 6)))
+def random_history(steps):
+    return record_history(np.random.default_rng(0).standard_normal((steps, 6)))
 
 
 def draw(figure, tmp_path):
-    figure.savefig(tmp_path / "drawn.png", dpi=20)  # nothing warns
+    figure.savefig(tmp_path / "drawn.png", dpi=20)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_plot_and_table(steps):
-    history = random(steps)
+    history = random_history(steps)
     figure = jadam.plot(history)
     low, sizes, snr, bar = figure.axes
     assert [axes.get_xlabel() for axes in (low, sizes, snr)] == ["step"] * 3
@@ -345,7 +348,7 @@ def test_plot_and_table(steps):
     assert "no unit" in snr.get_ylabel()
     assert "no unit" in bar.get_ylabel()
     assert low.collections[0].get_array().shape == (6, min(steps, 5))
-    assert figure._repr_png_().startswith(b"\x89PNG")  # nothing warns
+    assert figure._repr_png_().startswith(b"\x89PNG")
     assert [x.get_text() for x in low.get_yticklabels()] == list(history.leaves) == sorted(f"[{x!r}]" for x in NAMES)
     table = history._repr_html_()
     assert table.count("<tr>") == 1 + 1 + 6
@@ -353,8 +356,8 @@ def test_plot_and_table(steps):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_plot_tells_where_training_was_lost(bad, tmp_path):
-    figure = jadam.plot(recorded([[bad if i == 3 else 1] * 6 for i in range(5)]))
+def test_plot_marks_the_first_non_finite_record(bad, tmp_path):
+    figure = jadam.plot(record_history([[bad if i == 3 else 1] * 6 for i in range(5)]))
     _, sizes, snr, _ = figure.axes
     for axes in (sizes, snr):
         (line,) = [line for line in axes.lines if line.get_label() == "first non-finite record"]
@@ -363,7 +366,7 @@ def test_plot_tells_where_training_was_lost(bad, tmp_path):
     draw(figure, tmp_path)
 
 
-# Gradients of 40, 80, ... 240 coordinates, of 840 together.
+# Gradients of the six parameters: of 40, 80, ... 240 of 840 coordinates.
 CURVES = {
     "some are lost": lambda i: [1] + 5 * [np.nan],
     "most are 0": lambda i: 5 * [0] + [1],
@@ -376,9 +379,9 @@ CURVES = {
 
 
 @pytest.mark.parametrize("name", CURVES)
-def test_plot_of_hard_curves(name, tmp_path):
-    """It draws, without a warning, over all the records' steps."""
-    history = recorded([CURVES[name](i) for i in range(4)])
+def test_plot_of_degenerate_curves(name, tmp_path):
+    """Draws without a warning, over the steps of all records."""
+    history = record_history([CURVES[name](i) for i in range(4)])
     positive = (history.total["step_quantiles"][0] > 0) & np.isfinite(history.total["step_quantiles"][0])
     assert list(positive) == {
         "most are 0": [False] * 3 + [True] * 2,
@@ -403,15 +406,15 @@ def test_plot_of_no_parameters():
 
 
 def test_a_history_is_equal_to_itself():
-    history = random(1)
+    history = random_history(1)
     assert history == history
-    assert history != random(1)
+    assert history != random_history(1)
 
 
 def test_a_pandas_frame():
     import pandas
 
-    history = random(7)
+    history = random_history(7)
     frame = history.frame()
     assert isinstance(frame, pandas.DataFrame)
     assert frame.index.names == ["step", "parameter"]
@@ -427,4 +430,4 @@ def test_without_pandas_or_matplotlib(monkeypatch, package, call):
     monkeypatch.setitem(sys.modules, package, None)
     name = package.split(".")[0]
     with pytest.raises(ImportError, match=f"needs {name}: pip install {name}"):
-        call(random(1))
+        call(random_history(1))

@@ -1,10 +1,10 @@
-"""The native rules and formats compile for other targets than the CPU's extension: they use no standard library."""
+"""The headers in ``native/`` compile without a standard library and for a GPU."""
 
 import shutil
 from pathlib import Path
 
 import pytest
-from helpers import printed
+from helpers import check_output
 
 import jadam
 
@@ -45,26 +45,26 @@ extern "C" __global__ void kernel(int rule, jadam::Scalars s, const float* g, ja
 """
 
 
-def compiles(command, source):
-    """Raises with what the compiler says."""
-    printed([*command, "-std=c++17", f"-I{HEADERS}", str(source)])
+def compile_source(command, source):
+    """Fails with the compiler's message."""
+    check_output([*command, "-std=c++17", f"-I{HEADERS}", str(source)])
 
 
-def test_for_a_host_without_a_standard_library(tmp_path):
+def test_compiles_without_a_standard_library(tmp_path):
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler is here")
     (tmp_path / "program.cc").write_text(PROGRAM)
-    compiles(
+    compile_source(
         [compiler, "-nostdinc", "-nostdinc++", "-ffreestanding", "-fsyntax-only", "-Werror"], tmp_path / "program.cc"
     )
 
 
 @pytest.mark.slow
-def test_for_a_gpu(tmp_path):
+def test_compiles_for_a_gpu(tmp_path):
     compiler = shutil.which("nvcc")
     if compiler is None:
         pytest.skip("no nvcc is here")
     (tmp_path / "program.cu").write_text(PROGRAM + KERNEL)
-    compiles([compiler, "-arch=sm_90", "-ptx", "-o", str(tmp_path / "program.ptx")], tmp_path / "program.cu")
+    compile_source([compiler, "-arch=sm_90", "-ptx", "-o", str(tmp_path / "program.ptx")], tmp_path / "program.cu")
     assert "sqrt.rn.f32" in (tmp_path / "program.ptx").read_text()

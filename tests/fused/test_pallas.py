@@ -1,4 +1,4 @@
-"""The TPU's and the GPU's kernel, interpreted here; `python -m benchmarks aot` compiles them for the real thing."""
+"""The TPU and GPU kernels in Pallas's interpreter; ``python -m benchmarks aot`` compiles them for the hardware."""
 
 import contextlib
 import dataclasses
@@ -10,25 +10,25 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_finite_alike, assert_steps_agree, make, masters_of, ones
+from helpers import assert_same_finite, assert_steps_agree, make_optimizer, ones, unwrap_exact_bf16
 
 import jadam
 from jadam._fused import pallas
 from jadam._fused import step as _step
 from jadam._transformation.transformation import update_leaf
 
-SOME = ["adam", "adam, scheduled b1", "nadamw, momentum", "adamw, masked", "both"]
-CASES = [(platform, name, "int8") for platform in pallas.PLATFORMS for name in SOME]
+SOME_RULES = ["adam", "adam, scheduled b1", "nadamw, momentum", "adamw, masked", "both"]
+CASES = [(platform, name, "int8") for platform in pallas.PLATFORMS for name in SOME_RULES]
 CASES += [("tpu", name, "bfloat16") for name in ("adam", "amsgrad", "radam of nadam")]
 
-# A last block that is shorter, rows as narrow as a TPU turns them, a third axis, which only the GPU's kernel takes.
+# A partial last block; rows so narrow that the TPU kernel transposes them; a third axis, for the GPU kernel only.
 SHAPES = {"a": (40, 300), "b": (4100, 16), "c": (8, 20, 130)}
-trees = functools.partial(helpers.trees, shapes=SHAPES)
+random_tree = functools.partial(helpers.random_tree, shapes=SHAPES)
 
 
 @functools.cache
-def interpreted(platform, tx):
-    """The step by the kernel, and the two calls."""
+def interpreted_steps(platform, tx):
+    """`jadam.step` with the interpreted kernel, and `update_and_apply`, each jitted."""
 
     def one_pass(tx, grads, state, params):
         leaf_updates, finish = tx.update.fuse(grads, state, params)
@@ -40,24 +40,24 @@ def interpreted(platform, tx):
     return [jax.jit(functools.partial(f, tx)) for f in (one_pass, _step.update_and_apply)]
 
 
-def calls(platform, tx, grads, state, params):
-    return str(jax.make_jaxpr(interpreted(platform, tx)[0])(grads, state, params)).count("pallas_call[")
+def count_pallas_calls(platform, tx, grads, state, params):
+    return str(jax.make_jaxpr(interpreted_steps(platform, tx)[0])(grads, state, params)).count("pallas_call[")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("platform", "rule", "moments"), CASES)
-def test_kernel_against_the_two_calls(platform, rule, moments):
-    tx = make(rule, moments)
-    step, update_and_apply = interpreted(platform, tx)
-    params = trees(0)
+def test_kernel_matches_update_and_apply(platform, rule, moments):
+    tx = make_optimizer(rule, moments)
+    step, update_and_apply = interpreted_steps(platform, tx)
+    params = random_tree(0)
     state = tx.init(params)
     for t in range(3):
-        grads = trees(t + 1)
+        grads = random_tree(t + 1)
         expected = update_and_apply(grads, state, params)
-        # The two are the same code in loops of other shapes, where XLA contracts otherwise: the kernel's bounds.
+        # 4 ulp as for the portable CPU kernel: XLA may contract other products in each.
         assert_steps_agree(step(grads, state, params), expected, (params, state), 4)
         params, state = expected
-    assert calls(platform, tx, grads, state, params) == (3 if platform == "cuda" else 2)
+    assert count_pallas_calls(platform, tx, grads, state, params) == (3 if platform == "cuda" else 2)
 
 
 @pytest.mark.slow
@@ -65,22 +65,22 @@ def test_kernel_against_the_two_calls(platform, rule, moments):
 @pytest.mark.parametrize("moments", ["float32", "bfloat16", "int8"])
 def test_bf16_weights_with_remainder(platform, moments):
     tx = jadam.exact_bf16(jadam.adamw(1.0, moments=moments))
-    step, update_and_apply = interpreted(platform, tx)
-    params, state = jax.jit(lambda masters: jadam.from_float32(masters, tx))(trees(0))
+    step, update_and_apply = interpreted_steps(platform, tx)
+    params, state = jax.jit(lambda masters: jadam.from_float32(masters, tx))(random_tree(0))
     for t in range(3):
-        grads = trees(t + 1, jnp.bfloat16)
+        grads = random_tree(t + 1, jnp.bfloat16)
         expected = update_and_apply(grads, state, params)
-        assert_steps_agree(*(masters_of(*x) for x in (step(grads, state, params), expected, (params, state))), 4)
+        assert_steps_agree(*(unwrap_exact_bf16(*x) for x in (step(grads, state, params), expected, (params, state))), 4)
         params, state = expected
-    taken = {"cuda": 3 * (moments == "int8"), "tpu": 2}  # bfloat16 and float32 are the GPU's XLA's
-    assert calls(platform, tx, grads, state, params) == taken[platform]
+    taken = {"cuda": 3 * (moments == "int8"), "tpu": 2}  # on a GPU XLA takes float32 and bfloat16
+    assert count_pallas_calls(platform, tx, grads, state, params) == taken[platform]
 
 
-def test_the_comparison_bites():
-    """A kernel that took every place for its neighbour would round otherwise."""
-    tx = make("adam", "int8")
+def test_comparison_detects_a_wrong_seed():
+    """Another dither seed rounds otherwise and fails the comparison."""
+    tx = make_optimizer("adam", "int8")
     shapes = {"a": SHAPES["a"]}
-    params, grads = (trees(seed, shapes=shapes) for seed in range(2))
+    params, grads = (random_tree(seed, shapes=shapes) for seed in range(2))
     state = tx.init(params)
     plan = tx.update.fuse
 
@@ -91,18 +91,18 @@ def test_the_comparison_bites():
         )
 
     other = type(tx)(tx.init, dataclasses.replace(tx.update, fuse=moved))
-    new = interpreted("cuda", other)[0](grads, state, params)
+    new = interpreted_steps("cuda", other)[0](grads, state, params)
     with pytest.raises(AssertionError):
-        assert_steps_agree(new, interpreted("cuda", tx)[1](grads, state, params), (params, state))
+        assert_steps_agree(new, interpreted_steps("cuda", tx)[1](grads, state, params), (params, state))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("platform", pallas.PLATFORMS)
 def test_not_finite(platform):
-    """A block whose values an integer cannot hold is not finite afterwards, as by the two calls."""
-    tx = make("adam", "int8")
-    step, update_and_apply = interpreted(platform, tx)
-    params, grads = trees(0), trees(1)
+    """Non-finite values and blocks are those of `update_and_apply`."""
+    tx = make_optimizer("adam", "int8")
+    step, update_and_apply = interpreted_steps(platform, tx)
+    params, grads = random_tree(0), random_tree(1)
     a = np.array(grads["a"])
     for i, bad in enumerate((np.nan, np.inf, -np.inf, 1e30, 1e-30, -0.0)):
         a[i, 50 * i] = bad
@@ -110,11 +110,11 @@ def test_not_finite(platform):
     state = tx.init(params)
     for _ in range(2):
         new, expected = step(grads, state, params), update_and_apply(grads, state, params)
-        assert_finite_alike(new, expected)
+        assert_same_finite(new, expected)
         params, state = expected
 
 
-def test_what_is_left_to_xla_and_why():
+def test_reasons_not_to_use_the_kernel():
     params = {"a": ones((64, 128)), "b": ones((4, 64, 128)), "c": ones(7)}
 
     def why(platform, tx):
@@ -128,8 +128,8 @@ def test_what_is_left_to_xla_and_why():
     assert why("tpu", jadam.adam(1.0, moments="bfloat16")) == [None, three, "the TPU kernel needs 2 dimensions, got 1"]
 
 
-def test_turned_off(monkeypatch):
-    """XLA's own step is one pass in float32 all the same."""
+def test_kernels_turned_off(monkeypatch):
+    """In float32 XLA's own step is one pass too, so there is no reason to report."""
     params = ones((64, 128))
     for moments, reason in (("float32", None), ("int8", "JADAM_KERNELS=xla")):
         tx = jadam.adam(1.0, moments=moments)
@@ -137,8 +137,8 @@ def test_turned_off(monkeypatch):
         assert _step.why_leaves_not_fused("cuda", tx, params, tx.init(params), params) == [(None, reason)]
 
 
-def a_gpu_that_is_not_here():
-    """What Triton asks for in JAX from 0.12 on."""
+def absent_gpu():
+    """Context with an abstract H100, which Triton's lowering needs from JAX 0.12 on."""
     device = getattr(jax.sharding, "AbstractDevice", None)
     if "platform" not in getattr(device, "__annotations__", {}):
         return contextlib.nullcontext()
@@ -147,14 +147,14 @@ def a_gpu_that_is_not_here():
 
 
 @pytest.mark.parametrize(("platform", "call"), [("tpu", "tpu_custom_call"), ("cuda", "triton")])
-def test_lowers_for_a_platform_that_is_not_here(platform, call, monkeypatch):
+def test_lowers_for_an_absent_platform(platform, call, monkeypatch):
     tx = jadam.adam(1.0, moments="int8")
     params = ones((64, 128))
     args = jax.eval_shape(lambda: (params, tx.init(params), params))
 
     def lowered():
         step = jax.jit(functools.partial(jadam.step, tx))
-        with a_gpu_that_is_not_here() if platform == "cuda" else contextlib.nullcontext():
+        with absent_gpu() if platform == "cuda" else contextlib.nullcontext():
             return jax.export.export(step, platforms=[platform], disabled_checks=allow)(*args).mlir_module()
 
     names = ("tpu_custom_call", "__gpu$xla.gpu.triton", "triton_kernel_call")

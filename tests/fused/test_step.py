@@ -1,4 +1,4 @@
-"""`jadam.step`: one pass that does what the two calls do, on every path that may serve it."""
+"""`jadam.step` agrees with `update` + `apply_updates`, on every path that may execute it."""
 
 import functools
 import shutil
@@ -17,20 +17,20 @@ from helpers import (
     RULES,
     ULPS,
     assert_equal,
-    assert_finite_alike,
+    assert_same_finite,
     assert_steps_agree,
-    compiled,
-    custom_calls,
-    environment,
-    leaves,
-    make,
-    masters_of,
+    check_output,
+    count_kernel_calls,
+    jitted_steps,
+    make_optimizer,
     needs_kernel,
     ones,
-    printed,
-    rows,
+    parametrize,
+    random_tree,
+    subprocess_env,
     takes_int8,
-    trees,
+    unwrap_exact_bf16,
+    zip_leaves,
 )
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -45,7 +45,7 @@ CASES = {f"{name}-{moments}": (name, moments) for moments, names in MOMENTS.item
 
 
 @needs_kernel
-@rows(
+@parametrize(
     "case",
     CASES,
     default=[
@@ -61,53 +61,52 @@ CASES = {f"{name}-{moments}": (name, moments) for moments, names in MOMENTS.item
         "nadamw, momentum-int8",
     ],
 )
-def test_kernel_against_the_two_calls(case):
+def test_kernel_matches_update_and_apply(case):
     rule, moments = case
-    tx = make(rule, moments)
-    step, calls = compiled(tx)
-    params = trees(0)
+    tx = make_optimizer(rule, moments)
+    step, update_and_apply = jitted_steps(tx)
+    params = random_tree(0)
     state = tx.init(params)
     for t in range(12):
-        grads = trees(t + 1)
-        expected = calls(grads, state, params)
-        ulps = 2 * ULPS if moments == "int8" else ULPS  # its scales are of m / sqrt(v), two roundings more
+        grads = random_tree(t + 1)
+        expected = update_and_apply(grads, state, params)
+        ulps = 2 * ULPS if moments == "int8" else ULPS  # the scale of m / sqrt(v) has two more roundings
         assert_steps_agree(step(grads, state, params), expected, (params, state), ulps)
         params, state = expected
-    assert custom_calls(functools.partial(jadam.step, tx), grads, state, params) == 1
+    assert count_kernel_calls(functools.partial(jadam.step, tx), grads, state, params) == 1
 
 
 @needs_kernel
 @pytest.mark.parametrize("moments", ["float32", "bfloat16", "int8"])
 def test_bf16_weights_with_remainder(moments):
-    """Masters agree as float32 weights would; nothing but remainders and weights is in 16 bits.
-
-    For gradients in float32 and, of ``wide`` excepted, in bfloat16.
-    """
+    """The float32 masters agree as float32 weights do. ``wide`` has float32 gradients, other leaves bfloat16 ones."""
     tx = jadam.exact_bf16(jadam.adamw(1.0, moments=moments))
-    step, calls = compiled(tx)
-    of = lambda seed, dtype: {**trees(seed, dtype), "wide": trees(100 + seed)["a"][:15]}
+    step, update_and_apply = jitted_steps(tx)
+    of = lambda seed, dtype: {**random_tree(seed, dtype), "wide": random_tree(100 + seed)["a"][:15]}
     keep = lambda path, _: "c" in path
     params, state = jax.jit(lambda masters: jadam.from_float32(masters, tx, keep=keep))(of(0, np.float32))
     for t in range(12):
         grads = of(t + 1, jnp.bfloat16)
-        expected = calls(grads, state, params)
+        expected = update_and_apply(grads, state, params)
         ulps = 2 * ULPS if moments == "int8" else ULPS
-        assert_steps_agree(*(masters_of(*x) for x in (step(grads, state, params), expected, (params, state))), ulps)
+        assert_steps_agree(
+            *(unwrap_exact_bf16(*x) for x in (step(grads, state, params), expected, (params, state))), ulps
+        )
         params, state = expected
-    assert custom_calls(functools.partial(jadam.step, tx), grads, state, params) == 1
+    assert count_kernel_calls(functools.partial(jadam.step, tx), grads, state, params) == 1
 
 
 @needs_kernel
-def test_the_comparison_bites():
-    """Another beta, another step count or another dither are seen."""
-    params, grads = trees(0), trees(1)
-    other = compiled(jadam.adam(1.0, b2=0.99901))[0]
-    state = make("adam").init(params)
-    expected = compiled(make("adam"))[0](grads, state, params)
+def test_comparison_detects_wrong_hyperparameters():
+    """Another beta fails the comparison, and so does another step count, which changes the dither."""
+    params, grads = random_tree(0), random_tree(1)
+    other = jitted_steps(jadam.adam(1.0, b2=0.99901))[0]
+    state = make_optimizer("adam").init(params)
+    expected = jitted_steps(make_optimizer("adam"))[0](grads, state, params)
     with pytest.raises(AssertionError):
         assert_steps_agree(other(grads, state, params), expected, (params, state))
-    state = make("adam", "int8").init(params)
-    step = compiled(make("adam", "int8"))[0]
+    state = make_optimizer("adam", "int8").init(params)
+    step = jitted_steps(make_optimizer("adam", "int8"))[0]
     shifted = state[0]._replace(count=np.asarray(state[0].count) + 1), state[1]
     with pytest.raises(AssertionError):
         assert_steps_agree(step(grads, shifted, params), step(grads, state, params), (params, state))
@@ -116,25 +115,25 @@ def test_the_comparison_bites():
 @needs_kernel
 @pytest.mark.parametrize("moments", ["float32", "bfloat16", "int8"])
 def test_not_finite(moments):
-    """NaN and infinities come out where they come out of the two calls."""
-    tx = make("adam", moments)
-    step, calls = compiled(tx)
-    params, grads = trees(0), trees(1)
+    """NaN and infinity appear where they do with `update_and_apply`."""
+    tx = make_optimizer("adam", moments)
+    step, update_and_apply = jitted_steps(tx)
+    params, grads = random_tree(0), random_tree(1)
     a = np.array(grads["a"])
     for i, bad in enumerate((np.nan, np.inf, -np.inf, 1e30, 1e-30, -0.0)):
         a[i, 7 * i] = bad
     grads["a"] = jax.device_put(a)
     state = tx.init(params)
     for _ in range(3):
-        new, expected = step(grads, state, params), calls(grads, state, params)
-        assert_finite_alike(new, expected)
+        new, expected = step(grads, state, params), update_and_apply(grads, state, params)
+        assert_same_finite(new, expected)
         params, state = expected
 
 
 @needs_kernel
 @pytest.mark.parametrize("moments", ["float32", "bfloat16", "int8"])
 def test_in_place(moments):
-    """Donated, a step needs no memory beyond a few scalars: 0.01 byte a parameter here, nothing grows with them."""
+    """With donated arguments a step allocates a few scalars only, here at most 0.01 byte a parameter."""
     tx = jadam.exact_bf16(jadam.adam(1e-3, moments=moments))
     params = jax.device_put(np.zeros((512, 512), jnp.bfloat16))
     state = tx.init(params)
@@ -151,7 +150,7 @@ def test_in_place(moments):
 def test_one_call_for_many_leaves():
     params = [jax.ShapeDtypeStruct((3, i + 1), jnp.float32) for i in range(2 * cpu.LEAVES_PER_CALL + 1)]
     tx = jadam.adam(1e-3)
-    assert custom_calls(functools.partial(jadam.step, tx), params, jax.eval_shape(tx.init, params), params) == 3
+    assert count_kernel_calls(functools.partial(jadam.step, tx), params, jax.eval_shape(tx.init, params), params) == 3
 
 
 def test_one_trace_and_fixed_avals():
@@ -172,7 +171,7 @@ def test_one_trace_and_fixed_avals():
     assert scanned.shape == (2,)
 
 
-# -- where no kernel serves --------------------------------------------------------------------------------------------
+# -- without a kernel --------------------------------------------------------------------------------------------------
 
 ODD = {
     "empty": ones((0, 3)),
@@ -184,14 +183,14 @@ ODD = {
 }
 
 
-@rows("rule", ["adamw, scheduled", "nadamw, momentum", "adam, hat"], default=["adamw, scheduled"])
-def test_mixed_leaves(rule):
-    """Leaves that a kernel cannot take go the way of the two calls, to the bit, beside one that it can."""
-    tx = make(rule)
+@parametrize("rule", ["adamw, scheduled", "nadamw, momentum", "adam, hat"], default=["adamw, scheduled"])
+def test_leaves_without_a_kernel(rule):
+    """Leaves that the kernel cannot take are stepped by XLA, beside one that it takes."""
+    tx = make_optimizer(rule)
     grads = jax.tree.map(lambda x: np.asarray(0.3, x.dtype) * np.asarray(x), ODD)
     state = tx.init(ODD)
-    new, expected = (f(grads, state, ODD) for f in compiled(tx))
-    for a, b in leaves(new, expected):
+    new, expected = (f(grads, state, ODD) for f in jitted_steps(tx))
+    for a, b in zip_leaves(new, expected):
         assert a.dtype == b.dtype
         np.testing.assert_allclose(np.asarray(a, complex), np.asarray(b, complex), rtol=3e-7, atol=3e-7)  # 2 ulp of 1
 
@@ -200,7 +199,7 @@ def test_float64_leaves(x64):
     tx = jadam.adamw(1e-3, weight_decay=0.1)
     params = {"wide": ones(7, np.float64), "plain": ones(7)}
     grads = {k: np.asarray(x) / np.asarray(3, x.dtype) for k, x in params.items()}
-    new, expected = (f(grads, tx.init(params), params)[0] for f in compiled(tx))
+    new, expected = (f(grads, tx.init(params), params)[0] for f in jitted_steps(tx))
     assert new["wide"].dtype == jnp.float64
     np.testing.assert_allclose(new["wide"], expected["wide"], rtol=4e-16)  # 2 ulp
 
@@ -216,11 +215,11 @@ TRACED = {
 }
 
 
-@rows("name", [*TRACED], default=["learning rate", "bounds", "exact_bf16"])
-def test_hyperparameters_traced_where_the_step_is(name):
-    """In one pass, and on the bits of the same numbers known beforehand."""
+@parametrize("name", [*TRACED], default=["learning rate", "bounds", "exact_bf16"])
+def test_traced_hyperparameters(name):
+    """Still one pass, with the bits of the same values as Python numbers."""
     make = TRACED[name]
-    params = trees(0, jnp.bfloat16 if name == "exact_bf16" else np.float32)
+    params = random_tree(0, jnp.bfloat16 if name == "exact_bf16" else np.float32)
     params = {k: params[k] for k in "ab"} if name == "exact_bf16" else params
     value = jnp.float32(0.3)
     step = lambda tx, state: jadam.step(tx, params, state, params)
@@ -229,21 +228,21 @@ def test_hyperparameters_traced_where_the_step_is(name):
     expected = jax.jit(functools.partial(step, make(value)))(state)
     new = jax.jit(traced)(value, state)
     assert jax.tree.structure(new) == jax.tree.structure(expected)
-    for a, b in leaves(new, expected):
+    for a, b in zip_leaves(new, expected):
         assert a.dtype == b.dtype
-        if name == "bounds":  # XLA may sum the norm's squares otherwise: an ulp of it, and 2 of what is scaled by it
-            np.testing.assert_allclose(a, b, rtol=4e-7, atol=4e-7 * 0.1)  # of lr * u
+        if name == "bounds":  # another order of the norm's sum: 1 ulp of the norm, 2 ulp of the scaled gradient
+            np.testing.assert_allclose(a, b, rtol=4e-7, atol=4e-7 * 0.1)  # lr = 0.1
         else:
             np.testing.assert_array_equal(a, b)
     if CPU.kernel is not None:
-        assert custom_calls(traced, value, state) == 1
+        assert count_kernel_calls(traced, value, state) == 1
     several = jax.jit(jax.vmap(lambda x: traced(x, state)[0]["a"]))(np.float32([0.3, 0.15]))
     assert_steps_agree((several[0], state), (expected[0]["a"], state), (params["a"], state))
 
 
 @pytest.mark.parametrize("moments", ["float32", "int8"])
 def test_with_jit_disabled(moments):
-    """As one debugs: the eager step's bits, eagerly and through a function that would be compiled."""
+    """Under `jax.disable_jit`: the eager step's bits, with and without `jax.jit`."""
     tx, p = (
         jadam.adamw(0.1, moments=moments),
         jax.device_put(np.linspace(-1, 1, 4096, dtype=np.float32).reshape(32, 128)),
@@ -255,16 +254,16 @@ def test_with_jit_disabled(moments):
             assert_equal(step(tx, p, state, p), expected)
 
 
-def test_nothing_traced_outlives_its_trace():
-    params = trees(0)
+def test_no_leaked_tracers():
+    params = random_tree(0)
     make = lambda x: jadam.chain(jadam.clip(x), jadam.adamw(x, b1=x, weight_decay=x))
     state = make(0.1).init(params)
     with jax.checking_leaks():
         jax.jit(lambda x: jadam.step(make(x), params, state, params))(jnp.float32(0.1))
 
 
-def test_derivative_by_a_hyperparameter():
-    """As of the two calls, through a step and the next, whose schedule goes on."""
+def test_derivative_with_respect_to_a_hyperparameter():
+    """The derivative through two steps is that of `update_and_apply`."""
     params = np.float32([1.0, -2.0, 3.0])
 
     def loss(step, x):
@@ -275,7 +274,7 @@ def test_derivative_by_a_hyperparameter():
         return jnp.sum(p**2)
 
     new, expected = (jax.jit(jax.grad(functools.partial(loss, f)))(0.1) for f in (jadam.step, _step.update_and_apply))
-    np.testing.assert_allclose(new, expected, rtol=1e-6)  # the same operations, whose products XLA may contract
+    np.testing.assert_allclose(new, expected, rtol=1e-6)  # same operations, other contractions
 
 
 def test_vmap_and_grad():
@@ -292,8 +291,8 @@ def test_vmap_and_grad():
     )
 
 
-def assert_one_program(tx, *args):
-    """`step` traces what the two calls trace, to the last equation."""
+def assert_same_jaxpr(tx, *args):
+    """`jadam.step` traces to the jaxpr of `update_and_apply`."""
     traced = [str(jax.make_jaxpr(functools.partial(f, tx))(*args)) for f in (jadam.step, _step.update_and_apply)]
     assert traced[0] == traced[1]
     assert "jadam_step" not in traced[0]
@@ -304,23 +303,23 @@ def assert_one_program(tx, *args):
     [optax.adam(1e-3), optax.chain(jadam.adam(1e-3)), jadam.chain(optax.trace(0.9), jadam.adam(1e-3))],
     ids=["optax", "optax.chain", "another stage"],
 )
-def test_anything_else_is_the_two_calls(tx):
-    params = trees(0)
+def test_other_transformations_use_update_and_apply(tx):
+    params = random_tree(0)
     state = tx.init(params)
-    assert_one_program(tx, trees(1), state, params)
-    assert custom_calls(functools.partial(jadam.step, tx), trees(1), state, params) == 0
+    assert_same_jaxpr(tx, random_tree(1), state, params)
+    assert count_kernel_calls(functools.partial(jadam.step, tx), random_tree(1), state, params) == 0
 
 
-def test_chain_is_optax_s():
+def test_chain_equals_optax_chain():
     stages = optax.clip_by_global_norm(1.0), optax.clip(0.5), optax.scale_by_schedule(lambda count: 1.0 + count)
     mine = jadam.chain(jadam.clip_by_global_norm(1.0), jadam.clip(0.5), stages[2])
-    params = trees(0)
+    params = random_tree(0)
     both = mine, optax.chain(*stages)
     updates = [jax.jit(tx.update) for tx in both]
     states = [tx.init(params) for tx in both]
     assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
     for t in range(3):
-        results = [update(trees(t), s, params) for update, s in zip(updates, states, strict=True)]
+        results = [update(random_tree(t), s, params) for update, s in zip(updates, states, strict=True)]
         states = [state for _, state in results]
         assert_equal(*results)
 
@@ -330,27 +329,27 @@ def test_chain_is_optax_s():
 
 @pytest.mark.parametrize("moments", ["float32", "int8"])
 def test_sharded(moments):
-    """No gather of an array, the shardings stay, and the two calls' result; a kernel inside shard_map."""
+    """No all-gather, no kernel outside of shard_map, the same shardings and result."""
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     on = lambda spec: NamedSharding(mesh, spec)
-    tx = make("adam", moments)
-    params, grads = (jax.device_put(np.asarray(trees(seed)["a"])[:32, :256], on(P("x"))) for seed in range(2))
+    tx = make_optimizer("adam", moments)
+    params, grads = (jax.device_put(np.asarray(random_tree(seed)["a"])[:32, :256], on(P("x"))) for seed in range(2))
     state = tx.init(params)
-    step = compiled(tx)[0].lower(grads, state, params).compile()
+    step = jitted_steps(tx)[0].lower(grads, state, params).compile()
     text = step.as_text()
     assert "all-gather" not in text
     assert "jadam_step" not in text
     new, new_state = step(grads, state, params)
     assert new.sharding.is_equivalent_to(params.sharding, 2)
     whole = jax.tree.map(np.asarray, (grads, state, params))
-    assert_steps_agree((new, new_state), compiled(tx)[1](*whole), (whole[2], whole[1]))
+    assert_steps_agree((new, new_state), jitted_steps(tx)[1](*whole), (whole[2], whole[1]))
 
 
 @needs_kernel
 def test_inside_shard_map():
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    tx = make("adam")
-    params, grads = (np.asarray(trees(seed)["a"])[:32, :256] for seed in range(2))
+    tx = make_optimizer("adam")
+    params, grads = (np.asarray(random_tree(seed)["a"])[:32, :256] for seed in range(2))
     state = tx.init(params)
     spec = jax.tree.map(lambda x: P("x") if x.ndim else P(), state)
     step = jax.shard_map(
@@ -360,10 +359,10 @@ def test_inside_shard_map():
         out_specs=(P("x"), spec),
         check_vma=False,
     )
-    assert custom_calls(step, grads, state, params) == 1
+    assert count_kernel_calls(step, grads, state, params) == 1
     step = jax.jit(step).lower(grads, state, params).compile()
     assert "all-gather" not in step.as_text()
-    assert_steps_agree(step(grads, state, params), compiled(tx)[1](grads, state, params), (params, state))
+    assert_steps_agree(step(grads, state, params), jitted_steps(tx)[1](grads, state, params), (params, state))
 
 
 @pytest.mark.parametrize(
@@ -374,15 +373,15 @@ def test_inside_shard_map():
         jadam.chain(jadam.clip(1.0), jadam.clip_by_global_norm(1.0), jadam.scale_by_radam()),
     ],
 )
-def test_a_transformation_taken_apart_and_put_together_is_the_same(tx):
-    """Flax takes it for a tree; older versions do so in nnx.jit."""
+def test_transformation_survives_tree_map(tx):
+    """A transformation is a NamedTuple, hence a pytree; Flax maps over it, in older versions within nnx.jit."""
     again = jax.tree.map(lambda function: function, tx)
     assert type(again) is type(tx)
     params = ones(3)
     assert _step.why_not_fused(again, params, tx.init(params), params) is None
 
 
-def test_clipping_taken_apart_and_put_together_is_the_same():
+def test_clipping_survives_tree_map():
     clip = jax.tree.map(lambda function: function, jadam.clip(1.0))
     tx = jadam.chain(clip, jadam.adam(1.0))
     params = ones(3)
@@ -390,8 +389,8 @@ def test_clipping_taken_apart_and_put_together_is_the_same():
 
 
 @needs_kernel
-def test_export_decides_by_target():
-    """One export for two platforms: the CPU's branch calls the kernel, the other has none of it."""
+def test_export_for_two_platforms():
+    """The export's CPU branch calls the kernel; the TPU branch does not."""
     tx = jadam.adam(1.0)
     params = ones((4, 5))
     step = jax.jit(functools.partial(jadam.step, tx))
@@ -412,34 +411,34 @@ def test_kernels_can_be_turned_off(monkeypatch):
     assert {x.kernel for x in jadam.backends().values()} == {None}
     assert "JADAM_KERNELS=xla" in str(jadam.backends()["cpu"])
     p = ones(3)
-    assert custom_calls(functools.partial(jadam.step, tx), p, tx.init(p), p) == 0
+    assert count_kernel_calls(functools.partial(jadam.step, tx), p, tx.init(p), p) == 0
     monkeypatch.setenv("JADAM_KERNELS", "none")
     with pytest.raises(ValueError, match=r"^JADAM_KERNELS must be unset or 'xla', got 'none'\. Unset it\.$"):
         jadam.backends()
 
 
-def python(program, cwd, **env):
-    """What ``program`` prints in a fresh Python."""
-    env = environment(**{"JAX_PLATFORMS": "cpu", **env})
-    return printed([sys.executable, "-c", program], cwd=cwd, env=env).strip()
+def run_python(program, cwd, **env):
+    """Output of ``program`` in a new Python process."""
+    env = subprocess_env(**{"JAX_PLATFORMS": "cpu", **env})
+    return check_output([sys.executable, "-c", program], cwd=cwd, env=env).strip()
 
 
 @needs_kernel
-def test_a_source_folder_finds_the_installed_extension(tmp_path):
-    """A clone's ``jadam/`` hides the installed one from a Python started beside it; other sources' is refused."""
+def test_source_folder_uses_the_installed_extension(tmp_path):
+    """A Python started in a clone imports the clone's ``jadam/`` with the installed extension, if the sources match."""
     shutil.copytree(Path(jadam.__file__).parent, tmp_path / "clone" / "jadam", ignore=shutil.ignore_patterns("*.so"))
     installed = tmp_path / "site" / "jadam" / "_fused" / "cpu"
     installed.mkdir(parents=True)
     shutil.copy(CPU.reason, installed)
     program = "import jadam; print(jadam.__file__, jadam.backends()['cpu'], sep='\\n')"
-    file, backend = python(program, tmp_path / "clone", PYTHONPATH=str(tmp_path / "site")).splitlines()
+    file, backend = run_python(program, tmp_path / "clone", PYTHONPATH=str(tmp_path / "site")).splitlines()
     assert Path(file).is_relative_to(tmp_path / "clone")
     assert backend == f"{CPU.kernel}: {installed / Path(CPU.reason).name}"
     for name in cpu.SOURCES[::3]:  # cpu.cc and rules.h
         source = tmp_path / "clone" / "jadam" / "_fused" / name
         text = source.read_text()
         source.write_text(text + "// changed\n")
-        _, backend = python(program, tmp_path / "clone", PYTHONPATH=str(tmp_path / "site")).splitlines()
+        _, backend = run_python(program, tmp_path / "clone", PYTHONPATH=str(tmp_path / "site")).splitlines()
         assert backend.startswith("XLA: ")
         assert backend.endswith("was built from other sources; reinstall jadam")
         source.write_text(text)
@@ -449,21 +448,21 @@ def test_a_source_folder_finds_the_installed_extension(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("instructions", ["portable", "avx2"])
 def test_other_instructions(instructions, tmp_path):
-    """Processors without this one's instructions get the same step."""
+    """The same step with other instruction sets."""
     program = """if True:
         import helpers as t, jadam
         for moments in ("float32", "bfloat16", "int8"):
             for rule in ("adam", "nadam", "both"):
-                tx = t.make(rule, moments)
-                params = t.trees(0)
+                tx = t.make_optimizer(rule, moments)
+                params = t.random_tree(0)
                 state = tx.init(params)
                 for i in range(3):
-                    new, expected = (f(t.trees(i + 1), state, params) for f in t.compiled(tx))
+                    new, expected = (f(t.random_tree(i + 1), state, params) for f in t.jitted_steps(tx))
                     t.assert_steps_agree(new, expected, (params, state), 2 * t.ULPS)
                     params, state = expected
         print(jadam.backends()["cpu"].kernel)
     """
-    printed = python(program, tmp_path, JADAM_INSTRUCTIONS=instructions)
+    printed = run_python(program, tmp_path, JADAM_INSTRUCTIONS=instructions)
     assert printed in (f"FFI, {instructions}", "FFI, portable")
 
 
@@ -513,7 +512,7 @@ WRONG = [
 
 @needs_kernel
 @pytest.mark.parametrize(("changed", "message"), WRONG)
-def test_the_handler_checks_what_it_is_handed(changed, message):
+def test_handler_checks_its_arguments(changed, message):
     given = {**GOOD, **changed}
     call = jax.ffi.ffi_call("jadam_step", given["outputs"])
     with pytest.raises(Exception, match=f"jadam: {message}"):
@@ -523,8 +522,8 @@ def test_the_handler_checks_what_it_is_handed(changed, message):
 
 
 @needs_kernel
-def test_the_handler_refuses_a_wrong_alias():
-    """The new parameter in the place of a moment."""
+def test_handler_refuses_a_wrong_alias():
+    """The new parameter may not overwrite a moment."""
     call = jax.ffi.ffi_call("jadam_step", GOOD["outputs"], input_output_aliases={4: 0})
     with pytest.raises(Exception, match="jadam: an output overlaps another buffer"):
         jax.block_until_ready(
@@ -534,7 +533,7 @@ def test_the_handler_refuses_a_wrong_alias():
 
 P32, P16, C64 = (ones((4, 4), dtype) for dtype in (np.float32, jnp.bfloat16, np.complex64))
 CLIP, NORM, ADAM = jadam.clip(0.5), jadam.clip_by_global_norm(0.5), jadam.adam(0.1)
-OBSTACLES = [
+NOT_FUSED = [
     (jadam.chain(NORM, CLIP, ADAM), P32, "jadam.chain has jadam.clip after another clipping"),
     (jadam.chain(CLIP, CLIP, ADAM), P32, "jadam.chain has jadam.clip after another clipping"),
     (jadam.chain(NORM, NORM, ADAM), P32, "jadam.chain has jadam.clip_by_global_norm more than once"),
@@ -554,24 +553,24 @@ OBSTACLES = [
 ]
 
 
-@pytest.mark.parametrize(("tx", "p", "reason"), OBSTACLES)
-def test_what_makes_two_calls_of_it(tx, p, reason):
-    """Is told, and `step` is the two calls."""
+@pytest.mark.parametrize(("tx", "p", "reason"), NOT_FUSED)
+def test_why_not_fused(tx, p, reason):
+    """`why_not_fused` gives the reason, and `jadam.step` is `update_and_apply`."""
     state = tx.init(p)
     if reason != "trace":
         assert _step.why_not_fused(tx, p, state, p) == reason
     assert (_step.why_not_fused(tx, p, state, p) or "none") != "none"
-    assert_one_program(tx, p, state, p)
+    assert_same_jaxpr(tx, p, state, p)
 
 
-def test_complex_gradients_are_clipped_by_optax_if_at_all():
+def test_clipped_complex_gradients_are_not_fused():
     tx = jadam.chain(CLIP, ADAM)
     assert _step.why_not_fused(tx, C64, tx.init(C64), C64) == "jadam.chain clips complex gradients"
 
 
-def test_what_the_cpu_s_kernel_leaves_to_xla():
-    tell = lambda tx, p: _step.why_leaves_not_fused("cpu", tx, p, tx.init(p), p)[0][1]
-    assert tell(ADAM, P32) is None
-    assert tell(jadam.adam(0.1, mu_dtype=jnp.bfloat16), P32) == "no kernel for mu_dtype"
-    assert tell(ADAM, ones((0, 4))) == "no elements"
-    assert "complex64" in tell(ADAM, C64)
+def test_leaves_without_a_cpu_kernel():
+    why = lambda tx, p: _step.why_leaves_not_fused("cpu", tx, p, tx.init(p), p)[0][1]
+    assert why(ADAM, P32) is None
+    assert why(jadam.adam(0.1, mu_dtype=jnp.bfloat16), P32) == "no kernel for mu_dtype"
+    assert why(ADAM, ones((0, 4))) == "no elements"
+    assert "complex64" in why(ADAM, C64)

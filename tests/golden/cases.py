@@ -1,6 +1,6 @@
-"""Which trajectories ``tests/golden`` holds: the optimizers, and one step of each in three ways.
+"""The optimizers and problems whose trajectories are in ``tests/golden``.
 
-Public names only, so that no change inside jadam touches this file.
+Uses only public names, so that internal changes of jadam do not touch this file.
 """
 
 import dataclasses
@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from family import FAMILY, VARIANTS
-from helpers import ADAMS
+from helpers import INT8_OPTIMIZERS
 
 import jadam
 
 STEPS = 20
-SHAPES = {  # the last axis of the int8 leaf holds a whole block and a ragged one
+SHAPES = {  # "k" is stored in int8: its rows have one full and one partial block
     "small": {"w": (3, 5), "b": (7,), "s": ()},
     "medium": {"w": (16, 20), "b": (7,), "s": ()},
     "large": {"k": (24, 172), "b": (7,)},
@@ -28,7 +28,7 @@ RATE = optax.cosine_decay_schedule(1e-2, 40)
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """An optimizer, the size of its parameters, and their dtype and that of the gradients."""
+    """An optimizer, the size of the problem, and the dtypes of parameters and gradients."""
 
     make: Callable
     size: str = "small"
@@ -40,7 +40,7 @@ def _cases():
     for member in FAMILY:
         yield f"{member.name}, float32", Case(functools.partial(member.make, RATE, **member.settings))
         yield f"{member.name}, bfloat16", Case(functools.partial(member.make, RATE, moments="bfloat16"), "medium")
-    for name in ADAMS:
+    for name in INT8_OPTIMIZERS:
         yield f"{name}, int8", Case(functools.partial(getattr(jadam, name), RATE, moments="int8"), "large")
     for name, settings, _ in VARIANTS:
         text = ", ".join(f"{key}={value}" for key, value in settings.items() if key not in ("b1", "b2", "eps"))
@@ -77,7 +77,7 @@ CASES = dict(_cases())
 
 
 def inputs(case: Case, stored) -> tuple:
-    """The parameters and, stacked over the steps, the gradients, in the dtypes of the case."""
+    """Parameters, and gradients stacked over steps, in the dtypes of the case."""
 
     def cast(name, dtype):
         x = stored[name]
@@ -92,7 +92,7 @@ def inputs(case: Case, stored) -> tuple:
 
 
 def trajectory(case: Case, stored) -> dict[int, tuple]:
-    """``(params, state)`` by the number of the step, for those that are kept, by `jadam.step` under jit."""
+    """``{step: (params, state)}`` for the steps in `KEPT`, with jitted `jadam.step`."""
     params, gradients = inputs(case, stored)
     tx = case.make()
     step = jax.jit(lambda g, state, params: jadam.step(tx, g, state, params))
@@ -105,14 +105,14 @@ def trajectory(case: Case, stored) -> dict[int, tuple]:
 
 
 def to_arrays(name: str, kept: dict[int, tuple]) -> dict[str, np.ndarray]:
-    """A trajectory as named NumPy arrays, each leaf stacked over the steps; bfloat16 as its bits."""
+    """Trajectory as named NumPy arrays, each leaf stacked over steps; bfloat16 as uint16 bits."""
     stacked = jax.tree.map(lambda *x: np.stack([np.asarray(y) for y in x]), *kept.values())
     bits = [x.view(np.uint16) if x.dtype == jnp.bfloat16 else x for x in jax.tree.leaves(stacked)]
     return {f"{name}/{i}": x for i, x in enumerate(bits)}
 
 
 def from_arrays(name: str, case: Case, stored) -> dict[int, tuple]:
-    """`to_arrays` undone."""
+    """Inverse of `to_arrays`."""
     params, _ = inputs(case, stored)
     like = (params, jax.eval_shape(case.make().init, params))
     leaves, structure = jax.tree.flatten(like)

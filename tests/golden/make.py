@@ -1,8 +1,7 @@
-"""Write the golden files: ``python tests/golden/make.py [FOLDER]``, from the commit before a change.
+"""Writes the golden files: ``python tests/golden/make.py [FOLDER]``, from the commit before a change.
 
-The committed ones were made once, and no commit changes both them and the code. On another processor they are compared
-within rounding only; to compare bits there, make them in a folder of your own and run
-``JADAM_GOLDEN=FOLDER pytest tests/test_golden.py``.
+No commit changes both the committed files and the code. On another processor they are compared within rounding only. To
+compare bits there, make the files in a folder of your own and run ``JADAM_GOLDEN=FOLDER pytest tests/test_golden.py``.
 """
 
 import datetime
@@ -26,7 +25,7 @@ STATES += ["amsgrad, float32", "average_params"]
 
 
 def start() -> dict[str, np.ndarray]:
-    """Parameters and gradients: sizes over six decades, coordinates that are always 0 and that die after a step."""
+    """Parameters, and gradients over six decades, some always 0 and some 0 after the first step."""
     rng, found = np.random.default_rng(0), {}
     for size, shapes in cases.SHAPES.items():
         for name, shape in shapes.items():
@@ -40,13 +39,13 @@ def start() -> dict[str, np.ndarray]:
 
 
 def _few_digits(x):
-    """With 11 bits, which compress."""
+    """Values rounded to 11 bits, which compress well."""
     mantissa, exponent = np.frexp(x)
     return np.ldexp(np.round(mantissa * 2**11) / 2**11, exponent).astype(np.float32)
 
 
 def main(folder: Path) -> None:
-    """Every file."""
+    """Writes every file."""
     folder.mkdir(parents=True, exist_ok=True)
     arrays = start()
     kept = {name: cases.trajectory(case, arrays) for name, case in cases.CASES.items()}
@@ -60,7 +59,9 @@ def main(folder: Path) -> None:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(folder / "states" / file, state, force=True)
             checkpointer.wait_until_finished()
-        (folder / "states" / file / "commit_success.txt").write_text("Checkpoint commit was successful\n")  # no path
+        (folder / "states" / file / "commit_success.txt").write_text(
+            "Checkpoint commit was successful\n"
+        )  # else it contains a path
     names = where.public_names()
     (folder / "names.json").write_text(json.dumps(names, indent=1) + "\n")
     (folder / "errors.json").write_text(json.dumps(texts.every(), indent=1, ensure_ascii=False) + "\n")

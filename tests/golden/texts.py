@@ -1,4 +1,4 @@
-"""The text of every error in ``test_checks``, remembered word for word but for what other versions print otherwise."""
+"""The text of every error in ``test_checks``, without the parts that depend on versions."""
 
 import functools
 import json
@@ -19,7 +19,7 @@ VARYING = {
 
 
 def plain(text: str) -> str:
-    """``text`` without what depends on versions or addresses."""
+    """``text`` without addresses and version-dependent parts."""
     for pattern, replacement in VARYING.items():
         text = re.sub(pattern, replacement, text)
     return text
@@ -31,12 +31,12 @@ def _remembered() -> dict[str, str]:
 
 
 def remembered(name: str) -> str:
-    """The text of the call of that name."""
+    """Saved text of a call."""
     return _remembered()[name]
 
 
 def every() -> dict[str, str]:
-    """The texts of today."""
+    """Current texts, ``{name of the call: text}``."""
     import test_checks
 
     found = {}

@@ -1,4 +1,4 @@
-"""Where golden files are made and what is in them beside trajectories: the machine, saved states, public names."""
+"""The machine that makes the golden files, saved states, and public names."""
 
 import inspect
 import platform
@@ -15,7 +15,7 @@ SUBMODULES = ("sharding", "flax", "torch_state")
 
 
 def here() -> dict[str, str]:
-    """What decides the bits of a step by the CPU's kernel: the processor, its instructions, and XLA for the scalars."""
+    """What a step's bits depend on: processor, the kernel's instruction set, and jaxlib, which computes the scalars."""
     kernel = jadam.backends()["cpu"].kernel
     return {"processor": _processor(), "instructions": kernel or "XLA", "jaxlib": jaxlib.__version__}
 
@@ -29,13 +29,13 @@ def _processor() -> str:
 
 
 def named(state) -> dict[str, np.ndarray]:
-    """The arrays of a state by their paths, as one saves them with `numpy.savez`; bfloat16 as its bits."""
+    """``{path: array}`` for `numpy.savez`; bfloat16 as uint16 bits."""
     arrays = {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(state)}
     return {path: x.view(np.uint16) if x.dtype == ml_dtypes.bfloat16 else x for path, x in arrays.items()}
 
 
 def unnamed(arrays, like):
-    """`named` undone, for a state like ``like``."""
+    """Inverse of `named`, for a state like ``like``."""
 
     def one(path, x):
         found = arrays[jax.tree_util.keystr(path)]
@@ -45,7 +45,7 @@ def unnamed(arrays, like):
 
 
 def public_names() -> dict[str, list[str] | None]:
-    """Every public name of jadam and, where it is a function, those of its arguments."""
+    """``{public name: argument names}``, with None for what is not callable."""
     import jadam.flax
     import jadam.torch_state
 

@@ -1,4 +1,4 @@
-"""Moments in bfloat16 and int8: their size, their error, their bound, and what they must never hide."""
+"""bfloat16 and int8 moments: size, error, bound of the update, and visibility of non-finite values."""
 
 import contextlib
 import functools
@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import ones, rows, zeros
+from helpers import ones, parametrize, zeros
 from hypothesis import strategies as st
-from properties import holds
+from properties import property_test
 
 import jadam
 from jadam._moments import formats
@@ -26,7 +26,7 @@ ADAMS = {
 
 @functools.cache
 def scale_by(moments):
-    """`jadam.scale_by_adam` and its compiled update, which tests share."""
+    """`jadam.scale_by_adam` and its jitted update; cached."""
     tx = jadam.scale_by_adam(moments=moments)
     return tx, jax.jit(tx.update)
 
@@ -59,7 +59,7 @@ def gradients():
 
 @jax.jit
 def squares(b2, eps, scale, shift, gradients):
-    """Of the update's error, and of the update, along gradients that shrink by ``shift`` half way."""
+    """Sums of squares of the update's error and of the update. Half way the gradients shrink by ``shift``."""
     sides = {name: jadam.scale_by_adam(b2=b2, eps=eps, moments=name) for name in ("float32", *NARROW)}
 
     def step(states, g_and_t):
@@ -75,7 +75,7 @@ def squares(b2, eps, scale, shift, gradients):
     return jax.lax.scan(step, start, (gradients, jnp.arange(len(gradients))))[1]
 
 
-# Gradients are N(0, 1) times a lognormal scale of each coordinate's own.
+# Gradients are N(0, 1) times a lognormal scale for each coordinate.
 @pytest.mark.parametrize(
     ("sigma", "shift", "settings", "most"),
     [
@@ -94,7 +94,7 @@ def test_error_of_the_update(sigma, shift, settings, most):
 
 
 def bound(b1, b2, t, nesterov):
-    """Of the update's size, for every sequence of gradients: Cauchy-Schwarz, see `jadam._moments.int8`."""
+    """Bound of |update| over all gradients, by Cauchy-Schwarz; derived in `jadam._moments.int8`."""
     newest = (1 - b1) / jnp.sqrt(1 - b2)
     ratio = newest / jnp.sqrt(1 - b1 * b1 / b2)
     adam = ratio / (1 - b1**t)
@@ -104,7 +104,7 @@ def bound(b1, b2, t, nesterov):
 
 @functools.partial(jax.jit, static_argnames="nesterov")
 def worst_breach(b1, b2, gradients, nesterov=False):
-    """The largest |u| over its bound, along a sequence of gradients."""
+    """Maximum of |u| / bound over a sequence of gradients."""
     tx = jadam.scale_by_adam(b1, b2, eps=1e-30, nesterov=nesterov, moments="int8")
 
     def step(state, g):
@@ -125,7 +125,7 @@ def adversary(kind, rng, steps=200, shape=(32, 128)):
         g = np.broadcast_to(10 ** rng.uniform(-14, 17, shape), size)
     elif kind == "sign flips":
         g = np.abs(g) * np.where(np.arange(steps) % 7 < 5, 1, -1)[:, None, None]
-    elif kind == "growing":  # equality in Cauchy-Schwarz: each gradient is b2/b1 times the one before
+    elif kind == "growing":  # equality in Cauchy-Schwarz: gradients grow by b2/b1
         g = np.broadcast_to(1e-15 * (0.999 / 0.9) ** np.arange(steps)[:, None, None], size)
     return g.astype(np.float32)
 
@@ -133,15 +133,15 @@ def adversary(kind, rng, steps=200, shape=(32, 128)):
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("kind", ["normal", "spikes", "sparse", "constant", "sign flips", "growing"])
 def test_the_bound_holds(kind, nesterov):
-    # 1e-4: float32 sums of 200 terms and t-th powers of betas rounded once, each a few 1e-6
+    # 1e-4 covers sums of 200 float32 terms and powers of rounded betas, a few 1e-6 each
     g = adversary(kind, np.random.default_rng(0))
     ratio = worst_breach(jnp.float32(0.9), jnp.float32(0.999), g, nesterov=nesterov)
     assert ratio <= 1 + 1e-4
     if kind == "growing":
-        assert ratio > 0.5  # the bound is not an idle one
+        assert ratio > 0.5  # the bound is nearly reached
 
 
-@holds(
+@property_test(
     few=40,
     b2=st.floats(0.5, 0.9999),
     share=st.floats(0, 0.98),
@@ -168,15 +168,15 @@ def test_rounding_is_unbiased():
         return int8.decode(int8.encode((m, v), stored, formats.random_bits(m.shape, 0, count)), jnp.float32)
 
     many = [np.asarray(x) for x in jax.jit(jax.vmap(decoded))(np.arange(n))]
-    # The dither walks evenly round the circle, so the mean's error shrinks like 1/n, not like its root; the largest
-    # gap between two levels of v is 25 times v, at w**2 = 1e-6.
+    # The dither of successive steps is evenly spread, so the error of the mean is O(1/n), not O(1/sqrt(n)). The largest
+    # gap between two levels of v is 25 v, at w**2 = 1e-6.
     np.testing.assert_allclose(np.asarray(many[1], np.float64).mean(0), v, rtol=1e-3)
     ratio = np.asarray(many[0] / np.sqrt(many[1]), np.float64).mean(0)
     np.testing.assert_allclose(ratio, m / np.sqrt(v), atol=1e-3)
     moments = jax.device_put((m, v))
     encoded = lambda t: formats.FORMATS["bfloat16"].encode(moments, moments, formats.random_bits(m.shape, 0, t))
     for x, exact in zip(jax.jit(jax.vmap(encoded))(np.arange(n)), (m, v), strict=True):
-        # a spacing times the discrepancy of the walk, some log(n) / n
+        # a gap times the discrepancy of the dither sequence, some log(n) / n
         np.testing.assert_allclose(np.asarray(x, np.float64).mean(0), exact, rtol=2**-7 / 500)
 
 
@@ -199,7 +199,7 @@ def test_a_gradient_that_dies_stops_its_weight():
     assert of_all[-1] > 0.1
 
 
-def test_betas_that_are_1_in_float32_have_a_bound():
+def test_bound_of_betas_that_are_1_in_float32():
     g = normal(32, 128)
     tx = jadam.scale_by_adam(1 - 1e-12, 1 - 1e-12, eps=0.0, moments="int8")
     np.testing.assert_allclose(jax.jit(lambda g: tx.update(g, tx.init(g))[0])(g), np.sign(g), rtol=1e-6)
@@ -207,7 +207,7 @@ def test_betas_that_are_1_in_float32_have_a_bound():
 
 @pytest.mark.parametrize("moments", NARROW)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e20])
-def test_nothing_not_finite_is_laundered(moments, bad):
+def test_non_finite_values_stay_visible(moments, bad):
     p = zeros((32, 256))
     good = np.ones((32, 256), np.float32)
     g = good.copy()
@@ -263,14 +263,14 @@ def test_same_bits_again_and_on_eight_devices(moments):
 
 @pytest.mark.parametrize("under_jit", [False, True])
 def test_blocks_fit_shards(under_jit):
-    """Under jit shardings are known on a mesh with explicit axes."""
+    """Block sizes depend on shardings, which are known under jit if the mesh axes are explicit."""
     kind = jax.sharding.AxisType.Explicit if under_jit else jax.sharding.AxisType.Auto
     mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "x"))
     sharded = lambda *shape: jax.device_put(np.zeros(shape, np.float32), sharding)
     tx = jadam.scale_by_adam(moments="int8")
     init = jax.jit(tx.init) if under_jit else tx.init
-    p = sharded(50, 768)  # 96 in a shard: six blocks of 128 would straddle
+    p = sharded(50, 768)  # 96 columns a shard: blocks of 128 would straddle shards
     set_mesh = getattr(jax, "set_mesh", None) or jax.sharding.use_mesh
     with set_mesh(mesh) if under_jit else contextlib.nullcontext():
         state, other = init(p), init(sharded(600, 8 * 13))
@@ -283,9 +283,9 @@ def test_blocks_fit_shards(under_jit):
     np.testing.assert_allclose(update(g, state)[0], g, rtol=1e-6)
 
 
-@rows("make", ADAMS, default=["nadamw"])
+@parametrize("make", ADAMS, default=["nadamw"])
 def test_jit_is_eager(make):
-    # Under jit a multiplication and an addition may be one operation, so a value may round to the neighbouring code.
+    # Under jit XLA may contract products and sums, so a value may round to the neighbouring code.
     p = zeros((40, 300))
     tx = make(moments="int8")
     g = jax.device_put(normal(*p.shape))
@@ -298,7 +298,7 @@ def test_jit_is_eager(make):
         assert (codes != others).mean() < 1e-3
 
 
-@rows("member", family.FAMILY, default=["adamaxw", "amsgrad", "radam"])
+@parametrize("member", family.FAMILY, default=["adamaxw", "amsgrad", "radam"])
 def test_bfloat16_throughout_the_family(member):
     p = {"w": ones((8, 16), jnp.bfloat16), "b": ones(3), "none": None, "empty": zeros((0, 3))}
     tx, plain = member.make(0.1, moments="bfloat16"), member.make(0.1)
@@ -309,7 +309,7 @@ def test_bfloat16_throughout_the_family(member):
         g = jax.tree.map(lambda x, t=t: np.full(x.shape, 1 + t % 3, x.dtype), p)
         u, state = update(g, state, p)
         v, expected = update_plain(g, expected, p)
-        # a moment's error is at most bfloat16's spacing, 2**-7, of which v's counts half; a v made of m has m's too
+        # a moment has an error of at most 2**-7, bfloat16's spacing; the root halves that of v; a v made of m has m's
         rtol = 2**-6 if isinstance(expected[0], (optax.ScaleByAdamState, optax.ScaleByAmsgradState)) else 2**-5
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=rtol), u, v)
     assert update._cache_size() == 1
@@ -319,12 +319,12 @@ def test_bfloat16_throughout_the_family(member):
 @pytest.mark.parametrize(
     "member", [m for m in family.FAMILY if m.name not in ("adam", "adamw", "nadam", "nadamw")], ids=str
 )
-def test_int8_is_refused_elsewhere(member):
+def test_other_optimizers_refuse_int8(member):
     with pytest.raises(ValueError, match="moments must be 'bfloat16' or 'float32' for this optimizer, got 'int8'"):
         member.make(0.1, moments="int8")
 
 
-def test_by_name():
+def test_formats_chosen_by_a_function():
     p = {"embed": zeros((64, 128)), "layer": {"kernel": zeros((64, 128)), "bias": zeros(128)}}
     tx = jadam.adam(0.1, moments=lambda path, leaf: "bfloat16" if "embed" in path else "int8")
     state = tx.init(p)
@@ -355,9 +355,9 @@ def test_scheduled_and_traced_betas():
     state, update = scheduled.init(p), jax.jit(scheduled.update)
     for t in range(4):
         u, state = update(g, state)
-        assert np.isfinite(u).all() == (t < 2)  # from the third step on there is no bound, and no number
+        assert np.isfinite(u).all() == (t < 2)  # from the third step on the update is unbounded, hence NaN
     make = functools.partial(optax.inject_hyperparams(jadam.adam, static_args=("moments",)), 0.1, moments="int8")
-    update = jax.jit(make(b2=0.99).update)  # which takes b2 from the state
+    update = jax.jit(make(b2=0.99).update)  # b2 is in the state
     for b2, finite in ((0.99, True), (0.5, False)):
         u, _ = update(g, make(b2=b2).init(p))
         assert np.isfinite(u).all() == finite
@@ -365,7 +365,7 @@ def test_scheduled_and_traced_betas():
 
 @pytest.mark.parametrize("wrap", [lambda tx: tx, jadam.exact_bf16])
 def test_a_first_state_can_be_donated(wrap):
-    """No two leaves of it are one buffer: XLA would refuse to take it twice."""
+    """No two leaves share a buffer, which XLA refuses to donate twice."""
     params = {"kernel": ones((64, 128)), "bias": ones(128), "scale": ones(())}
     tx = wrap(jadam.adam(1e-3, b1=lambda count: 0.9, moments="int8"))
     state = tx.init(params)
@@ -381,7 +381,7 @@ def test_scheduled_betas_without_a_bound_are_nan():
 
 
 def test_derivative_through_two_steps_is_finite():
-    """Where v is 0 too."""
+    """Also where v is 0."""
     tx = jadam.adam(1.0, moments="int8")
     p = np.ones((64, 128), np.float32)
     p[0, 0] = 0
@@ -402,7 +402,7 @@ def test_derivative_through_two_steps_is_finite():
     ],
 )
 def test_strict_promotion_changes_no_bit(moments, wrap, strict):
-    """Of both ways to take a step, of `jadam.statistics` and of `jadam.convert_moments`."""
+    """Strict modes change no bit of steps, `jadam.statistics` and `jadam.convert_moments`."""
     tx = wrap(jadam.adamw(1e-2, moments=moments))
     dtype = jnp.bfloat16 if wrap is jadam.exact_bf16 else jnp.float32
     params = {"kernel": ones((64, 129), dtype), "bias": ones(3, dtype)}
@@ -427,8 +427,8 @@ def test_strict_promotion_changes_no_bit(moments, wrap, strict):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
-def test_strict_promotion_where_a_step_is_two_calls(strict):
-    """The update of an `exact_bf16` is wider than the parameters, which `optax.apply_updates` then refuses."""
+def test_strict_promotion_of_a_step_that_is_not_fused(strict):
+    """`exact_bf16` returns float32 updates, which `optax.apply_updates` refuses in strict mode; `jadam.step` works."""
     tx = jadam.exact_bf16(optax.sgd(2.0**-9))
     p = ones(3, jnp.bfloat16)
     masters = jax.jit(lambda p, state: jadam.float32_params(*jadam.step(tx, p, state, p)))(p, tx.init(p))

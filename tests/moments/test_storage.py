@@ -1,4 +1,4 @@
-"""`_formats` on single arrays: what is stored, what is refused, and who chooses."""
+"""Each function of `jadam._moments.formats` on single arrays."""
 
 import re
 import zlib
@@ -15,7 +15,7 @@ from jadam._moments.formats import FORMATS, BFloat16, Float32
 
 
 def test_names():
-    names = ["int8", "bfloat16", "float32"]  # `of` asks in this order, and float32 takes the rest
+    names = ["int8", "bfloat16", "float32"]  # the order in which `format_of` tries them; float32 matches everything
     assert list(FORMATS) == [format.name for format in FORMATS.values()] == names
 
 
@@ -42,7 +42,7 @@ def test_float32_decodes_and_encodes():
     assert (m.tolist(), v.tolist()) == ([1.5, 2.5], [3.0, 4.0])
     new = Float32().encode((jnp.float32([1 + 2**-9, 7]), jnp.float32([5, 6])), stored, None)
     assert [x.dtype for x in new] == [jnp.bfloat16, jnp.float32]
-    assert [x.tolist() for x in new] == [[1.0, 7.0], [5.0, 6.0]]  # to nearest
+    assert [x.tolist() for x in new] == [[1.0, 7.0], [5.0, 6.0]]  # rounded to nearest
     with pytest.raises(ValueError, match="zip"):
         Float32().encode(new[:1], stored, None)
 
@@ -56,7 +56,7 @@ def test_bfloat16():
     assert format.unsupported_reason(zeros(2, jnp.complex64)) == "complex64 moments are not compressed"
     narrow, wide = zeros(2, jnp.bfloat16), zeros(2)
     assert format.matches((narrow, narrow))
-    assert not format.matches((narrow, wide))  # by mu_dtype
+    assert not format.matches((narrow, wide))  # float32 moments with mu_dtype=bfloat16
     assert not format.matches((wide, wide))
     assert format.num_arrays(3) == 3
 
@@ -77,7 +77,7 @@ def test_bfloat16_rounds_each_moment_with_its_own_bits():
     ((jnp.bfloat16, jnp.float32), "float32"),
     ((jnp.float32, jnp.float32), "float32"),
 ])  # fmt: skip
-def test_of(dtypes, name):
+def test_format_of(dtypes, name):
     assert formats.format_of([zeros((4, 4), dtype) for dtype in dtypes]).name == name
 
 
@@ -85,7 +85,7 @@ BETAS = {"b1": 0.9, "b2": 0.999}
 LARGE, SMALL = zeros((64, 128)), zeros(64)
 
 
-def test_chooser_by_name():
+def test_format_selector_by_name():
     for name in FORMATS:
         choose = formats.format_selector(name, None, BETAS)
         assert choose((), LARGE).name == name
@@ -96,7 +96,7 @@ def test_chooser_by_name():
     assert formats.format_selector("bfloat16", None, None)((), zeros(2, jnp.complex64)).mu_dtype is None
 
 
-def test_chooser_by_function():
+def test_format_selector_by_function():
     seen = []
 
     def moments(path, leaf):
@@ -120,12 +120,12 @@ FUNCTION = "or a function f(path, leaf) that returns one of them"
     (("bfloat16", jnp.bfloat16, BETAS), "mu_dtype must be None with moments='bfloat16', got"),
     ((lambda path, leaf: "int8", jnp.bfloat16, BETAS), "mu_dtype must be None when moments is a function, got"),
 ])  # fmt: skip
-def test_chooser_refuses(given, text):
+def test_format_selector_refuses(given, text):
     with pytest.raises(ValueError, match=re.escape(text)):
         formats.format_selector(*given)
 
 
-def test_chooser_refuses_what_a_function_gives():
+def test_format_selector_refuses_the_result_of_a_function():
     choose = formats.format_selector(lambda path, leaf: 8, None, BETAS)
     with pytest.raises(ValueError, match=rf"^moments\(\'\', leaf\) must be {NAMES}, got 8\.$"):
         choose((), LARGE)
@@ -138,7 +138,7 @@ def test_random_bits():
 
     @jax.jit
     def bits(t):
-        """Found and expected of the whole by stream, then of a part."""
+        """Random bits and their reference, for the whole array by stream, then for a part."""
         index = linear_index((2, 3))
         part = index[:, 1:]
         whole = formats.random_bits((2, 3), salt, t, None)
@@ -150,7 +150,7 @@ def test_random_bits():
         np.testing.assert_array_equal(found, expected)
 
 
-def test_what_stands_for_nothing():
+def test_placeholder_and_version():
     assert (formats.VERSION, formats.version().shape, formats.version().dtype) == (1, (1,), jnp.int8)
     for shape in ((), (5,), (3, 4)):
         stand_in = formats.placeholder(zeros(shape))

@@ -1,4 +1,4 @@
-"""The numerical contract of Adam itself: how close to the paper, and where floating point is hardest."""
+"""Numerical accuracy of Adam: distance from the paper in float64, and the hard cases of floating point."""
 
 import functools
 
@@ -25,7 +25,7 @@ def scan(tx, gradients, params):
 
 
 def directions(tx, gradients, params=None):
-    """The directions a ``scale_by_*`` gives for these gradients, as one scan."""
+    """Directions of a ``scale_by_*`` for these gradients, from one scan."""
     return np.asarray(scan(tx, np.stack(gradients), params))
 
 
@@ -39,7 +39,7 @@ def normal(steps, shape, scale=1.0, seed=0):
 
 
 def rounding_floor(gradients, b2):
-    """The error of an Adam whose only inexactness is to store v in float32, rounded once a step."""
+    """Error of Adam in float64 if v alone is rounded to float32 in every step."""
     b1, eps = 0.9, 1e-8
     m, v, stored, worst = 0.0, 0.0, np.float32(0.0), 0.0
     for t, g in enumerate(gradients, start=1):
@@ -58,13 +58,13 @@ FEW, MANY = slice(16), slice(16, 1016)
 
 @functools.cache
 def long_gradients(scale):
-    """1500 steps of 16 and of 1000 coordinates, side by side."""
+    """Gradients of 1500 steps, for 16 and for 1000 coordinates, concatenated."""
     return [np.concatenate(g) for g in zip(normal(1500, 16, scale), normal(1500, 1000, scale), strict=True)]
 
 
 @functools.cache
 def long_directions():
-    """Those for every b2 and scale."""
+    """Directions for every b2 and scale."""
 
     @jax.jit
     def run(gradients):
@@ -83,14 +83,14 @@ def long_directions():
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("b2", B2)
 def test_error_against_float64_over_1500_steps(b2, scale):
-    # Storing v in float32 rounds it once a step. The roundings add up like a random walk over 1/(1-b2) steps, each
-    # 0.29 ulp rms; at b2 = 0.9999, v growing all the while, sqrt(1500/3) * 0.29 * 2**-23.5 / 2 = 2.7e-7 rms in
-    # sqrt(v). That is the floor for this state. 7e-7 is what the README states, for 16 coordinates.
+    # Storing v in float32 rounds it once a step, by 0.29 ulp rms. The roundings add up as a random walk over 1/(1-b2)
+    # steps. At b2 = 0.9999 v grows in all 1500 steps, and sqrt(v) has sqrt(1500/3) * 0.29 * 2**-23.5 / 2 = 2.7e-7 rms.
+    # That is a floor for any Adam with float32 state. The README claims 7e-7 for 16 coordinates.
     gradients, found = long_gradients(scale), long_directions()[b2, scale]
     expected = np.array(oracle.adam(gradients, b2=b2))
     assert largest_error(found[:, FEW], expected[:, FEW]) <= 7e-7
-    # The largest of many is larger. All that jadam adds to the floor: some 5 roundings of the direction (|u| <= 4 in
-    # the first steps, 2**-24 each, in quadrature 5e-7 there), and m's, 1e-7.
+    # The maximum grows with the number of coordinates, so compare with the floor. jadam adds some 5 roundings of the
+    # direction, 2**-24 of |u| <= 4 each, in quadrature 5e-7, and those of m, 1e-7.
     floor = rounding_floor([g[MANY] for g in gradients], b2)
     assert largest_error(found[:, MANY], expected[:, MANY]) <= floor + 3e-7
 
@@ -99,11 +99,11 @@ def test_error_against_float64_over_1500_steps(b2, scale):
     "wrong",
     [
         lambda u, t: u * (1 - 0.9**t),  # no bias correction of m
-        lambda u, t: u * np.sqrt((1 - 0.999 ** (t + 1)) / (1 - 0.999**t)),  # t off by one in v's
+        lambda u, t: u * np.sqrt((1 - 0.999 ** (t + 1)) / (1 - 0.999**t)),  # t off by one in the correction of v
         lambda u, t: u * (1 + 1e-6),
     ],
 )
-def test_the_oracle_bites(wrong):
+def test_tolerance_detects_wrong_corrections(wrong):
     gradients = normal(5, 64)
     expected = oracle.adam(gradients)
     found = directions(DEFAULT, gradients)
@@ -114,8 +114,8 @@ def test_the_oracle_bites(wrong):
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("k", [-50, -20, 20, 50])
 def test_invariant_to_powers_of_two(k, nesterov):
-    # Kingma & Ba 2015, section 2.1: with eps = 0 the step does not depend on the gradients' scale. A power of two
-    # changes exponents only, so not one bit may differ while every product stays normal.
+    # Kingma & Ba 2015, section 2.1: with eps = 0 the step does not depend on the scale of gradients. A power of two
+    # changes exponents only, so no bit may differ as long as every product is a normal number.
     gradients = [np.where(np.abs(g) < 0.01, np.float32(0.01), g) for g in normal(100, 1000)]
     tx = scale_free(nesterov)
     scaled = [np.ldexp(g, k) for g in gradients]
@@ -133,7 +133,7 @@ B1 = (0.0, 0.1, 0.5)
 
 @functools.cache
 def after_a_spike():
-    """The gradients, and the directions for every ``b1``, a Python number and traced."""
+    """Gradients with a spike, and the directions for every b1, as a Python number and traced."""
 
     @jax.jit
     def run(gradients, traced):
@@ -147,15 +147,15 @@ def after_a_spike():
 @pytest.mark.parametrize("b1", B1)
 @pytest.mark.parametrize("traced", [False, True])
 def test_small_b1_survives_a_spike(b1, traced):
-    # After 1e8, m + (1-b1)*(g-m) would return m's rounding error, up to 4, in place of g = 1.
+    # After 1e8, m + (1-b1)*(g-m) has the rounding error of m, up to 4, instead of g = 1.
     gradients, found = after_a_spike()
     expected = oracle.adam(gradients, b1=float(np.float32(b1)) if traced else b1, b2=0.5)
     for u, e in zip(found[b1, traced], expected, strict=True):
-        np.testing.assert_allclose(u, e, rtol=1e-6)  # 8 roundings of 2**-24, halved below the root, and m's own
+        np.testing.assert_allclose(u, e, rtol=1e-6)  # 8 roundings of 2**-24, some halved by the root, and those of m
 
 
 def test_ema_keeps_a_constant():
-    # b*v + (1-b)*g in float32 settles 1.3e-5 off g at b = 0.999; here g is a fixed point, to the bit.
+    # In float32 b*v + (1-b)*g settles 1.3e-5 away from g at b = 0.999. Here g is a fixed point, to the bit.
     known = (0.0, 0.3, 0.9, 0.999)
 
     @jax.jit
@@ -179,7 +179,7 @@ def test_float64_equals_the_oracle(dtype):
     settings = {"b1": 0.8, "b2": 0.95, "eps": 1e-4, "eps_root": 1e-6}
     tx = jadam.scale_by_adam(**settings)
     state, update = tx.init(params), jax.jit(tx.update)
-    # One complex coordinate is Adam on |g|: the oracle runs on g / |g| per part with the modulus's second moment.
+    # For complex gradients v averages |g|**2, so the oracle for real gradients does not apply.
     m = v = np.zeros(50)
     for t, g in enumerate(gradients, start=1):
         u, state = update(g, state, params)
@@ -201,7 +201,7 @@ def test_complex_has_a_real_second_moment():
 
 
 class TestMaml:
-    """A loss differentiated through three updates, with coordinates whose gradient is exactly zero."""
+    """Derivatives of a loss through three updates; some coordinates have gradients of exactly zero."""
 
     def outer(self, start):
         tx = jadam.adam(0.1)
@@ -229,7 +229,7 @@ class TestMaml:
             (self.oracle_outer(self.start + h * e) - self.oracle_outer(self.start - h * e)) / (2 * h)
             for e in np.eye(len(self.start))
         ]
-        # Each of three steps adds about 10 roundings; the terms of the sum are of size 4: 30 * 2**-24 * 4 = 7e-6.
+        # About 10 roundings in each of three steps, of terms of size 4: 30 * 2**-24 * 4 = 7e-6.
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
     def test_at_zero_gradient_the_slope_is_one_over_eps(self):
@@ -263,7 +263,7 @@ def test_narrow_gradients_are_computed_in_float32(dtype):
 
 
 def test_the_learning_rate_is_not_rounded_to_bf16():
-    # Optax's stages would round lr = 1.003e-3 to bf16 first; only the final update may be rounded.
+    # Optax's chain rounds lr = 1.003e-3 to bf16; here only the final update is rounded.
     p, g = np.zeros(1, jnp.bfloat16), np.ones(1, jnp.bfloat16)
     tx = jadam.adamw(1.003e-3, weight_decay=0.0)
     u, _ = jax.jit(tx.update)(g, tx.init(p), p)
@@ -281,7 +281,7 @@ def test_count_saturates():
 
 
 def test_outside_the_range_of_squares():
-    # As the docstring of scale_by_adam says: below 1e-19 at most m_hat / eps; above 1e19 an infinite nu, then NaN.
+    # See scale_by_adam: for |g| < 1e-19 the update is at most m_hat / eps; for |g| > 2e19 nu is inf, then NaN.
     tiny, huge = np.float32([1e-25]), np.float32([1e30])
     for eps, bound in ((0.0, 1e-25), (1e-8, 1e-17)):
         (u,) = directions(jadam.scale_by_adam(eps=eps), [tiny])

@@ -1,6 +1,6 @@
-"""What every member of the family promises as an Optax transformation.
+"""The contract of an Optax transformation, for every member of the family.
 
-Most tests step all members in one program: XLA compiles eight members together in a third of the time of one by one.
+Most tests step all members in one program: XLA compiles eight optimizers together in a third of the time.
 """
 
 import functools
@@ -14,7 +14,7 @@ import optax
 import oracle
 import pytest
 from family import FAMILY
-from helpers import MEMBERS, assert_equal, grid, leaves, rows
+from helpers import MEMBERS, assert_equal, parametrize, parametrize_grid, zip_leaves
 
 import jadam
 
@@ -33,30 +33,30 @@ COSINE = optax.cosine_decay_schedule(0.01, 60)
 
 
 def tree(seed=0, dtype=np.float32):
-    """Nested containers, a None, an empty and a zero-dimensional leaf, odd sizes."""
+    """Random pytree with nested containers, a None, an empty and a zero-dimensional leaf."""
     rng = np.random.default_rng(seed)
     x = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)
     return {"layers": [(x(3, 5), None)], "scale": x(), "empty": x(0, 4)}
 
 
 def matrix(x):
-    """The one leaf of ``tree()`` that is a matrix."""
+    """The matrix in ``tree()``."""
     return x["layers"][0][0]
 
 
-def decay(member):
+def decay_settings(member):
     return {"weight_decay": 0.1} if member.decays else {}
 
 
-def every(make):
-    """``{name: make(member)}``."""
+def for_each_member(make):
+    """``{name: make(member)}`` for every member."""
     return {name: make(member) for name, member in MEMBERS.items()}
 
 
-def stepper(txs):
-    """``step(g, params, states)`` of ``{name: tx}``, one program, and how often it was traced.
+def joint_step(txs):
+    """Steps all of ``{name: tx}`` in one jitted ``step(g, params, states)``; ``traces`` grows by one a trace.
 
-    ``params`` and ``states`` have an entry for each name, and so has ``g`` if it is given by name.
+    ``params`` and ``states`` are keyed by name; ``g`` may be, else all have the same gradients.
     """
     traces = []
 
@@ -76,26 +76,26 @@ def stepper(txs):
 
 
 @functools.cache
-def family():
-    """All members with other settings than the defaults, on a schedule."""
-    return stepper(every(lambda m: m.make(COSINE, **m.settings, **decay(m))))
+def family_on_schedule():
+    """All members with non-default settings and a scheduled learning rate."""
+    return joint_step(for_each_member(lambda m: m.make(COSINE, **m.settings, **decay_settings(m))))
 
 
 @functools.cache
-def at_constant_rate():
-    """The same at a constant learning rate."""
-    return stepper(every(lambda m: m.make(0.01, **m.settings, **decay(m))))
+def family_at_constant_rate():
+    """All members with non-default settings and a constant learning rate."""
+    return joint_step(for_each_member(lambda m: m.make(0.01, **m.settings, **decay_settings(m))))
 
 
 @functools.cache
-def optax_family():
-    """Optax's namesakes with the same settings."""
-    return stepper(every(lambda m: m.optax(COSINE, **m.settings, **decay(m))))
+def optax_on_schedule():
+    """Optax's optimizers of the same names, settings and schedule."""
+    return joint_step(for_each_member(lambda m: m.optax(COSINE, **m.settings, **decay_settings(m))))
 
 
 @functools.cache
 def trained(make, steps, dtype=np.float32):
-    """Parameters, states and updates of all members after so many steps."""
+    """Parameters, states and last updates of all members after ``steps`` steps."""
     program, start = make(), tree(dtype=dtype)
     params, states, updates = dict.fromkeys(MEMBERS, start), program.init(start), None
     for seed in range(1, steps + 1):
@@ -117,13 +117,13 @@ def test_signature_is_a_superset_of_optax(member):
 
 @every_member
 def test_matches_its_oracle(member):
-    # A step of lr 0.01 is off by at most 1e-6 * 0.01, plus p's own rounding, |p| * 2**-24, at each of 60 steps.
+    # At each of 60 steps the update, of size 0.01, is off by 1e-6 of itself, and p is rounded: |p| * 2**-24, |p| <= 3.
     gradients = [tree(seed) for seed in range(1, 61)]
-    found = trained(family, 60)[0][member.name]
-    for p, start, *gs in leaves(found, tree(), *gradients):
+    found = trained(family_on_schedule, 60)[0][member.name]
+    for p, start, *gs in zip_leaves(found, tree(), *gradients):
         directions = member.oracle([np.asarray(g, np.float64) for g in gs], **member.settings)
         rates = lambda t: 0.01 * 0.5 * (1 + np.cos(np.pi * t / 60))
-        expected = oracle.scale_by_learning_rate_and_decay(start, directions, rates, **decay(member))[-1]
+        expected = oracle.scale_by_learning_rate_and_decay(start, directions, rates, **decay_settings(member))[-1]
         np.testing.assert_allclose(p, expected, atol=60 * (1e-8 + 3 * 2**-24))
 
 
@@ -131,42 +131,44 @@ def test_matches_its_oracle(member):
 @pytest.mark.usefixtures("x64")
 def test_matches_its_oracle_in_float64(member):
     gradients = [tree(seed, np.float64) for seed in range(1, 61)]
-    params, states, _ = trained(at_constant_rate, 60, np.float64)
+    params, states, _ = trained(family_at_constant_rate, 60, np.float64)
     assert all(x.dtype in (jnp.float64, jnp.int32) for x in jax.tree.leaves(states[member.name]))
-    for p, start, *gs in leaves(params[member.name], tree(dtype=np.float64), *gradients):
+    for p, start, *gs in zip_leaves(params[member.name], tree(dtype=np.float64), *gradients):
         directions = member.oracle([np.asarray(g) for g in gs], **member.settings)
-        expected = oracle.scale_by_learning_rate_and_decay(start, directions, lambda t: 0.01, **decay(member))[-1]
+        expected = oracle.scale_by_learning_rate_and_decay(start, directions, lambda t: 0.01, **decay_settings(member))[
+            -1
+        ]
         np.testing.assert_allclose(p, expected, rtol=0, atol=1e-12)
 
 
 @every_member
-def test_state_is_optax_s(member):
+def test_state_has_the_structure_of_optax(member):
     params = tree()
     ours, theirs = member.make(1e-3).init(params), member.optax(1e-3).init(params)
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
-    for a, b in leaves(ours, theirs):
+    for a, b in zip_leaves(ours, theirs):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
 
 
 @every_member
-def test_an_optax_state_goes_on_in_jadam_and_back(member):
-    a, b, after_ours, after_theirs, back = handed_over()
-    for x, y in leaves(a[member.name], b[member.name]):
-        np.testing.assert_allclose(x, y, rtol=2e-4)  # Optax's own distance from the paper: 1e-4 (README)
+def test_states_are_interchangeable_with_optax(member):
+    a, b, after_ours, after_theirs, back = exchange_states()
+    for x, y in zip_leaves(a[member.name], b[member.name]):
+        np.testing.assert_allclose(x, y, rtol=2e-4)  # 1e-4 is Optax's own error (README)
     assert jax.tree.structure(after_ours[member.name]) == jax.tree.structure(after_theirs[member.name])
-    for x, y in leaves(back[member.name], after_ours[member.name]):
+    for x, y in zip_leaves(back[member.name], after_ours[member.name]):
         assert jax.typeof(x) == jax.typeof(y)
 
 
 @functools.cache
-def handed_over():
-    """From Optax's state after ten steps: the updates and states of both, and Optax's state one step after ours."""
-    params, states, _ = trained(optax_family, 10)
-    _, after_ours, a = family().step(tree(1), params, states)
-    _, after_theirs, b = optax_family().step(tree(1), params, states)
-    _, back, _ = optax_family().step(tree(1), params, after_ours)
-    for program in (family(), optax_family()):
-        assert len(program.traces) == 1  # each takes the other's state for its own
+def exchange_states():
+    """Steps both from Optax's state after ten steps, then Optax from ours; returns updates and states."""
+    params, states, _ = trained(optax_on_schedule, 10)
+    _, after_ours, a = family_on_schedule().step(tree(1), params, states)
+    _, after_theirs, b = optax_on_schedule().step(tree(1), params, states)
+    _, back, _ = optax_on_schedule().step(tree(1), params, after_ours)
+    for program in (family_on_schedule(), optax_on_schedule()):
+        assert len(program.traces) == 1  # the other's state causes no new trace
     return a, b, after_ours, after_theirs, back
 
 
@@ -194,9 +196,9 @@ def test_dtypes_are_a_fixed_point(member):
             assert u.dtype == jnp.promote_types(*pair), name
 
 
-@rows("schedule", SCHEDULES, default=["constant", "warmup", "joined"])
+@parametrize("schedule", SCHEDULES, default=["constant", "warmup", "joined"])
 def test_one_trace_whatever_the_schedule(schedule):
-    program = stepper(every(lambda m: m.make(schedule)))
+    program = joint_step(for_each_member(lambda m: m.make(schedule)))
     params = dict.fromkeys(MEMBERS, matrix(tree()))
     states = program.init(matrix(tree()))
     for _ in range(100):
@@ -206,38 +208,40 @@ def test_one_trace_whatever_the_schedule(schedule):
 
 
 @functools.cache
-def at_rates_that_change():
-    """All members after 100 steps of learning rate 0.01 / (1 + t), a traced argument; and the step's traces."""
+def train_at_traced_rates():
+    """Updates and states after 100 steps with traced learning rates 0.01 / (1 + t), and the number of traces."""
     traces = []
 
     @jax.jit
     def step(rate, p, states):
         traces.append(None)
-        found = every(lambda m: m.make(rate).update(p, states[m.name], p))
+        found = for_each_member(lambda m: m.make(rate).update(p, states[m.name], p))
         return [{name: x[i] for name, x in found.items()} for i in range(2)]
 
     p = matrix(tree())
-    states = every(lambda m: m.make(0.0).init(p))
+    states = for_each_member(lambda m: m.make(0.0).init(p))
     for t in range(100):
         updates, states = step(0.01 / (1 + t), p, states)
     return updates, states, len(traces)
 
 
 @every_member
-def test_one_trace_for_a_learning_rate_that_changes_every_step(member):
-    updates, states, traces = at_rates_that_change()
+def test_one_trace_with_a_traced_learning_rate(member):
+    updates, states, traces = train_at_traced_rates()
     assert traces == 1
     p = matrix(tree())
     expected, _ = member.make(0.01 / 100).update(p, states[member.name], p)
-    np.testing.assert_allclose(updates[member.name], expected, atol=1e-5)  # one step later: of the same size, 1e-4
+    np.testing.assert_allclose(updates[member.name], expected, atol=1e-5)  # the next update has the same size, 1e-4
 
 
 @functools.cache
-def donating():
-    """For each member the state that was donated, and the state after two steps."""
-    txs, p = every(lambda m: m.make(1e-3)), matrix(tree())
-    step = jax.jit(lambda g, states, p: every(lambda m: txs[m.name].update(g, states[m.name], p)), donate_argnums=1)
-    given = after = jax.jit(lambda p: every(lambda m: txs[m.name].init(p)))(p)
+def train_with_donation():
+    """The donated states and the states after two steps."""
+    txs, p = for_each_member(lambda m: m.make(1e-3)), matrix(tree())
+    step = jax.jit(
+        lambda g, states, p: for_each_member(lambda m: txs[m.name].update(g, states[m.name], p)), donate_argnums=1
+    )
+    given = after = jax.jit(lambda p: for_each_member(lambda m: txs[m.name].init(p)))(p)
     for _ in range(2):
         after = {name: state for name, (_, state) in step(p, after, p).items()}
     return given, after
@@ -245,7 +249,7 @@ def donating():
 
 @every_member
 def test_donated_state(member):
-    given, after = (x[member.name] for x in donating())
+    given, after = (x[member.name] for x in train_with_donation())
     assert all(x.is_deleted() for x in jax.tree.leaves(given))
     assert int(optax.tree.get_all_with_path(after, "count")[0][1]) == 2
 
@@ -255,14 +259,14 @@ def test_abstract_init(member):
     params = tree()
     tx = member.make(optax.cosine_decay_schedule(1e-3, 10))
     abstract = jax.eval_shape(tx.init, params)
-    for a, b in leaves(abstract, tx.init(params)):
+    for a, b in zip_leaves(abstract, tx.init(params)):
         assert (a.shape, a.dtype, a.weak_type) == (b.shape, b.dtype, b.weak_type)
 
 
 @functools.cache
-def scanned():
-    """Parameters and states of all members after eight steps within one scan."""
-    program = family()
+def train_in_scan():
+    """Parameters and states after eight steps within one scan."""
+    program = family_on_schedule()
 
     def body(carry, g):
         params, states, _ = program.update(g, *carry)
@@ -275,31 +279,33 @@ def scanned():
 
 @every_member
 def test_scan_equals_a_loop(member):
-    looped, found = trained(family, 8)[:2], scanned()
-    for a, b in leaves(*([part[member.name] for part in x] for x in (looped, found))):
-        np.testing.assert_allclose(a, b, rtol=1e-6, atol=8 * 1e-8)  # other fusions, other contractions: an ulp a step
+    looped, found = trained(family_on_schedule, 8)[:2], train_in_scan()
+    for a, b in zip_leaves(*([part[member.name] for part in x] for x in (looped, found))):
+        np.testing.assert_allclose(
+            a, b, rtol=1e-6, atol=8 * 1e-8
+        )  # 1 ulp a step: the scan is fused and contracted otherwise
 
 
 @every_member
 def test_eager_equals_jit(member):
-    tx = member.make(COSINE, **member.settings, **decay(member))
+    tx = member.make(COSINE, **member.settings, **decay_settings(member))
     only = lambda x: {"layers": [(matrix(x), None)]}
     params = only(tree())
     state = tx.init(params)
     for seed in range(1, 9):
         updates, state = tx.update(only(tree(seed)), state, params)
         params = optax.apply_updates(params, updates)
-    jitted, jitted_state = (x[member.name] for x in trained(family, 8)[:2])
+    jitted, jitted_state = (x[member.name] for x in trained(family_on_schedule, 8)[:2])
     is_moment = lambda x: isinstance(x, dict)
     jitted_state = jax.tree.map(lambda x: only(x) if is_moment(x) else x, jitted_state, is_leaf=is_moment)
-    for a, b in leaves((params, state), (only(jitted), jitted_state)):
+    for a, b in zip_leaves((params, state), (only(jitted), jitted_state)):
         assert jax.typeof(a) == jax.typeof(b)
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=8 * 1e-8)
 
 
 @functools.cache
-def vmapped():
-    """For each member the updates of two models at once, and one after the other."""
+def update_two_models():
+    """Updates of two models with different hyperparameters: vmapped, and one by one."""
     rates, b2s = np.float32([1e-3, 1e-2]), np.float32([0.9, 0.99])
     g = np.float32([[1.0, -2.0], [3.0, 4.0]])
 
@@ -308,7 +314,7 @@ def vmapped():
             tx = member.make(rate, b2=b2)
             return tx.update(g, tx.init(g), g)[0]
 
-        return every(update)
+        return for_each_member(update)
 
     alone = jax.jit(one)
     return jax.jit(jax.vmap(one))(rates, b2s, g), [alone(*x) for x in zip(rates, b2s, g, strict=True)]
@@ -316,7 +322,7 @@ def vmapped():
 
 @every_member
 def test_vmap_over_models_and_hyperparameters(member):
-    together, alone = vmapped()
+    together, alone = update_two_models()
     for i in range(2):
         np.testing.assert_allclose(together[member.name][i], alone[i][member.name], rtol=1e-6)
 
@@ -325,7 +331,11 @@ def test_vmap_over_models_and_hyperparameters(member):
 @pytest.mark.usefixtures("strict")
 def test_strict_promotion(member):
     params = {x.__name__: jax.ShapeDtypeStruct((3, 5), x) for x in (jnp.float32, jnp.bfloat16, jnp.complex64)}
-    for rate in (1e-3, lambda count: jnp.float32(1e-3), jnp.float32(1e-3)):  # Optax's schedules promote
+    for rate in (
+        1e-3,
+        lambda count: jnp.float32(1e-3),
+        jnp.float32(1e-3),
+    ):  # no schedules of Optax's: they promote dtypes
         tx = member.make(rate, b1=jnp.float32(0.9), b2=0.99)
         _, state = jax.eval_shape(tx.update, params, jax.eval_shape(tx.init, params), params)
     jax.eval_shape(lambda state, params: jadam.statistics(tx, state, params), state, params)
@@ -343,7 +353,7 @@ WRAPPERS = {
 }
 
 
-@grid(
+@parametrize_grid(
     {"wrapper": WRAPPERS, "member": MEMBERS},
     default=[
         "chain-adamw",
@@ -354,10 +364,10 @@ WRAPPERS = {
         "flatten-nadam",
     ],
 )
-def test_inside_optax_s_wrappers(wrapper, member):
+def test_inside_optax_wrappers(wrapper, member):
     dtypes = {x.__name__: x for x in (jnp.float32, jnp.bfloat16)}
     both = {"ours": wrapper(member.make(1e-2)), "theirs": wrapper(member.optax(1e-2))}
-    program = stepper({(whose, dtype): tx for whose, tx in both.items() for dtype in dtypes})
+    program = joint_step({(whose, dtype): tx for whose, tx in both.items() for dtype in dtypes})
     start = {
         name: jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), {"w": np.ones((2, 3)), "b": np.zeros(3)})
         for name, dtype in dtypes.items()
@@ -370,18 +380,18 @@ def test_inside_optax_s_wrappers(wrapper, member):
     for dtype in dtypes:
         a, b = params["ours", dtype], params["theirs", dtype]
         assert jax.tree.structure(a) == jax.tree.structure(b)
-        for x, y in leaves(a, b):
+        for x, y in zip_leaves(a, b):
             assert x.dtype == y.dtype
-            # Four steps of 1e-2, Optax's share of error 1e-4; in bf16 each step rounds to 2**-8 of |p| <= 1.
+            # Four updates of 1e-2, Optax's error 1e-4 of each. bf16 rounds p, |p| <= 1, by 2**-8 a step.
             np.testing.assert_allclose(
                 np.asarray(x, np.float32), np.asarray(y, np.float32), atol=4e-6 if dtype == "float32" else 4 * 2**-8
             )
 
 
 @functools.cache
-def without_bad_gradients():
-    """For each member the state under `optax.apply_if_finite` after a step, and what a gradient of NaN makes of it."""
-    program = stepper(every(lambda m: optax.apply_if_finite(m.make(1e-3), 5)))
+def step_with_nan_gradients():
+    """States under `optax.apply_if_finite` after a step, states after a second with NaN gradients, and its updates."""
+    program = joint_step(for_each_member(lambda m: optax.apply_if_finite(m.make(1e-3), 5)))
     p = {"w": matrix(tree()), "none": None}
     params = dict.fromkeys(MEMBERS, p)
     _, states, _ = program.step(p, params, program.init(p))
@@ -392,35 +402,35 @@ def without_bad_gradients():
 
 @every_member
 def test_apply_if_finite_leaves_the_state_alone(member):
-    state, after, updates = (x[member.name] for x in without_bad_gradients())
+    state, after, updates = (x[member.name] for x in step_with_nan_gradients())
     assert_equal(state.inner_state, after.inner_state)
     assert np.any(optax.tree.get(state.inner_state, "mu")["w"])
     np.testing.assert_array_equal(updates["w"], 0)
 
 
 @functools.cache
-def after_one_bad_coordinate(bad):
-    """The states of all members after a step with ``bad`` in one coordinate."""
+def states_after_bad_coordinate(bad):
+    """States after one step whose gradient has ``bad`` in one coordinate."""
     g = tree(1)
     values = np.array(matrix(g))
     values[0, 1] = bad
     g["layers"] = [(jnp.asarray(values), None)]
-    return family().step(g, dict.fromkeys(MEMBERS, tree()), family().init(tree()))[1]
+    return family_on_schedule().step(g, dict.fromkeys(MEMBERS, tree()), family_on_schedule().init(tree()))[1]
 
 
 @every_member
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_non_finite_gradient_is_never_laundered(member, bad):
-    nu = np.array(matrix(optax.tree.get(after_one_bad_coordinate(bad)[member.name], "nu")))
+def test_a_non_finite_gradient_stays_visible(member, bad):
+    nu = np.array(matrix(optax.tree.get(states_after_bad_coordinate(bad)[member.name], "nu")))
     assert not np.isfinite(nu[0, 1])
     nu[0, 1] = 0
     assert np.isfinite(nu).all()
 
 
 @functools.cache
-def injected():
-    """All members after five steps on float32 whose every hyperparameter changes; their hyperparameters; traces."""
-    program = stepper(every(lambda m: optax.inject_hyperparams(m.make)(learning_rate=1e-2)))
+def train_injected():
+    """Five float32 steps, hyperparameters changed in between: parameters, hyperparameters' names, traces."""
+    program = joint_step(for_each_member(lambda m: optax.inject_hyperparams(m.make)(learning_rate=1e-2)))
     p = matrix(tree())
     params, states = dict.fromkeys(MEMBERS, p), program.init(p)
     numeric = {name: set(state.hyperparams) for name, state in states.items()}
@@ -434,7 +444,7 @@ def injected():
 
 @every_member
 def test_inject_hyperparams_on_float32(member):
-    params, numeric, traces = injected()
+    params, numeric, traces = train_injected()
     assert traces == 1
     assert {"learning_rate", "b1", "b2", "eps"} <= numeric[member.name]
     assert np.isfinite(params[member.name]).all()
@@ -442,11 +452,11 @@ def test_inject_hyperparams_on_float32(member):
 
 
 @functools.cache
-def injected_on_bf16():
-    """All members after five steps on bfloat16, with injected hyperparameters and without."""
+def train_bf16():
+    """bfloat16 parameters after five steps, with injected hyperparameters and without."""
     injected = lambda m: optax.inject_hyperparams(m.make, hyperparam_dtype=jnp.float32)(learning_rate=1e-2)
     how = {"injected": injected, "plain": lambda m: m.make(1e-2)}
-    program = stepper({(name, x): make(m) for name, m in MEMBERS.items() for x, make in how.items()})
+    program = joint_step({(name, x): make(m) for name, m in MEMBERS.items() for x, make in how.items()})
     p = matrix(tree(dtype=jnp.bfloat16))
     params, states = dict.fromkeys(program.init(p), p), program.init(p)
     for seed in range(1, 6):
@@ -457,16 +467,16 @@ def injected_on_bf16():
 @every_member
 def test_inject_hyperparams_on_bf16(member):
     params = {"w": matrix(tree(dtype=jnp.bfloat16))}
-    # Without hyperparam_dtype Optax hands over b2 = bf16(0.999) = 1.
+    # Without hyperparam_dtype Optax rounds b2 to bf16(0.999) = 1.
     with pytest.raises(TypeError, match=r"b1 must be float32 or wider, got bfloat16.*hyperparam_dtype=jnp\.float32"):
         optax.inject_hyperparams(member.make)(learning_rate=1e-2).init(params)
-    # float32(0.999) is 1.3e-5 off in 1 - b2: the same bf16 but where that crosses a rounding edge:
-    # a spacing, 2**-7 of the weight, or near 0 of the largest update, 1e-2.
-    np.testing.assert_allclose(*injected_on_bf16()[member.name], rtol=2**-7, atol=1e-4)
+    # float32(0.999) changes 1 - b2 by 1.3e-5. The weights differ where that crosses a bf16 rounding threshold: by one
+    # spacing, at most 2**-7 of the weight; near 0, of the largest update, 1e-2.
+    np.testing.assert_allclose(*train_bf16()[member.name], rtol=2**-7, atol=1e-4)
 
 
 @every_member
-def test_map_params_finds_the_moments(member):
+def test_tree_map_params_finds_the_moments(member):
     params = tree()
     tx = member.make(1e-3)
     state = tx.init(params)
@@ -478,11 +488,11 @@ SHARDING = jax.sharding.PartitionSpec("data")
 
 
 @functools.cache
-def on_devices(n):
-    """Parameters and states of all members after three steps on ``n`` devices, and the parameters' sharding."""
+def train_on_devices(n):
+    """Parameters and states after three steps on ``n`` devices, and the parameters' sharding."""
     mesh = jax.make_mesh((n,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:n])
     sharding = jax.sharding.NamedSharding(mesh, SHARDING)
-    program = stepper(every(lambda m: m.make(1e-2)))
+    program = joint_step(for_each_member(lambda m: m.make(1e-2)))
     p = jax.device_put(np.random.default_rng(0).standard_normal((16, 3)).astype(np.float32), sharding)
     params, states = dict.fromkeys(MEMBERS, p), program.init(p)
     for _ in range(3):
@@ -492,10 +502,10 @@ def on_devices(n):
 
 @every_member
 def test_sharded_state_follows_the_parameters(member):
-    one, _, _ = on_devices(1)
-    eight, states, sharding = on_devices(8)
+    one, _, _ = train_on_devices(1)
+    eight, states, sharding = train_on_devices(8)
     assert optax.tree.get(states[member.name], "mu").sharding.is_equivalent_to(sharding, 2)
-    # Blocks of other shapes are vectorised otherwise, so one multiply-add may be contracted and another not.
+    # Shards have another shape, so XLA may contract other multiply-adds.
     np.testing.assert_allclose(one[member.name], eight[member.name], rtol=2**-22)
 
 
@@ -510,10 +520,10 @@ def test_weight_decay_mask_and_schedule():
         np.testing.assert_array_equal(updates["b"], 0)
 
 
-def test_mu_dtype_is_how_mu_is_stored():
+def test_mu_dtype():
     params = np.ones(4, np.float32)
     tx = jadam.adam(1e-3, mu_dtype=jnp.bfloat16)
     u, after = jax.jit(tx.update)(params / 3, tx.init(params), params)
     assert optax.tree.get(after, "mu").dtype == jnp.bfloat16
     assert optax.tree.get(after, "nu").dtype == jnp.float32
-    np.testing.assert_allclose(u, -1e-3, rtol=1e-6)  # the direction is of the unrounded m
+    np.testing.assert_allclose(u, -1e-3, rtol=1e-6)  # the direction uses m before it is rounded

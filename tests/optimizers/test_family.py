@@ -1,4 +1,4 @@
-"""What the relatives and the options add: each against its own loop in float64, and PyTorch's trajectories."""
+"""Every optimizer and option against its oracle in float64, and against PyTorch's trajectories."""
 
 import functools
 import itertools
@@ -24,7 +24,7 @@ def normal(steps=60, coordinates=50, dtype=np.float32):
     return np.random.default_rng(1).standard_normal((steps, coordinates)).astype(dtype)
 
 
-# Direction of size 1 to 4, float32: about ten roundings of half an ulp, those of v's average halved by the root.
+# {id: (member, settings, oracle)}. Tolerance 1e-6: ten float32 roundings, 2**-24 each, of directions up to 4.
 DEFAULTS = {f"{m.name} defaults": (m.name, {}, m.oracle) for m in FAMILY}
 SETTINGS = {f"{m.name} settings": (m.name, m.settings, functools.partial(m.oracle, **m.settings)) for m in FAMILY}
 OPTIONS = {
@@ -45,7 +45,7 @@ def momentum(t):
 
 
 def scan(txs, gradients, params):
-    """The updates and parameters at each step of ``{name: tx}``, all from the same parameters, as one program."""
+    """Updates and parameters at each step, for all of ``{name: tx}``, in one program."""
 
     def body(carry, g):
         params, states = carry
@@ -63,7 +63,7 @@ def scan(txs, gradients, params):
 
 @functools.cache
 def directions(dtype):
-    """The directions of every row of these tables, by its name."""
+    """``{id: directions}`` for `LOOPS`, `SCHEDULES` and NAdam with a scheduled momentum."""
     no_decay = lambda member: {"weight_decay": 0.0} if member.decays else {}
     make = lambda member, settings: member.make(1.0, **settings, **no_decay(member))
     txs = {row: make(MEMBERS[name], settings) for row, (name, settings, _) in LOOPS.items()}
@@ -75,20 +75,20 @@ def directions(dtype):
 
 
 @pytest.mark.parametrize("row", LOOPS)
-def test_every_member_and_option_against_its_loop(row):
+def test_direction_matches_the_oracle(row):
     expected = LOOPS[row][-1](list(normal()))
     np.testing.assert_allclose(directions(np.float32)[row], expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("row", LOOPS)
-def test_every_member_and_option_against_its_loop_in_float64(row):
+def test_direction_matches_the_oracle_in_float64(row):
     expected = LOOPS[row][-1](list(normal(dtype=np.float64)))
     np.testing.assert_allclose(directions(np.float64)[row], expected, rtol=0, atol=1e-12)
 
 
-def test_the_loops_differ():
-    # An oracle that agrees with everything proves nothing: no two of these are within the tolerance above.
+def test_the_oracles_differ():
+    # The tolerance tells the oracles apart: no two different ones are within it.
     gradients = list(normal())
     rows = [*SETTINGS.values(), *DEFAULTS.values(), *VARIANTS[:2]]
     loops = {str(expected): np.array(expected(gradients)) for _, _, expected in rows}
@@ -97,13 +97,13 @@ def test_the_loops_differ():
     for i, a in enumerate(values):
         if not any(np.allclose(a, b, rtol=1e-6, atol=1e-6) for b in distinct.values()):
             distinct[i] = a
-    # adam and adamw, nadam and nadamw, adamax and adamaxw share a loop: each loop at 2 settings, and 2 variants.
+    # An optimizer and its ...w share an oracle: each oracle with 2 settings, and 2 variants.
     assert len(distinct) == 2 * len({member.oracle for member in FAMILY}) + 2
 
 
-def rounded(schedule):
-    """What a traced schedule gives, in float32 without x64: the float64 oracle must be told the same betas."""
-    if isinstance(schedule(np.arange(2)), float):  # the same number at every step, which stays a Python number
+def as_float32(schedule):
+    """The schedule with its values rounded to float32, as a traced schedule gives them, for the oracle."""
+    if isinstance(schedule(np.arange(2)), float):  # a constant, which stays a Python number
         return schedule
     values = jax.jit(lambda t: jax.lax.map(schedule, t))(np.arange(100, dtype=np.int32))
     return lambda t: float(values[t])
@@ -114,9 +114,9 @@ def test_scheduled_betas_are_corrected_by_their_product(name):
     b1, b2 = SCHEDULES[name]
     gradients = list(normal())
     found = directions(np.float32)[name]
-    expected = oracle.adam_scheduled(gradients, rounded(b1), rounded(b2))
+    expected = oracle.adam_scheduled(gradients, as_float32(b1), as_float32(b2))
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
-    if name == "theorem 4.1":  # today's beta to the power t is another, wrong thing
+    if name == "theorem 4.1":  # the current beta to the power t would be wrong
         wrong = [oracle.adam(gradients[: t + 1], b1=b1(t))[-1] for t in range(20)]
         assert np.abs(np.array(wrong) - found[:20]).max() > 1e-2
 
@@ -125,23 +125,23 @@ def test_scheduled_betas_are_corrected_by_their_product(name):
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_scheduled_betas_in_float64(name):
     b1, b2 = SCHEDULES[name]
-    expected = oracle.adam_scheduled(list(normal(dtype=np.float64)), rounded(b1), rounded(b2))
+    expected = oracle.adam_scheduled(list(normal(dtype=np.float64)), as_float32(b1), as_float32(b2))
     np.testing.assert_allclose(directions(np.float64)[name], expected, rtol=0, atol=1e-12)
 
 
 def test_nadam_with_a_scheduled_momentum():
-    expected = oracle.nadam_scheduled(list(normal()), rounded(momentum))
+    expected = oracle.nadam_scheduled(list(normal()), as_float32(momentum))
     np.testing.assert_allclose(directions(np.float32)["momentum"], expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.usefixtures("x64")
 def test_nadam_with_a_scheduled_momentum_in_float64():
-    expected = oracle.nadam_scheduled(list(normal(dtype=np.float64)), rounded(momentum))
+    expected = oracle.nadam_scheduled(list(normal(dtype=np.float64)), as_float32(momentum))
     np.testing.assert_allclose(directions(np.float64)["momentum"], expected, rtol=0, atol=1e-12)
 
 
-def together(txs):
-    """``update(g, states, params)`` of ``{name: tx}``, one jitted function: the updates and the states by name."""
+def joint_update(txs):
+    """Jitted ``update(g, states, params)`` of all of ``{name: tx}``; returns updates and states by name."""
 
     @jax.jit
     def update(g, states, params):
@@ -152,12 +152,12 @@ def together(txs):
 
 
 @functools.cache
-def on_scheduled_betas():
-    """All members' states at the start and after each of 20 steps, the last updates, and how often it was compiled."""
+def train_on_scheduled_betas():
+    """All states of 20 steps with scheduled betas, the last updates, and the number of programs."""
     params = {"w": np.ones((2, 3), np.float32), "b": None}
     betas = {"b1": optax.linear_schedule(0.9, 0.5, 10), "b2": optax.constant_schedule(0.99)}
     txs = {m.name: m.make(1e-2, **betas) for m in FAMILY}
-    update = together(txs)
+    update = joint_update(txs)
     path = [{name: tx.init(params) for name, tx in txs.items()}]
     for _ in range(20):
         updates, states = update(params, path[-1], params)
@@ -167,7 +167,7 @@ def on_scheduled_betas():
 
 @pytest.mark.parametrize("member", FAMILY, ids=str)
 def test_scheduled_betas_keep_shape_and_do_not_recompile(member):
-    path, updates, compiled = on_scheduled_betas()
+    path, updates, compiled = train_on_scheduled_betas()
     for before, after in itertools.pairwise(states[member.name] for states in path):
         assert jax.tree.structure(after) == jax.tree.structure(before)
         assert list(map(jax.typeof, jax.tree.leaves(after))) == list(map(jax.typeof, jax.tree.leaves(before)))
@@ -192,7 +192,7 @@ NOT_TORCH = {f"jadam.{name}": getattr(jadam, name) for name in ("amsgrad", "nada
 
 @functools.cache
 def trajectories(dtype):
-    """The parameters at each step of `TORCH_CALLS`, and of the defaults that are not PyTorch's."""
+    """Parameters at each step of `TORCH_CALLS` and of `NOT_TORCH`, whose defaults differ from PyTorch's."""
     lr, (b1, b2), eps = torch_trajectories.LR, torch_trajectories.BETAS, torch_trajectories.EPS
     txs = {name: make(lr, b1=b1, b2=b2, eps=eps) for name, make in (TORCH_CALLS | NOT_TORCH).items()}
     p = np.linspace(-1, 1, torch_trajectories.COORDINATES, dtype=dtype)
@@ -201,22 +201,22 @@ def trajectories(dtype):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", TORCH_CALLS)
-def test_pytorch_s_trajectories(name):
+def test_pytorch_trajectories(name):
     assert name in torch_trajectories.OPTIMIZERS
     np.testing.assert_allclose(trajectories(np.float64)[name], TORCH[name], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", TORCH_CALLS)
-def test_pytorch_s_trajectories_in_float32(name):
-    # 60 steps of 0.01: each direction is off by 1e-6 at most (RAdam's first, unscaled ones by 1e-6 of 1e3), and p by
-    # half an ulp of 1 a step.
+def test_pytorch_trajectories_in_float32(name):
+    # 60 steps of 0.01: the direction is off by at most 1e-6 and p by half an ulp of 1 a step. RAdam's first updates are
+    # not scaled: 1e-6 of up to 1e3, which rtol covers.
     atol = 60 * (0.01 * 1e-6 + 2**-25)
     np.testing.assert_allclose(trajectories(np.float32)[name], TORCH[name], rtol=1e-5, atol=atol)
 
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", ["amsgrad", "nadam", "radam"])
-def test_the_default_is_not_pytorch_s(name):
+def test_defaults_that_differ_from_pytorch(name):
     assert np.abs(trajectories(np.float64)[f"jadam.{name}"] - TORCH[name]).max() > 1e-6
 
 
@@ -227,20 +227,20 @@ LENGTHS = (0.5, 0.9, 0.999, 0.9999, 0.999999)
 
 
 @jax.jit
-def lengths(t):
-    """For each ``b2``, the length of its average at step ``t`` and in the end."""
+def average_lengths(t):
+    """Length of the moving average at step ``t`` and its limit, for each of `LENGTHS`."""
     beta = lambda b2: numerics.constant_beta(b2, t, np.dtype("float32"))
     return [_radam.sma_length(beta(b2), t) for b2 in LENGTHS]
 
 
 @pytest.mark.parametrize("b2", LENGTHS)
-def test_length_of_the_average(b2):
-    # Exact in rationals' stead: float64 loses 1e-16 * 2 / (1-b2) / rho <= 4e-11 to the same cancellation.
+def test_sma_length(b2):
+    # float64 is exact enough: its cancellation costs 1e-16 * 2 / (1-b2) / rho <= 4e-11.
     for t in [1, 2, 3, 4, 5, 6, 10, 100, 999, 1000, 1001, 10**4, 10**6]:
-        rho, rho_inf = lengths(np.float32(t))[LENGTHS.index(b2)]
+        rho, rho_inf = average_lengths(np.float32(t))[LENGTHS.index(b2)]
         power = b2**t
         expected = 2 / (1 - b2) - 1 - 2 * t * power / -np.expm1(t * np.log1p(-(1 - b2)))
-        # 2*t - 1 and the last term are at most twice rho; some 20 roundings of 2**-24 among them.
+        # Both terms are at most twice rho and have some 20 roundings of 2**-24.
         np.testing.assert_allclose(rho, expected, rtol=2e-6)
         np.testing.assert_allclose(rho_inf, 2 / (1 - b2) - 1, rtol=3 * 2**-24)
 
@@ -262,14 +262,14 @@ DECAYS = {
 
 
 @functools.cache
-def decayed():
-    """The updates of five steps on a parameter of 2 without gradients, by row and ``max_lr``."""
+def decay_updates():
+    """Updates of five steps with zero gradients on a parameter of 2, by row and ``max_lr``."""
     rate = optax.cosine_decay_schedule(0.2, 10)
     make = lambda member, scheduled, max_lr: member.make(
         rate, weight_decay=(lambda count: 0.3 / (1 + count)) if scheduled else 0.3, max_lr=max_lr
     )
     txs = {f"{row} {max_lr}": make(*x, max_lr) for row, x in DECAYS.items() for max_lr in (None, 0.2)}
-    p, update = np.float32([2.0]), together(txs)
+    p, update = np.float32([2.0]), joint_update(txs)
     states, path = {name: tx.init(p) for name, tx in txs.items()}, []
     for _ in range(5):
         updates, states = update(0 * p, states, p)
@@ -281,7 +281,7 @@ def decayed():
 def test_decay_coupled_and_decoupled(row):
     _, scheduled = DECAYS[row]
     for max_lr, over in ((None, 1.0), (0.2, 0.2)):
-        for t, updates in enumerate(decayed()):
+        for t, updates in enumerate(decay_updates()):
             rate = 0.2 * 0.5 * (1 + np.cos(np.pi * t / 10))
             expected = -rate / over * (0.3 / (1 + t) if scheduled else 0.3) * 2.0
             np.testing.assert_allclose(updates[f"{row} {max_lr}"], expected, rtol=1e-6)
@@ -291,26 +291,26 @@ def test_decay_coupled_and_decoupled(row):
 
 
 @functools.cache
-def on_injected_betas():
-    """All members' third updates with a first beta of 0.9, 0.8, 0.7; with 0.7 from the same states; how often compiled.
+def train_on_injected_betas():
+    """Third updates with b1 = 0.9, 0.8, 0.7; third updates with b1 = 0.7 from the same states; the number of programs.
 
-    The second beta is one that float32 holds.
+    ``b2`` is a number that float32 holds exactly.
     """
     g = np.float32([1.0, -2.0])
     txs = {m.name: optax.inject_hyperparams(m.make)(learning_rate=1.0, b2=0.5) for m in FAMILY}
-    states, update = {name: tx.init(g) for name, tx in txs.items()}, together(txs)
+    states, update = {name: tx.init(g) for name, tx in txs.items()}, joint_update(txs)
     for b1 in (0.9, 0.8, 0.7):
         for state in states.values():
             state.hyperparams["b1"] = jnp.float32(b1)
         before = {name: state.inner_state for name, state in states.items()}
         updates, states = update(g, states, 0 * g)
-    constant = together({m.name: m.make(1.0, b1=0.7, b2=0.5) for m in FAMILY})
+    constant = joint_update({m.name: m.make(1.0, b1=0.7, b2=0.5) for m in FAMILY})
     return updates, constant(g, before, 0 * g)[0], update._cache_size()
 
 
 @pytest.mark.parametrize("member", FAMILY, ids=str)
-def test_injected_betas_are_corrected_by_today_s_power(member):
-    updates, constant, compiled = on_injected_betas()
+def test_injected_betas_are_corrected_by_their_current_power(member):
+    updates, constant, compiled = train_on_injected_betas()
     assert compiled == 1
-    # As if b1 had been 0.7 since step 1, but for the moments; float32(0.7) in place of 0.7 is 4e-8 of 1 - b1.
+    # As if b1 had been 0.7 since step 1, except for the moments; float32(0.7) instead of 0.7 is 4e-8 of 1 - b1.
     np.testing.assert_allclose(updates[member.name], constant[member.name], rtol=2e-6)

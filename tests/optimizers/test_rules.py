@@ -1,4 +1,4 @@
-"""`_adam`'s lines on one array, each against the same line in float64; and what its public functions pass on."""
+"""Each function of `jadam._optimizers.adam` on one array, against NumPy float64, and its public functions."""
 
 import inspect
 
@@ -16,12 +16,12 @@ from jadam._transformation.transformation import Hyperparams
 
 B1, B2, EPS, EPS_ROOT, T = 0.9, 0.99, 1e-3, 1e-2, 3
 G, M, V = np.array([0.5, -2.0, 0.0, 1e-3]), np.array([0.25, 1.0, 0.0, -3e-3]), np.array([0.1, 4.0, 0.0, 2e-4])
-# Some ten roundings of numbers that do not cancel.
+# Some ten roundings, no cancellation.
 CLOSE = {"rtol": 10 * 2.0**-24, "atol": 0}
 DTYPE = np.dtype("float32")
 
 
-def step(**more):
+def make_hyperparams(**more):
     betas = {name: constant_beta(b, jnp.float32(T), DTYPE) for name, b in (("b1", B1), ("b2", B2))}
     return Hyperparams(t=jnp.float32(T), **betas, eps=DTYPE.type(EPS), eps_root=DTYPE.type(EPS_ROOT), **more)
 
@@ -40,7 +40,7 @@ def expected_direction(m_hat, v_hat, eps=EPS):
 
 def test_adam_rule():
     m, v = moments()
-    u, new_m, new_v = jax.jit(lambda *x: _adam.adam_rule(step(), *x))(*arrays(G, M, V))
+    u, new_m, new_v = jax.jit(lambda *x: _adam.adam_rule(make_hyperparams(), *x))(*arrays(G, M, V))
     np.testing.assert_allclose(new_m, m, **CLOSE)
     np.testing.assert_allclose(new_v, v, **CLOSE)
     np.testing.assert_allclose(u, expected_direction(m / (1 - B1**T), v / (1 - B2**T)), **CLOSE)
@@ -48,60 +48,64 @@ def test_adam_rule():
 
 def test_direction():
     m_hat, v_hat = arrays(M, V)
-    np.testing.assert_allclose(_adam.adam_direction(step(), m_hat, v_hat), expected_direction(M, V), **CLOSE)
-    nothing = step().replace(eps=DTYPE.type(0), eps_root=DTYPE.type(0))
+    np.testing.assert_allclose(
+        _adam.adam_direction(make_hyperparams(), m_hat, v_hat), expected_direction(M, V), **CLOSE
+    )
+    nothing = make_hyperparams().replace(eps=DTYPE.type(0), eps_root=DTYPE.type(0))
     assert _adam.adam_direction(nothing, jnp.zeros(1), jnp.zeros(1)) == 0
 
 
-def look_ahead_of(m, g, momentum=B1):
+def expected_nesterov_m_hat(m, g, momentum=B1):
     return momentum * m / (1 - momentum ** (T + 1)) + (1 - momentum) * g / (1 - momentum**T)
 
 
 def test_nadam_rule():
     m, v = moments()
-    u, new_m, new_v = jax.jit(lambda *x: _adam.nadam_rule(step(), *x))(*arrays(G, M, V))
+    u, new_m, new_v = jax.jit(lambda *x: _adam.nadam_rule(make_hyperparams(), *x))(*arrays(G, M, V))
     np.testing.assert_allclose(new_m, m, **CLOSE)
     np.testing.assert_allclose(new_v, v, **CLOSE)
-    np.testing.assert_allclose(u, expected_direction(look_ahead_of(m, G), v / (1 - B2**T)), rtol=20 * 2.0**-24)
+    np.testing.assert_allclose(
+        u, expected_direction(expected_nesterov_m_hat(m, G), v / (1 - B2**T)), rtol=20 * 2.0**-24
+    )
 
 
 @pytest.mark.parametrize("momentum", [None, 0.6])
-def test_look_ahead(momentum):
+def test_nesterov_m_hat(momentum):
     given = {} if momentum is None else {"momentum": constant_beta(momentum, jnp.float32(T), DTYPE)}
-    found = _adam.nesterov_m_hat(step(**given), *arrays(M, G))
-    # m and g have other signs in two places: relative to the larger term
-    exact = look_ahead_of(M, G, momentum or B1)
+    found = _adam.nesterov_m_hat(make_hyperparams(**given), *arrays(M, G))
+    # m and g may cancel: error relative to the larger term
+    exact = expected_nesterov_m_hat(M, G, momentum or B1)
     assert (np.abs(found - exact) <= 10 * 2.0**-24 * (np.abs(M) + np.abs(G)) * 2).all()
 
 
-def test_with_eps_hat():
+def test_eps_before_correction():
     """The paper's section 2: alpha * sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps_hat)."""
-    hat = _adam.eps_before_correction(step())
+    hat = _adam.eps_before_correction(make_hyperparams())
     np.testing.assert_allclose(hat.eps, EPS / np.sqrt(1 - B2**T), **CLOSE)
-    assert {**vars(hat), "eps": 0} == {**vars(step()), "eps": 0}
+    assert {**vars(hat), "eps": 0} == {**vars(make_hyperparams()), "eps": 0}
 
 
 def test_without_correction():
-    plain = _adam.without_correction(step(), "b2")
-    assert plain.b1 == step().b1
-    assert plain.b2 == step().b2._replace(correction=1, next_correction=1)
+    plain = _adam.without_correction(make_hyperparams(), "b2")
+    assert plain.b1 == make_hyperparams().b1
+    assert plain.b2 == make_hyperparams().b2._replace(correction=1, next_correction=1)
     assert plain.b2.correction.dtype == jnp.float32
 
 
 @pytest.mark.parametrize("bias_correction", [True, False])
 @pytest.mark.parametrize("eps_mode", ["paper", "hat"])
-def test_adjustment(eps_mode, bias_correction):
-    adjusted = _adam.hyperparam_transform(eps_mode, () if bias_correction else ("b1", "b2"))(step())
+def test_hyperparam_transform(eps_mode, bias_correction):
+    adjusted = _adam.hyperparam_transform(eps_mode, () if bias_correction else ("b1", "b2"))(make_hyperparams())
     for beta in (adjusted.b1, adjusted.b2):
         assert (beta.correction == 1) != bias_correction
     hat = EPS / np.sqrt(1 - B2**T) if bias_correction else EPS
     np.testing.assert_allclose(adjusted.eps, hat if eps_mode == "hat" else EPS, **CLOSE)
-    assert _adam.hyperparam_transform(eps_mode)(step()).b1.correction != 1
+    assert _adam.hyperparam_transform(eps_mode)(make_hyperparams()).b1.correction != 1
 
 
 @pytest.mark.parametrize(("make", "theirs"), [(f, getattr(optax, f.__name__)) for f in (jadam.adam, jadam.adamw)])
 def test_defaults(make, theirs):
-    """Optax's, and of what Optax lacks Algorithm 1's."""
+    """Defaults are Optax's; of options that Optax lacks, Algorithm 1's."""
     ours, other = (inspect.signature(f).parameters for f in (make, theirs))
     for name, parameter in other.items():
         assert ours[name].default == parameter.default
@@ -116,7 +120,7 @@ SETTINGS = {"b1": 0.8, "b2": 0.95, "eps": 0.1, "eps_root": 0.01, "nesterov": Tru
 
 @pytest.mark.parametrize("bias_correction", [True, False])
 def test_public_functions_pass_on_what_they_are_given(bias_correction):
-    """Two steps of each, against one another to the bit."""
+    """All options reach the rule: two steps of each function agree."""
     settings = {**SETTINGS, "bias_correction": bias_correction}
     p, rate, decay = np.float32([1, -2]), 0.5, 0.25
     sides = [jadam.scale_by_adam(**settings), jadam.adam(rate, **settings)]

@@ -1,4 +1,4 @@
-"""What `test_faults.py` runs: a checkpoint damaged and restored. Orbax leaves tasks behind, so in its own process."""
+"""Program of `test_faults.py`: restores damaged checkpoints. A process of its own, as Orbax leaves tasks behind."""
 
 import contextlib
 import json
@@ -35,19 +35,19 @@ def trained(tx, dtype):
 
 
 def bits(tree):
-    """Every array's dtype, shape and bits."""
+    """``(dtype, shape, bytes)`` of every array."""
     return [(x.dtype, x.shape, x.tobytes()) for x in map(np.asarray, jax.tree.leaves(tree))]
 
 
 def flipped(data, place):
-    """``data`` with one bit changed, the ``place``-th."""
+    """``data`` with the ``place``-th bit flipped."""
     byte, bit = divmod(int(place), 8)
     return data[:byte] + bytes([data[byte] ^ 1 << bit]) + data[byte + 1 :]
 
 
 @contextlib.contextmanager
 def changed(file, data):
-    """``file`` with other contents, or none at all."""
+    """Replaces the contents of ``file``, or removes it for None, within the context."""
     before = file.read_bytes()
     file.unlink()
     if data is not None:
@@ -57,7 +57,7 @@ def changed(file, data):
 
 
 def outcome(directory, saved):
-    """``same``, ``other``, or who says that something is wrong."""
+    """``same`` or ``other`` bits, or who reported the damage: ``Orbax`` or ``checksum``."""
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             *tree, checksum = checkpointer.restore(directory, saved)
@@ -69,9 +69,9 @@ def outcome(directory, saved):
 
 
 def damages(name, flips):
-    """``(which file, what was done to it, what came of it)`` for every damage to a checkpoint.
+    """Yields ``(file, damage, outcome)`` for every kind of damage to every file of a checkpoint.
 
-    So many bits are flipped, one at a time, of the file that has most of the arrays, and one of each other.
+    In the largest file, which holds the arrays, ``flips`` bits are flipped, one at a time; in others one bit.
     """
     tree = trained(*CONFIGURATIONS[name])
     saved = (*tree, jadam.checksum(tree))

@@ -1,7 +1,7 @@
-"""What `test_kernel.py` runs in processes of its own: random calls of the CPU's handler, right and wrong, and children.
+"""Programs that `test_kernel.py` runs in processes of their own: a fuzzer of the CPU's handler, forks, memory use.
 
-``PYTHONPATH=tests python tests/programs/kernel.py direct 7 1`` does the one call whose seed is 7, ``by_xla 7 1`` lets
-XLA do it.
+``PYTHONPATH=tests python tests/programs/kernel.py call_directly 7 1`` repeats the fuzzer's call with seed 7, and
+``call_by_xla 7 1`` repeats it through XLA.
 """
 
 import copy
@@ -33,7 +33,7 @@ from jadam._fused.pallas import Int8Tile
 from jadam._moments import formats
 from jadam._transformation.transformation import Hyperparams, LeafUpdate, Rule, Shard, update_leaf
 
-ROWS, COLUMNS = 64, 512  # of the arrays on which what is expected is computed, whatever the leaf's shape
+ROWS, COLUMNS = 64, 512  # the reference step runs on arrays of this one shape, so that it is compiled once
 NATIVE = {
     rule.native: rule
     for module in pkgutil.iter_modules(_optimizers.__path__, "jadam._optimizers.")
@@ -60,15 +60,15 @@ LARGEST_RATIO = 32.0  # |g|/sqrt(v) is at most 1/sqrt(1 - b2), 31.6 at b2 = 0.99
 BFLOAT16 = jnp.dtype(jnp.bfloat16)
 
 
-class Block:
-    """An array at a place in memory that is a multiple of its element, with known bytes before, perhaps behind it."""
+class GuardedArray:
+    """An array aligned only to its element size, with guard bytes before and perhaps behind it."""
 
     def __init__(self, rng, values, behind=None):
         values = np.asarray(values)
         size = max(1, values.dtype.itemsize)
         self.offset = 64 + size * int(rng.integers(0, 64 // size))
         end = self.offset + values.nbytes
-        # Behind nothing AddressSanitizer sees an access, behind something we see a write.
+        # Without guard bytes behind it AddressSanitizer catches overruns; with them `call_directly` catches writes.
         self.memory = rng.integers(0, 256, end + int(rng.choice([0, 64]) if behind is None else behind), np.uint8)
         self.shape, self.dtype, self.null = values.shape, values.dtype, False
         self.values[...] = values
@@ -93,19 +93,19 @@ class Block:
 
 
 class Call(NamedTuple):
-    """``inputs`` begin with scalars and count; ``steps`` are what each row of scalars was made of."""
+    """Arguments of the handler; ``inputs`` begin with scalars and count. ``hyperparams`` are those in the scalars."""
 
-    inputs: list[Block]
-    outputs: list[Block]
+    inputs: list[GuardedArray]
+    outputs: list[GuardedArray]
     leaves: list[int]
-    steps: list[dict]
+    hyperparams: list[dict]
 
 
-# -- a right call ------------------------------------------------------------------------------------------------------
+# -- random valid calls ------------------------------------------------------------------------------------------------
 
 
-def any_step(rng):
-    """The fields of a job that make a row of scalars, every rule's."""
+def random_hyperparams(rng):
+    """Random values for the fields of a LeafUpdate that become a row of scalars."""
     t = jnp.float32(rng.choice([1, 2, 10, 1000]))
     b1, b2, momentum = (float(rng.choice(x)) for x in ([0.0, 0.3, 0.9], [0.3, 0.99, 0.999], [0.5, 0.95]))
     betas = {name: constant_beta(b, t, np.float32) for name, b in (("b1", b1), ("b2", b2), ("momentum", momentum))}
@@ -127,47 +127,47 @@ def any_step(rng):
     }
 
 
-def row(step):
+def scalars_row(step):
     unused = {"rule": None, "dtype": None, "format": None, "stored": (), "salt": 0, "count": None}
     return np.asarray(cpu._scalar_row(LeafUpdate(**unused, **step)))
 
 
-def any_shape(rng, least, most):
-    """Of rank ``least`` to 3, and at most ``most`` elements."""
+def random_shape(rng, min_rank, max_size):
+    """Random shape of ``min_rank`` to 3 axes and at most ``max_size`` elements."""
     shape = []
-    for _ in range(rng.integers(least, 4)):
+    for _ in range(rng.integers(min_rank, 4)):
         shape.insert(0, int(rng.choice(SIZES if not shape else [0, 1, 2, 3, 5, 7, 13])))
-        if np.prod(shape) > most:
+        if np.prod(shape) > max_size:
             return tuple(shape[1:] or [1])
     return tuple(shape)
 
 
-def numbers(rng, shape, special):
-    """Normal ones over four decades; none is subnormal, which XLA's threads take for 0."""
+def random_floats(rng, shape, special):
+    """Normal numbers over four decades, 2 % of them special. None is subnormal: XLA's threads flush those to 0."""
     x = rng.standard_normal(shape) * 10.0 ** rng.uniform(-2, 2, shape)
     return np.where(rng.random(shape) < 0.02 * special, rng.choice(SPECIAL, shape), x).astype(np.float32)
 
 
-def any_leaf(rng, rows):
-    """Settings, inputs and outputs."""
+def random_leaf(rng, rows):
+    """Settings, inputs and outputs of a random leaf; ``rows`` is the number of rows of scalars."""
     format = FORMATS[rng.integers(3)]
     rule = int(rng.choice([i for i, rule in enumerate(RULES) if rule.int8 or format != "int8"]))
-    block = int(rng.choice(BLOCKS)) if format == "int8" else int(rng.choice(EDGES))  # where it is not looked at
-    shape = any_shape(rng, format == "int8", ROWS if format == "int8" and block < 100 else ROWS * 100)
-    if format == "int8" and np.prod(shape[:-1]) * blocks_of(shape, block) > ROWS:
-        shape = shape[-1:] if blocks_of(shape[-1:], block) <= ROWS else (1,)
+    block = int(rng.choice(BLOCKS)) if format == "int8" else int(rng.choice(EDGES))  # ignored
+    shape = random_shape(rng, format == "int8", ROWS if format == "int8" and block < 100 else ROWS * 100)
+    if format == "int8" and np.prod(shape[:-1]) * num_blocks(shape, block) > ROWS:
+        shape = shape[-1:] if num_blocks(shape[-1:], block) <= ROWS else (1,)
     special = rng.random() < 0.2
     narrow_g, narrow_p = rng.random(2) < 0.3
-    g = numbers(rng, shape, special).astype(BFLOAT16 if narrow_g else np.float32)
-    p = numbers(rng, shape, False)
+    g = random_floats(rng, shape, special).astype(BFLOAT16 if narrow_g else np.float32)
+    p = random_floats(rng, shape, False)
     own = [p.astype(BFLOAT16), rng.integers(-(2**15), 2**15, shape, np.int16)] if narrow_p else [p]
-    m = numbers(rng, shape, False)
-    v = m**2 * np.exp(rng.exponential(1.0, shape)).astype(np.float32)  # no smaller than the square of m
+    m = random_floats(rng, shape, False)
+    v = m**2 * np.exp(rng.exponential(1.0, shape)).astype(np.float32)
     moments = [m, v, v * 2][: len(RULES[rule].moments)]
     if format == "bfloat16":
         moments = [x.astype(BFLOAT16) for x in moments]
     if format == "int8":
-        scales = (*shape[:-1], blocks_of(shape, block))
+        scales = (*shape[:-1], num_blocks(shape, block))
         moments = [rng.integers(-127, 128, shape, np.int8), rng.integers(0, 256, shape, np.uint8)]
         moments += [rng.uniform(0.1, 7, scales).astype(np.float32), 10 ** rng.uniform(-2, 2, scales).astype(np.float32)]
     n = int(np.prod(shape))
@@ -189,42 +189,42 @@ def any_leaf(rng, rows):
     return [int(x) for x in settings], [g, *own, *moments], outputs
 
 
-def blocks_of(shape, block):
+def num_blocks(shape, block):
     return -(-shape[-1] // block)
 
 
-def any_call(rng):
-    steps = [any_step(rng) for _ in range(rng.integers(1, 3))]
-    several = [any_leaf(rng, len(steps)) for _ in range(rng.integers(1, 4))]
+def random_call(rng):
+    steps = [random_hyperparams(rng) for _ in range(rng.integers(1, 3))]
+    several = [random_leaf(rng, len(steps)) for _ in range(rng.integers(1, 4))]
     leaves = [x for settings, *_ in several for x in settings]
-    scalars = np.stack([row(x) for x in steps])
+    scalars = np.stack([scalars_row(x) for x in steps])
     count = rng.integers(0, 2**32, 1 + len(several), np.uint32)
-    inputs = [Block(rng, x) for x in (scalars, count, *(x for _, inputs, _ in several for x in inputs))]
+    inputs = [GuardedArray(rng, x) for x in (scalars, count, *(x for _, inputs, _ in several for x in inputs))]
     outputs, place = [], 2
     for _, given, new in several:
         for own, x in zip(inputs[place + 1 : place + len(given)], new, strict=True):
-            outputs.append(own if rng.random() < 0.5 else Block(rng, x))
+            outputs.append(own if rng.random() < 0.5 else GuardedArray(rng, x))
         place += len(given)
     return Call(inputs, outputs, leaves, steps)
 
 
-# -- a wrong one -------------------------------------------------------------------------------------------------------
+# -- random mistakes ---------------------------------------------------------------------------------------------------
 
 
-def another_setting(rng, call):
+def change_setting(rng, call):
     leaves = list(call.leaves)
     if leaves:
         leaves[rng.integers(len(leaves))] = int(rng.choice(EDGES))
     return call._replace(leaves=leaves)
 
 
-def more_or_fewer_settings(rng, call):
+def change_number_of_settings(rng, call):
     leaves = list(call.leaves)
     return call._replace(leaves=[leaves[:-1], leaves[:-8], [*leaves, 0], leaves + leaves[:8]][rng.integers(4)])
 
 
-def another_buffer(rng, call):
-    """Of another dtype or shape, in memory that it fits."""
+def change_dtype_or_shape(rng, call):
+    """Changes dtype or shape of a buffer; its memory is large enough."""
     kind = rng.integers(2)
     columns = [list(call.inputs), list(call.outputs)]
     column = columns[kind]
@@ -233,7 +233,7 @@ def another_buffer(rng, call):
     place = int(rng.integers(len(column)))
     shape, dtype = column[place].shape, column[place].dtype
     if rng.random() < 0.5:
-        dtype = np.dtype(str(rng.choice(list(handler.CODES))))
+        dtype = np.dtype(str(rng.choice(list(handler.DTYPE_CODES))))
     else:
         turned = [
             (),
@@ -249,19 +249,19 @@ def another_buffer(rng, call):
         shape = turned[rng.integers(len(turned))]
     values = np.zeros(shape, dtype)
     if dtype == column[place].dtype and column[place].values.size:
-        values = np.resize(column[place].values, shape)  # so that rows of scalars are rows again
-    column[place] = Block(rng, values)
+        values = np.resize(column[place].values, shape)  # rows of scalars stay valid
+    column[place] = GuardedArray(rng, values)
     return call._replace(inputs=columns[0], outputs=columns[1])
 
 
-def buffers_moved(rng, call):
-    """One dropped, doubled or exchanged for another."""
+def move_buffers(rng, call):
+    """Drops, duplicates or swaps buffers."""
     columns = [list(call.inputs), list(call.outputs)]
     column = columns[rng.integers(2)]
     if not column:
         return call
     a, b = rng.integers(len(column), size=2)
-    if min(a, b) == 0 and column is columns[0]:  # what would pass for scalars could not be told from them
+    if min(a, b) == 0 and column is columns[0]:  # another buffer in the place of the scalars may pass for valid scalars
         return call
     match rng.integers(3):
         case 0:
@@ -273,8 +273,8 @@ def buffers_moved(rng, call):
     return call._replace(inputs=columns[0], outputs=columns[1])
 
 
-def overlapping(rng, call):
-    """An output in the place of any buffer, or some bytes into it."""
+def overlap_buffers(rng, call):
+    """Places an output on another buffer, or some bytes into it."""
     outputs = list(call.outputs)
     if not outputs:
         return call
@@ -285,15 +285,15 @@ def overlapping(rng, call):
     return call._replace(outputs=outputs)
 
 
-def misaligned(rng, call):
+def misalign_input(rng, call):
     inputs = list(call.inputs)
     place = int(rng.integers(len(inputs)))
-    new = Block(rng, inputs[place].values, behind=64)
+    new = GuardedArray(rng, inputs[place].values, behind=64)
     inputs[place] = new.changed(offset=new.offset + 1)
     return call._replace(inputs=inputs)
 
 
-def without_data(rng, call):
+def drop_data(rng, call):
     columns = [list(call.inputs), list(call.outputs)]
     column = columns[rng.integers(2)]
     if column:
@@ -302,37 +302,44 @@ def without_data(rng, call):
     return call._replace(inputs=columns[0], outputs=columns[1])
 
 
-MISTAKES = [another_setting, another_setting, more_or_fewer_settings, another_buffer, another_buffer, buffers_moved]
-MISTAKES_IN_MEMORY = [*MISTAKES, overlapping, misaligned, without_data]
+MISTAKES = [
+    change_setting,
+    change_setting,
+    change_number_of_settings,
+    change_dtype_or_shape,
+    change_dtype_or_shape,
+    move_buffers,
+]
+MISTAKES_IN_MEMORY = [*MISTAKES, overlap_buffers, misalign_input, drop_data]
 
 
-# -- what comes out ----------------------------------------------------------------------------------------------------
+# -- checks of the outputs ---------------------------------------------------------------------------------------------
 
 
-def places(shape, block):
-    """The row and column of each element in the arrays on which what is expected is computed; a row is a block."""
+def layout(shape, block):
+    """Row and column of each element in the reference arrays. With ``block``, each int8 block has a row of its own."""
     n = int(np.prod(shape))
     if block is None:
         return np.divmod(np.arange(n), COLUMNS)
     element = np.arange(n)
     column = element % max(1, shape[-1])
-    return element // max(1, shape[-1]) * blocks_of(shape, block) + column // block, column % block
+    return element // max(1, shape[-1]) * num_blocks(shape, block) + column // block, column % block
 
 
-def expected(call, inputs):
-    """For every leaf ``(size of its largest term, new)`` of its parameter, as float32, and of what it stores.
+def expected_outputs(call, inputs):
+    """Yields ``(size of the largest term, expected value)`` for each leaf's parameter, as float32, and stored arrays.
 
-    For codes the size is whether they mean anything: where a scale is NaN they do not.
+    For int8 codes the first is a mask instead: codes with a NaN scale are not compared.
     """
     _, count, *arrays = inputs
-    count, arrays = count.ravel(), iter(arrays)  # of whatever shape
-    for first, settings in zip(count[1:], rows_of(call.leaves), strict=True):
+    count, arrays = count.ravel(), iter(arrays)
+    for first, settings in zip(count[1:], split_settings(call.leaves), strict=True):
         rule, format, limit, scalars, salt, block, run, stride = settings
         g, p = next(arrays), next(arrays)
         rest = next(arrays).ravel() if p.dtype == BFLOAT16 else None
-        stored = [next(arrays).ravel() for _ in range(stored_by(rule, format))]
+        stored = [next(arrays).ravel() for _ in range(num_stored(rule, format))]
         scaled = FORMATS[format] == "int8"
-        i, j = places(g.shape, block if scaled else None)
+        i, j = layout(g.shape, block if scaled else None)
 
         def lay(x, i=i, j=j):
             laid = np.zeros((ROWS, COLUMNS), x.dtype)
@@ -344,7 +351,7 @@ def expected(call, inputs):
 
         index = np.array([(int(first) + e // run * stride + e % run) % 2**32 for e in range(g.size)], np.uint32)
         unused = {name for name, bit in (("bound", 1), ("norm", 2)) if not limit & bit}
-        step = call.steps[scalars % len(call.steps)]
+        step = call.hyperparams[scalars % len(call.hyperparams)]
         leaf_update = LeafUpdate(
             rule=RULES[rule],
             dtype=np.dtype(np.float32),
@@ -358,8 +365,8 @@ def expected(call, inputs):
         )
         new, others = update_leaf(leaf_update, lay(g), lay(p))
         new, *others = [np.asarray(x) for x in (new, *others)]
-        old, g = master(p.ravel(), rest), np.abs(g.ravel().astype(np.float32))
-        yield np.abs(old) + LARGEST_RATIO, master(new[i, j], None if rest is None else others.pop(0)[i, j])
+        old, g = join_master(p.ravel(), rest), np.abs(g.ravel().astype(np.float32))
+        yield np.abs(old) + LARGEST_RATIO, join_master(new[i, j], None if rest is None else others.pop(0)[i, j])
         with np.errstate(over="ignore"):
             sizes = [g, g * g + g, g * g + g]
         for size, x, was in zip(sizes, others, stored[: 2 if scaled else 3], strict=False):
@@ -368,26 +375,26 @@ def expected(call, inputs):
             yield np.maximum(was, x[: was.size, 0]) + size, x[: was.size, 0]
 
 
-def found(call):
-    """The new parameters and what is stored, as the handler wrote them."""
+def actual_outputs(call):
+    """Yields the parameters, as float32, and stored arrays that the handler wrote."""
     outputs = iter(x.values.ravel() for x in call.outputs)
-    for rule, format, *_ in rows_of(call.leaves):
+    for rule, format, *_ in split_settings(call.leaves):
         p = next(outputs)
-        yield master(p, next(outputs) if p.dtype == BFLOAT16 else None)
-        for _ in range(stored_by(rule, format)):
+        yield join_master(p, next(outputs) if p.dtype == BFLOAT16 else None)
+        for _ in range(num_stored(rule, format)):
             yield next(outputs)
 
 
-def rows_of(leaves):
+def split_settings(leaves):
     return [leaves[start : start + 8] for start in range(0, len(leaves), 8)]
 
 
-def stored_by(rule, format):
+def num_stored(rule, format):
     return 4 if FORMATS[format] == "int8" else len(RULES[rule].moments)
 
 
-def master(p, rest):
-    """The float32 weight; one set from outside to 0 or infinity loses a remainder that would make it NaN."""
+def join_master(p, rest):
+    """Float32 weight from bfloat16 and remainder. Drops a remainder that would turn 0 or infinity into NaN."""
     if rest is None:
         return p
     pattern = p.view(np.uint16).astype(np.int64)
@@ -396,41 +403,41 @@ def master(p, rest):
     return ((pattern << 16) + np.where(stray, 0, rest)).astype(np.uint32).view(np.float32)
 
 
-def not_finite(a, b):
-    """Neither is: where g * g overflows, a contracted x + b * (average - x) is infinite and else NaN."""
+def both_non_finite(a, b):
+    """Neither is finite. Where g * g overflows, a contracted x + b * (average - x) is inf, otherwise NaN."""
     return ~np.isfinite(a) & ~np.isfinite(b)
 
 
-def check(call, wanted, tally):
-    """What was written is what is expected.
+def check_outputs(call, wanted, counts):
+    """Compares the handler's outputs with the reference.
 
-    To 1e-5 of the largest term: eager operations round products that the kernel contracts, and it takes reciprocals of
-    the corrections. `test_step.py` has the sharp bounds; here it is a wrong place, row or rule that must show, which is
-    an error of order 1. Codes and bfloat16 may differ by a level where the sides straddle a rounding edge.
+    Tolerance: 1e-5 of the largest term. The reference rounds products that the kernel contracts, and the kernel
+    multiplies by reciprocals of the corrections. A wrong element, row or rule is an error of order 1; `test_step.py`
+    has the sharp bounds. Codes and bfloat16 may differ by one level at a rounding threshold.
     """
-    for (size, new), got in zip(wanted, found(call), strict=True):
+    for (size, new), got in zip(wanted, actual_outputs(call), strict=True):
         assert (got.dtype, got.shape) == (new.dtype, new.shape)
         if new.dtype in (np.float32, BFLOAT16):
             a, b = got.astype(np.float32), new.astype(np.float32)
             with np.errstate(invalid="ignore"):
-                same = (np.abs(a - b) <= 1e-5 * np.maximum(size, np.abs(b))) | not_finite(a, b)
+                same = (np.abs(a - b) <= 1e-5 * np.maximum(size, np.abs(b))) | both_non_finite(a, b)
         if new.dtype == np.float32:
             assert same.all(), (got[~same][:4], new[~same][:4])
             continue
         if new.dtype == BFLOAT16:
             got, new, size = got.view(np.int16), new.view(np.int16), ~same
         apart = np.abs(got.astype(int) - new.astype(int))[size]
-        tally["codes"] += got.size
-        tally["codes apart"] += np.count_nonzero(apart)
+        counts["codes"] += got.size
+        counts["codes apart"] += np.count_nonzero(apart)
         assert apart.max(initial=0) <= 1, apart.max()
         assert np.count_nonzero(apart) <= 3 + 0.005 * got.size, (np.count_nonzero(apart), got.size)
 
 
-# -- by two ways -------------------------------------------------------------------------------------------------------
+# -- the two ways to call ----------------------------------------------------------------------------------------------
 
 
-def direct(call, rng):
-    """The handler's error or None; whatever it must not write is what it was."""
+def call_directly(call, rng):
+    """Calls through ctypes and returns the error, if any. Bytes outside of the outputs must not change."""
     blocks = [*call.inputs, *call.outputs]
     memory = {x.memory.ctypes.data: x.memory for x in blocks}
     before = {address: x.copy() for address, x in memory.items()}
@@ -445,13 +452,13 @@ def direct(call, rng):
     return error
 
 
-def by_xla(call, rng):
-    """The same by a compiled program, whose buffers are XLA's."""
+def call_by_xla(call, rng):
+    """Calls through XLA, with its buffers and aliases."""
     places = {id(x): i for i, x in enumerate(call.inputs)}
     aliases = {places[id(x)]: i for i, x in enumerate(call.outputs) if id(x) in places}
     results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in call.outputs]
-    if not any(x.values.size for x in call.outputs):  # XLA leaves out a call without results
-        return direct(call, rng)
+    if not any(x.values.size for x in call.outputs):  # XLA removes a call without results
+        return call_directly(call, rng)
     of = jax.ffi.ffi_call("jadam_step", results, input_output_aliases=aliases)
     try:
         new = of(*(jnp.asarray(x.values) for x in call.inputs), **handler.attributes(call.leaves))
@@ -464,9 +471,9 @@ def by_xla(call, rng):
     return None
 
 
-def once(seed, way, mistakes, tally):
+def fuzz_once(seed, way, mistakes, counts):
     rng = np.random.default_rng(seed)
-    call = any_call(rng)
+    call = random_call(rng)
     scalars = call.inputs[0].values.copy()
     wrong = rng.integers(0, 3)
     for _ in range(wrong):
@@ -475,30 +482,30 @@ def once(seed, way, mistakes, tally):
     error = way(call, rng)
     if error is None and not np.array_equal(np.resize(inputs[0], scalars.shape), scalars):
         assert wrong
-        tally["other scalars"] += 1  # ones that pass for scalars, whatever they mean
+        counts["other scalars"] += 1  # changed but valid: no reference for them
     elif error is None:
-        check(call, expected(call, inputs), tally)
-        tally["right"] += 1
+        check_outputs(call, expected_outputs(call, inputs), counts)
+        counts["right"] += 1
     else:
         assert wrong, error
         assert error.startswith("jadam: "), error
-        tally[re.sub(r"leaf \d: ", "", error.splitlines()[0])] += 1
+        counts[re.sub(r"leaf \d: ", "", error.splitlines()[0])] += 1
 
 
 def fuzz(way, mistakes, first, n):
-    tally = Counter()
+    counts = Counter()
     for seed in range(first, first + n):
-        print(f"{way.__name__} {seed} 1", flush=True)  # the last one is that of a crash
-        once(seed, way, mistakes, tally)
-    return {k: int(v) for k, v in tally.items()}
+        print(f"{way.__name__} {seed} 1", flush=True)  # the last line names the call that crashed
+        fuzz_once(seed, way, mistakes, counts)
+    return {k: int(v) for k, v in counts.items()}
 
 
 def fuzz_directly(first, n):
-    return fuzz(direct, MISTAKES_IN_MEMORY, first, n)
+    return fuzz(call_directly, MISTAKES_IN_MEMORY, first, n)
 
 
 def fuzz_by_xla(first, n):
-    return fuzz(by_xla, MISTAKES, first, n)
+    return fuzz(call_by_xla, MISTAKES, first, n)
 
 
 # -- training in this process, and in children -------------------------------------------------------------------------
@@ -520,7 +527,7 @@ TRAINED = {
 
 
 def trained(name, steps, donate=True, at=lambda step, params: None):
-    """The bytes of parameters and state after so many steps; ``at`` is called before each."""
+    """Bytes of parameters and state after ``steps`` steps; calls ``at(step, params)`` before each."""
     tx, params = TRAINED[name]()
     state = tx.init(params)
 
@@ -535,38 +542,38 @@ def trained(name, steps, donate=True, at=lambda step, params: None):
     return [np.asarray(x).tobytes() for x in jax.tree.leaves((params, state))]
 
 
-def resident():
-    """Bytes of memory that this process has, without what its allocator keeps though nothing is in it.
+def resident_bytes():
+    """Resident bytes of this process, after the allocator has returned its free memory.
 
-    That goes up by some MB at any time: how XLA's threads come to be scheduled tells which holes of the heap they fill.
+    Free memory varies by some MB: it depends on how XLA's threads are scheduled.
     """
     ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/statm") as f:
         return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def memory(name, *ends):
-    """Prints the least resident bytes of the 1,000 steps up to each of these, in which one array more may be alive."""
+def print_memory(name, *ends):
+    """Prints, for each of ``ends``, the minimum of resident bytes over the 1,000 steps before it."""
     least = dict.fromkeys(ends, 2**63)
 
     def at(step, params):
-        jax.block_until_ready(params)  # else steps are queued, some more and some fewer each time
+        jax.block_until_ready(params)  # a varying number of queued steps would hold memory
         for end in ends:
             if end - 1000 <= step <= end and step % 20 == 0:
-                least[end] = min(least[end], resident())
+                least[end] = min(least[end], resident_bytes())
 
     trained(name, ends[-1] + 1, at=at)
     print(*least.values())
 
 
-def loader(queue):
-    """A data loader: it never touches JAX."""
+def data_loader(queue):
+    """Work of a data loader, without JAX."""
     rng = np.random.default_rng(0)
     queue.put((rng.standard_normal((300, 300)) @ np.ones((300, 300))).sum())
 
 
-def bare_step(scalars):
-    """The handler's result for a leaf that takes several threads, which never come; nothing here is JAX's."""
+def step_without_jax(scalars):
+    """Calls the handler without JAX, on a leaf for several threads, in a pool that never starts one."""
     rng, n = np.random.default_rng(0), 2**18
     count = np.zeros(2, np.uint32)
     arrays = [rng.random(n, np.float32) for _ in range(4)]
@@ -575,28 +582,28 @@ def bare_step(scalars):
     return [x.tobytes() for x in arrays]
 
 
-def forked(names):
-    """Children that JAX allows, between the steps of a training, which ends on the bits it had without them."""
-    warnings.filterwarnings("ignore", message=".*fork")  # JAX's own and Python's, of what is tried here
-    scalars = row(any_step(np.random.default_rng(1)))[None]  # in the parent, as JAX computes it
-    never = bare_step(scalars)
+def train_with_forks(names):
+    """Trains with forks between the steps; the bits must be those without forks."""
+    warnings.filterwarnings("ignore", message=".*fork")  # both JAX and Python warn of forks
+    scalars = scalars_row(random_hyperparams(np.random.default_rng(1)))[None]  # in the parent, as JAX computes it
+    never = step_without_jax(scalars)
     codes, sums = [], []
     context = multiprocessing.get_context("fork")
     sanitized = "libasan" in os.environ.get("LD_PRELOAD", "")
 
     def at(step, params):
         if step % 5 == 0:
-            if sanitized:  # a fork must not meet a thread within the sanitizer's allocator, whose locks a child keeps
+            if sanitized:  # a thread in the sanitizer's allocator would leave its lock held in the child
                 jax.block_until_ready(params)
                 time.sleep(0.1)
             queue = context.SimpleQueue()
-            child = context.Process(target=loader, args=(queue,))
+            child = context.Process(target=data_loader, args=(queue,))
             child.start()
             sums.append(queue.get())
             child.join()
             codes.append(child.exitcode)
             if (child := os.fork()) == 0:
-                os._exit(0 if bare_step(scalars) == never else 1)
+                os._exit(0 if step_without_jax(scalars) == never else 1)
             codes.append(os.waitpid(child, 0)[1])
 
     for name in names:
@@ -606,16 +613,16 @@ def forked(names):
     print("forked")
 
 
-def child_steps(queue, names):
+def send_trained(queue, names):
     queue.put([trained(name, 20) for name in names])
 
 
-def spawned(method, names):
-    """Children of another start method train as this process does, which has trained before."""
+def train_in_child(method, names):
+    """Trains here, then in a child process; both must have the same bits."""
     here = [trained(name, 20) for name in names]
     context = multiprocessing.get_context(method)
     queue = context.SimpleQueue()
-    child = context.Process(target=child_steps, args=(queue, names))
+    child = context.Process(target=send_trained, args=(queue, names))
     child.start()
     assert queue.get() == here
     child.join()
@@ -626,8 +633,8 @@ def spawned(method, names):
 # -- a huge leaf -------------------------------------------------------------------------------------------------------
 
 
-def huge():
-    """A step of 2**31 + 4096 elements; rows in three places are to the bit those of small leaves that lie there."""
+def step_huge_leaf():
+    """Steps 2**31 + 4096 elements; compares three windows with small leaves at the same offsets, bit for bit."""
     tx, columns, rows = jadam.adam(1e-3, moments="int8"), 4096, 3
     whole = (2**31 // columns + 1, columns)
     tiny, empty = tx.init(jnp.zeros((rows, columns)))
@@ -638,7 +645,7 @@ def huge():
         return codes + tuple(np.abs(rng.standard_normal((rows, columns // 128), np.float32)) for _ in range(2))
 
     starts = [0, whole[0] // 2, whole[0] - rows]  # the last one from 2**31 - 8192 on
-    windows = [[*(numbers(rng, (rows, columns), False) for _ in range(2)), *random_state()] for _ in starts]
+    windows = [[*(random_floats(rng, (rows, columns), False) for _ in range(2)), *random_state()] for _ in starts]
     arrays = []
     for k, example in enumerate(windows[0]):
         width = example.shape[1]
@@ -665,15 +672,15 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case "fuzz", n, n_by_xla:
             print(json.dumps([fuzz_directly(0, int(n)), fuzz_by_xla(0, int(n_by_xla))]))
-        case "direct", first, n:
+        case "call_directly", first, n:
             print(fuzz_directly(int(first), int(n)))
-        case "by_xla", first, n:
+        case "call_by_xla", first, n:
             print(fuzz_by_xla(int(first), int(n)))
         case "memory", name, *ends:
-            memory(name, *map(int, ends))
+            print_memory(name, *map(int, ends))
         case "forked", *names:
-            forked(names)
+            train_with_forks(names)
         case ("huge",):
-            huge()
+            step_huge_leaf()
         case method, *names:
-            spawned(method, names)
+            train_in_child(method, names)

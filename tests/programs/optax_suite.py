@@ -1,7 +1,7 @@
-"""A pytest plugin: Optax's own installed tests, only the rows about Adam's family, jadam's functions in Optax's place.
+"""A pytest plugin that runs Optax's installed tests of Adam and its relatives with jadam's functions.
 
-``PYTHONPATH=tests python -m pytest -p programs.optax_suite --pyargs optax._src.alias_test ...``; with
-``OPTAX_SUITE=optax`` Optax is left in place, to see what passes without jadam.
+``PYTHONPATH=tests python -m pytest -p programs.optax_suite --pyargs optax._src.alias_test ...``; With
+``OPTAX_SUITE=optax`` they run with Optax's own functions, for comparison.
 """
 
 import os
@@ -14,7 +14,9 @@ import jadam
 
 NAMES = ["adam", "adamw", "adamax", "adamaxw", "nadam", "nadamw", "amsgrad", "radam"]
 NAMES += [f"scale_by_{name}" for name in ("adam", "adamax", "amsgrad", "radam")]
-ROW = re.compile("'({0})'|_({0})( |$)|match_adam".format("|".join(NAMES)))  # a parameter, or the end of a test's name
+ROW = re.compile(
+    "'({0})'|_({0})( |$)|match_adam".format("|".join(NAMES))
+)  # a test parameter, or the end of the test's name
 
 
 def pytest_configure(config):

@@ -1,4 +1,4 @@
-"""What each process of `test_processes.py` runs until it is killed, and what the test has in common with it.
+"""Program of each process in `test_processes.py`; the test imports its functions, too.
 
 Usage: python tests/programs/processes.py OPTIMIZER FOLDER PORT PROCESS
 """
@@ -19,8 +19,8 @@ from jax.sharding import PartitionSpec as P
 import jadam
 
 PROCESSES = 2
-DEVICES = 8  # of all processes together
-SAVED, LAST = 3, 6  # steps taken when the checkpoint is written, and when state and gradients are for the last time
+DEVICES = 8  # in all processes together
+SAVED, LAST = 3, 6  # step of the checkpoint, last step whose state and gradients are recorded
 LR = 1e-2
 OPTIMIZERS = {
     "float32": (jadam.adamw(LR), jnp.float32),
@@ -33,7 +33,7 @@ def mesh():
 
 
 def initial(dtype):
-    """Parameters: the hidden kernel is divided along its last axis, the bias of 3 is not, the others by rows."""
+    """Parameters. `zero1` divides the hidden kernel along its last axis, others by rows, the bias of 3 not at all."""
     rng = np.random.default_rng(0)
     scaled = lambda *shape: (rng.standard_normal(shape) / np.sqrt(shape[0])).astype(dtype)
     return {
@@ -44,7 +44,7 @@ def initial(dtype):
 
 
 def batch(mesh, step):
-    """Inputs and targets of a step, four rows to a device."""
+    """Inputs and targets of a step, four rows a device."""
     x = np.random.default_rng(step + 1).standard_normal((4 * DEVICES, 33)).astype(np.float32)
     rows = NamedSharding(mesh, P("data"))
     return [jax.make_array_from_callback(a.shape, rows, a.__getitem__) for a in (x, np.sin(x[:, :3] + x[:, 3:6]))]
@@ -58,12 +58,12 @@ def loss(params, x, y):
 
 @jax.jit
 def loss_and_gradients(params, x, y):
-    """In float32, also of bfloat16 parameters."""
+    """Loss and gradients in float32, also for bfloat16 parameters."""
     return jax.value_and_grad(loss)(jax.tree.map(lambda p: p.astype(jnp.float32), params), x, y)
 
 
 def compiled_step(tx, gradients, state, params):
-    """`jadam.step` for these avals: apart from the gradients' program, so that both sides of the test run the same."""
+    """`jadam.step` compiled without the gradients, so that both sides of the test run the same program."""
     step = jax.jit(functools.partial(jadam.step, tx), donate_argnums=(1, 2))
     step = step.lower(gradients, state, params).compile()
     assert ("jadam_step" in step.as_text()) == (jadam.backends()["cpu"].kernel is not None)
@@ -75,7 +75,7 @@ def named(tree):
 
 
 def view(tree, mesh):
-    """The bytes that each device of this process has of each leaf, by the leaf's name and the device's place."""
+    """``{leaf and device: bytes}`` for each device of this process."""
     places = {device: place for place, device in enumerate(mesh.devices.flat)}
     return {
         f"{name} {places[shard.device]}": np.frombuffer(np.asarray(shard.data).tobytes(), np.uint8)
@@ -85,7 +85,7 @@ def view(tree, mesh):
 
 
 def checkpoints(folder):
-    """Orbax's manager; when closed it has written everything."""
+    """Orbax's checkpoint manager, which has written everything when it is closed."""
     return ocp.CheckpointManager(folder / "checkpoints", item_names=("params", "state"))
 
 
@@ -117,7 +117,7 @@ def main(name, folder, process):
 
 if __name__ == "__main__":
     name, folder, port, process = sys.argv[1:]
-    signal.alarm(120)  # not to outlive a test that was killed itself
+    signal.alarm(120)  # ends the process if the test was killed
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"127.0.0.1:{port}", PROCESSES, int(process), initialization_timeout=60)
     main(name, Path(folder), int(process))

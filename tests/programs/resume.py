@@ -1,4 +1,4 @@
-"""What `test_resume.py` kills: a training that goes on from its latest checkpoint, as a user would write it."""
+"""Training program that `test_resume.py` kills; it resumes from its latest checkpoint."""
 
 import argparse
 import functools
@@ -19,7 +19,7 @@ BATCH, INPUTS, HIDDEN, CLASSES = 128, 64, 256, 10
 
 
 def optimizer(moments="float32"):
-    """A step that depends on all it should remember: moments, count, and for int8 codes, scales and dither."""
+    """An optimizer whose steps depend on all of its state: moments, count, and for int8 codes, scales and dither."""
     rate = optax.cosine_decay_schedule(1e-2, STEPS)
     return jadam.chain(jadam.clip_by_global_norm(1.0), jadam.adamw(rate, weight_decay=1e-2, moments=moments))
 
@@ -41,7 +41,7 @@ def initial(dtype):
 
 
 def batch(step):
-    """The same in every process, whenever it was started."""
+    """Batch of a step, the same in every process."""
     x = np.random.default_rng(step).standard_normal((BATCH, INPUTS), np.float32)
     return x, x[:, :CLASSES].argmax(axis=1)
 
@@ -55,9 +55,11 @@ def loss(params, x, labels):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("configuration", choices=CONFIGURATIONS)
-    parser.add_argument("directory", type=Path, help="of the checkpoints")
+    parser.add_argument("directory", type=Path, help="folder of the checkpoints")
     parser.add_argument("result", type=Path, help=".npz of the last parameters and state")
-    parser.add_argument("--disk-full-at", type=int, metavar="STEP", help="whose save cannot write its arrays")
+    parser.add_argument(
+        "--disk-full-at", type=int, metavar="STEP", help="the save of this step cannot write its arrays"
+    )
     arguments = parser.parse_args()
     dtype, tx = CONFIGURATIONS[arguments.configuration]
 
@@ -78,7 +80,7 @@ def main():
             print("step", step, flush=True)
             if step % SAVE_EVERY == 0:
                 if step == arguments.disk_full_at:
-                    manager.wait_until_finished()  # the save before this one
+                    manager.wait_until_finished()  # let the previous save finish
                     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
                 manager.save(step, args=ocp.args.StandardSave((params, state)))
     print("loss", jax.jit(loss)(params, *batch(0)))

@@ -1,8 +1,8 @@
 """Makes torch_states.safetensors: PyTorch's Adam before and after a few steps, and the gradients between.
 
-Not a test: run once with PyTorch 2.13 and safetensors, ``python tests/programs/torch_states.py``. What the tests need
-of it is the table; and that the lines in `jadam.torch_state`'s docstring are these, which run: the second half of the
-steps is taken by a new optimizer that has read what the first one's state was written to.
+Not a test: run once with PyTorch 2.13 and safetensors, ``python tests/programs/torch_states.py``. Its `write` and
+`read` are the code in the docstring of `jadam.torch_state`; here they are executed, as a new optimizer reads the state
+of the first one and takes the second half of the steps.
 """
 
 import tempfile
@@ -10,7 +10,7 @@ from pathlib import Path
 
 LR, BETAS, EPS, BEFORE, STEPS = 0.01, (0.85, 0.95), 1e-6, 3, 4
 
-# name: (torch.optim's class, its further arguments)
+# name: (class in torch.optim, further arguments)
 OPTIMIZERS = {
     "adam": ("Adam", {}),
     "adamw": ("AdamW", {"weight_decay": 0.1}),
@@ -49,7 +49,9 @@ def trained(name, path):
     layers = torch.nn.Conv2d(4, 5, (3, 2)), torch.nn.Tanh(), torch.nn.Flatten(), torch.nn.Linear(45, 7)
     model = torch.nn.Sequential(*layers)
     cls, kwargs = OPTIMIZERS[name]
-    groups = [{"params": list(module.parameters())} for module in (model[3], model[0])]  # not in the model's order
+    groups = [
+        {"params": list(module.parameters())} for module in (model[3], model[0])
+    ]  # another order than the model's
     make = lambda: getattr(torch.optim, cls)(groups, lr=LR, betas=BETAS, eps=EPS, **kwargs)
     out, gradients = {}, []
 
@@ -67,7 +69,7 @@ def trained(name, path):
             read(optimizer, order, path)
         x, y = torch.randn(8, 4, 5, 4), torch.randn(8, 7)
         optimizer.zero_grad()
-        (0.5**step * (model(x) - y) ** 2).mean().backward()  # shrinking: amsgrad's maximum is not v
+        (0.5**step * (model(x) - y) ** 2).mean().backward()  # shrinking, so that AMSGrad's maximum differs from v
         optimizer.step()
         gradients.append({key: p.grad.clone() for key, p in model.named_parameters()})
     keep("after")

@@ -1,7 +1,7 @@
 """Makes torch_trajectories.npz: parameters after each of 60 float64 steps of PyTorch's optimizers.
 
-Not a test: run once with PyTorch 2.13, ``python tests/programs/torch_trajectories.py``. What the tests need of it
-is the table.
+Not a test: run once with PyTorch 2.13, ``python tests/programs/torch_trajectories.py``. The tests use its
+constants.
 """
 
 from pathlib import Path
@@ -10,7 +10,7 @@ import numpy as np
 
 LR, BETAS, EPS, STEPS, COORDINATES = 0.01, (0.85, 0.95), 1e-3, 60, 12
 
-# name: (torch.optim's class, its further arguments)
+# name: (class in torch.optim, further arguments)
 OPTIMIZERS = {
     "adam": ("Adam", {}),
     "adamax": ("Adamax", {}),
@@ -23,7 +23,7 @@ FILE = Path(__file__).with_suffix(".npz")
 
 
 def gradients():
-    """Normal, with one coordinate always zero, one zero from the 30th step on, and one with a spike."""
+    """Normal gradients; one coordinate is always zero, one zero from the 30th step on, one has a spike."""
     g = np.random.default_rng(7).standard_normal((STEPS, COORDINATES))
     g[:, 0] = 0
     g[30:, 1] = 0
@@ -34,7 +34,7 @@ def gradients():
 def main():
     import torch
 
-    torch.set_default_dtype(torch.float64)  # else NAdam keeps its product of momenta in float32
+    torch.set_default_dtype(torch.float64)  # else NAdam's product of momenta is float32
     out = {"gradients": gradients(), "torch": np.array(torch.__version__)}
     for name, (cls, kwargs) in OPTIMIZERS.items():
         p = torch.linspace(-1, 1, COORDINATES, dtype=torch.float64).requires_grad_()

@@ -1,4 +1,4 @@
-"""Transformations print as the call that made them; what is told of them as tables, in a notebook too."""
+"""`repr` of transformations is the call that made them; `describe`, `plan` and `statistics` print as tables."""
 
 import jax
 import jax.numpy as jnp
@@ -37,8 +37,8 @@ def test_transformations():
     assert "0x" not in lambdas
 
 
-def test_it_survives_what_flax_does_to_transformations():
-    """Two transformations stay apart, also through NNX."""
+def test_repr_within_flax():
+    """The repr survives `nnx.Optimizer`, and two transformations keep their own."""
     a, b = jadam.adam(0.1), jadam.adam(0.2)
     model = nnx.Linear(2, 2, rngs=nnx.Rngs(0), kernel_init=nnx.initializers.zeros)
     optimizer = nnx.Optimizer(model, a, wrt=nnx.Param)
@@ -58,14 +58,16 @@ def test_tables():
     assert described.count("<tr>") == 4
     assert "&lt;b&gt;" in described
     assert "<b>" not in described
-    assert '<td style="text-align: right">16,896</td>' in described  # 64 * 128 * 2 codes, 64 * 2 scales of 4 bytes
+    assert (
+        '<td style="text-align: right">16,896</td>' in described
+    )  # 64 * 128 * 2 bytes of codes, 64 * 2 scales of 4 bytes
     planned = jadam.plan(jadam.adam(0.1), params, {"data": 2}, "data")._repr_html_()
     assert planned.count("<tr>") == 7
     assert "8,195 parameters on 2 devices" in planned
     assert "state not sharded" in planned
 
 
-def test_statistics_are_a_table_where_they_are_numbers():
+def test_statistics_print_as_a_table():
     tx, params = jadam.adam(0.1), {"<b>": ones(3), "c": ones(2)}
     grads = {"<b>": ones(3), "c": -np.ones(2, np.float32)}
     seen = []
@@ -76,23 +78,23 @@ def test_statistics_are_a_table_where_they_are_numbers():
         seen.append(jadam.statistics(tx, state, params))
         return params, state, seen[0]
 
-    params, state, told = step(params)
-    titles, *rows = (line.split() for line in str(told).splitlines())
+    params, state, stats = step(params)
+    titles, *rows = (line.split() for line in str(stats).splitlines())
     assert titles[:2] == ["parameter", "moment_rms"]
     assert [row[0] for row in rows] == ["total", "['<b>']", "['c']"]
-    for row, measures in zip(rows, (told.total, *told.leaves.values()), strict=True):
+    for row, measures in zip(rows, (stats.total, *stats.leaves.values()), strict=True):
         assert row[1:] == [*(f"{float(x):.3g}" for x in measures[:-1]), f"{float(measures.step_quantiles[2]):.2g}"]
-    assert told._repr_html_().count("<tr>") == 4
-    assert "&lt;b&gt;" in told._repr_html_()
-    assert str(jax.device_get(told)) == str(told)
+    assert stats._repr_html_().count("<tr>") == 4
+    assert "&lt;b&gt;" in stats._repr_html_()
+    assert str(jax.device_get(stats)) == str(stats)
     many = jax.tree.map(lambda x: np.asarray(x)[None], (state, params))
     statistics = lambda *of: jadam.statistics(tx, *of)
     shapes = jax.eval_shape(statistics, state, params)
     batched = jax.tree.map(
         lambda x: jnp.asarray(np.ones(x.shape, x.dtype)), jax.eval_shape(jax.vmap(statistics), *many)
     )
-    means = jax.tree.map(lambda x: jnp.asarray(np.mean(x)), told)
-    none = told._replace(leaves={"a": None})
-    for other in (batched, shapes, means, none, told._replace(total=None), *seen):
+    means = jax.tree.map(lambda x: jnp.asarray(np.mean(x)), stats)
+    none = stats._replace(leaves={"a": None})
+    for other in (batched, shapes, means, none, stats._replace(total=None), *seen):
         assert str(other) == repr(other)
         assert other._repr_html_() is None

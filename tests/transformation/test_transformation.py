@@ -1,4 +1,4 @@
-"""`jadam.step` and ``tx.update`` are ordinary JAX functions, whatever mode, schedule or class meets them."""
+"""`jadam.step` and ``tx.update`` under JAX's transformations and debug modes, with any schedule and pytree class."""
 
 import copy
 import dataclasses
@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import CPU, leaves, rows, update_and_apply
+from helpers import CPU, parametrize, update_and_apply, zip_leaves
 from jax.experimental import checkify
 
 import jadam
@@ -27,24 +27,24 @@ GRADS = {"w": np.full((3, 4), 0.5, np.float32), "b": np.full(4, 0.5, np.float32)
 SETTING = {"rate": 0.1}
 
 
-def follows(count):
+def schedule_of_setting(count):
     """A schedule that reads a Python variable."""
     del count
     return SETTING["rate"]
 
 
 OPTIMIZERS = {
-    "learning_rate": lambda: jadam.adam(follows),
-    "weight_decay": lambda: jadam.adamw(0.1, weight_decay=follows),
-    "by_path": lambda: jadam.by_path([("", {})], follows, weight_decay=0.0),
+    "learning_rate": lambda: jadam.adam(schedule_of_setting),
+    "weight_decay": lambda: jadam.adamw(0.1, weight_decay=schedule_of_setting),
+    "by_path": lambda: jadam.by_path([("", {})], schedule_of_setting, weight_decay=0.0),
     "zero1": lambda: jadam.sharding.zero1(
-        jadam.adam(follows), PARAMS, jax.make_mesh((4,), ("data",), devices=jax.devices()[:4]), "data"
+        jadam.adam(schedule_of_setting), PARAMS, jax.make_mesh((4,), ("data",), devices=jax.devices()[:4]), "data"
     ),
 }
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_eager_steps_follow_a_python_variable(monkeypatch, name):
+def test_eager_step_calls_the_schedule_every_time(monkeypatch, name):
     tx = OPTIMIZERS[name]()
     grads = GRADS if name != "weight_decay" else jax.tree.map(np.zeros_like, GRADS)
     params, state = jadam.step(tx, grads, tx.init(PARAMS), PARAMS)
@@ -54,9 +54,9 @@ def test_eager_steps_follow_a_python_variable(monkeypatch, name):
     np.testing.assert_array_equal(again["b"], params["b"])
 
 
-def test_flax_s_optimizer_follows_a_python_variable(monkeypatch):
+def test_flax_optimizer_calls_the_schedule_every_time(monkeypatch):
     model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
-    optimizer = jadam.flax.Optimizer(model, jadam.adam(follows), wrt=nnx.Param)
+    optimizer = jadam.flax.Optimizer(model, jadam.adam(schedule_of_setting), wrt=nnx.Param)
     grads = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
     optimizer.update(model, grads)
     before = np.asarray(model.bias[...])
@@ -74,19 +74,19 @@ SCHEDULES = {
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_schedules_that_want_numbers(name):
-    """In eager `step` and `describe` as in two calls, also for a decay rate."""
+def test_schedules_that_need_concrete_counts(name):
+    """Schedules that need a concrete count work in eager steps, in `update` and in `describe`; so do those of b1."""
     tx = jadam.adam(SCHEDULES[name], b1=lambda count: 0.9 if count < 5 else 0.8)
     state = tx.init(PARAMS)
     updates, _ = tx.update(GRADS, state, PARAMS)
     params, _ = jadam.step(tx, GRADS, state, PARAMS)
-    for u, p, new in leaves(updates, PARAMS, params):
-        np.testing.assert_allclose(new, p + u, rtol=2.0**-22)  # a rounding of each side, and of the update
+    for u, p, new in zip_leaves(updates, PARAMS, params):
+        np.testing.assert_allclose(new, p + u, rtol=2.0**-22)  # one rounding on each side and one of the update
     assert jadam.describe(tx, PARAMS).one_pass == (CPU.kernel is not None)
 
 
-def nan_step(take):
-    """The second step divides infinity by infinity."""
+def take_nan_steps(take):
+    """Three steps; the second divides infinity by infinity."""
     tx = jadam.adam(0.1)
     params = np.ones(3, np.float32)
     state = tx.init(params)
@@ -94,23 +94,23 @@ def nan_step(take):
         params, state = take(tx, np.full(3, g, np.float32), state, params)
 
 
-def updated(tx, g, state, params):
+def update_only(tx, g, state, params):
     _, state = tx.update(g, state, params)
     return params, state
 
 
 @pytest.mark.parametrize(
     "take",
-    [jadam.step, jax.jit(jadam.step, static_argnums=0), updated, jax.jit(updated, static_argnums=0)],
+    [jadam.step, jax.jit(jadam.step, static_argnums=0), update_only, jax.jit(update_only, static_argnums=0)],
     ids=["step", "step, jit", "update", "update, jit"],
 )
-def test_debug_nans_sees_one_that_is_born_in_the_step(take):
+def test_debug_nans_detects_a_nan_within_the_step(take):
     with jax.debug_nans(True), pytest.raises(FloatingPointError, match="nan"):
-        nan_step(take)
+        take_nan_steps(take)
 
 
 @pytest.mark.parametrize("moments", ["float32", "int8"])
-def test_checkify_sees_a_nan(moments):
+def test_checkify_detects_a_nan(moments):
     tx = jadam.adam(0.1, moments=moments)
     params = np.ones((32, 128), np.float32)
     grads = np.full_like(params, 0.5)
@@ -122,7 +122,7 @@ def test_checkify_sees_a_nan(moments):
     assert "nan" in error.get()
 
 
-def test_what_checkify_needs_costs_nothing():
+def test_checkify_support_costs_nothing():
     tx = jadam.adam(0.1)
     step = jax.jit(functools.partial(jadam.step, tx), donate_argnums=(1, 2))
     text = step.lower(PARAMS, tx.init(PARAMS), PARAMS).compile().as_text()
@@ -134,8 +134,8 @@ def test_what_checkify_needs_costs_nothing():
 
 @pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("name", ["adam", "decay", "by_path", "record", "betas"])
-def test_optax_s_schedules_under_strict_promotion(name):
-    """They promote, and fail in `optax.adam` there."""
+def test_optax_schedules_under_strict_promotion(name):
+    """Optax's schedules promote dtypes; with `optax.adam` they fail in strict mode."""
     rate = optax.cosine_decay_schedule(0.1, 10)
     tx = {
         "adam": lambda: jadam.adam(rate),
@@ -155,7 +155,7 @@ def test_optax_s_schedules_under_strict_promotion(name):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Layer:
-    """Takes arrays only, and none but matrices for weights."""
+    """A pytree class that accepts only matrices as weights."""
 
     weight: jax.Array
     bias: jax.Array
@@ -169,7 +169,7 @@ class Layer:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Converting:
-    """Makes float32 of what it gets."""
+    """A pytree class that casts to float32."""
 
     weight: jax.Array
 
@@ -190,7 +190,7 @@ def test_a_class_that_cannot_hold_narrow_moments(moments):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Narrowing:
-    """Makes bfloat16 of what it gets."""
+    """A pytree class that casts to bfloat16."""
 
     weight: jax.Array
 
@@ -215,21 +215,21 @@ CHECKED = {
 }
 
 
-@rows("name", list(CHECKED), default=["adam", "int8", "by_path", "chain", "exact_bf16"])
-def test_a_class_that_checks_what_it_is_made_of(name):
+@parametrize("name", list(CHECKED), default=["adam", "int8", "by_path", "chain", "exact_bf16"])
+def test_a_class_that_validates_its_fields(name):
     params = {"layer": Layer(np.ones((32, 128), np.float32), np.ones(3, np.float32)), "scale": np.ones(2, np.float32)}
     tx = CHECKED[name]()
     state = jax.jit(tx.init)(params)
     updates, _ = jax.jit(tx.update)(params, state, params)
     expected = jax.tree.map(lambda p, u: p + u, params, updates)
     found, _ = jadam.step(tx, params, state, params)
-    for x, y in leaves(found, expected):
+    for x, y in zip_leaves(found, expected):
         np.testing.assert_allclose(x, y, rtol=2.0**-22, atol=5e-8)  # 5e-7 of an update of 0.1
     assert jadam.describe(tx, params).leaves[0].name == "['layer'].weight"
 
 
-def test_a_plan_is_made_once(monkeypatch):
-    """In a trace, and in an eager step."""
+def test_fuse_is_called_once(monkeypatch):
+    """`fuse` is called once in a trace and once in an eager step."""
     tx, plans = jadam.adam(0.1), []
     plan = tx.update.fuse
     monkeypatch.setattr(tx.update, "fuse", lambda *args: plans.append(1) or plan(*args))
@@ -240,8 +240,8 @@ def test_a_plan_is_made_once(monkeypatch):
     assert len(plans) == 2
 
 
-def test_a_further_transformation_of_the_same_kind_compiles_nothing(programs_compiled):
-    """Other rates are other numbers in the same program."""
+def test_another_learning_rate_compiles_nothing(programs_compiled):
+    """Hyperparameters are inputs of the compiled program."""
     take = lambda rate: jadam.step(tx := jadam.adam(rate), GRADS, tx.init(PARAMS), PARAMS)
     take(0.1)
     before = programs_compiled()
@@ -250,7 +250,7 @@ def test_a_further_transformation_of_the_same_kind_compiles_nothing(programs_com
 
 
 class Model(eqx.Module):
-    """Leaves without a gradient: a function, a string, an int, a bool, an array of integers."""
+    """A model with leaves that are not trained: a function, a string, an int, a bool, an array of integers."""
 
     weight: jax.Array
     bias: jax.Array
@@ -277,16 +277,16 @@ WRAPPED = {
 }
 
 
-@rows("name", list(WRAPPED), default=["adamw, mask", "by_path", "exact_bf16", "zero1"])
+@parametrize("name", list(WRAPPED), default=["adamw, mask", "by_path", "exact_bf16", "zero1"])
 def test_a_whole_equinox_model_as_params(name):
-    """Leaves without a gradient are not read, and are returned unchanged."""
+    """Leaves without a gradient are returned unchanged."""
     tx, model = WRAPPED[name](), MODEL
     if "bf16" in name:
         model = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if eqx.is_inexact_array(x) else x, model)
     trained = eqx.filter(model, eqx.is_inexact_array)
     state = jax.jit(tx.init)(trained)
     update, step = tx.update, functools.partial(jadam.step, tx)
-    if name != "adamw, mask":  # which stays eager
+    if name != "adamw, mask":  # left eager
         update, step = eqx.filter_jit(update), eqx.filter_jit(step)
     expected, _ = step(trained, state, trained)
     for found, wanted in (
@@ -294,19 +294,19 @@ def test_a_whole_equinox_model_as_params(name):
         (step(trained, state, model)[0], eqx.combine(expected, model)),
     ):
         assert jax.tree.structure(found) == jax.tree.structure(wanted)
-        for x, y in leaves(found, wanted):
-            if eqx.is_inexact_array(y):  # two programs: a rounding of the update, which is at most 0.11, and of p
+        for x, y in zip_leaves(found, wanted):
+            if eqx.is_inexact_array(y):  # two programs: one rounding of the update, which is at most 0.11, and one of p
                 np.testing.assert_allclose(*(np.asarray(z, np.float32) for z in (x, y)), rtol=2.0**-22, atol=5.5e-8)
             else:
                 assert x is y or np.array_equal(x, y)
 
 
-def fails(step, g, m, v):
+def failing_rule(step, g, m, v):
     raise RuntimeError("within the rule")
 
 
 FAILING = scale_by_learning_rate_and_decay(
-    scale_by_rule(Rule(fails, optax.ScaleByAdamState), {"b1": 0.9, "b2": 0.999}, {"eps": 1e-8}), 0.1
+    scale_by_rule(Rule(failing_rule, optax.ScaleByAdamState), {"b1": 0.9, "b2": 0.999}, {"eps": 1e-8}), 0.1
 )
 
 
@@ -324,23 +324,23 @@ def test_few_frames_between_the_user_and_the_rule(call, most, transformed):
     assert 0 < len(ours) <= most, ours
 
 
-def stepped(tx):
+def fused_step(tx):
     return functools.partial(jadam.step, tx)
 
 
-def called(tx):
+def two_calls(tx):
     return functools.partial(update_and_apply, tx)
 
 
-both = pytest.mark.parametrize("take", [stepped, called], ids=["step", "two calls"])
+step_and_update = pytest.mark.parametrize("take", [fused_step, two_calls], ids=["step", "two calls"])
 
 
 def assert_close(found, expected):
-    """To 2 ulp, as compiled programs may contract products and sums."""
+    """Same structure and dtypes; values to 2 ulp, as compiled programs may contract products and sums."""
     assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for x, y in leaves(found, expected):
+    for x, y in zip_leaves(found, expected):
         assert x.dtype == y.dtype
-        np.testing.assert_allclose(x, y, rtol=2.0**-22, atol=5e-8)  # and 5e-7 of an update of 0.1
+        np.testing.assert_allclose(x, y, rtol=2.0**-22, atol=5e-8)  # 5e-7 of an update of 0.1
 
 
 @pytest.fixture(scope="module")
@@ -350,14 +350,14 @@ def one_step():
     return tx, (GRADS, state, PARAMS), jax.jit(functools.partial(jadam.step, tx))(GRADS, state, PARAMS)
 
 
-@both
+@step_and_update
 def test_disable_jit(one_step, take, programs_compiled):
     tx, args, expected = one_step
     with jax.disable_jit():
         assert_close(take(tx)(*args), expected)
 
 
-@both
+@step_and_update
 def test_vmap(one_step, take):
     tx, (grads, state, params), expected = one_step
     twice = lambda tree: jax.tree.map(lambda x: jnp.stack([x, x]), tree)
@@ -366,34 +366,34 @@ def test_vmap(one_step, take):
     assert_close(jax.vmap(take(tx))(*many), twice(expected))
 
 
-@both
-def test_a_derivative_is_the_leaf_rule_s(one_step, take):
-    """Of the sum of the new parameters by a factor on the gradients: at Adam's first step 0 but for eps."""
+@step_and_update
+def test_derivative_with_respect_to_gradients(one_step, take):
+    """Derivative of the sum of new parameters by a factor on the gradients. Without eps Adam's first step has none."""
     tx, (grads, state, params), _ = one_step
     loss = lambda tx, scale: sum(
         map(jnp.sum, jax.tree.leaves(take(tx)(jax.tree.map(lambda g: scale * g, grads), state, params)[0]))
     )
     slope_of = lambda tx: jax.jit(jax.grad(functools.partial(loss, tx)))(1.0)
-    assert abs(slope_of(tx)) < 1e-5  # 16 times 0.1 times a rounding each
+    assert abs(slope_of(tx)) < 1e-5  # 16 elements, each 0.1 times a rounding
     slope = slope_of(jadam.adam(0.1, eps=0.5))
     # u = s g / (s g + eps), du/ds = g eps / (s g + eps)**2 = 0.25 at g = eps = 0.5; 16 elements, times -0.1.
     assert slope == pytest.approx(-16 * 0.1 * 0.25, rel=1e-5)
 
 
-@both
+@step_and_update
 def test_checkpoint(one_step, take):
-    """A step within `jax.checkpoint` is computed anew for the derivative."""
+    """Derivatives through `jax.checkpoint` are those without it."""
     tx, (grads, state, params), _ = one_step
     loss = lambda wrap, g: sum(map(jnp.sum, jax.tree.leaves(wrap(take(tx))(g, state, params)[0])))
     slopes = (jax.jit(jax.grad(functools.partial(loss, wrap))) for wrap in (lambda f: f, jax.checkpoint))
     expected, found = (slope(grads) for slope in slopes)
-    for x, y in leaves(found, expected):
+    for x, y in zip_leaves(found, expected):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7)
 
 
-@both
+@step_and_update
 def test_export_and_ahead_of_time(one_step, take):
-    """For this machine with its kernel, and for others."""
+    """`jax.export` for three platforms, and a step compiled ahead of time."""
     tx, args, expected = one_step
     jitted = jax.jit(take(tx))
     shapes = jax.eval_shape(lambda *args: args, *args)
@@ -408,7 +408,7 @@ def test_export_and_ahead_of_time(one_step, take):
     assert_close(jax.tree.unflatten(jax.tree.structure(expected), exported.call(*flat)), expected)
 
 
-@both
+@step_and_update
 def test_donation(one_step, take):
     tx, (grads, state, params), expected = one_step
     params, state = jax.tree.map(lambda x: jnp.array(x, copy=True), (params, state))
@@ -418,7 +418,7 @@ def test_donation(one_step, take):
     assert all(x.is_deleted() for x in jax.tree.leaves((params, moments.mu, moments.nu)))
 
 
-def test_a_transformation_is_compared_by_identity():
+def test_transformations_compare_by_identity():
     tx, other = jadam.adam(0.1), jadam.adam(0.1)
     assert tx.update == tx.update
     assert tx.update != other.update
@@ -431,7 +431,7 @@ def pickled(tx):
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickled])
 @pytest.mark.parametrize("name", [*CHECKED, "schedule"])
-def test_copies_of_a_transformation_do_the_same(copied, name):
+def test_copies_of_a_transformation(copied, name):
     tx = CHECKED.get(name, lambda: jadam.adam(optax.cosine_decay_schedule(0.1, 10)))()
     again = copied(tx)
     assert type(again) is type(tx)
@@ -480,7 +480,7 @@ def in_filter_jit(tx):
 
 
 @pytest.mark.parametrize("place", [in_nnx_jit, in_train_state, in_multi_steps, in_filter_jit])
-def test_places_that_take_a_transformation_apart(place):
+def test_inside_other_libraries(place):
     np.testing.assert_allclose(place(jadam.adam(0.1)), 0.1, rtol=1e-6)  # the first step, rounded at 1
 
 
@@ -495,10 +495,10 @@ FAMILY = {
 }
 
 
-@both
-@rows("name", list(FAMILY), default=["adamw", "by_path", "exact_bf16"])
+@step_and_update
+@parametrize("name", list(FAMILY), default=["adamw", "by_path", "exact_bf16"])
 def test_a_state_of_numpy_arrays(name, take):
-    """As what Flax, NumPy or `jax.device_get` restores."""
+    """A state as `jax.device_get` and checkpoint libraries return it."""
     tx = FAMILY[name]()
     state = tx.init(PARAMS)
     expected = take(tx)(GRADS, state, PARAMS)
@@ -506,8 +506,8 @@ def test_a_state_of_numpy_arrays(name, take):
     assert_close(jax.jit(lambda grads: take(tx)(grads, jax.device_get(state), PARAMS))(GRADS), expected)
 
 
-@both
-def test_a_count_of_numpy_saturates_and_compiles_once(take, programs_compiled):
+@step_and_update
+def test_a_numpy_count_saturates_and_compiles_once(take, programs_compiled):
     tx = jadam.scale_by_adam()
     state = tx.init(PARAMS)._replace(count=np.int32(2**31 - 2))
     for _ in range(2):
@@ -519,31 +519,31 @@ def test_a_count_of_numpy_saturates_and_compiles_once(take, programs_compiled):
     assert (params["b"] != 1).all()
 
 
-@both
+@step_and_update
 @pytest.mark.parametrize("name", FAMILY)
-def test_nothing_to_train(name, take):
+def test_no_parameters(name, take):
     tx = FAMILY[name]()
     for params in ({}, {"a": None}):
-        if params or name != "by_path":  # whose pattern is found in no path
+        if params or name != "by_path":  # there its pattern matches no path
             new, _ = take(tx)(params, tx.init(params), params)
             assert new == params
 
 
-SLOWING = lambda count: 0.1 / (1 + int(count))
-BY_NUMBERS = {
-    "learning rate": lambda: jadam.adam(SLOWING),
-    "weight decay": lambda: jadam.adamw(0.1, weight_decay=SLOWING),
-    "b1": lambda: jadam.adam(0.1, b1=SLOWING),
-    "eps": lambda: jadam.adam(0.1, eps=SLOWING),
-    "by_path": lambda: jadam.by_path([("w", {"weight_decay": SLOWING}), ("", {"b1": SLOWING})], SLOWING),
-    "injected": lambda: optax.inject_hyperparams(jadam.amsgrad)(SLOWING),
+DECREASING = lambda count: 0.1 / (1 + int(count))
+CONCRETE_SCHEDULES = {
+    "learning rate": lambda: jadam.adam(DECREASING),
+    "weight decay": lambda: jadam.adamw(0.1, weight_decay=DECREASING),
+    "b1": lambda: jadam.adam(0.1, b1=DECREASING),
+    "eps": lambda: jadam.adam(0.1, eps=DECREASING),
+    "by_path": lambda: jadam.by_path([("w", {"weight_decay": DECREASING}), ("", {"b1": DECREASING})], DECREASING),
+    "injected": lambda: optax.inject_hyperparams(jadam.amsgrad)(DECREASING),
 }
 
 
-@both
-@pytest.mark.parametrize("name", BY_NUMBERS)
-def test_a_schedule_of_python_numbers_compiles_once(name, take, programs_compiled):
-    tx = BY_NUMBERS[name]()
+@step_and_update
+@pytest.mark.parametrize("name", CONCRETE_SCHEDULES)
+def test_a_schedule_that_returns_python_numbers_compiles_once(name, take, programs_compiled):
+    tx = CONCRETE_SCHEDULES[name]()
     params, state = PARAMS, tx.init(PARAMS)
     for _ in range(2):
         params, state = take(tx)(GRADS, state, params)
@@ -554,9 +554,9 @@ def test_a_schedule_of_python_numbers_compiles_once(name, take, programs_compile
 
 
 def test_many_leaves_share_programs(programs_compiled):
-    """An eager update of 100 leaves that are alike is two programs: 32 leaves, and the last 4."""
+    """An eager update of 100 equal leaves uses two programs: one of 32 leaves, one of the last 4."""
     tx = jadam.adam(0.1)
-    for count in (32, 4):  # and what makes scalars
+    for count in (32, 4):  # compiles both, and the scalars' program
         params = {str(i): jnp.ones((5, 7)) for i in range(count)}
         tx.update(params, tx.init(params), params)
     params = {str(i): jnp.ones((5, 7)) for i in range(100)}
@@ -564,24 +564,24 @@ def test_many_leaves_share_programs(programs_compiled):
     before = programs_compiled()
     updates, _ = tx.update(params, state, params)
     assert programs_compiled() == before
-    np.testing.assert_allclose(list(updates.values()), -0.1, rtol=1e-6)  # the first step, of roundings
+    np.testing.assert_allclose(list(updates.values()), -0.1, rtol=1e-6)  # the first step is -lr, up to roundings
 
 
 @pytest.mark.parametrize("axis", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
-def test_an_eager_step_has_the_shardings_of_a_jitted_one(axis):
+def test_eager_steps_have_the_shardings_of_jitted_ones(axis):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(axis,))
     put = lambda x, *names: jax.device_put(x, jax.NamedSharding(mesh, jax.P(*names)))
     tx = jadam.adam(0.1)
     with jax.set_mesh(mesh):
         params = put(jnp.ones(8))
         state, grads = tx.init(params), put(jnp.ones(8), "data")
-        eager, jitted = (f(grads, state, params) for f in (stepped(tx), jax.jit(stepped(tx))))
-        for x, y in leaves(eager, jitted):
+        eager, jitted = (f(grads, state, params) for f in (fused_step(tx), jax.jit(fused_step(tx))))
+        for x, y in zip_leaves(eager, jitted):
             assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
     assert_close(eager, jitted)
 
 
-@both
+@step_and_update
 def test_arrays_on_different_devices(take):
     first, second = jax.devices()[1:3]
     params = {"a": jax.device_put(jnp.ones(3), first), "b": jax.device_put(jnp.ones(3), second)}
@@ -590,25 +590,25 @@ def test_arrays_on_different_devices(take):
         take(tx)(params, tx.init(params), params)
 
 
-@both
+@step_and_update
 @pytest.mark.parametrize("clip", [jadam.clip, jadam.clip_by_global_norm])
-def test_gradients_that_are_python_numbers(take, clip):
+def test_python_numbers_as_gradients(take, clip):
     tx = jadam.chain(clip(1.0), jadam.adam(0.1))
-    if take is stepped or clip is jadam.clip:  # Optax's norm wants arrays
+    if take is fused_step or clip is jadam.clip:  # Optax's norm needs arrays
         new, _ = take(tx)({"w": 0.5}, tx.init({"w": 1.0}), {"w": 1.0})
         np.testing.assert_allclose(new["w"], 0.9, rtol=1e-6)  # the first step, rounded at 1
 
 
-@both
-def test_float64_of_numpy_is_float32_without_a_warning(take):
+@step_and_update
+def test_numpy_float64_becomes_float32_without_a_warning(take):
     tx = jadam.adam(0.1)
     grads, params = (jax.tree.map(lambda x: x.astype(np.float64), tree) for tree in (GRADS, PARAMS))
     assert_close(take(tx)(grads, tx.init(params), params), take(tx)(GRADS, tx.init(PARAMS), PARAMS))
 
 
-@both
-def test_what_differs_between_devices_is_not_called_replicated(take):
-    """Within `jax.shard_map`, where a sum over devices was forgotten."""
+@step_and_update
+def test_varying_values_are_not_called_replicated(take):
+    """Within `jax.shard_map`: a missing `pmean` of the gradients is an error, not silently different replicas."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     tx = jadam.adam(1.0)
     step = lambda g: take(tx)(g, tx.init(jnp.ones(1)), jnp.ones(1))[0]

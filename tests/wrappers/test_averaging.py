@@ -1,4 +1,4 @@
-"""Averages of the parameters: the loop, the dtypes, the wrappers."""
+"""`jadam.average_params`: values, dtypes, and use within wrappers."""
 
 import functools
 
@@ -13,9 +13,9 @@ import jadam
 
 
 def run(rows, params, gradients):
-    """For each row, ``name: tx``, the parameters at each step and the last state: one scan in one program.
+    """Parameters at each step and last states of all of ``{name: tx}``, from one scan.
 
-    ``params`` and ``gradients`` are given by name too.
+    ``params`` and ``gradients`` are keyed by the same names.
     """
 
     def body(carry, g):
@@ -42,7 +42,7 @@ DTYPES = {x.__name__: x for x in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.fl
 
 @functools.cache
 def averaged(dtypes, decays):
-    """Parameters at each step, state and average, for each name of a dtype and of a decay."""
+    """``{(dtype, decay): (parameters at each step, state, average)}``."""
     pairs = [(dtype, decay) for dtype in dtypes for decay in decays]
     txs = {pair: optax.chain(jadam.adam(0.1), jadam.average_params(DECAYS[pair[1]])) for pair in pairs}
     params = {pair: np.ones(7, DTYPES[pair[0]]) for pair in pairs}
@@ -58,10 +58,10 @@ def expected(path, decay):
 
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_the_average_of_what_was_trained(decay, dtype):
+def test_average(decay, dtype):
     path, state, average = averaged(("float32", "bfloat16", "float16"), tuple(DECAYS))[dtype, decay]
     assert average.dtype == DTYPES[dtype]
-    # In float32: 50 roundings of values up to 5 as a random walk, and the float32 weights; then the dtype's own.
+    # 50 float32 roundings of values up to 5, as a random walk, and those of the weights; then one of the dtype.
     spacing = float(jnp.finfo(DTYPES[dtype]).eps)
     wanted = expected(path, DECAYS[decay])
     np.testing.assert_allclose(np.asarray(average, np.float64), wanted, rtol=spacing, atol=3e-6)
@@ -77,7 +77,7 @@ def test_float64(decay):
     np.testing.assert_allclose(average, expected(path, DECAYS[decay]), rtol=0, atol=1e-12)
 
 
-def test_before_the_first_step_it_is_the_parameters():
+def test_before_the_first_step():
     params = {"w": np.arange(3, dtype=np.float32), "b": None, "s": np.float32(2), "e": np.zeros((0, 2), np.float32)}
     state = jadam.average_params().init(params)
     assert_equal(jadam.averaged_params(state), params)
@@ -94,14 +94,14 @@ WRAPPERS = {
 
 @functools.cache
 def wrapped():
-    """Parameters at each of four steps and the state, for each wrapper."""
+    """Parameters at each of four steps, and states, by wrapper."""
     txs = {name: wrap(optax.chain(jadam.adamw(0.1), jadam.average_params(0.9))) for name, wrap in WRAPPERS.items()}
     same = lambda x: dict.fromkeys(txs, x)
     return run(txs, same(np.ones(7, np.float32)), same(gradients(4)))
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS)
-def test_found_anywhere(wrap):
+def test_found_within_wrappers(wrap):
     path, states = wrapped()
     average = jadam.averaged_params(states[wrap])
     assert average.shape == (7,)

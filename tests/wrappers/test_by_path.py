@@ -1,4 +1,4 @@
-"""`jadam.by_path` is `jadam.adamw` with each leaf's own settings."""
+"""`jadam.by_path` trains each leaf as `jadam.adamw` with that leaf's settings."""
 
 import functools
 import re
@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen, nnx
-from helpers import CPU, float32_params, grid, leaves, rows
+from helpers import CPU, float32_params, parametrize, parametrize_grid, zip_leaves
 
 import jadam
 
@@ -47,7 +47,7 @@ def apply(p, u):
 
 
 def update_and_apply(tx):
-    """``step(g, state, p)`` by ``tx.update`` and `optax.apply_updates`, jitted one by one."""
+    """``step(g, state, p)`` with ``tx.update`` and `optax.apply_updates`, each jitted."""
     update = jax.jit(tx.update)
 
     def step(g, state, p):
@@ -58,7 +58,7 @@ def update_and_apply(tx):
 
 
 def one_pass(tx):
-    """The same by `jadam.step`."""
+    """``step(g, state, p)`` with `jadam.step`, jitted."""
     return jax.jit(functools.partial(jadam.step, tx))
 
 
@@ -70,18 +70,18 @@ def at(tree, path):
 
 
 def only(tree, *paths):
-    """``tree`` with None for all leaves but these."""
+    """``tree`` with all leaves but ``paths`` replaced by None."""
     names = ["".join(f"[{key!r}]" for key in path) for path in paths]
     keep = lambda q, x: x if jax.tree_util.keystr(q) in names else None
     return jax.tree_util.tree_map_with_path(keep, tree)
 
 
-@grid(
+@parametrize_grid(
     {"rate": {"schedule": COSINE, "constant": 1e-2}, "take": [update_and_apply, one_pass]},
     default=["schedule-update_and_apply", "schedule-one_pass"],
 )
 def test_each_leaf_is_trained_by_its_own_adamw(rate, take):
-    """Bit for bit: the same rule with the same scalars; only Optax's stages round -lr * u in another order."""
+    """Moments are equal to the bit; parameters differ only by the rounding of -lr * u in Optax's stages."""
     tx = jadam.by_path(RULES, rate, weight_decay=0.1)
     got, state = trained(take(tx), tx)
     doubled = (lambda count: 2 * rate(count)) if callable(rate) else 2 * rate
@@ -93,7 +93,7 @@ def test_each_leaf_is_trained_by_its_own_adamw(rate, take):
     for paths, tx in alone.items():
         own, s = trained(take(tx), tx, lambda seed=0, paths=paths: only(params(seed), *paths))
         for path in paths:
-            # a product of learning rate and direction, at most 2 ulp apart, on parameters of about 1
+            # 5 steps: updates differ by at most 2 ulp, and each side rounds p, |p| < 4
             atol, name = 5 * 2 * 2**-24 * 4, str(path)
             np.testing.assert_allclose(at(got, path), at(own, path), rtol=0, atol=atol, err_msg=name)
             mu = at(state.moments.mu, path)
@@ -102,8 +102,8 @@ def test_each_leaf_is_trained_by_its_own_adamw(rate, take):
     np.testing.assert_array_equal(got["embed"], params()["embed"])
 
 
-def test_frozen_leaves_cost_nothing_and_stay():
-    p = {**params(), "embed": jnp.asarray(np.full((64, 128), -0.0, np.float32))}  # to which adding 0 makes 0.0
+def test_frozen_leaves_stay_and_have_no_state():
+    p = {**params(), "embed": jnp.asarray(np.full((64, 128), -0.0, np.float32))}  # adding 0 would make it 0.0
     tx = jadam.by_path(RULES, 1e-2)
     state = tx.init(p)
     assert state.moments.mu["embed"] is None
@@ -118,9 +118,9 @@ def test_frozen_leaves_cost_nothing_and_stay():
         assert np.signbit(embed).all() == (take is one_pass), take
 
 
-@rows("moments", ["int8", "float32", "bfloat16"], default=["int8"])
+@parametrize("moments", ["int8", "float32", "bfloat16"], default=["int8"])
 def test_one_pass_under_exact_bf16_and_clipping(moments):
-    """The kernel is held to the two calls elsewhere; here each leaf must get its own scalars."""
+    """Each leaf gets its own scalars within one kernel call."""
     tx = jadam.chain(jadam.clip_by_global_norm(1.0), jadam.by_path(RULES, 1e-2, moments=moments))
     tx = jadam.exact_bf16(tx)
     p32 = params()
@@ -131,9 +131,9 @@ def test_one_pass_under_exact_bf16_and_clipping(moments):
         for i in range(3):
             p, state = step(params(i + 1, jnp.bfloat16), state, p)
         results.append(jax.device_get(float32_params(p, state)))
-    # A stochastic rounding that the two decide differently, 1e-4 of the codes, moves an element's next two steps, each
-    # lr * R = 0.07 at most and lr on average, by a few per cent of itself.
-    for a, b in leaves(*results):
+    # 1e-4 of the int8 codes are rounded to the other neighbour. That changes the element's next two updates, of lr on
+    # average and at most lr * R = 0.07, by a few per cent.
+    for a, b in zip_leaves(*results):
         assert np.mean(np.abs(a - b) > 1e-6) < 1e-2
         np.testing.assert_allclose(a, b, rtol=0, atol=3e-3)
     np.testing.assert_array_equal(results[1]["embed"], p32["embed"])
@@ -156,7 +156,7 @@ def test_one_compile_with_schedules_of_everything():
     assert optax.tree.get(state, "mu")["head"].shape == (64, 128)
 
 
-def test_hyperparameters_injected():
+def test_inject_hyperparams():
     tx = optax.inject_hyperparams(jadam.by_path, hyperparam_dtype=jnp.float32)(RULES, learning_rate=1e-2)
     p = params()
     state = tx.init(p)
@@ -165,7 +165,7 @@ def test_hyperparameters_injected():
     assert not any(u.any() for u in jax.tree.leaves(updates))
 
 
-def test_a_map_over_parameters_in_the_state():
+def test_tree_map_params():
     tx = jadam.by_path([("", {})], 1e-2)
     p = params()
     added = optax.tree.map_params(tx, lambda x: np.asarray(x) + 1, tx.init(p))
@@ -179,7 +179,7 @@ class Net(linen.Module):
 
 
 def test_paths_of_linen_nnx_and_equinox():
-    """The rule for biases holds at init and at update alike, and one for NNX's ``.value`` is not needed."""
+    """One pattern matches the biases of Linen, NNX and Equinox models, at init and in updates."""
     biases = [("bias$|bias'\\]$", jadam.FROZEN), ("", {})]
     x = np.ones((2, 3), np.float32)
     linen_params = jax.eval_shape(Net().init, jax.random.key(0), x)["params"]
@@ -212,11 +212,11 @@ def test_paths_of_linen_nnx_and_equinox():
     ]
 
 
-def test_no_path_and_no_complaint():
+def test_empty_parameters():
     assert jax.tree.leaves(jadam.by_path([("", {})], 1e-3).init({}))
 
 
-def test_a_rule_behind_one_that_takes_all():
+def test_unreachable_rules():
     text = "by_path's pattern 'bias' is never used: earlier patterns, such as 'layers', match all its paths"
     with pytest.raises(ValueError, match=text):
         jadam.by_path([("layers", {}), ("bias", jadam.FROZEN), ("", {})], 1e-3).init(params())
@@ -224,16 +224,16 @@ def test_a_rule_behind_one_that_takes_all():
     with pytest.raises(ValueError, match="'norm' is never used"):
         jadam.by_path(partly, 1e-3).init(params())
     partly.pop(2)
-    jadam.by_path(partly, 1e-3).init(params())  # the last rule has none left, and is there for those that might be
+    jadam.by_path(partly, 1e-3).init(params())  # the last rule matches no leaf, which is allowed
 
 
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"norm": None}, "params['norm']['scale'] is missing (or None), state.moments.mu has it."),
-        ({"head": [params()["head"]]}, "params['head'][0] has no counterpart in state.moments.mu."),
-        ({"embed_2": params()["embed"]}, "params['embed_2'] has no counterpart in state.moments.mu."),
-        ({"embed": None}, "params['embed'] is missing (or None), state.moments.mu has it."),
+        ({"norm": None}, "params['norm']['scale'] is missing or None, state.moments.mu has it."),
+        ({"head": [params()["head"]]}, "state.moments.mu['head'][0] is missing or None, params has it."),
+        ({"embed_2": params()["embed"]}, "state.moments.mu['embed_2'] is missing or None, params has it."),
+        ({"embed": None}, "params['embed'] is missing or None, state.moments.mu has it."),
     ],
 )
 def test_another_tree_than_that_of_init(change, text):

@@ -1,4 +1,4 @@
-"""bf16 weights with a remainder: the masters are float32 training's, bit for bit."""
+"""`jadam.exact_bf16`: bfloat16 weights and remainders hold the float32 weights of ordinary training, bit for bit."""
 
 import functools
 import itertools
@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from helpers import float32_params, update_and_apply
 from hypothesis import strategies as st
-from properties import holds
+from properties import property_test
 
 import jadam
 from jadam._wrappers import exact_bf16 as _exact_bf16
@@ -28,12 +28,12 @@ CHAINS = {
 
 
 def step_of(tx):
-    """``step(params, state, g)`` as one trains with ``tx``."""
+    """``step(params, state, g)`` with `update_and_apply`."""
     return lambda params, state, g: update_and_apply(tx, g, state, params)
 
 
 def scan_of(tx):
-    """All steps, compiled as one program."""
+    """Jitted scan of all steps."""
     step = step_of(tx)
     return jax.jit(
         lambda params, state, gradients: jax.lax.scan(lambda c, g: (step(*c, g), None), (params, state), gradients)[0]
@@ -46,31 +46,30 @@ def start_of(tx):
 
 @functools.cache
 def example():
-    """Weights and 1000 gradients."""
+    """Float32 weights and 1000 bfloat16 gradients."""
     rng = np.random.default_rng(0)
     return rng.standard_normal((32, 128), np.float32), rng.standard_normal((1000, 32, 128)).astype(jnp.bfloat16)
 
 
 @functools.cache
 def exact(name):
-    """A transformation and its compiled steps."""
+    """``exact_bf16`` of `CHAINS` [name] and its jitted scan."""
     tx = jadam.exact_bf16(CHAINS[name]())
     return tx, scan_of(tx)
 
 
 @functools.cache
 def trained(name):
-    """Parameters and state after the example's steps."""
+    """Parameters and state after the steps of `example`."""
     tx, scan = exact(name)
     w, gradients = example()
     return scan(*start_of(tx)(w), gradients)
 
 
 @pytest.mark.parametrize("name", CHAINS)
-def test_masters_are_those_of_float32(name):
-    # Under jit XLA may contract a product and a sum in one program and not in the other. With jax 0.10.2 all masters
-    # are equal to the bit; with jax 0.7.1 and Optax's own Adam half of them end an ulp or two off, 4.8e-7 at most,
-    # which for the weights that end near 0 is more than 2e-6 of themselves. So 2e-6 is of the weights' scale.
+def test_masters_equal_float32_training(name):
+    # XLA may contract other products in the two programs. With jax 0.10.2 all masters are equal to the bit; with jax
+    # 0.7.1 and Optax's Adam half of them end an ulp or two off, at most 4.8e-7. Hence 2e-6 of the weights' scale, 1.
     w, gradients = example()
     params, state = trained(name)
     plain = CHAINS[name]()
@@ -79,27 +78,27 @@ def test_masters_are_those_of_float32(name):
     masters = np.asarray(float32_params(params, state))
     assert (np.abs(masters - expected) <= 2e-6 * np.maximum(1, np.abs(expected))).all()
     assert np.abs(expected - w).max() > 0.01
-    np.testing.assert_array_equal(params, masters.astype(jnp.bfloat16))  # no ties in random numbers
+    np.testing.assert_array_equal(params, masters.astype(jnp.bfloat16))  # random numbers have no ties
 
 
-def split(x):
-    """The oracle, in integers of any size."""
+def split_reference(x):
+    """Reference for `split_reference`, in Python integers."""
     bits = np.float32(x).view(np.uint32).item()
     high = (bits + 0x8000 >> 16) & 0xFFFF
     return high, bits - (high << 16)
 
 
 def test_against_numpy():
-    """The whole step in NumPy: float32 masters under SGD, whose one multiplication and subtraction leave no choice."""
+    """Bits of the masters against NumPy float32, with SGD, which has only one way to round."""
     rng = np.random.default_rng(0)
     master = rng.standard_normal(512).astype(np.float32)
-    tx = jadam.exact_bf16(optax.sgd(2.0**-7))  # a power of two: a contracted product rounds the same
+    tx = jadam.exact_bf16(optax.sgd(2.0**-7))  # a power of two: the product is exact, contracted or not
     gradients = rng.standard_normal((1000, 512)).astype(jnp.bfloat16)
     params, state = scan_of(tx)(*start_of(tx)(master), gradients)
     for g in gradients:
         master = master + g.astype(np.float32) * np.float32(-(2.0**-7))
     np.testing.assert_array_equal(float32_params(params, state), master)
-    high, rest = zip(*map(split, master), strict=True)
+    high, rest = zip(*map(split_reference, master), strict=True)
     np.testing.assert_array_equal(np.asarray(params).view(np.uint16), high)
     np.testing.assert_array_equal(state.remainder, rest)
 
@@ -110,18 +109,18 @@ SPECIAL = [0.0, -0.0, 1.0, -1.5, 3.0e38, 3.4028235e38, -3.4028235e38, 1e-38, 1.1
 split_by_jax, join = jax.jit(_exact_bf16.split), jax.jit(_exact_bf16.join)
 
 
-@holds(few=300, bits=st.integers(0, 2**32 - 1))
+@property_test(few=300, bits=st.integers(0, 2**32 - 1))
 def test_split_and_join(bits):
     x = np.uint32(bits).view(np.float32)
     p, remainder = split_by_jax(x)
     joined = np.asarray(join(p, remainder))
     assert joined.view(np.uint32) == bits or (np.isnan(x) and joined.view(np.uint32) == 0x7FC00000)
     if not np.isnan(x):
-        assert (np.asarray(p).view(np.uint16).item(), remainder.item()) == split(x)
+        assert (np.asarray(p).view(np.uint16).item(), remainder.item()) == split_reference(x)
 
 
 def test_weights_set_from_outside():
-    """Whatever the remainder."""
+    """A weight set by the user keeps its value, whatever the remainder."""
     pairs = [*itertools.product(SPECIAL, [0.0, -0.0, np.inf, -np.inf, np.nan])]
     x, outside = np.array(pairs, np.float32).T
     with np.errstate(over="ignore"):
@@ -135,8 +134,8 @@ def test_weights_set_from_outside():
 
 
 @pytest.mark.parametrize("under_jit", [False, True])
-def test_state_tells_what_apply_updates_does(under_jit):
-    """From anywhere to anywhere: the master is the one aimed at, or what the weight has really become."""
+def test_state_matches_apply_updates(under_jit):
+    """The state describes the weight after `apply_updates`, for updates between any two numbers."""
     tx = jadam.exact_bf16(optax.stateless(lambda updates, params: jax.tree.map(lambda u, p: u - p, updates, params)))
     pairs = [*itertools.product(SPECIAL, SPECIAL)]
     start, end = np.array(pairs, np.float32).T
@@ -152,8 +151,8 @@ def test_state_tells_what_apply_updates_does(under_jit):
     assert reached[ordinary].all(), [x for x, ok, y in zip(pairs, reached, ordinary, strict=True) if y and not ok]
 
 
-def test_a_weight_that_collapses_across_zero():
-    """-2**-18 - 64 is no float32: the weight lands on 0, and so does its master."""
+def test_a_weight_that_rounds_to_zero():
+    """-2**-18 - 64 is not a float32, so the weight becomes 0; then the master must be 0 too."""
     tx = jadam.exact_bf16(optax.identity())
     params, state = start_of(tx)(np.float32(63.875))
     assert params == 64
@@ -192,8 +191,8 @@ def test_bytes():
     )
 
 
-def test_multi_steps_inside_sums_in_float32():
-    # 256 gradients of 1 and 1/256: in bf16 the sum would stall at 1
+def test_multi_steps_accumulates_in_float32():
+    # gradients 1, then 255 of 1/256: a bfloat16 sum would stall at 1
     tx = jadam.exact_bf16(optax.MultiSteps(optax.sgd(1.0), 256))
     gradients = np.array([[1.0], *[[1 / 256]] * 255], jnp.bfloat16)
     params, state = scan_of(tx)(*start_of(tx)(np.zeros(1, np.float32)), gradients)
@@ -216,7 +215,7 @@ def test_not_finite_gradients_reach_the_masters():
 
 
 def test_with_equinox():
-    """``p + u`` leaves float32 parameters: the rounded masters, to be cast back before the next step."""
+    """`eqx.apply_updates` returns float32 parameters, which must be cast back before the next step."""
     tx = jadam.exact_bf16(jadam.adam(1e-3))
     update = jax.jit(tx.update)
     params, state = start_of(tx)(np.float32([0.1, -3.0]))
@@ -247,8 +246,8 @@ def test_eight_devices():
 
 
 @pytest.mark.parametrize("make", [optax.sgd, jadam.adam])
-def test_extreme_masters_stay_what_they_are(make):
-    """No step, no change: at -0.0, at infinity, and between bfloat16's largest number and float32's."""
+def test_zero_updates_keep_extreme_masters(make):
+    """Zero updates change no bit: of -0.0, infinity, and numbers between bfloat16's and float32's maximum."""
     masters = np.float32([-0.0, 0.0, np.inf, -np.inf, 3.4e38, -3.4e38, 1.0])
     tx = jadam.exact_bf16(make(1.0))
     step = jax.jit(step_of(tx))
@@ -261,7 +260,7 @@ def test_extreme_masters_stay_what_they_are(make):
 
 
 def test_float32_params_of_flax_variables():
-    """The state that `nnx.Optimizer` keeps is a tree of other variables than the parameters."""
+    """`float32_params` accepts the state of `nnx.Optimizer`, whose leaves are variables of another class."""
     model = nnx.Linear(3, 2, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, jadam.exact_bf16(jadam.adam(1e-3)), wrt=nnx.Param)
     nnx.jit(lambda model, optimizer: optimizer.update(model, nnx.state(model, nnx.Param)))(model, optimizer)
@@ -269,7 +268,7 @@ def test_float32_params_of_flax_variables():
     assert {x.dtype for x in jax.tree.leaves(masters)} == {np.dtype(np.float32)}
 
 
-def test_from_float32_leaves_others_alone():
+def test_from_float32_keeps_other_dtypes():
     dtypes = {"a": jnp.float32, "b": jnp.bfloat16, "c": jnp.float16}
     params = {k: jax.device_put(np.ones((2, 3), dtype)) for k, dtype in dtypes.items()}
     tx = jadam.exact_bf16(jadam.adam(1e-3))
