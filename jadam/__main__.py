@@ -1,6 +1,7 @@
 """The command line: ``jadam demo`` and ``jadam plan``, also as ``python -m jadam``."""
 
 import argparse
+import contextlib
 import importlib
 import importlib.metadata
 import math
@@ -33,13 +34,10 @@ class _Version(argparse.Action):
 
 
 def _learning_rate(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number > 0, got {text!r}; try 1e-3")
-    return value
+    with contextlib.suppress(ValueError):
+        if 0 < (value := float(text)) < math.inf:
+            return value
+    raise argparse.ArgumentTypeError(f"must be a number > 0, got {text!r}; try 1e-3")
 
 
 def _int_between(low: int, high: int):

@@ -182,9 +182,9 @@ def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[s
         check_params_like(params, "params")
         checks.check_trainable(params, "params")
 
-        def init_leaves(params):
-            return list(map(_to_layout, jax.tree.leaves(tx.init(params)), state_leaves))
-
+        # New codes and scales are all 0, in whatever number of blocks.
+        fit = lambda x, leaf: x.astype(leaf.dtype) if x.shape == leaf.shape else jnp.zeros(leaf.shape, leaf.dtype)
+        init_leaves = lambda params: list(map(fit, jax.tree.leaves(tx.init(params)), state_leaves))
         state = jax.jit(init_leaves, out_shardings=shardings)(_to_shardings(params, param_shardings))
         return jax.tree.unflatten(jax.tree.structure(jax.eval_shape(tx.init, params)), state)
 
@@ -392,11 +392,6 @@ def _shard_first_dim(shape, spec, mesh, axes, int8) -> tuple[PartitionSpec, str]
 
 
 _NO_BLOCK = "which no int8 block of 32 to 128 divides"
-
-
-def _to_layout(x, leaf):
-    """A new state's array in the dtype and block count of ``leaf``; new codes and scales are all 0."""
-    return x.astype(leaf.dtype) if x.shape == leaf.shape else jnp.zeros(leaf.shape, leaf.dtype)
 
 
 def _to_shardings(tree, shardings, *, keep_on_mesh: bool = False):

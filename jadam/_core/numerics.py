@@ -31,14 +31,9 @@ def constant_beta(b, t: Scalar, dtype) -> Beta:
     return Beta(value, one_minus(b, dtype), correction, value, next_correction)
 
 
+# The bias correction of a scheduled beta at the current step, where that of the previous step is not known.
 class CurrentCorrection(NamedTuple):
-    """The bias correction of a scheduled beta at this step, used when the previous step's is not known."""
-
-    correction: jax.Array
-
-    @property
-    def dtype(self):
-        return self.correction.dtype
+    value: jax.Array
 
 
 def scheduled_beta(b, next_b, correction: jax.Array | CurrentCorrection) -> Beta:
@@ -47,8 +42,9 @@ def scheduled_beta(b, next_b, correction: jax.Array | CurrentCorrection) -> Beta
     ``1 - b_1 * b_2 * ... * b_t`` is the moving average of ones under these rates. Close to 0, the average does not
     cancel, unlike 1 minus the product.
     """
-    current, following = (constant_beta(x, jnp.ones([], correction.dtype), correction.dtype) for x in (b, next_b))
-    correction = correction.correction if isinstance(correction, CurrentCorrection) else ema(current, correction, 1)
+    known = correction.value if isinstance(correction, CurrentCorrection) else correction
+    current, following = (constant_beta(x, jnp.ones([], known.dtype), known.dtype) for x in (b, next_b))
+    correction = known if isinstance(correction, CurrentCorrection) else ema(current, known, 1)
     return current._replace(correction=correction, next_b=following.b, next_correction=ema(following, correction, 1))
 
 

@@ -78,7 +78,8 @@ def _candidates(path, x, params) -> dict[tuple[str, ...], tuple[str, str | None]
     keys, found = _keys(path), {}
     for i in range(len(keys) + 1):
         name, p = params.get(keys[i:], (None, None))
-        field = _field(path[:i])
+        fields = [key.name for key in path[:i] if isinstance(key, jax.tree_util.GetAttrKey) and key.name != "value"]
+        field = fields[-1] if fields else None
         if name is not None and jnp.ndim(p) == jnp.ndim(x) and field not in ("count", "version"):
             found[keys[:i]] = name, field
     return found
@@ -88,9 +89,3 @@ def _keys(path) -> tuple[str, ...]:
     """The keys of a path as strings, without the ``.value`` of Flax NNX."""
     keys = tuple(map(str, path))
     return keys[:-1] if keys[-1:] == (".value",) else keys
-
-
-def _field(path):
-    """The last NamedTuple field on a path, or None."""
-    names = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey) and key.name != "value"]
-    return names[-1] if names else None

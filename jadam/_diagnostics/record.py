@@ -124,11 +124,8 @@ def record(
     def init(params) -> Any:
         state = tx.init(params)
         recorded = []
-
-        def find_recorded(state, params):
-            recorded.extend(not leaf_update.frozen for leaf_update in last_leaf_updates(tx, state, params)[1])
-
-        jax.eval_shape(find_recorded, state, params)
+        is_trained = lambda state, params: [not leaf.frozen for leaf in last_leaf_updates(tx, state, params)[1]]
+        jax.eval_shape(lambda *args: recorded.extend(is_trained(*args)), state, params)
         paths = [leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
         names = ["total", *(path for path, on in zip(paths, recorded, strict=True) if on)]
         values = jnp.zeros((keep, 1 + sum(recorded), COLUMNS), jnp.float32)
@@ -170,16 +167,14 @@ def _after_step(tx, every, sample, state, params):
     @with_auto_axes
     def write_record(inner, params, steps, values):
         """The ring's ``steps`` and ``values`` after this step."""
-
-        def is_due(carry):
-            iteration, *_ = carry
-            return (iteration == 0) & (steps_taken(inner) % every == 0)
+        is_due = lambda carry: (carry[0] == 0) & (steps_taken(inner) % every == 0)
 
         def write(carry):
             iteration, steps, values = carry
             # Tie the inputs to the loop counter, or XLA hoists the statistics out of the loop and runs them every step.
             iteration, inputs, count = jax.lax.optimization_barrier((iteration, (inner, params), steps_taken(inner)))
-            row = _to_row(measure(tx, sample, *inputs)[1])
+            *scalars, quantiles = measure(tx, sample, *inputs)[1]
+            row = jnp.concatenate([jnp.stack(scalars, axis=1), quantiles], axis=1)
             slot = jnp.argmin(steps)
             put = lambda array, x: jax.lax.dynamic_update_index_in_dim(array, x, slot, 0)
             return iteration + 1, put(steps, count.astype(steps.dtype)), put(values, row)
@@ -189,11 +184,6 @@ def _after_step(tx, every, sample, state, params):
 
     inner, ring, params = *jax.lax.stop_gradient(state), jax.lax.stop_gradient(params)
     return RecordState(state.inner_state, Ring(*write_record(inner, params, ring.steps, ring.values), ring.names))
-
-
-def _to_row(measures: Measures) -> jax.Array:
-    """``measures`` as one array, ``[1 + leaves, 11]``."""
-    return jnp.concatenate([jnp.stack(measures[:-1], axis=1), measures[-1]], axis=1)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -68,14 +68,9 @@ class Statistics(NamedTuple):
     def _is_concrete(self) -> bool:
         """Whether all values are concrete and unbatched: neither tracers nor the result of `jax.vmap`."""
         expected = [()] * len(SCALARS) + [QUANTILES.shape]
-        return all([_shape(x) for x in row or ()] == expected for row in (self.total, *self.leaves.values()))
-
-
-def _shape(x) -> tuple[int, ...] | None:
-    """The shape of an array, None for tracers and other objects."""
-    return (
-        x.shape if isinstance(x, (np.ndarray, np.generic, jax.Array)) and not isinstance(x, jax.core.Tracer) else None
-    )
+        array = lambda x: isinstance(x, (np.ndarray, np.generic, jax.Array)) and not isinstance(x, jax.core.Tracer)
+        shapes = lambda row: [x.shape if array(x) else None for x in row or ()]
+        return all(shapes(row) == expected for row in (self.total, *self.leaves.values()))
 
 
 def to_rows(measures: dict[str, Measures]) -> list[tuple[str, ...]]:

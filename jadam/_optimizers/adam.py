@@ -432,7 +432,11 @@ def _scale_by_nadam(momentum_decay, b1, b2, eps, eps_root, mu_dtype, **switches)
         )
     decay = checks.hyperparameter("momentum_decay", momentum_decay, ">= 0", schedule=False)
     momentum = lambda count: b1 * (1 - 0.5 * 0.96 ** (decay * (count + 1.0)))
-    betas, scalars = {"b1": b1, "b2": b2, "momentum": momentum}, {"eps": eps, "eps_root": eps_root}
     return scale_by_rule(
-        NADAM, betas, scalars, mu_dtype, switches["moments"], hyperparam_transform(switches["eps_mode"])
+        NADAM,
+        {"b1": b1, "b2": b2, "momentum": momentum},
+        {"eps": eps, "eps_root": eps_root},
+        mu_dtype,
+        switches["moments"],
+        hyperparam_transform(switches["eps_mode"]),
     )

@@ -59,8 +59,8 @@ def sma_length(b2: Beta, t):
     k = np.arange(1, 21).astype(a.dtype)
     d = jnp.cumprod((early - (k - 1)) / k * -a)[1:].sum()
     series = 2 * early - 1 - 2 * d / (a * (a * early - d))
-    power = jnp.exp(t * jnp.log1p(-a))
-    direct = rho_inf - 2 * t * power / -jnp.expm1(t * jnp.log1p(-a))
+    log_power = t * jnp.log1p(-a)
+    direct = rho_inf - 2 * t * jnp.exp(log_power) / -jnp.expm1(log_power)
     return jnp.where(a * t <= 1, series, direct), rho_inf
 
 
@@ -113,12 +113,11 @@ def scale_by_radam(
         >>> print(tx.update(g, tx.init(g))[0].round(3))  # too early: the gradient itself
         [ 4. -2.]
     """
-    threshold = checks.hyperparameter("threshold", threshold, ">= 4")
     checks.check_one_of("nesterov", nesterov, (True, False))
     return scale_by_rule(
         RADAM_OF_NADAM if nesterov else RADAM,
         {"b1": b1, "b2": b2},
-        {"eps": eps, "eps_root": eps_root, "threshold": threshold},
+        {"eps": eps, "eps_root": eps_root, "threshold": checks.hyperparameter("threshold", threshold, ">= 4")},
         moments=moments,
         transform=hyperparam_transform(eps_mode, (), with_rectification),
     )

@@ -17,12 +17,11 @@ class Signature(inspect.Signature):
     """
 
     def __str__(self):
-        lines, keyword_only = [], False
-        for p in self.parameters.values():
-            if p.kind is p.KEYWORD_ONLY and not keyword_only:
-                lines, keyword_only = [*lines, "    *,"], True
-            default = "" if p.default is p.empty else f" = {p.default!r}"
-            lines.append(f"    {p.name}: {p.annotation}{default},")
+        parameters = self.parameters.values()
+        default = lambda p: "" if p.default is p.empty else f" = {p.default!r}"
+        lines = [f"    {p.name}: {p.annotation}{default(p)}," for p in parameters]
+        positional = sum(p.kind is not p.KEYWORD_ONLY for p in parameters)
+        lines[positional:positional] = ["    *,"][: len(lines) - positional]  # nothing if no parameter is keyword-only
         return "\n".join(["(", *lines, f") -> {self.return_annotation}"])
 
 
@@ -30,6 +29,7 @@ def call_as_repr(function: F) -> F:
     """Decorator: the repr of the returned transformation is the call that made it, without default arguments."""
     signature = inspect.signature(function)
     parameters = signature.parameters
+    is_default = lambda value, default: value is default or (isinstance(value, (int, float, str)) and value == default)
 
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
@@ -38,7 +38,7 @@ def call_as_repr(function: F) -> F:
         shown = [
             f"{x}={_short_repr(given[x])}"
             for x in parameters
-            if x in given and not _is_default(given[x], parameters[x])
+            if x in given and not is_default(given[x], parameters[x].default)
         ]
         tx.update.call = f"jadam.{function.__name__}({', '.join(shown)})"
         return tx
@@ -46,10 +46,6 @@ def call_as_repr(function: F) -> F:
     public = cast(Any, wrapper)
     public.__signature__ = Signature(list(parameters.values()), return_annotation=signature.return_annotation)
     return public
-
-
-def _is_default(value, parameter: inspect.Parameter) -> bool:
-    return value is parameter.default or (isinstance(value, (int, float, str)) and value == parameter.default)
 
 
 def _short_repr(value) -> str:

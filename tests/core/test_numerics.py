@@ -61,7 +61,7 @@ def test_scheduled_beta(dtype, x64):
         np.testing.assert_allclose(beta.next_correction, 1 - product * next_b, rtol=10 * eps)
         assert (beta.b, beta.next_b, beta.one_minus_b) == (dtype(b), dtype(next_b), dtype(1 - b))
         assert again == beta
-        assert CurrentCorrection(beta.correction).dtype == dtype
+        assert again.correction.dtype == dtype
         correction = beta.correction
 
 

@@ -29,10 +29,9 @@ def run_kernel(leaf_updates: list[LeafUpdate], grads, params) -> list[tuple | No
     supported = [i for i, x in enumerate(zip(leaf_updates, grads, params, strict=True)) if not unsupported_reason(*x)]
     if not supported:
         return results
+    key = lambda leaf: tuple(id(getattr(leaf, x)) for x in ("hyperparams", "minus_lr", "weight_decay", "bound", "norm"))
     distinct: dict = {}  # most leaves share their scalars
-    rows = {
-        i: distinct.setdefault(_scalars_key(leaf_updates[i]), (len(distinct), leaf_updates[i]))[0] for i in supported
-    }
+    rows = {i: distinct.setdefault(key(leaf_updates[i]), (len(distinct), leaf_updates[i]))[0] for i in supported}
     scalars = jnp.stack([_scalar_row(leaf_update) for _, leaf_update in distinct.values()])
     for start in range(0, len(supported), LEAVES_PER_CALL):
         group = supported[start : start + LEAVES_PER_CALL]
@@ -93,11 +92,6 @@ def _call(scalars, leaf_updates, grads, params, rows):
     for leaf_update in leaf_updates:
         p, *stored = (next(results) for _ in range(1 + (leaf_update.remainder is not None) + len(leaf_update.stored)))
         yield p, tuple(stored)
-
-
-def _scalars_key(leaf_update: LeafUpdate) -> tuple[int, ...]:
-    """A key that is equal for leaves with the same scalars."""
-    return tuple(id(getattr(leaf_update, x)) for x in ("hyperparams", "minus_lr", "weight_decay", "bound", "norm"))
 
 
 def _scalar_row(leaf_update: LeafUpdate) -> jax.Array:
