@@ -768,7 +768,7 @@ TOLD = [  # statistics and records
     (
         lambda: jadam.statistics(jadam.by_path(RULES, 1e-3), jadam.by_path(RULES, 1e-3).init(W), [W]),
         ValueError,
-        "params[0]['b']['c'] has no counterpart in state.moments.mu. Gradients, parameters and the tree given to init must",
+        "state.moments.mu[0]['b']['c'] is missing or None, params has it. Gradients, parameters and the tree given to init must",
     ),
     (
         lambda: jadam.statistics(ADAM, STATE, W, sample=0),
