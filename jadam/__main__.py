@@ -19,6 +19,7 @@ class _Parser(argparse.ArgumentParser):
     """A parser that reports errors in one line, without the usage message."""
 
     def error(self, message: str) -> NoReturn:
+        """Exit with code 2 and one line."""
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
@@ -34,6 +35,7 @@ class _Version(argparse.Action):
 
 
 def _learning_rate(text: str) -> float:
+    """Parse a number > 0, for argparse."""
     with contextlib.suppress(ValueError):
         if 0 < (value := float(text)) < math.inf:
             return value
@@ -41,6 +43,8 @@ def _learning_rate(text: str) -> float:
 
 
 def _int_between(low: int, high: int):
+    """Return an argparse type for integers in ``[low, high]``."""
+
     def parse(text: str) -> int:
         if not (len(text) <= 20 and text.removeprefix("-").isdecimal() and low <= int(text) <= high):
             raise argparse.ArgumentTypeError(f"must be an integer in [{low}, {high}], got {text!r}")
@@ -50,6 +54,7 @@ def _int_between(low: int, high: int):
 
 
 def _parser() -> argparse.ArgumentParser:
+    """Build the parser of ``jadam demo`` and ``jadam plan``."""
     parser = _Parser(prog="jadam", description="Adam (Kingma & Ba 2015) for JAX.")
     version_help = "print versions, and the kernel of jadam.step on each platform"
     parser.add_argument("--version", action=_Version, nargs=0, default=argparse.SUPPRESS, help=version_help)
@@ -89,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _mesh(text: str) -> dict[str, int]:
+    """Parse ``data=4,model=64`` into a dict from axis names to sizes, for argparse."""
     pairs = [part.partition("=") for part in text.split(",")]
     if not all(
         name.isidentifier() and size.isdecimal() and len(size) <= 20 and int(size) > 0 for name, _, size in pairs

@@ -141,7 +141,8 @@ def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[s
     state_leaves = jax.tree.leaves(layout.state)
     shardings = [x.sharding for x in state_leaves]
 
-    def check_values(tree, what):
+    def check_concrete(tree, what):
+        """Raise unless the arrays have values and the mesh has devices."""
         checks.check_values(tree, what)
         if isinstance(mesh, AbstractMesh) and not all(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree)):
             raise ValueError(
@@ -150,7 +151,8 @@ def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[s
             )
 
     def check_params_like(tree, what):
-        check_values(tree, what)
+        """Raise unless ``tree`` has the shapes of the parameters given to `zero1`."""
+        check_concrete(tree, what)
         shapes, expected = [jnp.shape(x) for x in jax.tree.leaves(tree)], [x.shape for x in layout.leaves]
         if shapes != expected:
             found, wanted = next(pair for pair in itertools.zip_longest(shapes, expected) if pair[0] != pair[1])
@@ -161,7 +163,7 @@ def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[s
 
     def state_on_mesh(state):
         """Check the state and move it to the mesh if it is on other devices."""
-        check_values(state, "state")
+        check_concrete(state, "state")
         found, expected = len(jax.tree.leaves(state)), len(state_leaves)
         if found != expected:
             raise TypeError(
@@ -260,12 +262,14 @@ def shard_largest_dim(shapes, mesh, axis: str | Sequence[str] | None) -> Any:
 
 
 def _check_mesh(mesh) -> None:
+    """Raise unless ``mesh`` is a mesh."""
     if not isinstance(mesh, (Mesh, AbstractMesh)):
         got = checks.short_repr(mesh)
         raise TypeError(f"mesh must be a jax.sharding.Mesh, got {got}. Make one: jax.make_mesh((8,), ('data',)).")
 
 
 def _axes(axis, mesh) -> tuple[str, ...]:
+    """Return ``axis`` as a tuple of axis names; raise unless they are axes of the mesh."""
     axes = tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
     if not axes or any(not isinstance(name, str) or name not in mesh.shape for name in axes):
         raise ValueError(
@@ -277,6 +281,7 @@ def _axes(axis, mesh) -> tuple[str, ...]:
 
 
 def _layout(tx, params, mesh, axes) -> Layout:
+    """Choose the sharding of every parameter's state."""
     n = math.prod(mesh.shape[name] for name in axes)
     flat = jax.tree_util.tree_leaves_with_path(params)
     # Without shardings, which would change the block sizes that tx.init chooses.
@@ -366,6 +371,7 @@ def _divides(shape, spec, mesh) -> list[bool]:
 
 
 def _axis_names(entry) -> tuple[str, ...]:
+    """Return an entry of a PartitionSpec as a tuple of axis names."""
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
@@ -401,6 +407,7 @@ def _to_shardings(tree, shardings, *, keep_on_mesh: bool = False):
     """
 
     def move(x, sharding):
+        """Move one array unless it may stay."""
         concrete = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
         keep = keep_on_mesh and concrete and x.sharding.device_set == sharding.device_set
         return x if keep else _to_sharding(x, sharding)
@@ -410,6 +417,7 @@ def _to_shardings(tree, shardings, *, keep_on_mesh: bool = False):
 
 
 def _to_sharding(x, sharding: NamedSharding):
+    """Move ``x`` to a sharding, traced or not."""
     if not isinstance(x, jax.core.Tracer):
         return jax.device_put(x, sharding)
     if jax.sharding.AxisType.Explicit in sharding.mesh.axis_types:

@@ -115,6 +115,7 @@ def from_torch(source, state, names):
     filled = {formats.leaf_name(leaf.path): _encode(leaf, entries, count) for leaf in leaves}
 
     def fill(node):
+        """Return one state with PyTorch's moments and count."""
         if not (has_moments(node) or _is_schedule_state(node)):
             return node
         fields = {"count": jax.tree.map(lambda old: _cast_like(np.int32(count), old), node.count)}
@@ -186,18 +187,22 @@ class _Leaf:
 
     @property
     def moments(self) -> list[str]:
+        """PyTorch's names of the moments."""
         return [f"{self.name}.{x}" for x in self.entries]
 
     @property
     def step(self) -> str:
+        """PyTorch's name of the step count."""
         return f"{self.name}.step"
 
     @property
     def keys(self) -> list[str]:
+        """PyTorch's names of all entries."""
         return [*self.moments, self.step]
 
     @property
     def format(self) -> formats.Format:
+        """The format of the stored moments."""
         return formats.format_of(self.arrays)
 
     @property
@@ -212,6 +217,7 @@ class _Leaf:
 
     @property
     def torch_shape(self) -> tuple[int, ...]:
+        """The shape in PyTorch's layout."""
         return tuple(self.arrays[0].shape[axis] for axis in self.inverse)
 
 
@@ -302,6 +308,7 @@ def _check_entries(leaf: _Leaf, entries) -> list[str]:
 
 
 def _amsgrad_hint(key: str) -> str:
+    """A sentence on AMSGrad for an entry that only it has, else nothing."""
     return (
         ". Only amsgrad has it: use jadam.amsgrad(max_of='v') here and amsgrad=True in PyTorch"
         if key.endswith(".max_exp_avg_sq")
@@ -341,11 +348,13 @@ def _put_like(x, old) -> jax.Array:
 
 
 def _raise_problems(function: str, problems: list[str]) -> None:
+    """Raise one error with all ``problems``, if there are any."""
     if problems:
         raise ValueError("\n".join([f"{function} found {len(problems)} problem(s):", *problems]))
 
 
 def _load(source) -> dict[str, np.ndarray]:
+    """Return the arrays of a dict or of a .safetensors file, whose checksum is verified."""
     if isinstance(source, Mapping):
         return {str(key): np.asarray(x) for key, x in source.items()}
     path, safetensors = _safetensors_path("source", source), _safetensors()
@@ -364,6 +373,7 @@ def _load(source) -> dict[str, np.ndarray]:
 
 
 def _checksum(flat: dict[str, np.ndarray]) -> str:
+    """`jadam.checksum` in hexadecimal."""
     return f"{int(checksum(flat)):08x}"
 
 
@@ -382,6 +392,7 @@ def _safetensors_path(name: str, path) -> Path:
 
 
 def _safetensors():
+    """Import safetensors; raise with the command that installs it."""
     try:
         import safetensors.numpy
     except ImportError as error:

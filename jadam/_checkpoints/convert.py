@@ -48,11 +48,13 @@ def convert_moments(state, to: Moments) -> Any:
     found = []
 
     def convert_part(x):
+        """Convert ``x`` if it is an Adam state, else return it unchanged."""
         if isinstance(x, ByPathState):  # always stores mixed formats
             return x._replace(moments=convert(x.moments, mixed=True))
         return convert(x) if has_moments(x) else x
 
     def convert(x, mixed=False):
+        """Convert an Adam state, and count it."""
         found.append(x)
         return _convert(x, to, mixed)
 
@@ -71,6 +73,7 @@ def has_moments(x) -> bool:
 
 
 def _convert(state, to: Moments, mixed: bool):
+    """Return one optimizer state with its moments in the formats ``to``; ``mixed``: of a type that can mix formats."""
     if hasattr(state, "version"):
         checks.check_version(state, formats.VERSION)
     names = [name for name in state._fields if name not in ("count", "version") and not name.endswith("_scale")]
@@ -82,6 +85,7 @@ def _convert(state, to: Moments, mixed: bool):
     leaves, structure = jax.tree_util.tree_flatten_with_path(state.mu)
 
     def convert_leaf(path, *stored):
+        """Return one leaf's arrays in the new format, with placeholders for the fields that it does not use."""
         old = formats.format_of(stored)
         stored = stored[: old.num_arrays(len(names))]  # without placeholders
         moments = old.decode(stored, at_least_float32(*stored) if old.name == "float32" else jnp.float32)

@@ -44,6 +44,7 @@ def hyperparameter(name: str, value, allowed: str, *, hint: str = "", schedule: 
 
 
 def _array_hyperparameter(name, value, allowed, hint, wide):
+    """`hyperparameter` for a JAX array."""
     check_scalar(name, value.shape)
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise TypeError(f"{name} must be a real floating-point number {allowed}, got an array of {value.dtype}.")
@@ -58,11 +59,13 @@ def _array_hyperparameter(name, value, allowed, hint, wide):
 
 
 def check_scalar(name: str, shape) -> None:
+    """Raise unless ``shape`` is ``()``."""
     if shape:
         raise ValueError(f"{name} must be a scalar, got an array of shape {shape}. Use jax.vmap for several values.")
 
 
 def _check_range(name, value, allowed, hint):
+    """Raise unless ``value`` is in the range ``allowed``, a key of `_RANGES`."""
     if not _RANGES[allowed](value):
         raise ValueError(f"{name} must be {allowed}, got {value:g}. {hint}".rstrip())
 
@@ -73,6 +76,7 @@ def nan_if_out_of_range(value, allowed: str):
 
 
 def check_one_of(name: str, value, allowed: tuple) -> None:
+    """Raise unless ``value`` is one of ``allowed``: equal for strings, else identical."""
     if not any(value is x or (isinstance(x, str) and value == x) for x in allowed):
         raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {short_repr(value)}.")
 
@@ -102,6 +106,7 @@ def mask_function(mask) -> Callable[[Any], Any]:
 
 
 def _checked_mask(mask, tree):
+    """Return ``mask``; raise unless its leaves are booleans and its tree is a prefix of ``tree``'s."""
     _check_booleans(mask)
     try:
         jax.tree.map(lambda on, x: None, mask, tree)
@@ -114,6 +119,7 @@ def _checked_mask(mask, tree):
 
 
 def _check_booleans(mask):
+    """Raise unless all leaves of ``mask`` are booleans, and not traced."""
     for path, x in jax.tree_util.tree_leaves_with_path(mask):
         concrete = not isinstance(x, jax.core.Tracer)
         if not (isinstance(x, bool) or (concrete and getattr(x, "dtype", None) == np.bool_ and not x.shape)):
@@ -174,6 +180,7 @@ def check_complex_gradients(updates, mu, params) -> None:
 
 
 def _is_array(leaf) -> bool:
+    """Whether ``leaf`` is an array, a ShapeDtypeStruct or a number."""
     if isinstance(leaf, (jax.Array, numbers.Number)):
         return True
     dtype = getattr(leaf, "dtype", None)
@@ -190,6 +197,7 @@ def check_arrays(tree, what: str) -> None:
 
 
 def _has_values(leaf) -> bool:
+    """Whether ``leaf`` is traced or has values: neither deleted nor a ShapeDtypeStruct."""
     if isinstance(leaf, jax.Array):
         return isinstance(leaf, jax.core.Tracer) or not leaf.is_deleted()
     return not isinstance(leaf, jax.ShapeDtypeStruct)
@@ -233,10 +241,12 @@ def check_same_devices(**trees) -> None:
 
 @functools.cache
 def _is_trainable(dtype) -> bool:
+    """Whether ``dtype`` is floating or complex with at least 16 bits."""
     return jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits >= 16
 
 
 def _dtype(leaf):
+    """The dtype of an array or a number."""
     return getattr(leaf, "dtype", None) or jnp.result_type(leaf)
 
 
@@ -320,6 +330,7 @@ def check_version(state, known: int) -> None:
 
 
 def check_count(count) -> None:
+    """Raise unless a state's ``count`` is an integer scalar array."""
     kind = getattr(count, "dtype", None)
     if kind is None or not jnp.issubdtype(kind, jnp.integer):
         got = f"{type(count).__name__}. Convert it: jnp.int32(state.count)." if kind is None else f"{kind}. {_CAST}"
@@ -347,6 +358,7 @@ def check_moments_bfloat16(tree, name: str, mu) -> None:
 
 @functools.cache
 def _is_wide(dtype) -> bool:
+    """Whether ``dtype`` is floating or complex with at least 32 bits."""
     return jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits >= 32
 
 

@@ -20,4 +20,5 @@ def atomic_replace(path: Path) -> Iterator[Path]:
 
 
 def temporary_path(path: Path) -> Path:
+    """The file beside ``path`` that `atomic_replace` writes first."""
     return path.with_name(f"{path.name}.{os.getpid()}.tmp")

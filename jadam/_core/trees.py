@@ -35,6 +35,7 @@ def params_with_gradients(params, grads) -> tuple[Any, Callable[[list], Any]]:
     has_gradient = [g is not None for g in flat]
 
     def put(leaves):
+        """Return the whole tree with ``leaves`` in place of the parameters that have gradients."""
         new = iter(leaves)
         return structure.unflatten([next(new) if has else part for has, part in zip(has_gradient, parts, strict=True)])
 

@@ -70,6 +70,7 @@ class Description:
         return html_table(self._rows(), [f"step: {self.step}"])
 
     def _rows(self):
+        """The cells of the table, titles first."""
         rows = [("parameter", "shape", "dtype", "moments", "bytes", "bytes/param", "reason")]
         for leaf in self.leaves:
             per_param = f"{leaf.bytes / leaf.size:.2f}" if leaf.size else "-"
@@ -102,6 +103,7 @@ def html_table(rows, notes=()) -> str:
 
 
 def _is_number_column(column) -> bool:
+    """Whether all cells below the title are numbers or empty."""
     return any(column[1:]) and all(re.fullmatch(r"[\d.,e+-]*|nan|-?inf", x) for x in column[1:])
 
 
@@ -147,6 +149,7 @@ def describe(state_or_tx: optax.OptState | optax.GradientTransformation, params:
 
 
 def _describe(tx, state, params) -> Description:
+    """Describe ``state``; ``tx`` is None if only the state is known."""
     checks.check_arrays(state, "state_or_tx")
     named = [(leaf_name(path), p) for path, p in jax.tree_util.tree_leaves_with_path(params)]
     moments: dict[str, list] = {name: [] for name, _ in named}
@@ -186,6 +189,7 @@ def _describe_step(tx, state, params, names) -> tuple[list[Any], bool | None, st
 
 
 def _describe_leaf(name, p, moments, nbytes, quantized, group) -> Leaf:
+    """Describe one parameter, from its moments as stored and the bytes of all its state."""
     format, reason = "none", "no moments in this state"
     if len(moments) > 1:
         format, reason = next(x for x in FORMATS.values() if x.matches(moments)).name, ""
@@ -203,4 +207,5 @@ def _describe_leaf(name, p, moments, nbytes, quantized, group) -> Leaf:
 
 
 def _nbytes(x) -> int:
+    """Bytes of an array or ShapeDtypeStruct."""
     return np.size(x) * jnp.result_type(x).itemsize

@@ -2,7 +2,7 @@
 
 
 def _gpt2(vocabulary=50257, context=1024, width=768, layers=12) -> dict:
-    """Radford et al. 2019, the published weights: 124,439,808 parameters, output layer tied to the embedding."""
+    """Shapes, as tuples, of GPT-2 (Radford et al. 2019): 124,439,808 parameters, output tied to the embedding."""
     norm = {"scale": (width,), "bias": (width,)}
     dense = lambda n, m: {"kernel": (n, m), "bias": (m,)}
     layer = {
@@ -15,7 +15,7 @@ def _gpt2(vocabulary=50257, context=1024, width=768, layers=12) -> dict:
 
 
 def _llama(width, layers, hidden, keys, vocabulary=32000) -> dict:
-    """Touvron et al. 2023; ``keys`` is the width of the keys, and of the values."""
+    """Shapes, as tuples, of a Llama (Touvron et al. 2023); ``keys`` is the width of the keys, and of the values."""
     layer = {
         "attention": {"wq": (width, width), "wk": (width, keys), "wv": (width, keys), "wo": (width, width)},
         "feed_forward": {"w1": (width, hidden), "w2": (hidden, width), "w3": (width, hidden)},

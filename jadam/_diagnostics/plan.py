@@ -47,19 +47,21 @@ class MemoryPlan:
         return self.parameters + self.gradients + self.state
 
     def __str__(self):
-        head, notes = self._text()
+        head, notes = self._head_and_notes()
         return "\n".join([head, table(self._table()), *notes])
 
     def _repr_html_(self):
         """The table, for notebooks."""
-        head, notes = self._text()
+        head, notes = self._head_and_notes()
         return html_table(self._table(), [head, *notes])
 
     def _table(self):
+        """The cells of the table, titles first."""
         unit, size = unit_of(self.total)
         return [("", "bytes per device", unit), *((name, f"{x:,}", f"{x / size:.2f}") for name, x in self.rows())]
 
-    def _text(self):
+    def _head_and_notes(self) -> tuple[str, list[str]]:
+        """The line above the table, and the lines below it."""
         notes = [f"{name}: {note}" for name, note in list(self.notes.items())[:5]]
         more = [f"and {len(self.notes) - 5} more"] if len(self.notes) > 5 else []
         return f"{self.count:,} parameters on {self.devices} devices", [*notes, *more]
@@ -135,6 +137,7 @@ def plan(
 
 
 def _mesh(shape) -> AbstractMesh:
+    """Return an abstract mesh of these axis sizes; raise if they are invalid."""
     is_valid = isinstance(shape, Mapping) and all(isinstance(x, (int, np.integer)) and x > 0 for x in shape.values())
     if not is_valid or math.prod(shape.values()) >= 2**31:
         raise ValueError(
@@ -145,6 +148,7 @@ def _mesh(shape) -> AbstractMesh:
 
 
 def _nbytes_per_device(x) -> int:
+    """Bytes of one shard of an array."""
     return math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize
 
 

@@ -135,6 +135,7 @@ def record(
     after_step = functools.partial(_after_step, tx, every, sample)
 
     def update(updates, state, params=None, **extra_args) -> Any:
+        """The inner ``update``, then a record of the new state and parameters if one is due."""
         if params is None:
             raise ValueError("record needs params: call update(updates, state, params).")
         checks.check_state_type(state, RecordState, START_LATE)
@@ -143,6 +144,7 @@ def record(
         return updates, after_step(RecordState(inner, state.ring), apply_updates(params, updates))
 
     def fuse(updates, state, params) -> FusedUpdate:
+        """The inner optimizer's `FusedUpdate`; `jadam.step` calls ``after_step`` for the record."""
         checks.check_state_type(state, RecordState, START_LATE)
         leaf_updates, rebuild_state = tx.update.fuse(updates, state.inner_state, params)
         return FusedUpdate(leaf_updates, lambda stored: RecordState(rebuild_state(stored), state.ring))
@@ -170,6 +172,7 @@ def _after_step(tx, every, sample, state, params):
         is_due = lambda carry: (carry[0] == 0) & (steps_taken(inner) % every == 0)
 
         def write(carry):
+            """Compute the statistics and put them in place of the oldest record."""
             iteration, steps, values = carry
             # Tie the inputs to the loop counter, or XLA hoists the statistics out of the loop and runs them every step.
             iteration, inputs, count = jax.lax.optimization_barrier((iteration, (inner, params), steps_taken(inner)))
@@ -272,6 +275,7 @@ def history(state: optax.OptState) -> History:
     steps, values = steps[order], values[order]
 
     def columns(x):
+        """Return a dict from the names of `Measures` to values, of an array ``[records, 11]``."""
         return {**{name: x[:, i] for i, name in enumerate(SCALARS)}, "step_quantiles": x[:, len(SCALARS) :]}
 
     total, *leaves = (columns(values[:, i]) for i in range(values.shape[1]))

@@ -18,7 +18,7 @@ import optax
 from jadam._checkpoints.convert import has_moments
 from jadam._core import checks
 from jadam._core.bf16 import join
-from jadam._core.numerics import Beta, CurrentCorrection, at_least_float32, divide, real
+from jadam._core.numerics import Beta, CurrentCorrection, at_least_float32, divide, real, sqrt
 from jadam._core.trees import find_states, leaf_name
 from jadam._diagnostics.describe import html_table, table
 from jadam._transformation.transformation import LeafUpdate, NotFusible, ScheduledBetasState, Transformation, update_of
@@ -175,6 +175,7 @@ class _Names(tuple):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _statistics(tx, sample, state, params, updates) -> tuple[_Names, Measures]:
+    """`measure`, compiled."""
     names, rows = measure(tx, sample, state, params, updates)
     return _Names(names), rows
 
@@ -184,6 +185,7 @@ def measure(tx: Transformation, sample, state, params, updates=None) -> tuple[li
     names = []
 
     def compute(state, params, updates) -> Measures:
+        """`Measures` with a row for the total and one for each trained leaf."""
         count, leaf_updates = last_leaf_updates(tx, state, params)
         update_leaves = [None] * len(leaf_updates) if updates is None else jax.tree.leaves(updates)
         coordinates, sizes = [], []
@@ -204,6 +206,7 @@ def measure(tx: Transformation, sample, state, params, updates=None) -> tuple[li
         rms, means, histograms = (jnp.concatenate(x)[original_order] for x in reduced)
 
         def with_total(mean, rows):
+            """Columns ``[3, 1 + leaves]`` of ``rows`` ``[leaves, 3]``, the total first: ``mean`` weighted by size."""
             rows = rows.T
             total = mean(rows[:, None], np.array([sum(sizes)]), np.array(sizes, np.float32)[None, None])
             return jnp.concatenate([total, rows], axis=1)
@@ -278,12 +281,15 @@ def _state_before_step(state):
     """
 
     def has_count(x):
+        """Whether ``x`` is a state that counts steps."""
         return isinstance(x, (ScheduledBetasState, ByPathState)) or "count" in getattr(x, "_fields", ())
 
     def as_current(corrections) -> Any:
+        """Mark bias corrections as those of the last step itself."""
         return {name: CurrentCorrection(c) for name, c in corrections.items()}
 
     def rewind(x):
+        """Set one state back by a step."""
         if isinstance(x, ScheduledBetasState):
             return ScheduledBetasState(as_current(x.corrections), rewind(x.inner_state))
         if isinstance(x, ByPathState):
@@ -294,10 +300,10 @@ def _state_before_step(state):
 
 
 def _measure_coordinates(leaf_update: LeafUpdate, has_stepped, p, update, sample) -> jax.Array:
-    """Six numbers for each sampled coordinate, ``[6, 1, *shape]``: three to take the RMS of, three to average.
+    """sqrt(v_hat), |update|, |parameter|, SNR, whether eps dominates and if int8 rounds m to 0: ``[6, 1, *shape]``.
 
-    They are sqrt(v_hat), |update| and |parameter|; then the signal-to-noise ratio, whether eps dominates and whether
-    int8 rounds the first moment to 0.
+    For each sampled coordinate. The first three are for root mean squares, the others for means. All but the parameter
+    and the last are 0 before the first step.
     """
     index = _subsample(p.shape, sample)
     p = p[index] if leaf_update.remainder is None else join(p[index], leaf_update.remainder[index])
@@ -307,7 +313,7 @@ def _measure_coordinates(leaf_update: LeafUpdate, has_stepped, p, update, sample
     root = leaf_update.rule.denominator(leaf_update.hyperparams, *others)
     update = _update_from_moments(leaf_update, m_hat, m, others, p) if update is None else update[index]
     eps = jnp.maximum(
-        leaf_update.hyperparams.eps, jnp.sqrt(jnp.asarray(leaf_update.hyperparams.eps_root, real(leaf_update.dtype)))
+        leaf_update.hyperparams.eps, sqrt(jnp.asarray(leaf_update.hyperparams.eps_root, real(leaf_update.dtype)))
     )
     root_without_eps = root - eps if leaf_update.rule.eps_in_denominator else root
     rounded_to_zero = (
@@ -357,7 +363,7 @@ def _root_mean_square(x, sizes, weights=1) -> jax.Array:
     largest = jnp.max(x, axes, initial=0, keepdims=True)
     limit = float(jnp.finfo(x.dtype).max) / 4  # XLA multiplies by the reciprocal, which must not underflow
     unit = jnp.where((largest > 0) & (largest < jnp.inf), jnp.minimum(largest, limit), 1)
-    return jnp.squeeze(unit, axes) * jnp.sqrt(_mean(jnp.square(x / unit), sizes, weights))
+    return jnp.squeeze(unit, axes) * sqrt(_mean(jnp.square(x / unit), sizes, weights))
 
 
 def _mean(x, sizes, weights=1) -> jax.Array:

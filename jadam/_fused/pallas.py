@@ -50,6 +50,7 @@ def run_kernel(platform: str, leaf_updates: list[LeafUpdate], grads, params, int
     call = {"cuda": _on_gpu, "tpu": _on_tpu}[platform]
 
     def run_leaf(leaf_update, g, p):
+        """Return the new parameter and stored arrays of a leaf, or None if the kernel does not run for it."""
         if fused_by_xla(platform, leaf_update) or unsupported_reason(platform, leaf_update, g, p):
             return None
         p, *stored = call(leaf_update, g, p, interpret)
@@ -115,6 +116,7 @@ def _pack_scalars(leaf_update: LeafUpdate):
     arrays = {i: x for i, x in enumerate(leaves) if isinstance(x, jax.Array)}
 
     def with_scalars(read, **fields):
+        """The leaf update with the i-th scalar replaced by ``read(i)``, and other ``fields`` replaced."""
         new = {
             i: (read(k) != 0 if x.dtype == bool else read(k).astype(x.dtype)) for k, (i, x) in enumerate(arrays.items())
         }
@@ -252,5 +254,5 @@ def _on_tpu(leaf_update: LeafUpdate, g, p, interpret):
 
 
 def _num_tiles(rows, lanes):
-    """The number of 8 by 128 tiles that hold an array on a TPU. XLA transposes it if that needs fewer."""
+    """The number of 8 by 128 tiles that hold an array of this orientation on a TPU."""
     return math.ceil(rows / 8) * math.ceil(lanes / 128)

@@ -113,6 +113,7 @@ def _unflatten_results(tree, arrays) -> tuple[list, list[tuple]]:
 
 @functools.lru_cache(maxsize=256)
 def _result_structure(tree):
+    """The structure of the primitive's results, of that of its arguments."""
     operands, _, params = tree.unflatten(range(tree.num_leaves))
     return jax.tree.structure((params, list(map(stored_arrays, operands.leaf_arrays))))
 
@@ -127,11 +128,12 @@ def update_and_apply(tx, grads, state, params):
 def why_not_fused(tx, grads, state, params) -> str | None:
     """Return why `step` cannot be fused on any platform, or None. Raises what ``tx.update`` raises."""
 
-    def fuse(grads, state, params):
+    def try_fuse(grads, state, params):
+        """Raise `NotFusible`, or return the scalars, as a traced function must."""
         return pack(update_of(tx).fuse(grads, _with_concrete_counts(state), params).leaf_updates)[1]
 
     try:
-        jax.eval_shape(fuse, grads, state, params)
+        jax.eval_shape(try_fuse, grads, state, params)
     except NotFusible as reason:
         return str(reason)
     return None
@@ -153,12 +155,13 @@ def why_leaves_not_fused(platform, tx, grads, state, params) -> list[tuple[str, 
         cpu.unsupported_reason if platform == "cpu" else functools.partial(pallas.unsupported_reason, platform)
     )
 
-    def fuse(grads, state, params):
+    def find_reasons(grads, state, params):
+        """Append every leaf's rule and reason to ``found``."""
         leaf_updates = update_of(tx).fuse(grads, _with_concrete_counts(state), params).leaf_updates
         for leaf_update, g, p in zip(leaf_updates, jax.tree.leaves(grads), jax.tree.leaves(params), strict=True):
             found.append((leaf_update.group, None if leaf_update.frozen else unsupported_reason(leaf_update, g, p)))
 
-    jax.eval_shape(fuse, grads, state, params)
+    jax.eval_shape(find_reasons, grads, state, params)
     return found
 
 
@@ -190,9 +193,11 @@ def step_sharded(tx, grads, state, params, mesh, specs, shard_offset):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _step_shards(settings, mesh, specs, shard_offset, operands, grads, params):
+    """Run the primitive on every shard, in `jax.shard_map`."""
     specs = list(specs)
 
     def body(operands, grads, params):
+        """One device's shards: the primitive, told where they begin in the global arrays."""
         offsets = [shard_offset(shape, spec, mesh) for shape, spec in zip(settings.global_shapes, specs, strict=True)]
         arrays, tree = jax.tree.flatten((operands._replace(offsets=offsets), grads, params))
         return _unflatten_results(tree, step_p.bind(*arrays, settings=settings, tree=tree))
@@ -237,6 +242,7 @@ def _step_leaves(*arrays, settings, tree, platform):
 
 @functools.cache
 def _warn_once(reason):
+    """Log why a CPU has no kernel, the first time that it matters."""
     logging.getLogger("jadam").warning(
         "jadam.step takes about 1.7 times as long on this CPU without its kernel: %s", reason
     )
@@ -254,7 +260,8 @@ def _compiled_multi_device(*arrays, settings, tree):
 
 
 @step_p.def_impl
-def _(*arrays, settings, tree):
+def _run_eagerly(*arrays, settings, tree):
+    """Run the program compiled for these settings, on one device or several."""
     with jax.disable_jit(False):  # the user's jax.disable_jit must not change the results
         platform = _single_device_platform(arrays)
         if platform is None:
@@ -263,7 +270,7 @@ def _(*arrays, settings, tree):
 
 
 def _single_device_platform(arrays) -> str | None:
-    """The platform of the device that holds the arrays, or None if there are several devices."""
+    """The platform that JAX lowers for ("cpu", "cuda", "rocm", "tpu"), or None if the arrays are on several devices."""
     arrays = [x for x in arrays if isinstance(x, jax.Array)]
     if not arrays:
         return None
@@ -273,7 +280,8 @@ def _single_device_platform(arrays) -> str | None:
 
 
 @step_p.def_abstract_eval
-def _(*avals, settings, tree):
+def _abstract_eval(*avals, settings, tree):
+    """The shapes and dtypes of the results: the parameters, and the stored arrays of each leaf."""
     operands, _, params = tree.unflatten(avals)
     if not avals:
         return []
@@ -313,11 +321,13 @@ for platform in KERNELS:
 
 
 def _batching_rule(arrays, dims, **settings):
+    """Under `jax.vmap` XLA computes the step; all results are batched along axis 0."""
     out = jax.vmap(functools.partial(_step_leaves_by_xla, **settings), in_axes=dims)(*arrays)
     return out, [0] * len(out)
 
 
 def _jvp_rule(primals, tangents, **settings):
+    """Differentiate the step as XLA computes it."""
     tangents = map(ad.instantiate_zeros, tangents)
     function = functools.partial(_step_leaves_by_xla, **settings)
     out, tangents = jax.jvp(function, tuple(primals), tuple(tangents))

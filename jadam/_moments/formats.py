@@ -123,6 +123,7 @@ FORMATS: dict[str, Format] = {format.name: format for format in (Int8(), BFloat1
 
 
 def format_of(stored: Sequence[jax.Array]) -> Format:
+    """Return the format of stored arrays."""
     return next(format for format in FORMATS.values() if format.matches(stored))
 
 
@@ -137,6 +138,7 @@ def format_selector(moments: Moments, mu_dtype, betas: dict | None) -> Callable[
     formats = FORMATS | {"float32": Float32(mu_dtype)}
 
     def by_name(name, source="moments"):
+        """Return the format ``name``; raise if it is unknown or does not fit ``mu_dtype`` or ``betas``."""
         if not (isinstance(name, str) and name in formats):
             raise ValueError(
                 f"{source} must be {' or '.join(map(repr, sorted(formats)))}"
@@ -156,6 +158,7 @@ def format_selector(moments: Moments, mu_dtype, betas: dict | None) -> Callable[
         raise ValueError(f"mu_dtype must be None when moments is a function, got {mu_dtype}. Drop mu_dtype.")
 
     def choose(path, p):
+        """Return the format of a leaf: what ``moments`` returns, or float32 if that does not support the leaf."""
         name = leaf_name(path)
         wanted = by_name(moments(name, p), f"moments({name!r}, leaf)")
         return formats["float32"] if wanted.unsupported_reason(p) else wanted

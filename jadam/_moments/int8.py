@@ -66,6 +66,7 @@ def quantize(m, v, rho_r, rho_s, axis=-1):
 
 
 def _eighth_power(x):
+    """``x**8``."""
     return jnp.square(jnp.square(jnp.square(x)))
 
 
@@ -168,7 +169,7 @@ def largest_block(n: int, shard: int) -> int | None:
 
 
 def _sharding(p) -> jax.sharding.NamedSharding | None:
-    """The sharding of ``p`` over a mesh, or None if it has none or, under jit, if the mesh's axes are not explicit."""
+    """The sharding of ``p`` over a mesh. None if ``p`` is whole, or if it is traced and the axes are not explicit."""
     sharding = jax.typeof(p).sharding if isinstance(p, jax.core.Tracer) else getattr(p, "sharding", None)
     known = isinstance(sharding, jax.sharding.NamedSharding) and any(axes is not None for axes in sharding.spec)
     return sharding if known else None

@@ -86,6 +86,8 @@ def hyperparam_transform(
 
 @functools.cache  # equal options give the same function, so that transformations share compiled programs
 def _hyperparam_transform(hat, uncorrected, further):
+    """`hyperparam_transform`, cached."""
+
     def transform(hp):
         hp = without_correction(hp, *uncorrected) if uncorrected else hp
         hp = eps_before_correction(hp) if hat else hp
@@ -423,6 +425,7 @@ def nadamw(
 
 
 def _scale_by_nadam(momentum_decay, b1, b2, eps, eps_root, mu_dtype, **switches):
+    """`scale_by_adam`, or NAdam with PyTorch's momentum schedule if ``momentum_decay`` is a number."""
     if momentum_decay is None:
         return scale_by_adam(b1, b2, eps, eps_root, mu_dtype, **switches)
     if callable(b1) or not (switches["nesterov"] and switches["bias_correction"]):

@@ -18,7 +18,7 @@ from jadam._transformation.transformation import (
 
 
 def adamax_rule(hp: Hyperparams, g, m, u):
-    """One step of Algorithm 2 on one array. The moment ``u``, in the paper's notation, is the infinity norm."""
+    """One step of Algorithm 2 on one array. Returns the direction and the new moments; ``u`` is the infinity norm."""
     m = ema(hp.b1, m, g)
     u = jnp.maximum(hp.b2.b * u, jnp.abs(g) + hp.eps)
     m_hat = m / hp.b1.correction

@@ -182,7 +182,7 @@ class LeafUpdate(NamedTuple):
 
     @property
     def frozen(self) -> bool:
-        """Whether the parameter never changes."""
+        """Whether the leaf has `FROZEN_RULE`: its parameter stays as it is."""
         return self.rule == FROZEN_RULE  # by value: a copied transformation holds a copy
 
     def update(self, g, p):
@@ -455,12 +455,13 @@ def scale_by_rule(
     def init(params) -> Any:
         checks.check_trainable(params, "params")
 
-        def leaf(path, p):
+        def init_leaf(path, p):
+            """Return one parameter's initial arrays, one for each field of the state."""
             stored = format_for(path, p).init(p, len(rule.moments))
             return *stored, *(formats.placeholder(p) for _ in fields[len(stored) :])
 
         leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-        columns = _transpose([leaf(path, p) for path, p in leaves], len(fields))
+        columns = _transpose([init_leaf(path, p) for path, p in leaves], len(fields))
         trees = list(map(structure.unflatten, columns))
         for name, tree, column in zip(fields, trees, columns, strict=True):
             if mu_dtype is None or name != "mu":
@@ -489,9 +490,11 @@ def scale_by_rule(
 
         @functools.cache  # leaves of the same dtype and format share their Hyperparams
         def validated(dtype, format):
+            """The `Hyperparams` in ``dtype``, NaN where ``format`` does not support them."""
             return format.validate(hyperparams(dtype))
 
         def leaf_update(path, g, *stored):
+            """Return the `LeafUpdate` of one leaf."""
             format = formats.format_of(stored)
             own, unused = stored[: (n := format.num_arrays(len(rule.moments)))], stored[n:]
             checks.check_codes_not_cast(path, own[0].dtype, not all(map(formats.is_placeholder, unused)))
@@ -499,6 +502,7 @@ def scale_by_rule(
             return LeafUpdate(rule, validated(real(dtype), format), dtype, format, own, formats.leaf_salt(path), count)
 
         def rebuild_state(stored):
+            """The new state, with ``stored`` as its arrays."""
             full = [(*new, *old[len(new) :]) for new, old in zip(stored, zip(*trees, strict=True), strict=True)]
             columns = map(structure.unflatten, _transpose(full, len(fields)))
             new = state._replace(count=next_count, **dict(zip(fields, columns, strict=True)))
@@ -518,11 +522,13 @@ def _transpose(rows, n: int):
 
 
 def _beta(name, value, schedule=True):
+    """Check a decay rate."""
     hint = "Did you swap it with learning_rate or eps?"
     return checks.hyperparameter(name, value, "in [0, 1)", hint=hint, schedule=schedule, wide=True)
 
 
 def _scalar(name, value, schedule=True):
+    """Check a hyperparameter >= 0."""
     return checks.hyperparameter(name, value, ">= 0", schedule=schedule, wide=True)
 
 
@@ -538,10 +544,12 @@ def _hyperparams_at(betas, scalars, count, corrections, transform):
     """
 
     def beta(name, count):
+        """The checked value of a decay rate after ``count`` steps."""
         value = betas[name]
         return _beta(name, schedule_value(value, count), schedule=False) if callable(value) else value
 
     def scalar(name):
+        """The checked value of another hyperparameter at this step."""
         value = scalars[name]
         return _scalar(name, schedule_value(value, count), schedule=False) if callable(value) else value
 
@@ -560,6 +568,7 @@ def _hyperparams_at(betas, scalars, count, corrections, transform):
 
     @functools.cache  # per dtype, not per leaf
     def hyperparams(dtype):
+        """The `Hyperparams` of this step in ``dtype``."""
         return make(transform, dtype, numbers, next_count, arrays, scalars_now, scheduled)
 
     return hyperparams, next_count, {name: value.correction for name, value in scheduled.items()}
@@ -658,6 +667,7 @@ def nan_if_invalid(name: str, value):
         return checks.nan_if_out_of_range(value, ">= 0")
 
     def schedule(count):
+        """The checked value of the schedule; a traced value out of range becomes NaN."""
         x = schedule_value(value, count)
         if isinstance(x, jax.Array):
             checks.check_scalar(name, x.shape)

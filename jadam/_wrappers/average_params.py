@@ -78,6 +78,7 @@ def average_params(decay: float | jax.Array | None = 0.999) -> optax.GradientTra
         count = jnp.asarray(optax.safe_increment(state.count))
 
         def average(average, p, u):
+            """Return the new average of one parameter."""
             dtype = jnp.finfo(average.dtype).dtype
             t = count.astype(dtype)
             rate = lambda: one_minus(checks.nan_if_out_of_range(decay, "in [0, 1)"), dtype)
@@ -97,7 +98,7 @@ def averaged_params(state: optax.OptState) -> optax.Params:
         state: the state of a transformation that contains one `average_params`.
 
     Returns:
-        The average, a tree like the parameters, in their dtypes.
+        A copy of the average, a tree like the parameters, in their dtypes. It outlives a donation of ``state``.
 
     Raises:
         ValueError: ``state`` contains no average, or several.
@@ -114,4 +115,5 @@ def averaged_params(state: optax.OptState) -> optax.Params:
             f"state must contain one AverageParamsState, found {len(found)}. "
             + ("Pass a part of state that has one." if found else "Train with optax.chain(tx, jadam.average_params()).")
         )
-    return jax.tree.map(lambda average, like: average.astype(like.dtype), found[0].average, found[0].dtypes)
+    copied = lambda average, like: jnp.array(average, like.dtype, copy=True)  # or a donated state would free it
+    return jax.tree.map(copied, found[0].average, found[0].dtypes)

@@ -35,6 +35,9 @@ class _Frozen:
     def __repr__(self):
         return "jadam.FROZEN"
 
+    def __reduce__(self):
+        return "FROZEN"  # copies and pickles are the one object of this name
+
 
 FROZEN = _Frozen()
 SETTINGS = ("lr_mult", "weight_decay", "moments", "b1", "b2")
@@ -78,7 +81,7 @@ def by_path(
     moments: Moments = "float32",
     max_lr: float | None = None,
 ) -> Transformation:
-    r"""`jadam.adamw` with other settings for some parameters, chosen by path.
+    r"""`jadam.adamw` whose settings follow rules on the paths of parameters; each path must match a rule.
 
     Args:
         rules: pairs ``(pattern, settings)``. A parameter follows the first rule whose pattern matches its path.
@@ -118,6 +121,7 @@ def by_path(
         max_lr = checks.hyperparameter("max_lr", max_lr, "> 0", schedule=False)
 
     def group(pattern, settings) -> _Group:
+        """Return the `_Group` of one rule, with its settings merged into the defaults."""
         pattern = _compile_pattern(pattern)
         if settings is FROZEN:
             return _Group(f"{pattern.pattern!r} {settings!r}", pattern)
@@ -185,6 +189,7 @@ def by_path(
                 )
 
         def rebuild_state(stored):
+            """The new state, merged from those of the groups."""
             corrections, states = _split_corrections(
                 [rebuild([stored[i] for i in indices]) for indices, rebuild in rebuilders]
             )
@@ -275,6 +280,7 @@ def _closest(text: str, candidates: list[str]) -> list[str]:
     words = re.findall(r"\w+", text) or [""]
 
     def similarity(other):
+        """The similarity of the most similar pair of words, in [0, 1]."""
         others = re.findall(r"\w+", other) or [""]
         return max(difflib.SequenceMatcher(None, a.lower(), b.lower()).ratio() for a in words for b in others)
 
@@ -282,6 +288,7 @@ def _closest(text: str, candidates: list[str]) -> list[str]:
 
 
 def _check_rules(rules) -> list[tuple]:
+    """Return ``rules``; raise unless they are a list of pairs."""
     if isinstance(rules, (str, dict)) or not isinstance(rules, Sequence) or not rules:
         raise TypeError(
             'rules must be a list of (pattern, settings), such as [("bias", {"weight_decay": 0.0}), ("", {})], got '
@@ -294,6 +301,7 @@ def _check_rules(rules) -> list[tuple]:
 
 
 def _compile_pattern(pattern) -> re.Pattern:
+    """Return the regular expression; raise if it is invalid."""
     if not isinstance(pattern, (str, re.Pattern)):
         raise TypeError(f"by_path's pattern must be a string, got {checks.short_repr(pattern)}.")
     try:
@@ -306,6 +314,7 @@ def _compile_pattern(pattern) -> re.Pattern:
 
 
 def _check_settings(pattern: str, settings) -> dict:
+    """Return ``settings``; raise unless they are a dict of known names."""
     if not isinstance(settings, dict):
         raise TypeError(
             f"by_path's settings of {pattern!r} must be a dict or jadam.FROZEN, got {checks.short_repr(settings)}."

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jadam._core import checks
+from jadam._core.numerics import sqrt
 from jadam._transformation.transformation import (
     FunctionUpdate,
     FusedUpdate,
@@ -40,18 +41,17 @@ class Clip(optax.GradientTransformation):
         return self.update.call
 
 
-def _clip(tx, clip_leaves, name, bound) -> Clip:
+def _clip(clip_grads, clip_leaves, name, bound) -> Clip:
+    """Make a `Clip` of its two forms: on gradients, and as a setting of leaf updates."""
+
     def update(updates, state, params=None) -> Any:
         checks.check_gradients(updates, state, None)
-        leaves, structure = jax.tree.flatten(
-            updates
-        )  # Optax's norm puts scalars into the tree, which classes may reject
-        leaves, state = tx.update(leaves, state)
-        return structure.unflatten(leaves), state
+        leaves, structure = jax.tree.flatten(updates)
+        return structure.unflatten(clip_grads(leaves)), state
 
-    return Clip(
-        tx.init, ClipUpdate(not_fusible, f"jadam.{name}({bound})", function=update, name=name, clip_leaves=clip_leaves)
-    )
+    call = f"jadam.{name}({bound})"
+    fuse = ClipUpdate(not_fusible, call, function=update, name=name, clip_leaves=clip_leaves)
+    return Clip(optax.identity().init, fuse)
 
 
 def clip(max_delta: jax.typing.ArrayLike) -> Clip:
@@ -75,8 +75,9 @@ def clip(max_delta: jax.typing.ArrayLike) -> Clip:
         [ 1.  -0.5]
     """
     bound = checks.hyperparameter("max_delta", max_delta, "> 0", schedule=False)
+    clip_grads = lambda leaves: optax.clip(bound).update(leaves, optax.EmptyState())[0]
     clip_leaves = lambda leaf_updates, grads: [leaf._replace(bound=bound) for leaf in leaf_updates]
-    return _clip(optax.clip(bound), clip_leaves, "clip", bound)
+    return _clip(clip_grads, clip_leaves, "clip", bound)
 
 
 def clip_by_global_norm(max_norm: jax.typing.ArrayLike) -> Clip:
@@ -103,16 +104,26 @@ def clip_by_global_norm(max_norm: jax.typing.ArrayLike) -> Clip:
     """
     max_norm = checks.hyperparameter("max_norm", max_norm, "> 0", schedule=False)
 
+    def factors(leaves):
+        """What to divide by and to multiply by. Optax divides by the norm in any case: 0 / 0 without gradients."""
+        norm = sqrt(optax.tree.norm(leaves, squared=True))
+        unclipped = jnp.squeeze(norm < max_norm)
+        return jnp.where(unclipped, 1.0, norm), jnp.where(unclipped, 1.0, max_norm)
+
+    def clip_grads(leaves):
+        """Return the clipped gradients."""
+        norm, factor = factors(leaves)
+        return [g / norm.astype(g.dtype) * factor.astype(g.dtype) for g in leaves]
+
     def clip_leaves(leaf_updates, grads):
+        """Return the leaf updates, told to scale their gradients by the same factors."""
         leaves = jax.tree.leaves(grads)
         if (bound := next((leaf.bound for leaf in leaf_updates), None)) is not None:
             leaves, _ = optax.clip(bound).update(leaves, optax.EmptyState())
-        norm = optax.tree.norm(leaves)
-        unclipped = jnp.squeeze(norm < max_norm)
-        factors = {"norm": jnp.where(unclipped, 1.0, norm), "max_norm": jnp.where(unclipped, 1.0, max_norm)}
-        return [leaf._replace(**factors) for leaf in leaf_updates]
+        norm, factor = factors(leaves)
+        return [leaf._replace(norm=norm, max_norm=factor) for leaf in leaf_updates]
 
-    return _clip(optax.clip_by_global_norm(max_norm), clip_leaves, "clip_by_global_norm", max_norm)
+    return _clip(clip_grads, clip_leaves, "clip_by_global_norm", max_norm)
 
 
 def chain(*stages: optax.GradientTransformation) -> Transformation:

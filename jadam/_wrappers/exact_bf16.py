@@ -147,6 +147,7 @@ def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
         ]
 
         def rebuild_state(stored):
+            """The new state, from the remainders and the inner moments in ``stored``."""
             remainders = [new[0] if bf16 else r for new, r, bf16 in zip(stored, old, is_bf16, strict=True)]
             moments = [new[1:] if bf16 else new for new, bf16 in zip(stored, is_bf16, strict=True)]
             return state._replace(remainder=structure.unflatten(remainders), inner_state=rebuild_inner(moments))
@@ -166,7 +167,7 @@ def float32_params(params: optax.Params, state: optax.OptState) -> optax.Params:
         state: the state of `exact_bf16`, or a state that contains one.
 
     Returns:
-        A tree like ``params``: masters in place of bfloat16 parameters, the others unchanged.
+        A tree like ``params``: masters in place of bfloat16 parameters, copies of the others.
 
     Raises:
         ValueError: ``state`` contains no `ExactBF16State`, or several, or one of another tree; or an array was donated.
@@ -199,7 +200,7 @@ def float32_params(params: optax.Params, state: optax.OptState) -> optax.Params:
     )
     if named.keys() == other.keys():  # the same tree, but perhaps of other Flax variables
         remainder = jax.tree.unflatten(jax.tree.structure(params), [other[name] for name in named])
-    return _masters(params, remainder)
+    return jax.tree.map(lambda p, x: _copied(x) if x is p else x, params, _masters(params, remainder))
 
 
 def from_float32(
@@ -243,14 +244,21 @@ def from_float32(
         raise TypeError(f"keep must be a function f(path, leaf) that returns a bool, got {checks.short_repr(keep)}.")
 
     def narrow(path, x):
+        """Return a bfloat16 parameter, or a copy of one that stays as it is."""
         if jnp.result_type(x) != jnp.float32 or (keep is not None and keep(leaf_name(path), x)):
-            return x
+            return _copied(x)
         return split(x)[0]
 
     params = jax.tree_util.tree_map_with_path(narrow, params32)
-    remainder = jax.tree.map(lambda p, x: _no_remainder(p) if p is x else split(x)[1], params, params32)
+    of_split = lambda p, x: split(x)[1] if jnp.result_type(x) == jnp.float32 and _is_bf16(p) else _no_remainder(p)
+    remainder = jax.tree.map(of_split, params, params32)
     state = ExactBF16State(remainder, exact.update.inner.init(_masters(params, remainder)), version())
     return params, cast(Any, tx.init(params))._replace(inner_state=state) if recorded else state
+
+
+def _copied(x):
+    """A copy, which outlives a donation of ``x``."""
+    return x.copy() if hasattr(x, "copy") else x
 
 
 def _masters(params, remainder):
@@ -260,7 +268,7 @@ def _masters(params, remainder):
 
 
 def _check_remainder(params, remainder) -> None:
-    """Raise unless the parameters have the tree, shapes and dtypes that they had at ``init``."""
+    """Raise unless the parameters have the tree of ``init``, and its bfloat16 leaves the same dtype and shape."""
     checks.check_same_structure(params, remainder, "params", "state.remainder")
     leaves, remainders = jax.tree.leaves(params), jax.tree.leaves(remainder)
     for i, (p, r) in enumerate(zip(leaves, remainders, strict=True)):
@@ -291,4 +299,5 @@ def _widen(x, p):
 
 
 def _is_bf16(p) -> bool:
+    """Whether ``p`` is bfloat16."""
     return jnp.result_type(p) == jnp.bfloat16
