@@ -9,14 +9,14 @@ no learning rate. `by_path` sets options by the names of parameters. `chain`, `c
 Optax's, in a form that `step` can fuse; `average_params` keeps an average of the parameters.
 
 Memory: ``moments="bfloat16"`` or ``"int8"`` stores the state in 4 or 2 bytes per parameter. `exact_bf16` trains
-bfloat16 weights as if they were float32. `sharding.zero1` divides the state over devices; `plan` computes the memory
+bfloat16 weights as if they were float32. `sharding.zero1` shards the state over devices; `plan` computes the memory
 needed.
 
-Speed: `step` does ``tx.update`` and ``optax.apply_updates`` in one pass over memory; `backends` tells which kernel
-serves. For Flax there are `jadam.flax.Optimizer` and `jadam.flax.TrainState`.
+Speed: `step` does ``tx.update`` and ``optax.apply_updates`` in one pass over memory; `backends` shows the kernel of
+each platform. For Flax there are `jadam.flax.Optimizer` and `jadam.flax.TrainState`.
 
-Insight: `describe` shows what a state holds, `statistics` what Adam is doing; `record`, `history` and `plot` do so over
-time.
+Diagnostics: `describe` shows the format and size of each parameter's state, `statistics` the sizes of updates and the
+signal-to-noise ratio. `record`, `history` and `plot` follow these over training.
 
 Checkpoints: `convert_moments`, `checksum`, `torch_state`.
 """

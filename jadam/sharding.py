@@ -22,11 +22,11 @@ from jadam._core.trees import leaf_name, match_state_to_params, params_with_grad
 from jadam._fused.step import step_sharded, update_and_apply
 from jadam._moments.formats import is_placeholder, placeholder
 from jadam._moments.int8 import BLOCK, largest_block
-from jadam._transformation.transformation import FunctionUpdate, NotFusible, not_fusible
+from jadam._transformation.transformation import CustomUpdateFn, NotFusible, never_leafwise
 
 
 @dataclasses.dataclass(eq=False)
-class _Zero1Update(FunctionUpdate):
+class _Zero1UpdateFn(CustomUpdateFn):
     """``update`` of `zero1`, with the layout of the state."""
 
     layout: "Layout" = dataclasses.field(kw_only=True)
@@ -38,7 +38,7 @@ class Zero1(optax.GradientTransformationExtraArgs):
     @property
     def layout(self) -> "Layout":
         """The shardings of parameters and state."""
-        return cast(_Zero1Update, self.update).layout
+        return cast(_Zero1UpdateFn, self.update).layout
 
     @property
     def shardings(self) -> Any:
@@ -89,8 +89,9 @@ class Layout:
 def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[str]) -> Zero1:
     """Shard the state of ``tx`` over a mesh axis: of ``n`` devices, each keeps an n-th of it.
 
-    Moments, scales and remainders are sharded along the first axis of a parameter that divides evenly, in addition to
-    the parameter's own sharding. int8 block sizes are chosen so that each shard has whole blocks.
+    Moments, scales and remainders are sharded along the first dimension of a parameter that is a multiple of the
+    number of shards, in addition to the parameter's own sharding. int8 block sizes are chosen so that each shard has
+    whole blocks.
 
     ``init`` returns a sharded state. `jadam.step` reduces the gradients to shards, updates these (with kernels where
     available) and gathers the parameters. ``update`` gathers the updates instead. The results have the same bits as on
@@ -120,7 +121,7 @@ def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[s
         >>> tx = jadam.sharding.zero1(jadam.adamw(1e-3), params, mesh, "data")
         >>> print(tx)
         zero1: state of 1 of 2 parameters sharded 8 ways ('data')
-          undivided: ['bias']: no axis of (3,) is a multiple of 8
+          undivided: ['bias']: no dimension of (3,) is a multiple of 8
         >>> print(*tx.init(params)[0].mu["kernel"].sharding.spec)
         data
     """
@@ -215,7 +216,7 @@ def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[s
             params, state = update_and_apply(tx, grads, state, params)
         return merge(jax.tree.leaves(_to_shardings(params, param_shardings))), _to_shardings(state, shardings)
 
-    return Zero1(init, _Zero1Update(not_fusible, inner=tx, step=step, function=update, layout=layout))
+    return Zero1(init, _Zero1UpdateFn(never_leafwise, inner=tx, step=step, function=update, layout=layout))
 
 
 def shard_largest_dim(shapes, mesh, axis: str | Sequence[str] | None) -> Any:
@@ -301,7 +302,7 @@ def _layout(tx, params, mesh, axes) -> Layout:
         param_spec = PartitionSpec(*param_sharding.spec, *[None] * (len(p.shape) - len(param_sharding.spec)))
         widened = ""
         if int8 and largest_block(p.shape[-1], length := param_sharding.shard_shape(p.shape)[-1]) is None:
-            int8, widened = False, f"its own sharding cuts its last axis into shards of {length}, {_NO_BLOCK}"
+            int8, widened = False, f"its own sharding cuts its last dimension into shards of {length}, {_NO_BLOCK}"
         spec, reason = _shard_first_dim(p.shape, param_spec, mesh, axes, int8)
         size = sum(s.size * s.dtype.itemsize for s in param_states[name])
         reason = reason if shardable else "no state of its shape" if size else ""
@@ -380,7 +381,7 @@ def _shard_first_dim(shape, spec, mesh, axes, int8) -> tuple[PartitionSpec, str]
     used = {name for entry in spec for name in _axis_names(entry)}
     axes = tuple(name for name in axes if name not in used)
     n = math.prod(mesh.shape[name] for name in axes)
-    reason = f"no axis of {shape} is a multiple of {n}"
+    reason = f"no dimension of {shape} is a multiple of {n}"
     if not axes:
         return spec, ""
     for k, size in enumerate(shape):
@@ -389,7 +390,7 @@ def _shard_first_dim(shape, spec, mesh, axes, int8) -> tuple[PartitionSpec, str]
         if not _divides(shape, new, mesh)[k]:
             continue
         if int8 and k == len(shape) - 1 and largest_block(size, length) is None:
-            reason = f"its last axis would be cut into shards of {length}, {_NO_BLOCK}"
+            reason = f"its last dimension would be cut into shards of {length}, {_NO_BLOCK}"
             continue
         return new, ""
     if used:

@@ -45,7 +45,7 @@ COMPLEX = cast(W, np.complex64)
 MATRIX = zeros((64, 128))
 INT8 = jadam.adam(1e-3, moments="int8")
 CODES = INT8.init(MATRIX)
-UNTYPED = "State comes before params. If it was restored without its types (JSON, msgpack, Orbax): "
+UNTYPED = "Argument order: state, then params. If the state was restored as a list or dict (JSON, msgpack, Orbax): "
 REBUILD = "jax.tree.unflatten(jax.tree.structure(tx.init(params)), jax.tree.leaves(state))"
 TEMPLATE = "restore it into the template tx.init(params)"
 
@@ -322,7 +322,7 @@ TREES = [
     (
         lambda: updated(state=W),
         TypeError,
-        "state must be the tuple of 2 that init returns, got dict of 2. State comes before params. If it was restored without its types (JSON, msgpack, Orbax): jax.tree.unflatten(",
+        "state must be the tuple of 2 that init returns, got dict of 2. Argument order: state, then params. If the state was restored as a list or dict (JSON, msgpack, Orbax): jax.tree.unflatten(",
     ),
     (
         lambda: updated(state=SGD.init(W)),
@@ -721,7 +721,7 @@ TOLD = [  # statistics and records
     (
         lambda: jadam.statistics(ADAM, W, W),
         TypeError,
-        "got dict of 2. State comes before params.",
+        "got dict of 2. Argument order: state, then params.",
     ),
     (
         lambda: jadam.statistics(None, None, W),
@@ -954,7 +954,7 @@ SHARDINGS = [
     (
         lambda: zero1(ADAM, {"a": ones((3, 5))}, MESH, "data"),
         ValueError,
-        "zero1 cannot shard the state of any parameter 8 ways ('data'): ['a']: no axis of (3, 5) is a multiple of 8.",
+        "zero1 cannot shard the state of any parameter 8 ways ('data'): ['a']: no dimension of (3, 5) is a multiple of 8.",
     ),
     (
         lambda: zero1(SGD, VECTOR, MESH, "data"),

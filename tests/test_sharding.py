@@ -241,7 +241,7 @@ def test_undivided_because_of_blocks():
     )
     assert (
         narrow.undivided["['a']"]
-        == "its last axis would be cut into shards of 25, which no int8 block of 32 to 128 divides"
+        == "its last dimension would be cut into shards of 25, which no int8 block of 32 to 128 divides"
     )
 
 

@@ -9,12 +9,12 @@ import optax
 from jadam._core import checks
 from jadam._core.numerics import at_least_float32
 from jadam._moments import formats
-from jadam._moments.formats import Moments
+from jadam._moments.formats import FormatChoice
 from jadam._transformation.transformation import QuantizedAdamState
 from jadam._wrappers.by_path import ByPathState
 
 
-def convert_moments(state, to: Moments) -> Any:
+def convert_moments(state, to: FormatChoice) -> Any:
     """Convert a state's moments to another format, as the same optimizer with ``moments=to`` expects them.
 
     A restored state of `optax.adam` with 16-bit parameters has 16-bit moments. Convert it once:
@@ -72,7 +72,7 @@ def has_moments(x) -> bool:
     return {"count", "mu", "nu"} <= set(getattr(x, "_fields", ()))
 
 
-def _convert(state, to: Moments, mixed: bool):
+def _convert(state, to: FormatChoice, mixed: bool):
     """Return one optimizer state with its moments in the formats ``to``; ``mixed``: of a type that can mix formats."""
     if hasattr(state, "version"):
         checks.check_version(state, formats.VERSION)
@@ -87,7 +87,8 @@ def _convert(state, to: Moments, mixed: bool):
     def convert_leaf(path, *stored):
         """Return one leaf's arrays in the new format, with placeholders for the fields that it does not use."""
         old = formats.format_of(stored)
-        stored = stored[: old.num_arrays(len(names))]  # without placeholders
+        stored, unused = stored[: (n := old.num_arrays(len(names)))], stored[n:]
+        checks.check_codes_not_cast(path, stored[0].dtype, not all(map(formats.is_placeholder, unused)))
         moments = old.decode(stored, at_least_float32(*stored) if old.name == "float32" else jnp.float32)
         new = select(path, stored[0])
         random = formats.random_bits(stored[0].shape, formats.leaf_salt(path), state.count)

@@ -19,7 +19,9 @@ def run(model: str, mesh: Mapping[str, int], axis: str, out: Path, params_axis: 
         if name not in (None, *mesh):
             raise CommandError(f"{flag} must be an axis of --mesh ({', '.join(mesh)}), got {name!r}")
     progress = Console(stderr=True)
-    formats = track(FORMATS.items(), "planning", console=progress, transient=True, disable=not progress.is_terminal)
+    formats = FORMATS.items()
+    if progress.is_terminal:  # rich before 14 prints an empty line even if it is disabled
+        formats = track(formats, "planning", console=progress, transient=True)
     try:
         plans = {name: plan(tx, shapes_of(model, dtype), mesh, axis, params_axis) for name, (dtype, tx) in formats}
     except ValueError as error:
@@ -27,14 +29,14 @@ def run(model: str, mesh: Mapping[str, int], axis: str, out: Path, params_axis: 
     first = next(iter(plans.values()))
     unit, size = unit_of(max(x.total for x in plans.values()))
     axes = ", ".join(f"{name}={n}" for name, n in mesh.items())
-    title = f"{model} with AdamW: {first.count:,} parameters on {first.devices} devices ({axes})"
+    title = f"{model} with AdamW: {first.num_parameters:,} parameters on {first.devices} devices ({axes})"
     units = f"{unit} per device; bytes/param is of the optimizer's state"
     table = Table("format", title=f"{title}\n{units}", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
     for heading in ("weights", *PARTS[1:-1], "total", "bytes/param"):
         table.add_column(heading, justify="right")
     for name, x in plans.items():
         cells = [f"{getattr(x, part) / size:.2f}" for part in (*PARTS[:-1], "total")]
-        table.add_row(name, *cells, f"{x.state * first.devices / x.count:.2f}")
+        table.add_row(name, *cells, f"{x.state * first.devices / x.num_parameters:.2f}")
     console = Console()
     console.print(table)
     for name, x in plans.items():

@@ -34,14 +34,17 @@ def join(p, remainder):
 
 
 def update_to(p, x):
-    """The update from ``p`` to ``x`` rounded to bfloat16. It is -0.0, which changes no bit, where they are equal."""
+    """The float32 update with which bfloat16 ``p`` becomes float32 ``x`` rounded to bfloat16.
+
+    It is -0.0, which changes no bit, where ``p`` is that already.
+    """
     rounded = split(x)[0]
     equal = bitcast(rounded, jnp.uint16) == bitcast(p, jnp.uint16)
     return jnp.where(equal, -0.0, _to_float32(rounded) - _to_float32(p))
 
 
 def remainder_of(p, x, update):
-    """The remainder of ``x`` where ``p + update`` is ``x`` rounded to bfloat16, otherwise 0."""
+    """The int16 remainder of float32 ``x`` where ``p + update`` is ``x`` rounded to bfloat16, otherwise 0."""
     rounded, rest = split(x)
     updated = bitcast(apply_rounded(_to_float32(p), update, jnp.bfloat16), jnp.uint32)
     return jnp.where(updated == bitcast(_to_float32(rounded), jnp.uint32), rest, 0)

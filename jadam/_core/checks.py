@@ -267,14 +267,14 @@ def check_trainable(tree, what: str) -> None:
         )
 
 
-def check_gradients(updates, state, params, *, planning: bool = False) -> None:
+def check_gradients(updates, state, params, *, params_may_be_shapes: bool = False) -> None:
     """Raise unless ``updates`` are trainable arrays with the tree and shapes of ``params``, if those are given.
 
-    ``planning``: whether ``params`` may be shapes without values.
+    ``params_may_be_shapes``: whether ``params`` may be shapes without values.
     """
     for tree, what in ((updates, "updates"), (params, "params")):
         check_trainable(tree, what)
-    for tree, what in ((updates, "updates"), (state, "state"), (None if planning else params, "params")):
+    for tree, what in ((updates, "updates"), (state, "state"), (None if params_may_be_shapes else params, "params")):
         check_values(tree, what)
     if params is not None:
         check_same_tree(params, updates, "params", "updates")
@@ -315,7 +315,8 @@ def _state_remedy(state, remedy: str) -> str:
         x in str(jax.tree.structure(state)) for x in ("'average'", "'corrections'", "'mu_scale'", "'remainder'")
     )
     how = "restore it into the template tx.init(params)" if unsorted else _REBUILD
-    return f"State comes before params. If it was restored without its types (JSON, msgpack, Orbax): {how}."
+    restored = "If the state was restored as a list or dict (JSON, msgpack, Orbax)"
+    return f"Argument order: state, then params. {restored}: {how}."
 
 
 def check_version(state, known: int) -> None:
@@ -377,8 +378,8 @@ def check_dtypes_kept(tree, leaves) -> None:
     kept = lambda x, y: x.dtype == y.dtype or (_is_wide(x.dtype) and _is_wide(y.dtype)) or y.size <= 1
     for path, x, given in _first_failure(kept, tree, leaves):
         raise TypeError(
-            f"params{path} must be able to hold {given.dtype} moments, got {x.dtype} back from its class. Let "
-            "the class's __post_init__ keep dtypes, or use moments='float32' for it."
+            f"params{path} is in a pytree class that must keep {given.dtype} moments, got {x.dtype} back from it. Let its "
+            "__post_init__ or unflatten keep dtypes, or use moments='float32' for it."
         )
 
 
@@ -407,7 +408,10 @@ def check_same_structure(tree, reference, what: str, than: str, hint: str = "") 
         raise ValueError(f"{difference}. {_SAME_TREE}{hint}")
 
 
-_CAST = "Do not cast the whole state. To widen its moments: jadam.convert_moments(state, 'float32')."
+_CAST = (
+    "Do not cast the whole state. Go back to the state before the cast, and widen its moments: "
+    "jadam.convert_moments(state, 'float32')."
+)
 _REBUILD = "jax.tree.unflatten(jax.tree.structure(tx.init(params)), jax.tree.leaves(state))"
 _FILTER = " Pass arrays only: eqx.filter(model, eqx.is_inexact_array) or nnx.state(model, nnx.Param)."
 _SAME_TREE = "Gradients, parameters and the tree given to init must match."

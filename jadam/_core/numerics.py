@@ -142,7 +142,7 @@ def lowbias32(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
-def dither(index: jax.Array, salt: int, t: jax.Array, k: int) -> jax.Array:
+def dither(index: jax.Array, salt: int, count: jax.Array, k: int) -> jax.Array:
     """32 pseudo-random bits for every element of an array, without a key: a function of the element and the step.
 
     A hash of the index is the start, and every step adds the golden ratio of 2**32, modulo 2**32. Over any run of
@@ -156,13 +156,13 @@ def dither(index: jax.Array, salt: int, t: jax.Array, k: int) -> jax.Array:
     Args:
         index: uint32, the elements' linear indices in the global array.
         salt: distinguishes arrays.
-        t: the step, a uint32 scalar.
+        count: the number of steps taken before this one, a uint32 scalar.
         k: the number of an independent stream, from 0.
     """
     start = lowbias32(index ^ lowbias32(jnp.uint32((salt + k // 2 * 0x632BE5AB) & 0xFFFFFFFF)))
     if k % 2:  # the halves of a hash are independent: two streams from one hash
         start = start << 16 | start >> 16
-    return start + t * jnp.uint32(0x9E3779B9)
+    return start + count * jnp.uint32(0x9E3779B9)
 
 
 def linear_index(shape, global_shape=None) -> jax.Array:

@@ -16,7 +16,7 @@ from jadam._fused import pallas
 from jadam._fused.backends import Backend, backends, platform_of
 from jadam._fused.step import why_leaves_not_fused, why_not_fused
 from jadam._moments.formats import FORMATS
-from jadam._transformation.transformation import QuantizedAdamState
+from jadam._transformation.transformation import QuantizedAdamState, update_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +128,7 @@ def describe(state_or_tx: optax.OptState | optax.GradientTransformation, params:
         >>> params = {"kernel": jnp.zeros((512, 512)), "bias": jnp.zeros(512)}
         >>> print(jadam.describe(jadam.adam(1e-3, moments="int8").init(params), params))
         parameter   shape    dtype    moments    bytes  bytes/param  reason
-        ['bias']    512      float32  float32    4,098         8.00  1-dimensional, int8 needs 2 axes
+        ['bias']    512      float32  float32    4,098         8.00  1-dimensional, int8 needs 2 dimensions
         ['kernel']  512x512  float32  int8     540,672         2.06
         total                                  544,775         2.07
         step: pass tx instead of state to see whether the step is fused
@@ -173,6 +173,7 @@ def _describe_step(tx, state, params, names) -> tuple[list[Any], bool | None, st
     no_groups = [None] * len(names)
     if tx is None:
         return no_groups, None, "pass tx instead of state to see whether the step is fused"
+    tx = tx if update_of(tx).step is None else update_of(tx).inner  # zero1, whose shards are fused like the inner tx
     if (reason := why_not_fused(tx, params, state, params)) is not None:
         return no_groups, False, f"not fused: {reason}"
     platform = platform_of(jax.devices()[0])

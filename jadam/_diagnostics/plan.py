@@ -25,9 +25,9 @@ PARTS = ("parameters", "gradients", "moments", "remainders", "other")
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on one device, by kind; ``count`` is the total number of parameters."""
+    """Bytes on one device, by kind; besides, the number of parameters in all and of devices."""
 
-    count: int
+    num_parameters: int
     devices: int
     parameters: int
     gradients: int
@@ -64,7 +64,7 @@ class MemoryPlan:
         """The line above the table, and the lines below it."""
         notes = [f"{name}: {note}" for name, note in list(self.notes.items())[:5]]
         more = [f"and {len(self.notes) - 5} more"] if len(self.notes) > 5 else []
-        return f"{self.count:,} parameters on {self.devices} devices", [*notes, *more]
+        return f"{self.num_parameters:,} parameters on {self.devices} devices", [*notes, *more]
 
     def rows(self) -> list[tuple[str, int]]:
         """The name and bytes of each kind, then of the total."""
@@ -98,7 +98,7 @@ def plan(
             axis for tensor parallelism. Each parameter is sharded along its largest dimension that divides evenly.
 
     Returns:
-        A `MemoryPlan` with ``count``, the number of parameters, and the bytes of one device: ``parameters``,
+        A `MemoryPlan` with ``num_parameters`` and the bytes of one device: ``parameters``,
         ``gradients``, ``moments``, ``remainders``, ``other``, ``state``, ``total``. Print it for a table.
 
     Raises:

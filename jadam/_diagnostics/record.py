@@ -25,7 +25,7 @@ from jadam._diagnostics.statistics import (
     to_rows,
     with_auto_axes,
 )
-from jadam._transformation.transformation import FunctionUpdate, FusedUpdate, Transformation
+from jadam._transformation.transformation import CustomUpdateFn, LeafwiseUpdate, Transformation
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -143,16 +143,16 @@ def record(
         updates, inner = tx.update(updates, state.inner_state, params, **extra_args)
         return updates, after_step(RecordState(inner, state.ring), apply_updates(params, updates))
 
-    def fuse(updates, state, params) -> FusedUpdate:
-        """The inner optimizer's `FusedUpdate`; `jadam.step` calls ``after_step`` for the record."""
+    def leafwise(updates, state, params) -> LeafwiseUpdate:
+        """The inner optimizer's `LeafwiseUpdate`; `jadam.step` calls ``after_step`` for the record."""
         checks.check_state_type(state, RecordState, START_LATE)
-        leaf_updates, rebuild_state = tx.update.fuse(updates, state.inner_state, params)
-        return FusedUpdate(leaf_updates, lambda stored: RecordState(rebuild_state(stored), state.ring))
+        leaf_updates, rebuild_state = tx.update.leafwise(updates, state.inner_state, params)
+        return LeafwiseUpdate(leaf_updates, lambda arrays: RecordState(rebuild_state(arrays), state.ring))
 
     return Record(
         init,
-        FunctionUpdate(
-            fuse,
+        CustomUpdateFn(
+            leafwise,
             f"jadam.record({tx!r}, every={every}, keep={keep}, sample={sample})",
             tx,
             tx.update.needs_gradient_values,

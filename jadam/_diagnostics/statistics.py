@@ -260,7 +260,7 @@ def last_leaf_updates(tx: Transformation, state, params) -> tuple[jax.Array, lis
         if not isinstance(x, ByPathState):
             checks.check_same_tree(params, x.mu, "params", "state.mu", " With Flax NNX: nnx.state(model, nnx.Param).")
     try:
-        leaf_updates = tx.update.fuse(zero_grads, _state_before_step(state), params).leaf_updates
+        leaf_updates = tx.update.leafwise(zero_grads, _state_before_step(state), params).leaf_updates
     except NotFusible as reason:
         raise ValueError(
             f"statistics and record do not support this transformation: {reason}. Pass a jadam optimizer "

@@ -22,8 +22,8 @@ from jadam._moments.int8 import BLOCK, block_length, dequantize, quantize
 from jadam._transformation.transformation import Hyperparams, LeafUpdate, update_leaf
 
 PLATFORMS = ("cuda", "tpu")
-GPU_BLOCKS = 8  # blocks per program; 8 float32 scales fill one 32-byte sector
-TPU_BLOCKS = 8  # blocks per tile along the blocked axis; a tile of scales has 8 sublanes
+BLOCKS_PER_PROGRAM = 8  # blocks per program; 8 float32 scales fill one 32-byte sector
+BLOCKS_PER_TILE = 8  # blocks per tile along the blocked axis; a tile of scales has 8 sublanes
 TPU_LANES = 128
 
 
@@ -46,12 +46,12 @@ class Int8Tile:
 
 
 def run_kernel(platform: str, leaf_updates: list[LeafUpdate], grads, params, interpret=False) -> list[tuple | None]:
-    """Return the new parameter and the new stored arrays of each leaf, or None where XLA does it."""
+    """Return the new parameter and the new state arrays of each leaf, or None where XLA does it."""
     call = {"cuda": _on_gpu, "tpu": _on_tpu}[platform]
 
     def run_leaf(leaf_update, g, p):
-        """Return the new parameter and stored arrays of a leaf, or None if the kernel does not run for it."""
-        if fused_by_xla(platform, leaf_update) or unsupported_reason(platform, leaf_update, g, p):
+        """Return the new parameter and new state arrays of a leaf, or None if the kernel does not run for it."""
+        if fused_by_xla(platform, leaf_update) or why_several_passes(platform, leaf_update, g, p):
             return None
         p, *stored = call(leaf_update, g, p, interpret)
         return p, tuple(stored)
@@ -67,8 +67,8 @@ def fused_by_xla(platform: str, leaf_update: LeafUpdate) -> bool:
     return leaf_update.format.name != "int8" and not (platform == "tpu" and has_bfloat16)
 
 
-def unsupported_reason(platform: str, leaf_update: LeafUpdate, g, p) -> str | None:
-    """Return why a leaf needs more than one pass, or None."""
+def why_several_passes(platform: str, leaf_update: LeafUpdate, g, p) -> str | None:
+    """Return why the step takes more than one pass over a leaf, or None: XLA or the kernel does it in one."""
     if fused_by_xla(platform, leaf_update):
         return None
     if (backend := backends()[platform]).kernel is None:
@@ -133,7 +133,7 @@ def _count_and_offset(leaf_update: LeafUpdate, p):
     return bits, (leaf_update.shard and leaf_update.shard.strided_runs(p.shape)) or (p.size, p.size)
 
 
-def _global_index(element, run: int, stride: int):
+def _index_from_offset(element, run: int, stride: int):
     """The global index of an element of a shard, minus that of the shard's first element."""
     if run == stride:
         return element.astype(jnp.uint32)
@@ -150,7 +150,7 @@ def _update_tile(leaf_update: LeafUpdate, arrays, scales, inside) -> tuple[Any, 
 
 
 def _on_gpu(leaf_update: LeafUpdate, g, p, interpret):
-    """Update a leaf on a GPU: arrays are flat, and a program updates `GPU_BLOCKS` blocks, the rows of its tile."""
+    """Update a leaf on a GPU: arrays are flat; a program takes `BLOCKS_PER_PROGRAM` blocks, the rows of its tile."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
@@ -160,10 +160,10 @@ def _on_gpu(leaf_update: LeafUpdate, g, p, interpret):
     n, block = p.shape[-1], _block_size(leaf_update, p)
     blocks = -(-n // block)
     total = p.size // n * blocks
-    tile = (GPU_BLOCKS, 1 << (block - 1).bit_length())  # Triton needs powers of two
+    tile = (BLOCKS_PER_PROGRAM, 1 << (block - 1).bit_length())  # Triton needs powers of two
 
     def body(scalars, count_and_offset, *refs):
-        b = pl.program_id(0) * GPU_BLOCKS + jax.lax.broadcasted_iota(jnp.int32, (GPU_BLOCKS, 1), 0)
+        b = pl.program_id(0) * BLOCKS_PER_PROGRAM + jax.lax.broadcasted_iota(jnp.int32, (BLOCKS_PER_PROGRAM, 1), 0)
         lane = jax.lax.broadcasted_iota(jnp.int32, tile, 1)
         column = b % blocks * block + lane
         element = b // blocks * n + column
@@ -174,7 +174,7 @@ def _on_gpu(leaf_update: LeafUpdate, g, p, interpret):
         tile_update = with_scalars(
             lambda k: scalars[k],
             count=count_and_offset[0].astype(jnp.uint32),
-            index=count_and_offset[1].astype(jnp.uint32) + _global_index(element, run, stride),
+            index=count_and_offset[1].astype(jnp.uint32) + _index_from_offset(element, run, stride),
             format=Int8Tile(1),
         )
         new = _update_tile(tile_update, old[: len(arrays)], old[len(arrays) :], inside)
@@ -185,7 +185,7 @@ def _on_gpu(leaf_update: LeafUpdate, g, p, interpret):
     new = pl.pallas_call(
         body,
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in flat[1:]],
-        grid=-(-total // GPU_BLOCKS),
+        grid=-(-total // BLOCKS_PER_PROGRAM),
         input_output_aliases={i + 2: i - 1 for i in range(1, len(flat))},
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
@@ -195,7 +195,7 @@ def _on_gpu(leaf_update: LeafUpdate, g, p, interpret):
 
 
 def _on_tpu(leaf_update: LeafUpdate, g, p, interpret):
-    """Update a leaf on a TPU, in tiles of `TPU_LANES` rows by `TPU_BLOCKS` blocks, transposed where the leaf is."""
+    """Update a leaf on a TPU in tiles of `TPU_LANES` rows by `BLOCKS_PER_TILE` blocks, transposed as the leaf is."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu
 
@@ -204,7 +204,7 @@ def _on_tpu(leaf_update: LeafUpdate, g, p, interpret):
     arrays, scales = _arrays(leaf_update, g, p)
     (rows, n), block = p.shape, _block_size(leaf_update, p)
     blocks = -(-n // block)
-    tile_rows, tile_blocks = min(TPU_LANES, rows), min(TPU_BLOCKS, blocks)
+    tile_rows, tile_blocks = min(TPU_LANES, rows), min(BLOCKS_PER_TILE, blocks)
     transposed = _num_tiles(n, rows) < _num_tiles(rows, n)
     axis = 0 if transposed else 1  # along which blocks lie
     to_layout = (lambda x: x.T) if transposed else (lambda x: x)
@@ -224,7 +224,7 @@ def _on_tpu(leaf_update: LeafUpdate, g, p, interpret):
             tile_update = with_scalars(
                 lambda i: scalars[i],
                 count=count_and_offset[0].astype(jnp.uint32),
-                index=count_and_offset[1].astype(jnp.uint32) + _global_index(element, run, stride),
+                index=count_and_offset[1].astype(jnp.uint32) + _index_from_offset(element, run, stride),
                 format=Int8Tile(axis) if scales else leaf_update.format,
             )
             scale = ordered(slice(None), slice(k, k + 1))

@@ -29,9 +29,9 @@ from jadam._transformation.transformation import (
     ConcreteCount,
     NotFusible,
     Operands,
-    not_fusible,
+    never_leafwise,
     pack,
-    stored_arrays,
+    state_arrays,
     unpack,
     update_leaf,
     update_of,
@@ -84,7 +84,7 @@ def step(
     update = update_of(tx)
     if update.step is not None:
         return update.step(grads, state, params)
-    if update.fuse is not_fusible:
+    if update.leafwise is never_leafwise:
         return update_and_apply(tx, grads, state, params)
     all_params = params
     params, merge = params_with_gradients(params, grads)
@@ -94,28 +94,28 @@ def step(
     if grads is None or params is None:
         raise ValueError(f"{'params' if params is None else 'grads'} is None. Call step(tx, grads, state, params).")
     try:
-        leaf_updates, rebuild_state = update.fuse(grads, state, params)
+        leaf_updates, rebuild_state = update.leafwise(grads, state, params)
     except NotFusible:
         return update_and_apply(tx, grads, state, all_params)
     settings, operands = pack(leaf_updates)
     leaves, structure = jax.tree.flatten(params)
-    arrays, tree = jax.tree.flatten((operands, jax.tree.leaves(grads), leaves))
-    leaves, stored = _unflatten_results(tree, step_p.bind(*arrays, settings=settings, tree=tree))
+    arrays, treedef = jax.tree.flatten((operands, jax.tree.leaves(grads), leaves))
+    leaves, arrays = _unflatten_results(treedef, step_p.bind(*arrays, settings=settings, treedef=treedef))
     # checkify looks for NaN only after primitives that it knows, such as mul. XLA removes this product with 1.
     leaves = [p * np.ones([], p.dtype) if isinstance(p, jax.core.Tracer) else p for p in leaves]
-    return merge(leaves), _after_step(update, rebuild_state(stored), structure.unflatten(leaves))
+    return merge(leaves), _after_step(update, rebuild_state(arrays), structure.unflatten(leaves))
 
 
-def _unflatten_results(tree, arrays) -> tuple[list, list[tuple]]:
-    """The new parameters and the new stored arrays of each leaf, from the primitive's flat results."""
-    return jax.tree.unflatten(_result_structure(tree), arrays)
+def _unflatten_results(treedef, arrays) -> tuple[list, list[tuple]]:
+    """The new parameters and each leaf's new state arrays, from the primitive's flat results."""
+    return jax.tree.unflatten(_result_structure(treedef), arrays)
 
 
 @functools.lru_cache(maxsize=256)
-def _result_structure(tree):
-    """The structure of the primitive's results, of that of its arguments."""
-    operands, _, params = tree.unflatten(range(tree.num_leaves))
-    return jax.tree.structure((params, list(map(stored_arrays, operands.leaf_arrays))))
+def _result_structure(treedef):
+    """The structure of the primitive's results: the parameters, and the state arrays of each leaf."""
+    operands, _, params = treedef.unflatten(range(treedef.num_leaves))
+    return jax.tree.structure((params, list(map(state_arrays, operands.leaf_arrays))))
 
 
 def update_and_apply(tx, grads, state, params):
@@ -130,7 +130,7 @@ def why_not_fused(tx, grads, state, params) -> str | None:
 
     def try_fuse(grads, state, params):
         """Raise `NotFusible`, or return the scalars, as a traced function must."""
-        return pack(update_of(tx).fuse(grads, _with_concrete_counts(state), params).leaf_updates)[1]
+        return pack(update_of(tx).leafwise(grads, _with_concrete_counts(state), params).leaf_updates)[1]
 
     try:
         jax.eval_shape(try_fuse, grads, state, params)
@@ -152,14 +152,14 @@ def why_leaves_not_fused(platform, tx, grads, state, params) -> list[tuple[str, 
     """
     found = []
     unsupported_reason = (
-        cpu.unsupported_reason if platform == "cpu" else functools.partial(pallas.unsupported_reason, platform)
+        cpu.unsupported_reason if platform == "cpu" else functools.partial(pallas.why_several_passes, platform)
     )
 
     def find_reasons(grads, state, params):
         """Append every leaf's rule and reason to ``found``."""
-        leaf_updates = update_of(tx).fuse(grads, _with_concrete_counts(state), params).leaf_updates
+        leaf_updates = update_of(tx).leafwise(grads, _with_concrete_counts(state), params).leaf_updates
         for leaf_update, g, p in zip(leaf_updates, jax.tree.leaves(grads), jax.tree.leaves(params), strict=True):
-            found.append((leaf_update.group, None if leaf_update.frozen else unsupported_reason(leaf_update, g, p)))
+            found.append((leaf_update.path_rule, None if leaf_update.frozen else unsupported_reason(leaf_update, g, p)))
 
     jax.eval_shape(find_reasons, grads, state, params)
     return found
@@ -183,12 +183,12 @@ def step_sharded(tx, grads, state, params, mesh, specs, shard_offset):
             first element in the global array.
     """
     update = update_of(tx)
-    leaf_updates, rebuild_state = update.fuse(grads, state, params)
+    leaf_updates, rebuild_state = update.leafwise(grads, state, params)
     leaves, structure = jax.tree.flatten(params)
     settings, operands = pack(leaf_updates, [p.shape for p in leaves])
-    leaves, stored = _step_shards(settings, mesh, tuple(specs), shard_offset, operands, jax.tree.leaves(grads), leaves)
+    leaves, arrays = _step_shards(settings, mesh, tuple(specs), shard_offset, operands, jax.tree.leaves(grads), leaves)
     params = structure.unflatten(leaves)
-    return params, _after_step(update, rebuild_state(stored), params)
+    return params, _after_step(update, rebuild_state(arrays), params)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -199,8 +199,8 @@ def _step_shards(settings, mesh, specs, shard_offset, operands, grads, params):
     def body(operands, grads, params):
         """One device's shards: the primitive, told where they begin in the global arrays."""
         offsets = [shard_offset(shape, spec, mesh) for shape, spec in zip(settings.global_shapes, specs, strict=True)]
-        arrays, tree = jax.tree.flatten((operands._replace(offsets=offsets), grads, params))
-        return _unflatten_results(tree, step_p.bind(*arrays, settings=settings, tree=tree))
+        arrays, treedef = jax.tree.flatten((operands._replace(offsets=offsets), grads, params))
+        return _unflatten_results(treedef, step_p.bind(*arrays, settings=settings, treedef=treedef))
 
     owned_specs = [
         jax.tree.map(lambda _, spec=spec: spec, x) for x, spec in zip(operands.leaf_arrays, specs, strict=True)
@@ -210,7 +210,7 @@ def _step_shards(settings, mesh, specs, shard_offset, operands, grads, params):
         body,
         mesh=mesh,
         in_specs=(operand_specs, specs, specs),
-        out_specs=(specs, list(map(stored_arrays, owned_specs))),
+        out_specs=(specs, list(map(state_arrays, owned_specs))),
         check_vma=False,
     )(operands, grads, params)
 
@@ -224,9 +224,9 @@ step_p = Primitive("jadam_step")
 step_p.multiple_results = True
 
 
-def _step_leaves(*arrays, settings, tree, platform):
+def _step_leaves(*arrays, settings, treedef, platform):
     """Implementation of the primitive: the platform's kernel for the leaves that it supports, XLA for the others."""
-    operands, grads, params = tree.unflatten(arrays)
+    operands, grads, params = treedef.unflatten(arrays)
     leaf_updates = unpack(settings, operands)
     # Arrays are concrete only under jax_debug_nans, which runs this op by op to find the one that made a NaN.
     traced = any(isinstance(x, jax.core.Tracer) for x in arrays)
@@ -237,7 +237,7 @@ def _step_leaves(*arrays, settings, tree, platform):
     for i, (leaf_update, g, p) in enumerate(zip(leaf_updates, grads, params, strict=True)):
         if results[i] is None:
             results[i] = update_leaf(leaf_update, g, p)
-    return jax.tree.leaves(([p for p, _ in results], [stored for _, stored in results]))
+    return jax.tree.leaves(([p for p, _ in results], [arrays for _, arrays in results]))
 
 
 @functools.cache
@@ -249,24 +249,24 @@ def _warn_once(reason):
 
 
 _step_leaves_by_xla = functools.partial(_step_leaves, platform=None)
-_compiled_single_device = jax.jit(_step_leaves, static_argnames=("settings", "tree", "platform"))
+_compiled_single_device = jax.jit(_step_leaves, static_argnames=("settings", "treedef", "platform"))
 
 
-@functools.partial(jax.jit, static_argnames=("settings", "tree"))
-def _compiled_multi_device(*arrays, settings, tree):
+@functools.partial(jax.jit, static_argnames=("settings", "treedef"))
+def _compiled_multi_device(*arrays, settings, treedef):
     """Binds the primitive again, as a user's jit does, so that results have the same shardings."""
     traced = any(isinstance(x, jax.core.Tracer) for x in arrays)  # as in `_step_leaves`
-    return (step_p.bind if traced else _step_leaves_by_xla)(*arrays, settings=settings, tree=tree)
+    return (step_p.bind if traced else _step_leaves_by_xla)(*arrays, settings=settings, treedef=treedef)
 
 
 @step_p.def_impl
-def _run_eagerly(*arrays, settings, tree):
+def _run_eagerly(*arrays, settings, treedef):
     """Run the program compiled for these settings, on one device or several."""
     with jax.disable_jit(False):  # the user's jax.disable_jit must not change the results
         platform = _single_device_platform(arrays)
         if platform is None:
-            return _compiled_multi_device(*arrays, settings=settings, tree=tree)
-        return _compiled_single_device(*arrays, settings=settings, tree=tree, platform=platform)
+            return _compiled_multi_device(*arrays, settings=settings, treedef=treedef)
+        return _compiled_single_device(*arrays, settings=settings, treedef=treedef, platform=platform)
 
 
 def _single_device_platform(arrays) -> str | None:
@@ -280,12 +280,12 @@ def _single_device_platform(arrays) -> str | None:
 
 
 @step_p.def_abstract_eval
-def _abstract_eval(*avals, settings, tree):
-    """The shapes and dtypes of the results: the parameters, and the stored arrays of each leaf."""
-    operands, _, params = tree.unflatten(avals)
+def _abstract_eval(*avals, settings, treedef):
+    """The shapes and dtypes of the results: the parameters, and the state arrays of each leaf."""
+    operands, _, params = treedef.unflatten(avals)
     if not avals:
         return []
-    results = [x.strip_weak_type() for x in jax.tree.leaves((params, list(map(stored_arrays, operands.leaf_arrays))))]
+    results = [x.strip_weak_type() for x in jax.tree.leaves((params, list(map(state_arrays, operands.leaf_arrays))))]
     return _with_varying_axes(avals, results)
 
 
@@ -298,10 +298,10 @@ def _with_varying_axes(avals, results):
     return [x.update(manual_axis_type=x.manual_axis_type.update(varying=varying)) for x in results]
 
 
-def _lower(ctx, *arrays, settings, tree, platform):
+def _lower(ctx, *arrays, settings, treedef, platform):
     """Lower to the platform's kernel where arrays are unsharded, else to XLA operations."""
     function = functools.partial(_step_leaves, platform=platform if _is_unsharded(ctx) else None)
-    return mlir.lower_fun(function, multiple_results=True)(ctx, *arrays, settings=settings, tree=tree)
+    return mlir.lower_fun(function, multiple_results=True)(ctx, *arrays, settings=settings, treedef=treedef)
 
 
 def _is_unsharded(ctx) -> bool:

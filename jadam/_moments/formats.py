@@ -19,7 +19,7 @@ from jadam._core.trees import leaf_name
 from jadam._moments.int8 import Int8
 
 FormatName = Literal["float32", "bfloat16", "int8"]
-Moments = FormatName | Callable[[str, Any], FormatName]
+FormatChoice = FormatName | Callable[[str, Any], FormatName]
 Random = Callable[[int], jax.Array]  # random(k): uint32 random bits for every element, stream k
 
 
@@ -45,8 +45,8 @@ class Format(Protocol):
         """The stored arrays of zero moments of a leaf ``p``. All moments but the first are real."""
         ...
 
-    def validate(self, hp) -> Any:
-        """``hp`` with a NaN in it if its values do not allow this format."""
+    def nan_if_unsupported(self, hp) -> Any:
+        """Return ``hp``, with NaN for ``b1`` where its values do not allow this format: compiled code cannot raise."""
         ...
 
     def decode(self, stored: Sequence[jax.Array], dtype) -> tuple[jax.Array, ...]:
@@ -82,7 +82,7 @@ class Float32:
         dtypes = [self.mu_dtype or dtype] + [real(dtype)] * (num_moments - 1)
         return tuple(jnp.zeros_like(p, dtype=x) for x in dtypes)
 
-    def validate(self, hp):
+    def nan_if_unsupported(self, hp):
         return hp
 
     def decode(self, stored, dtype):
@@ -127,7 +127,7 @@ def format_of(stored: Sequence[jax.Array]) -> Format:
     return next(format for format in FORMATS.values() if format.matches(stored))
 
 
-def format_selector(moments: Moments, mu_dtype, betas: dict | None) -> Callable[[Any, Any], Format]:
+def format_selector(moments: FormatChoice, mu_dtype, betas: dict | None) -> Callable[[Any, Any], Format]:
     """A function from a leaf's path and the leaf to its format.
 
     Args:
@@ -167,7 +167,10 @@ def format_selector(moments: Moments, mu_dtype, betas: dict | None) -> Callable[
 
 
 def random_bits(shape, salt: int, count, index=None) -> Random:
-    """The random bits of a leaf for the step after ``count`` steps. ``index``: its `linear_index`, or part of it."""
+    """A function from a stream's number to a leaf's random bits, for the step after ``count`` others.
+
+    ``index`` is the leaf's `linear_index`, or a part of it.
+    """
     index = linear_index(shape) if index is None else index
     return functools.partial(dither, index, salt, count.astype(jnp.uint32))
 

@@ -96,12 +96,12 @@ class Int8:
         if dtype != np.float32:
             return f"{dtype} moments are not compressed"
         if jnp.ndim(p) < 2:
-            return f"{jnp.ndim(p)}-dimensional, int8 needs 2 axes"
+            return f"{jnp.ndim(p)}-dimensional, int8 needs 2 dimensions"
         if p.size < MIN_SIZE:
             return f"{p.size} elements, int8 needs {MIN_SIZE}"
         block = _init_block_length(p)
         if block is None:
-            return "no block of 32 to 128 divides the shards of its last axis"
+            return "no block of 32 to 128 divides the shards of its last dimension"
         if 2 + 8 / block > 4:
             return f"blocks of {block}: int8 would not halve the state"
         return None
@@ -117,7 +117,7 @@ class Int8:
         scale = lambda: jnp.zeros((*p.shape[:-1], num_blocks), jnp.float32, device=_sharding(p))
         return jnp.zeros_like(p, dtype=jnp.int8), jnp.zeros_like(p, dtype=jnp.uint8), scale(), scale()
 
-    def validate(self, hp):
+    def nan_if_unsupported(self, hp):
         b1, b2, a1, a2 = hp.b1.b, hp.b2.b, hp.b1.one_minus_b, hp.b2.one_minus_b
         bounded = (b1 * b1 < b2) | (a2 < a1 * (2 - a1))  # equivalent, but b1 and b2 may round to 1, or a2 to 1
         if isinstance(bounded, np.bool_) and bounded:

@@ -14,7 +14,7 @@ import optax
 
 from jadam._core import checks
 from jadam._core.numerics import abs_sq, divide, ema, sqrt
-from jadam._moments.formats import Moments
+from jadam._moments.formats import FormatChoice
 from jadam._transformation.public import EpsMode, Mask, call_as_repr
 from jadam._transformation.transformation import (
     Hyperparams,
@@ -66,7 +66,7 @@ def eps_before_correction(hp: Hyperparams) -> Hyperparams:
 
 def without_correction(hp: Hyperparams, *names: str) -> Hyperparams:
     """Leave out the bias corrections of the betas ``names``."""
-    one = hp.t / hp.t
+    one = hp.t / hp.t  # in the dtype of t, and traced if t is
     return hp.replace(**{name: vars(hp)[name]._replace(correction=one, next_correction=one) for name in names})
 
 
@@ -107,7 +107,7 @@ def scale_by_adam(
     nesterov: bool = False,
     eps_mode: EpsMode = "paper",
     bias_correction: bool = True,
-    moments: Moments = "float32",
+    moments: FormatChoice = "float32",
 ) -> Transformation:
     r"""Rescale gradients by Adam's rule, without the learning rate.
 
@@ -134,8 +134,9 @@ def scale_by_adam(
         eps_root: added inside the square root, >= 0, in the unit of the gradient squared.
         mu_dtype: dtype in which the first moment is stored. Default: the dtype of the parameter, at least float32.
         nesterov: True takes the Nesterov momentum of NAdam (Dozat 2016).
-        eps_mode: ``"paper"`` adds ``eps`` as Algorithm 1 does; ``"hat"`` adds it to :math:`\sqrt{v_t}` before the
-            bias correction, as the paper's cheaper order (end of section 2) and TensorFlow's Adam do.
+        eps_mode: ``"paper"`` adds ``eps`` to :math:`\sqrt{\hat v_t}`, as Algorithm 1 does. ``"hat"`` takes it as the
+            paper's :math:`\hat\epsilon` (end of section 2) and adds it to :math:`\sqrt{v_t}` before the bias
+            correction, as TensorFlow's Adam does.
         bias_correction: False leaves out both bias corrections, as section 6.4 of the paper does.
         moments: storage of the two moments: ``"float32"``, 8 bytes per parameter; ``"bfloat16"``, 4; ``"int8"``, 2.06,
             see `jadam.QuantizedAdamState`. Or a function ``f(path, leaf)`` that returns one of these, where ``path`` is
@@ -196,7 +197,7 @@ def adam(
     nesterov: bool = False,
     eps_mode: EpsMode = "paper",
     bias_correction: bool = True,
-    moments: Moments = "float32",
+    moments: FormatChoice = "float32",
 ) -> Transformation:
     r"""Adam (Kingma & Ba 2015, Algorithm 1), a drop-in for `optax.adam`: the same arguments, state and checkpoints.
 
@@ -210,7 +211,8 @@ def adam(
         eps_root: added inside the square root, >= 0, in the unit of the gradient squared.
         mu_dtype: dtype in which the first moment is stored. Default: the dtype of the parameter, at least float32.
         nesterov: True takes the Nesterov momentum of `jadam.nadam`.
-        eps_mode: ``"paper"`` adds ``eps`` as Algorithm 1 does; ``"hat"`` adds it before the bias correction.
+        eps_mode: ``"paper"`` adds ``eps`` as Algorithm 1 does; ``"hat"`` takes it as the paper's :math:`\hat\epsilon`,
+            added before the bias correction.
         bias_correction: False leaves out both bias corrections.
         moments: storage of the moments: ``"float32"``, ``"bfloat16"`` or ``"int8"``, or a function ``f(path, leaf)``
             that returns one of these.
@@ -253,7 +255,7 @@ def adamw(
     nesterov: bool = False,
     eps_mode: EpsMode = "paper",
     bias_correction: bool = True,
-    moments: Moments = "float32",
+    moments: FormatChoice = "float32",
     max_lr: float | None = None,
 ) -> Transformation:
     r"""Adam with decoupled weight decay, a drop-in for `optax.adamw`: the same arguments, state and checkpoints.
@@ -273,7 +275,8 @@ def adamw(
         mask: a tree of booleans like the parameters, a prefix of it, or a function from the parameters to one. Weight
             decay applies where it is True. Default: everywhere.
         nesterov: True takes the Nesterov momentum of `jadam.nadam`.
-        eps_mode: ``"paper"`` adds ``eps`` as Algorithm 1 does; ``"hat"`` adds it before the bias correction.
+        eps_mode: ``"paper"`` adds ``eps`` as Algorithm 1 does; ``"hat"`` takes it as the paper's :math:`\hat\epsilon`,
+            added before the bias correction.
         bias_correction: False leaves out both bias corrections.
         moments: storage of the moments: ``"float32"``, ``"bfloat16"`` or ``"int8"``, or a function ``f(path, leaf)``
             that returns one of these.
@@ -314,7 +317,7 @@ def nadam(
     nesterov: bool = True,
     eps_mode: EpsMode = "paper",
     bias_correction: bool = True,
-    moments: Moments = "float32",
+    moments: FormatChoice = "float32",
     momentum_decay: float | None = None,
 ) -> Transformation:
     r"""Adam with Nesterov momentum, a drop-in for `optax.nadam`.
@@ -339,7 +342,8 @@ def nadam(
         eps_root: added inside the square root, >= 0, in the unit of the gradient squared.
         mu_dtype: dtype in which the first moment is stored. Default: the dtype of the parameter, at least float32.
         nesterov: False gives `jadam.adam`.
-        eps_mode: ``"paper"`` adds ``eps`` as Algorithm 1 does; ``"hat"`` adds it before the bias correction.
+        eps_mode: ``"paper"`` adds ``eps`` as Algorithm 1 does; ``"hat"`` takes it as the paper's :math:`\hat\epsilon`,
+            added before the bias correction.
         bias_correction: False leaves out both bias corrections.
         moments: storage of the moments: ``"float32"``, ``"bfloat16"`` or ``"int8"``, or a function ``f(path, leaf)``
             that returns one of these.
@@ -379,7 +383,7 @@ def nadamw(
     nesterov: bool = True,
     eps_mode: EpsMode = "paper",
     bias_correction: bool = True,
-    moments: Moments = "float32",
+    moments: FormatChoice = "float32",
     momentum_decay: float | None = None,
     max_lr: float | None = None,
 ) -> Transformation:
@@ -396,7 +400,8 @@ def nadamw(
         mask: a tree of booleans like the parameters, a prefix of it, or a function from the parameters to one. Weight
             decay applies where it is True. Default: everywhere.
         nesterov: False gives `jadam.adamw`.
-        eps_mode: ``"paper"`` adds ``eps`` as Algorithm 1 does; ``"hat"`` adds it before the bias correction.
+        eps_mode: ``"paper"`` adds ``eps`` as Algorithm 1 does; ``"hat"`` takes it as the paper's :math:`\hat\epsilon`,
+            added before the bias correction.
         bias_correction: False leaves out both bias corrections.
         moments: storage of the moments: ``"float32"``, ``"bfloat16"`` or ``"int8"``, or a function ``f(path, leaf)``
             that returns one of these.

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import optax
 
 from jadam._core.numerics import divide, ema
-from jadam._moments.formats import Moments
+from jadam._moments.formats import FormatChoice
 from jadam._transformation.public import Mask, call_as_repr
 from jadam._transformation.transformation import (
     Hyperparams,
@@ -36,7 +36,7 @@ def scale_by_adamax(
     b2: optax.ScalarOrSchedule = 0.999,
     eps: optax.ScalarOrSchedule = 1e-8,
     *,
-    moments: Moments = "float32",
+    moments: FormatChoice = "float32",
 ) -> Transformation:
     r"""Rescale gradients by AdaMax's rule, without the learning rate.
 
@@ -82,7 +82,7 @@ def adamax(
     b2: optax.ScalarOrSchedule = 0.999,
     eps: optax.ScalarOrSchedule = 1e-8,
     *,
-    moments: Moments = "float32",
+    moments: FormatChoice = "float32",
 ) -> Transformation:
     r"""AdaMax, a drop-in for `optax.adamax` and equal to `torch.optim.Adamax`; see `scale_by_adamax`.
 
@@ -119,7 +119,7 @@ def adamaxw(
     weight_decay: optax.ScalarOrSchedule = 1e-4,
     mask: Mask | None = None,
     *,
-    moments: Moments = "float32",
+    moments: FormatChoice = "float32",
     max_lr: float | None = None,
 ) -> Transformation:
     r"""AdaMax with decoupled weight decay, a drop-in for `optax.adamaxw`.

@@ -10,7 +10,7 @@ import optax
 
 from jadam._core import checks
 from jadam._core.numerics import abs_sq, ema
-from jadam._moments.formats import Moments
+from jadam._moments.formats import FormatChoice
 from jadam._optimizers.adam import adam_direction, hyperparam_transform
 from jadam._transformation.public import EpsMode, call_as_repr
 from jadam._transformation.transformation import (
@@ -30,7 +30,7 @@ def amsgrad_rule(hp: Hyperparams, g, m, v, v_max):
     return adam_direction(hp, m / hp.b1.correction, v_max), m, v, v_max
 
 
-def amsgrad_of_v_rule(hp: Hyperparams, g, m, v, v_max):
+def amsgrad_max_of_v_rule(hp: Hyperparams, g, m, v, v_max):
     """Adam with the maximum of ``v`` over all steps, divided by the current ``1 - b2**t``, in place of ``v_hat``."""
     m = ema(hp.b1, m, g)
     v = ema(hp.b2, v, abs_sq(g))
@@ -41,10 +41,10 @@ def amsgrad_of_v_rule(hp: Hyperparams, g, m, v, v_max):
 AMSGRAD = Rule(
     amsgrad_rule, optax.ScaleByAmsgradState, native="amsgrad", denominator=lambda hp, v, v_max: jnp.sqrt(v_max)
 )
-AMSGRAD_OF_V = Rule(
-    amsgrad_of_v_rule,
+AMSGRAD_MAX_OF_V = Rule(
+    amsgrad_max_of_v_rule,
     optax.ScaleByAmsgradState,
-    native="amsgrad_of_v",
+    native="amsgrad_max_of_v",
     denominator=lambda hp, v, v_max: jnp.sqrt(v_max / hp.b2.correction),
 )
 
@@ -61,7 +61,7 @@ def scale_by_amsgrad(
     *,
     max_of: Literal["v_hat", "v"] = "v_hat",
     eps_mode: EpsMode = "paper",
-    moments: Moments = "float32",
+    moments: FormatChoice = "float32",
 ) -> Transformation:
     r"""Rescale gradients by AMSGrad's rule, without the learning rate.
 
@@ -81,7 +81,8 @@ def scale_by_amsgrad(
         bias_correction_mu: False leaves out the bias correction of the first moment.
         bias_correction_nu: False leaves out the bias correction of the second moment.
         max_of: the second moment whose maximum is kept, ``"v_hat"`` (Optax) or ``"v"`` (PyTorch).
-        eps_mode: ``"paper"`` adds ``eps`` as Algorithm 1 does; ``"hat"`` adds it before the bias correction.
+        eps_mode: ``"paper"`` adds ``eps`` as Algorithm 1 does; ``"hat"`` takes it as the paper's :math:`\hat\epsilon`,
+            added before the bias correction.
         moments: storage of the moments: ``"float32"`` or ``"bfloat16"``, or a function ``f(path, leaf)`` that returns
             one of these.
 
@@ -106,7 +107,7 @@ def scale_by_amsgrad(
     checks.check_one_of("bias_correction_nu", bias_correction_nu, (True, False))
     corrected = {"b1": bias_correction_mu, "b2": bias_correction_nu}
     return scale_by_rule(
-        AMSGRAD if max_of == "v_hat" else AMSGRAD_OF_V,
+        AMSGRAD if max_of == "v_hat" else AMSGRAD_MAX_OF_V,
         {"b1": b1, "b2": b2},
         {"eps": eps, "eps_root": eps_root},
         mu_dtype,
@@ -128,7 +129,7 @@ def amsgrad(
     *,
     max_of: Literal["v_hat", "v"] = "v_hat",
     eps_mode: EpsMode = "paper",
-    moments: Moments = "float32",
+    moments: FormatChoice = "float32",
 ) -> Transformation:
     r"""AMSGrad, a drop-in for `optax.amsgrad`; ``max_of="v"`` is ``torch.optim.Adam(amsgrad=True)``.
 
@@ -142,7 +143,8 @@ def amsgrad(
         bias_correction_mu: False leaves out the bias correction of the first moment.
         bias_correction_nu: False leaves out the bias correction of the second moment.
         max_of: the second moment whose maximum is kept, ``"v_hat"`` (Optax) or ``"v"`` (PyTorch).
-        eps_mode: ``"paper"`` adds ``eps`` as Algorithm 1 does; ``"hat"`` adds it before the bias correction.
+        eps_mode: ``"paper"`` adds ``eps`` as Algorithm 1 does; ``"hat"`` takes it as the paper's :math:`\hat\epsilon`,
+            added before the bias correction.
         moments: storage of the moments: ``"float32"`` or ``"bfloat16"``, or a function ``f(path, leaf)`` that returns
             one of these.
 

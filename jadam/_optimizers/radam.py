@@ -8,7 +8,7 @@ import optax
 
 from jadam._core import checks
 from jadam._core.numerics import Beta
-from jadam._moments.formats import Moments
+from jadam._moments.formats import FormatChoice
 from jadam._optimizers.adam import adam_rule, hyperparam_transform, nadam_rule, nesterov_m_hat
 from jadam._transformation.public import EpsMode, call_as_repr
 from jadam._transformation.transformation import (
@@ -26,14 +26,14 @@ def radam_rule(hp: Hyperparams, g, m, v):
     return jnp.where(hp.trusted, hp.rectification * u, m / hp.b1.correction), m, v
 
 
-def radam_of_nadam_rule(hp: Hyperparams, g, m, v):
+def nesterov_radam_rule(hp: Hyperparams, g, m, v):
     """`radam_rule` with NAdam's direction and ``m_hat``."""
     u, m, v = nadam_rule(hp, g, m, v)
     return jnp.where(hp.trusted, hp.rectification * u, nesterov_m_hat(hp, m, g)), m, v
 
 
 RADAM = Rule(radam_rule, optax.ScaleByAdamState, native="radam")
-RADAM_OF_NADAM = Rule(radam_of_nadam_rule, optax.ScaleByAdamState, native="radam_of_nadam", nesterov=True)
+NESTEROV_RADAM = Rule(nesterov_radam_rule, optax.ScaleByAdamState, native="nesterov_radam", nesterov=True)
 
 
 def with_rectification(hp: Hyperparams) -> Hyperparams:
@@ -74,7 +74,7 @@ def scale_by_radam(
     *,
     nesterov: bool = False,
     eps_mode: EpsMode = "paper",
-    moments: Moments = "float32",
+    moments: FormatChoice = "float32",
 ) -> Transformation:
     r"""Rescale gradients by RAdam's rule, without the learning rate.
 
@@ -96,7 +96,8 @@ def scale_by_radam(
         eps_root: added inside the square root, >= 0, in the unit of the gradient squared.
         threshold: :math:`\rho_t` from which on Adam's direction is taken, >= 4, in steps.
         nesterov: True takes the Nesterov momentum of `jadam.nadam`.
-        eps_mode: ``"paper"`` adds ``eps`` as Algorithm 1 does; ``"hat"`` adds it before the bias correction.
+        eps_mode: ``"paper"`` adds ``eps`` as Algorithm 1 does; ``"hat"`` takes it as the paper's :math:`\hat\epsilon`,
+            added before the bias correction.
         moments: storage of the moments: ``"float32"`` or ``"bfloat16"``, or a function ``f(path, leaf)`` that returns
             one of these.
 
@@ -115,7 +116,7 @@ def scale_by_radam(
     """
     checks.check_one_of("nesterov", nesterov, (True, False))
     return scale_by_rule(
-        RADAM_OF_NADAM if nesterov else RADAM,
+        NESTEROV_RADAM if nesterov else RADAM,
         {"b1": b1, "b2": b2},
         {"eps": eps, "eps_root": eps_root, "threshold": checks.hyperparameter("threshold", threshold, ">= 4")},
         moments=moments,
@@ -134,7 +135,7 @@ def radam(
     *,
     nesterov: bool = False,
     eps_mode: EpsMode = "paper",
-    moments: Moments = "float32",
+    moments: FormatChoice = "float32",
 ) -> Transformation:
     r"""Rectified Adam, a drop-in for `optax.radam`; with ``eps_mode="hat"`` equal to `torch.optim.RAdam`.
 
@@ -146,7 +147,8 @@ def radam(
         eps_root: added inside the square root, >= 0, in the unit of the gradient squared.
         threshold: :math:`\rho_t` from which on Adam's direction is taken, >= 4, in steps.
         nesterov: True takes the Nesterov momentum of `jadam.nadam`.
-        eps_mode: ``"paper"`` adds ``eps`` as Algorithm 1 does; ``"hat"`` adds it before the bias correction.
+        eps_mode: ``"paper"`` adds ``eps`` as Algorithm 1 does; ``"hat"`` takes it as the paper's :math:`\hat\epsilon`,
+            added before the bias correction.
         moments: storage of the moments: ``"float32"`` or ``"bfloat16"``, or a function ``f(path, leaf)`` that returns
             one of these.
 

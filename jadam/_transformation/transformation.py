@@ -2,8 +2,8 @@
 
 A `Rule` holds a pure function ``f(hp, g, *moments) -> (u, *moments)`` on arrays of one dtype. ``hp`` are the
 hyperparameters of the step. `scale_by_rule` maps a rule over a tree; `scale_by_learning_rate_and_decay` adds weight
-decay and the learning rate. Rules are independent of trees, storage formats and schedules; this file is independent of
-Adam.
+decay and the learning rate. Rules are independent of trees, storage formats and schedules. Apart from two fields for
+RAdam, this file does not depend on a particular rule.
 """
 
 import collections
@@ -80,10 +80,11 @@ class Hyperparams(SimpleNamespace):
 class QuantizedAdamState(NamedTuple):
     """State where some leaves may have int8 moments: Optax's `ScaleByAdamState`, a scale for each moment, a version.
 
-    For an int8 leaf, ``mu`` holds codes of ``m / sqrt(v)`` and ``nu`` codes of ``sqrt(v)``. Its scales are float32,
-    shaped like the leaf except for the last axis, which has one element per block. For any other leaf, ``mu`` and
-    ``nu`` are the moments themselves, and each scale is a placeholder of one byte. The length of ``version`` is the
-    version number of this layout.
+    For an int8 leaf of shape ``[..., n]``, ``mu`` (int8) holds codes ``a`` of ``r = m / sqrt(v)`` and ``nu`` (uint8)
+    codes ``c`` of ``s = sqrt(v)``. ``mu_scale`` and ``nu_scale`` (float32, ``[..., blocks]``) hold the largest ``|r|``
+    and ``s`` of each block: ``r = mu_scale * a * |a| / 127**2`` and ``s = nu_scale * c**4 / 255**4``. For any other
+    leaf, ``mu`` and ``nu`` are the moments themselves, and each scale is a placeholder of one byte. The length of
+    ``version`` is the version number of this layout.
     """
 
     count: jax.Array  # tuples have a method of this name  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -122,7 +123,7 @@ class Rule:
     nesterov: bool = False  # whether the update depends on g directly, not only through the moments
 
     @property
-    def moments(self) -> tuple[str, ...]:
+    def moment_names(self) -> tuple[str, ...]:
         """Names of the state's fields that hold moments."""
         return self.state_type._fields[1:]
 
@@ -138,7 +139,7 @@ FROZEN_RULE = Rule(_frozen_rule, optax.EmptyState)  # placeholder rule of a froz
 
 
 class NotFusible(Exception):
-    """Raised by `Update.fuse` when `jadam.step` cannot fuse the update; the message is the reason."""
+    """Raised by `UpdateFn.leafwise` when `jadam.step` cannot fuse the update; the message is the reason."""
 
 
 class Shard(NamedTuple):
@@ -178,7 +179,7 @@ class LeafUpdate(NamedTuple):
     remainder: jax.Array | None = None  # of a bfloat16 parameter, see `jadam.exact_bf16`
     shard: Shard | None = None  # set if the leaf is a shard of a larger array
     index: Any = None  # linear index of each element in the global array, if precomputed
-    group: Any = None  # the leaf's group in `jadam.by_path`
+    path_rule: Any = None  # the leaf's group in `jadam.by_path`
 
     @property
     def frozen(self) -> bool:
@@ -215,7 +216,7 @@ class LeafUpdate(NamedTuple):
 
 
 def update_leaf(leaf_update: LeafUpdate, g, p):
-    """Return one leaf's new parameter, and its arrays for `FusedUpdate.rebuild_state`.
+    """Return one leaf's new parameter, and its new state arrays: the remainder, if it has one, then the moments.
 
     XLA runs this on whole arrays, Pallas on tiles.
     """
@@ -242,8 +243,8 @@ class Settings(NamedTuple):
 
     leaf_updates: tuple[LeafUpdate, ...]  # without arrays
     hyperparams_index: tuple[int, ...]  # for each leaf, which of the distinct `Hyperparams` it uses
-    scalar_index: tuple[int, ...]  # for each scalar of `tree`, its index in `Operands.scalars`
-    tree: Any  # structure of (distinct `Hyperparams`, `LEAF_SCALARS` of each leaf)
+    scalar_index: tuple[int, ...]  # for each scalar of `scalars_treedef`, its index in `Operands.scalars`
+    scalars_treedef: Any  # of (distinct `Hyperparams`, `LEAF_SCALARS` of each leaf)
     global_shapes: tuple | None  # of the global arrays, if the leaves are shards
 
 
@@ -256,17 +257,17 @@ def pack(leaf_updates: list[LeafUpdate], global_shapes=None) -> tuple[Settings, 
     distinct = {id(leaf.hyperparams): leaf.hyperparams for leaf in leaf_updates}
     order = {key: i for i, key in enumerate(distinct)}
     own_scalars = [[getattr(leaf, name) for name in LEAF_SCALARS] for leaf in leaf_updates]
-    values, tree = jax.tree.flatten((list(distinct.values()), own_scalars))
+    values, treedef = jax.tree.flatten((list(distinct.values()), own_scalars))
     scalars = {id(x): x for x in values}
     place = {key: i for i, key in enumerate(scalars)}
-    removed = {"hyperparams": None, "stored": (), "remainder": None, "group": None, **dict.fromkeys(LEAF_SCALARS)}
+    removed = {"hyperparams": None, "stored": (), "remainder": None, "path_rule": None, **dict.fromkeys(LEAF_SCALARS)}
     settings = Settings(
         leaf_updates=tuple(  # an unused salt is 0, so that equal leaves have equal settings
             leaf._replace(salt=leaf.salt if leaf.format.stochastic else 0, **removed) for leaf in leaf_updates
         ),
         hyperparams_index=tuple(order[id(leaf.hyperparams)] for leaf in leaf_updates),
         scalar_index=tuple(place[id(x)] for x in values),
-        tree=tree,
+        scalars_treedef=treedef,
         global_shapes=None if global_shapes is None else tuple(global_shapes),
     )
     arrays = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in scalars.values()]
@@ -275,7 +276,7 @@ def pack(leaf_updates: list[LeafUpdate], global_shapes=None) -> tuple[Settings, 
 
 def unpack(settings: Settings, operands: Operands) -> list[LeafUpdate]:
     """Rebuild the leaf updates that `pack` split."""
-    hyperparams, own_scalars = settings.tree.unflatten([operands.scalars[i] for i in settings.scalar_index])
+    hyperparams, own_scalars = settings.scalars_treedef.unflatten([operands.scalars[i] for i in settings.scalar_index])
     shards: list = [None] * len(settings.leaf_updates)
     if operands.offsets is not None and settings.global_shapes is not None:
         shards = [Shard(*x) for x in zip(operands.offsets, settings.global_shapes, strict=True)]
@@ -294,16 +295,16 @@ def unpack(settings: Settings, operands: Operands) -> list[LeafUpdate]:
     ]
 
 
-def stored_arrays(leaf_arrays) -> tuple:
-    """One leaf's arrays for `FusedUpdate.rebuild_state`: its remainder, if it has one, then its stored moments."""
+def state_arrays(leaf_arrays) -> tuple:
+    """One leaf's arrays as in the new state: the remainder, if it has one, then the stored moments."""
     stored, remainder = leaf_arrays
     return stored if remainder is None else (remainder, *stored)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _update_leaves(settings, operands, grads, params) -> tuple[list[jax.Array], list[tuple]]:
-    """Return each leaf's update, and its arrays for `FusedUpdate.rebuild_state`."""
-    updates, stored = [], []
+    """Return each leaf's update, and its new state arrays: the remainder, if it has one, then the moments."""
+    updates, new_arrays = [], []
     for leaf, g, p in zip(unpack(settings, operands), grads, params, strict=True):
         if leaf.remainder is None:
             u, new = leaf.update(g, p)
@@ -313,15 +314,15 @@ def _update_leaves(settings, operands, grads, params) -> tuple[list[jax.Array], 
             u = update_to(p, x)
             new = (remainder_of(p, x, u), *new)
         updates.append(u)
-        stored.append(new)
-    return updates, stored
+        new_arrays.append(new)
+    return updates, new_arrays
 
 
-class FusedUpdate(NamedTuple):
-    """The update of a whole tree: a `LeafUpdate` for each leaf of the gradients, and how to rebuild the state.
+class LeafwiseUpdate(NamedTuple):
+    """The update of a whole tree, not yet computed: a `LeafUpdate` for each leaf, and how to rebuild the state.
 
-    ``rebuild_state(stored)`` returns the new state. ``stored`` has a tuple for each leaf: its remainder, if it has one,
-    then its moments in their format.
+    ``rebuild_state(state_arrays)`` returns the new state. ``state_arrays`` has a tuple for each leaf: its remainder, if
+    it has one, then its moments in their format.
     """
 
     leaf_updates: list[LeafUpdate]
@@ -350,17 +351,19 @@ def _group_by_program(leaf_updates: list[LeafUpdate], grads: list, traced: bool)
 
 
 @dataclasses.dataclass(eq=False)
-class Update:
+class UpdateFn:
     """A transformation's ``update`` function, with all that jadam needs to know about the transformation.
 
     The information is here because Flax rebuilds transformations from ``init`` and ``update``: attributes of the
     transformation itself would be lost. Compared and hashed by identity, as functions are.
     """
 
-    fuse: Callable[..., FusedUpdate]  # fuse(grads, state, params): checks the input; may raise `NotFusible`
+    leafwise: Callable[
+        ..., LeafwiseUpdate
+    ]  # leafwise(grads, state, params): checks the input, evaluates the schedules; may raise `NotFusible`
     call: str = ""  # the call that made the transformation, its repr
     inner: Any = None  # the wrapped transformation, if this one is a wrapper
-    needs_gradient_values: bool = False  # whether `fuse` reads the gradients' values, as for a norm, or only shapes
+    needs_gradient_values: bool = False  # whether `leafwise` reads the gradients' values, as for a norm, or only shapes
     after_step: Callable[..., Any] | None = None  # after_step(new_state, new_params) -> state, called by `jadam.step`
     step: Callable[..., Any] | None = None  # step(grads, state, params) -> (params, state), in place of `jadam.step`
 
@@ -369,22 +372,22 @@ class Update:
         params, _ = params_with_gradients(params, updates)
         checks.check_values(params, "params")
         checks.check_same_devices(updates=updates, state=state, params=params)
-        leaf_updates, rebuild_state = self.fuse(updates, state, params)
+        leaf_updates, rebuild_state = self.leafwise(updates, state, params)
         grads, structure = jax.tree.flatten(updates)
         params = [None] * len(grads) if params is None else jax.tree.leaves(params)
         traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((leaf_updates[:1], grads, params)))
-        updates, stored = [None] * len(leaf_updates), [None] * len(leaf_updates)
+        updates, new_arrays = [None] * len(leaf_updates), [None] * len(leaf_updates)
         for group in _group_by_program(leaf_updates, grads, traced):
             own_grads, own_params = [grads[i] for i in group], [params[i] for i in group]
             results = _update_leaves(*pack([leaf_updates[i] for i in group]), own_grads, own_params)
             for i, u, new in zip(group, *results, strict=True):
-                updates[i], stored[i] = u, new
-        return structure.unflatten(updates), rebuild_state(stored)
+                updates[i], new_arrays[i] = u, new
+        return structure.unflatten(updates), rebuild_state(new_arrays)
 
 
 @dataclasses.dataclass(eq=False)
-class FunctionUpdate(Update):
-    """An `Update` that calls ``function`` instead; `jadam.step` still uses ``fuse``."""
+class CustomUpdateFn(UpdateFn):
+    """An `UpdateFn` whose call is ``function``; `jadam.step` uses ``leafwise`` all the same."""
 
     function: Callable[..., Any] = dataclasses.field(kw_only=True)  # function(updates, state, params, **extra_args)
 
@@ -393,20 +396,20 @@ class FunctionUpdate(Update):
         return self.function(updates, state, params, **extra_args)
 
 
-def not_fusible(grads, state, params) -> FusedUpdate:
-    """`Update.fuse` of a transformation that is not a jadam optimizer: always raises `NotFusible`."""
+def never_leafwise(grads, state, params) -> LeafwiseUpdate:
+    """`UpdateFn.leafwise` of a transformation that is not a jadam optimizer: always raises `NotFusible`."""
     raise NotFusible("not a jadam optimizer (for a chain, use jadam.chain)")
 
 
-def update_of(tx: optax.GradientTransformation) -> Update:
-    """Return the `Update` of a transformation; for Optax's own, one that cannot be fused."""
-    return tx.update if isinstance(tx.update, Update) else Update(not_fusible)
+def update_of(tx: optax.GradientTransformation) -> UpdateFn:
+    """Return the `UpdateFn` of a transformation; for Optax's own, one that cannot be fused."""
+    return tx.update if isinstance(tx.update, UpdateFn) else UpdateFn(never_leafwise)
 
 
 class Transformation(optax.GradientTransformationExtraArgs):
-    """An Optax transformation that `jadam.step` can fuse into one pass over memory."""
+    """An Optax transformation whose ``update`` is an `UpdateFn`; `jadam.step` fuses it where that is possible."""
 
-    update: Update  # pyright: ignore[reportIncompatibleVariableOverride]
+    update: UpdateFn  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __repr__(self):
         return self.update.call or super().__repr__()
@@ -428,7 +431,7 @@ def scale_by_rule(
     betas: dict[str, Any],
     scalars: dict[str, Any],
     mu_dtype: Any = None,
-    moments: formats.Moments = "float32",
+    moments: formats.FormatChoice = "float32",
     transform: Callable[[Hyperparams], Hyperparams] = identity,
 ) -> Transformation:
     """The transformation that applies ``rule`` to every leaf.
@@ -457,7 +460,7 @@ def scale_by_rule(
 
         def init_leaf(path, p):
             """Return one parameter's initial arrays, one for each field of the state."""
-            stored = format_for(path, p).init(p, len(rule.moments))
+            stored = format_for(path, p).init(p, len(rule.moment_names))
             return *stored, *(formats.placeholder(p) for _ in fields[len(stored) :])
 
         leaves, structure = jax.tree_util.tree_flatten_with_path(params)
@@ -469,7 +472,7 @@ def scale_by_rule(
         state = state_type(jnp.zeros([], jnp.int32), *trees, *(make() for make in versions))
         return ScheduledBetasState({name: jnp.zeros([]) for name in scheduled}, state) if scheduled else state
 
-    def fuse(updates, state, params=None) -> FusedUpdate:
+    def leafwise(updates, state, params=None) -> LeafwiseUpdate:
         if scheduled:
             checks.check_state_type(state, ScheduledBetasState)
         corrections, state = state if scheduled else ({}, state)
@@ -477,8 +480,8 @@ def scale_by_rule(
         if versions:
             checks.check_version(state, formats.VERSION)
         checks.check_count(state.count)
-        checks.check_gradients(updates, state, params, planning=True)
-        for name, tree in zip(rule.moments, state[1:], strict=False):
+        checks.check_gradients(updates, state, params, params_may_be_shapes=True)
+        for name, tree in zip(rule.moment_names, state[1:], strict=False):
             checks.check_same_tree(updates, tree, "updates", f"state.{name}")
             if moments == "float32" and (name != "mu" or mu_dtype is None):
                 checks.check_moments_wide(tree, name)
@@ -489,21 +492,23 @@ def scale_by_rule(
         hyperparams, next_count, corrections = _hyperparams_at(betas, scalars, count, corrections, transform)
 
         @functools.cache  # leaves of the same dtype and format share their Hyperparams
-        def validated(dtype, format):
+        def checked_hyperparams(dtype, format):
             """The `Hyperparams` in ``dtype``, NaN where ``format`` does not support them."""
-            return format.validate(hyperparams(dtype))
+            return format.nan_if_unsupported(hyperparams(dtype))
 
         def leaf_update(path, g, *stored):
             """Return the `LeafUpdate` of one leaf."""
             format = formats.format_of(stored)
-            own, unused = stored[: (n := format.num_arrays(len(rule.moments)))], stored[n:]
+            own, unused = stored[: (n := format.num_arrays(len(rule.moment_names)))], stored[n:]
             checks.check_codes_not_cast(path, own[0].dtype, not all(map(formats.is_placeholder, unused)))
             dtype = at_least_float32(g, *own)
-            return LeafUpdate(rule, validated(real(dtype), format), dtype, format, own, formats.leaf_salt(path), count)
+            return LeafUpdate(
+                rule, checked_hyperparams(real(dtype), format), dtype, format, own, formats.leaf_salt(path), count
+            )
 
-        def rebuild_state(stored):
-            """The new state, with ``stored`` as its arrays."""
-            full = [(*new, *old[len(new) :]) for new, old in zip(stored, zip(*trees, strict=True), strict=True)]
+        def rebuild_state(state_arrays):
+            """The new state, with these arrays."""
+            full = [(*new, *old[len(new) :]) for new, old in zip(state_arrays, zip(*trees, strict=True), strict=True)]
             columns = map(structure.unflatten, _transpose(full, len(fields)))
             new = state._replace(count=next_count, **dict(zip(fields, columns, strict=True)))
             return ScheduledBetasState(corrections, new) if scheduled else new
@@ -511,9 +516,9 @@ def scale_by_rule(
         leaves, structure = jax.tree_util.tree_flatten_with_path(updates)
         trees = [structure.flatten_up_to(getattr(state, name)) for name in fields]
         rows = zip(leaves, *trees, strict=True)
-        return FusedUpdate([leaf_update(path, g, *stored) for (path, g), *stored in rows], rebuild_state)
+        return LeafwiseUpdate([leaf_update(path, g, *stored) for (path, g), *stored in rows], rebuild_state)
 
-    return Transformation(init, Update(fuse))
+    return Transformation(init, UpdateFn(leafwise))
 
 
 def _transpose(rows, n: int):
@@ -574,13 +579,13 @@ def _hyperparams_at(betas, scalars, count, corrections, transform):
     return hyperparams, next_count, {name: value.correction for name, value in scheduled.items()}
 
 
-def _hyperparams(transform, dtype, numbers, count, arrays, scalars, scheduled) -> Hyperparams:
-    """Return the `Hyperparams` of step ``count``.
+def _hyperparams(transform, dtype, numbers, step, arrays, scalars, scheduled) -> Hyperparams:
+    """Return the `Hyperparams` of ``step``, counted from 1.
 
     A decay rate is in ``numbers`` if it is a Python number, in ``arrays`` if it is an array, and in ``scheduled``, as a
     `Beta`, if it follows a schedule.
     """
-    t = count.astype(dtype)
+    t = step.astype(dtype)
     arrays = {name: checks.nan_if_out_of_range(value, "in [0, 1)") for name, value in arrays.items()}
     return transform(
         Hyperparams(
@@ -622,12 +627,12 @@ def scale_by_learning_rate_and_decay(tx: Transformation, learning_rate, *decay_a
     stages.append(optax.scale_by_learning_rate(learning_rate))
     chain = optax.chain(*stages)
 
-    def fuse(updates, state, params):
+    def leafwise(updates, state, params):
         checks.check_chain_state(state, len(stages))
-        checks.check_gradients(updates, state, params, planning=True)
+        checks.check_gradients(updates, state, params, params_may_be_shapes=True)
         if decay_args and params is None:
             raise ValueError("weight_decay needs params: call update(updates, state, params).")
-        leaf_updates, rebuild_state = tx.update.fuse(updates, state[0], params)
+        leaf_updates, rebuild_state = tx.update.leafwise(updates, state[0], params)
         widest = jax.dtypes.canonicalize_dtype(np.float64)
         zero, one = jnp.zeros([], widest), jnp.ones([], widest)  # an Optax stage, applied to 1, returns its factor
         minus_lr, lr_state = stages[-1].update(one, state[-1])
@@ -641,9 +646,9 @@ def scale_by_learning_rate_and_decay(tx: Transformation, learning_rate, *decay_a
         leaf_updates = [
             leaf._replace(minus_lr=minus_lr, weight_decay=x) for leaf, x in zip(leaf_updates, decays, strict=True)
         ]
-        return FusedUpdate(leaf_updates, lambda stored: (rebuild_state(stored), *decay_states, lr_state))
+        return LeafwiseUpdate(leaf_updates, lambda state_arrays: (rebuild_state(state_arrays), *decay_states, lr_state))
 
-    return Transformation(chain.init, Update(fuse))
+    return Transformation(chain.init, UpdateFn(leafwise))
 
 
 def _leaf_mask(mask, params) -> list[bool]:

@@ -83,7 +83,8 @@ def average_params(decay: float | jax.Array | None = 0.999) -> optax.GradientTra
             t = count.astype(dtype)
             rate = lambda: one_minus(checks.nan_if_out_of_range(decay, "in [0, 1)"), dtype)
             weight = 1 / t if decay is None else rate() / one_minus_power(decay, t, dtype)
-            return ema(Beta(1 - weight, weight, t, t, t), average, apply_rounded(p, u, p.dtype).astype(average.dtype))
+            rate = Beta(1 - weight, weight, t, t, t)  # ema reads b and one_minus_b only
+            return ema(rate, average, apply_rounded(p, u, p.dtype).astype(average.dtype))
 
         averages = jax.tree.map(average, state.average, params, updates)
         return updates, AverageParamsState(count, averages, state.dtypes)

@@ -14,17 +14,17 @@ from jadam._core import checks
 from jadam._core.numerics import at_least_float32
 from jadam._core.trees import NamedLeaves, leaf_name
 from jadam._moments import formats
-from jadam._moments.formats import Moments
+from jadam._moments.formats import FormatChoice
 from jadam._optimizers.adam import scale_by_adam
 from jadam._transformation.public import call_as_repr
 from jadam._transformation.transformation import (
     FROZEN_RULE,
-    FusedUpdate,
     LeafUpdate,
+    LeafwiseUpdate,
     QuantizedAdamState,
     ScheduledBetasState,
     Transformation,
-    Update,
+    UpdateFn,
     decouple,
     nan_if_invalid,
     schedule_value,
@@ -54,7 +54,7 @@ class ByPathState(NamedTuple):
     corrections: tuple[dict[str, jax.Array], ...]
 
 
-class _Group(NamedTuple):
+class _PathRule(NamedTuple):
     """Settings of the leaves that follow one rule."""
 
     name: str  # as `jadam.describe` prints it
@@ -78,7 +78,7 @@ def by_path(
     nesterov: bool = False,
     eps_mode: str = "paper",
     bias_correction: bool = True,
-    moments: Moments = "float32",
+    moments: FormatChoice = "float32",
     max_lr: float | None = None,
 ) -> Transformation:
     r"""`jadam.adamw` whose settings follow rules on the paths of parameters; each path must match a rule.
@@ -110,7 +110,7 @@ def by_path(
         >>> tx = jadam.by_path(rules, learning_rate=1e-3, moments="int8")
         >>> for leaf in jadam.describe(tx, params).leaves:
         ...     print(leaf.name, leaf.bytes, leaf.reason)
-        ['dense']['bias'] 514 'bias' weight_decay=0.0 lr_mult=2.0 moments='int8': 1-dimensional, int8 needs 2 axes
+        ['dense']['bias'] 514 'bias' weight_decay=0.0 lr_mult=2.0 moments='int8': 1-dimensional, int8 needs 2 dimensions
         ['dense']['kernel'] 17408 '' moments='int8'
         ['embed'] 0 'embed' jadam.FROZEN
     """
@@ -120,11 +120,11 @@ def by_path(
     if max_lr is not None:
         max_lr = checks.hyperparameter("max_lr", max_lr, "> 0", schedule=False)
 
-    def group(pattern, settings) -> _Group:
-        """Return the `_Group` of one rule, with its settings merged into the defaults."""
+    def group(pattern, settings) -> _PathRule:
+        """Return the `_PathRule` of one rule, with its settings merged into the defaults."""
         pattern = _compile_pattern(pattern)
         if settings is FROZEN:
-            return _Group(f"{pattern.pattern!r} {settings!r}", pattern)
+            return _PathRule(f"{pattern.pattern!r} {settings!r}", pattern)
         merged: dict[str, Any] = {**defaults, **_check_settings(pattern.pattern, settings)}
         make = lambda moments: scale_by_adam(merged["b1"], merged["b2"], eps, eps_root, moments=moments, **switches)
         choice: Any = merged["moments"]
@@ -138,7 +138,7 @@ def by_path(
         shown = settings if choice == "float32" else {**settings, "moments": choice}
         name = " ".join([repr(pattern.pattern), *(f"{key}={value!r}" for key, value in shown.items())])
         minus_lr = lambda count: -(schedule_value(nan_if_invalid("learning_rate", learning_rate), count) * lr_mult)
-        return _Group(name, pattern, tx, choice, minus_lr, lambda count: schedule_value(decay, count))
+        return _PathRule(name, pattern, tx, choice, minus_lr, lambda count: schedule_value(decay, count))
 
     groups = [group(*rule) for rule in _check_rules(rules)]
     fields = [name for name in QuantizedAdamState._fields if name not in ("count", "version")]
@@ -153,10 +153,10 @@ def by_path(
         moments = QuantizedAdamState(jnp.zeros([], jnp.int32), **merged, version=formats.version())
         return ByPathState(moments, corrections)
 
-    def fuse(updates, state, params) -> FusedUpdate:
+    def leafwise(updates, state, params) -> LeafwiseUpdate:
         if params is None:
             raise ValueError("by_path needs params: call update(updates, state, params).")
-        checks.check_gradients(updates, state, params, planning=True)
+        checks.check_gradients(updates, state, params, params_may_be_shapes=True)
         checks.check_state_type(state, ByPathState)
         checks.check_state_type(state.moments, QuantizedAdamState)
         for name in fields:
@@ -168,11 +168,11 @@ def by_path(
         for (k, group), corrections in zip(partition.trained, state.corrections, strict=True):
             own = state.moments._replace(**{name: partition.take(k, getattr(state.moments, name)) for name in fields})
             own = ScheduledBetasState(corrections, own) if corrections else own
-            own_updates, rebuild_state = group.tx.update.fuse(
+            own_updates, rebuild_state = group.tx.update.leafwise(
                 partition.take(k, updates), own, partition.take(k, params)
             )
             rebuilders.append((partition.indices[k], rebuild_state))
-            changes = {"minus_lr": group.minus_lr(count), "weight_decay": group.weight_decay(count), "group": group}
+            changes = {"minus_lr": group.minus_lr(count), "weight_decay": group.weight_decay(count), "path_rule": group}
             for i, leaf in zip(partition.indices[k], own_updates, strict=True):
                 leaf_updates[i] = leaf._replace(**changes)
         for i, g in enumerate(jax.tree.leaves(updates)):
@@ -185,27 +185,27 @@ def by_path(
                     stored=(),
                     salt=0,
                     count=count,
-                    group=groups[partition.group_of_leaf[i]],
+                    path_rule=groups[partition.group_of_leaf[i]],
                 )
 
-        def rebuild_state(stored):
+        def rebuild_state(state_arrays):
             """The new state, merged from those of the groups."""
             corrections, states = _split_corrections(
-                [rebuild([stored[i] for i in indices]) for indices, rebuild in rebuilders]
+                [rebuild([state_arrays[i] for i in indices]) for indices, rebuild in rebuilders]
             )
             merged = {name: partition.merge([getattr(x, name) for x in states]) for name in fields}
             moments = state.moments._replace(count=optax.safe_increment(count), **merged)
             return ByPathState(moments, corrections)
 
-        return FusedUpdate(leaf_updates, rebuild_state)
+        return LeafwiseUpdate(leaf_updates, rebuild_state)
 
-    return Transformation(init, Update(fuse))
+    return Transformation(init, UpdateFn(leafwise))
 
 
 class _Partition:
     """The leaves of a tree, divided into groups."""
 
-    def __init__(self, groups: list[_Group], tree):
+    def __init__(self, groups: list[_PathRule], tree):
         paths, self.structure = jax.tree_util.tree_flatten_with_path(tree)
         self.names = [leaf_name(path) for path, _ in paths]
         self.group_of_leaf = _assign_groups(groups, self.names)
@@ -233,7 +233,7 @@ def _split_corrections(states) -> tuple[tuple[dict, ...], list]:
     return corrections, [x.inner_state if on else x for x, on in zip(states, scheduled, strict=True)]
 
 
-def _check_tree(groups: list[_Group], params, moments, what: str) -> None:
+def _check_tree(groups: list[_PathRule], params, moments, what: str) -> None:
     """Raise unless ``moments`` are of a tree like ``params``, naming the first leaf that differs."""
     with contextlib.suppress(ValueError):
         jax.tree.structure(params).flatten_up_to(moments)
@@ -247,7 +247,7 @@ def _check_tree(groups: list[_Group], params, moments, what: str) -> None:
     checks.check_same_structure(trained, moments, "params", what)
 
 
-def _assign_groups(groups: list[_Group], names: list[str]) -> list[int]:
+def _assign_groups(groups: list[_PathRule], names: list[str]) -> list[int]:
     """Return for each path the first group whose pattern matches; raise if a path or a pattern has no match."""
     matches = [[group.pattern.search(name) is not None for group in groups] for name in names]
     if not names:  # `optax.tree.map_params` calls init with a tree of no leaves

@@ -14,19 +14,19 @@ import optax
 from jadam._core import checks
 from jadam._core.numerics import sqrt
 from jadam._transformation.transformation import (
-    FunctionUpdate,
-    FusedUpdate,
+    CustomUpdateFn,
+    LeafwiseUpdate,
     NotFusible,
     Transformation,
-    not_fusible,
+    never_leafwise,
     update_of,
 )
 from jadam._wrappers.exact_bf16 import ExactBF16
 
 
 @dataclasses.dataclass(eq=False)
-class ClipUpdate(FunctionUpdate):
-    """`Update` of a clipping transformation."""
+class ClipUpdateFn(CustomUpdateFn):
+    """`UpdateFn` of a clipping transformation."""
 
     name: str = dataclasses.field(kw_only=True)
     clip_leaves: Callable[..., Any] = dataclasses.field(kw_only=True)  # clip_leaves(leaf_updates, grads), with clipping
@@ -35,7 +35,7 @@ class ClipUpdate(FunctionUpdate):
 class Clip(optax.GradientTransformation):
     """A clipping transformation of Optax's that `chain` can fuse."""
 
-    update: ClipUpdate  # pyright: ignore[reportIncompatibleVariableOverride]
+    update: ClipUpdateFn  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __repr__(self):
         return self.update.call
@@ -50,8 +50,8 @@ def _clip(clip_grads, clip_leaves, name, bound) -> Clip:
         return structure.unflatten(clip_grads(leaves)), state
 
     call = f"jadam.{name}({bound})"
-    fuse = ClipUpdate(not_fusible, call, function=update, name=name, clip_leaves=clip_leaves)
-    return Clip(optax.identity().init, fuse)
+    leafwise = ClipUpdateFn(never_leafwise, call, function=update, name=name, clip_leaves=clip_leaves)
+    return Clip(optax.identity().init, leafwise)
 
 
 def clip(max_delta: jax.typing.ArrayLike) -> Clip:
@@ -170,28 +170,28 @@ def chain(*stages: optax.GradientTransformation) -> Transformation:
         checks.check_chain_state(state, len(stages))
         return inner.update(updates, state, params, **extra_args)
 
-    def fuse(updates, state, params=None) -> FusedUpdate:
+    def leafwise(updates, state, params=None) -> LeafwiseUpdate:
         checks.check_chain_state(state, len(stages))
         *states, last_state = state
         if reason is not None:
             raise NotFusible(reason)
-        checks.check_gradients(updates, state, params, planning=True)
+        checks.check_gradients(updates, state, params, params_may_be_shapes=True)
         if clips and any(jnp.finfo(jnp.result_type(g)).bits < 32 for g in jax.tree.leaves(updates)):
             raise NotFusible(
                 "jadam.chain clips 16-bit gradients in 16 bits (for bfloat16 parameters, use jadam.exact_bf16)"
             )
         if clips and any(jnp.iscomplexobj(g) for g in jax.tree.leaves(updates)):
             raise NotFusible("jadam.chain clips complex gradients")
-        leaf_updates, rebuild_state = last.update.fuse(updates, last_state, params)
+        leaf_updates, rebuild_state = last.update.leafwise(updates, last_state, params)
         for stage in clips:
             leaf_updates = stage.update.clip_leaves(leaf_updates, updates)
-        return FusedUpdate(leaf_updates, lambda *stored: (*states, rebuild_state(*stored)))
+        return LeafwiseUpdate(leaf_updates, lambda state_arrays: (*states, rebuild_state(state_arrays)))
 
     call = f"jadam.chain({', '.join(map(repr, stages))})"
     needs_gradient_values = any(
         stage.update.name == "clip_by_global_norm" for stage in clips if isinstance(stage, Clip)
     )
-    return Transformation(inner.init, FunctionUpdate(fuse, call, None, needs_gradient_values, function=update))
+    return Transformation(inner.init, CustomUpdateFn(leafwise, call, None, needs_gradient_values, function=update))
 
 
 def _why_never_fused(clips, last) -> str | None:

@@ -19,11 +19,11 @@ from jadam._core.numerics import apply_updates, at_least_float32
 from jadam._core.trees import find_states, leaf_name, params_with_gradients
 from jadam._moments.formats import VERSION, placeholder, version
 from jadam._transformation.transformation import (
-    FunctionUpdate,
-    FusedUpdate,
+    CustomUpdateFn,
+    LeafwiseUpdate,
     NotFusible,
     Transformation,
-    Update,
+    UpdateFn,
     update_of,
 )
 
@@ -40,13 +40,13 @@ class ExactBF16State(NamedTuple):
     version: jax.Array
 
 
-class ExactUpdate(FunctionUpdate):
-    """`Update` of `exact_bf16`: fuses the update if the inner optimizer can be fused, else calls ``function``."""
+class ExactBF16UpdateFn(CustomUpdateFn):
+    """`UpdateFn` of `exact_bf16`: fuses the update if the inner optimizer can be fused, else calls ``function``."""
 
     def __call__(self, updates, state, params=None, **extra_args) -> Any:
         """Optax's ``update``."""
         try:
-            return Update.__call__(self, updates, state, params)
+            return UpdateFn.__call__(self, updates, state, params)
         except NotFusible:
             return self.function(updates, state, params, **extra_args)
 
@@ -108,7 +108,7 @@ def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
         inner_state = inner.init(jax.tree.map(_widen, params, params))
         if find_states(inner_state, ExactBF16State):
             raise ValueError("exact_bf16 must be outermost, got it around another exact_bf16. Drop the inner one.")
-        return ExactBF16State(jax.tree.map(_no_remainder, params), inner_state, version())
+        return ExactBF16State(jax.tree.map(_zero_remainder, params), inner_state, version())
 
     def update(updates, state, params, **extra_args) -> Any:
         checks.check_state_type(state, ExactBF16State)
@@ -125,20 +125,22 @@ def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
         )
         return updates, state._replace(remainder=remainder, inner_state=inner_state)
 
-    def fuse(updates, state, params):
+    def leafwise(updates, state, params):
         if params is None:
             raise ValueError("exact_bf16 needs params: call update(updates, state, params).")
         if not isinstance(tx, Transformation):
             raise NotFusible("the optimizer inside jadam.exact_bf16 is not a jadam optimizer or jadam.chain")
         checks.check_state_type(state, ExactBF16State)
         checks.check_version(state, VERSION)
-        checks.check_gradients(updates, state, params, planning=True)
+        checks.check_gradients(updates, state, params, params_may_be_shapes=True)
         _check_remainder(params, state.remainder)
-        # `fuse` reads shapes and dtypes only, except for a norm. So no masters and float32 gradients are made here:
+        # `leafwise` reads shapes and dtypes only, except for a norm. So no masters and float32 gradients are made here:
         # each `LeafUpdate` makes its own, in the same pass over memory.
         masters = jax.tree.map(lambda p: _shaped_zeros(p) if _is_bf16(p) else p, params)
         widen = _widen if needs_gradient_values else lambda g, p: _shaped_zeros(g) if _is_bf16(p) else g
-        leaf_updates, rebuild_inner = tx.update.fuse(jax.tree.map(widen, updates, params), state.inner_state, masters)
+        leaf_updates, rebuild_inner = tx.update.leafwise(
+            jax.tree.map(widen, updates, params), state.inner_state, masters
+        )
         old, structure = jax.tree.flatten(state.remainder)
         is_bf16 = [_is_bf16(p) for p in jax.tree.leaves(params)]
         leaf_updates = [
@@ -146,16 +148,16 @@ def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
             for leaf, r, bf16 in zip(leaf_updates, old, is_bf16, strict=True)
         ]
 
-        def rebuild_state(stored):
-            """The new state, from the remainders and the inner moments in ``stored``."""
-            remainders = [new[0] if bf16 else r for new, r, bf16 in zip(stored, old, is_bf16, strict=True)]
-            moments = [new[1:] if bf16 else new for new, bf16 in zip(stored, is_bf16, strict=True)]
+        def rebuild_state(state_arrays):
+            """The new state, from each leaf's remainder and moments."""
+            remainders = [new[0] if bf16 else r for new, r, bf16 in zip(state_arrays, old, is_bf16, strict=True)]
+            moments = [new[1:] if bf16 else new for new, bf16 in zip(state_arrays, is_bf16, strict=True)]
             return state._replace(remainder=structure.unflatten(remainders), inner_state=rebuild_inner(moments))
 
-        return FusedUpdate(leaf_updates, rebuild_state)
+        return LeafwiseUpdate(leaf_updates, rebuild_state)
 
     return ExactBF16(
-        init, ExactUpdate(fuse, f"jadam.exact_bf16({tx!r})", inner, needs_gradient_values, function=update)
+        init, ExactBF16UpdateFn(leafwise, f"jadam.exact_bf16({tx!r})", inner, needs_gradient_values, function=update)
     )
 
 
@@ -250,7 +252,7 @@ def from_float32(
         return split(x)[0]
 
     params = jax.tree_util.tree_map_with_path(narrow, params32)
-    of_split = lambda p, x: split(x)[1] if jnp.result_type(x) == jnp.float32 and _is_bf16(p) else _no_remainder(p)
+    of_split = lambda p, x: split(x)[1] if jnp.result_type(x) == jnp.float32 and _is_bf16(p) else _zero_remainder(p)
     remainder = jax.tree.map(of_split, params, params32)
     state = ExactBF16State(remainder, exact.update.inner.init(_masters(params, remainder)), version())
     return params, cast(Any, tx.init(params))._replace(inner_state=state) if recorded else state
@@ -283,7 +285,7 @@ def _check_remainder(params, remainder) -> None:
             )
 
 
-def _no_remainder(p):
+def _zero_remainder(p):
     """The remainder of a parameter that was never float32: zeros, or a placeholder if it is not bfloat16."""
     return jnp.zeros_like(p, dtype=jnp.int16) if _is_bf16(p) else placeholder(p)
 

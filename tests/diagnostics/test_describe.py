@@ -55,7 +55,7 @@ def test_every_byte_is_counted(name):
 def test_formats_and_reasons():
     rows = {leaf.name: leaf for leaf in jadam.describe(TRANSFORMATIONS["int8"], PARAMS).leaves}
     assert (rows["['embed']"].format, rows["['embed']"].reason) == ("int8", "")
-    assert (rows["['scale']"].format, rows["['scale']"].reason) == ("float32", "0-dimensional, int8 needs 2 axes")
+    assert (rows["['scale']"].format, rows["['scale']"].reason) == ("float32", "0-dimensional, int8 needs 2 dimensions")
     by_name = jadam.adam(1e-3, moments=lambda path, leaf: "float32" if "embed" in path else "int8")
     rows = {leaf.name: leaf for leaf in jadam.describe(by_name, PARAMS).leaves}
     assert (rows["['embed']"].format, rows["['embed']"].reason) == ("float32", "set by the moments argument")

@@ -41,20 +41,20 @@ def test_plan_matches_real_arrays(how, params_axis):
     assert planned.state == here(state)
     assert planned.remainders == (here(state.remainder) if "exact" in how else 0)
     assert planned.total == 2 * planned.parameters + planned.state
-    assert "['c']: state not sharded: no axis of (3,) is a multiple of 4" in str(planned)
+    assert "['c']: state not sharded: no dimension of (3,) is a multiple of 4" in str(planned)
 
 
 def test_gpt2_embedding_in_int8_on_eight_devices():
     """The embedding, a third of the model, has odd rows of six blocks of 128, which become eight of 96."""
     planned = jadam.plan(jadam.adamw(1e-3, moments="int8"), planning.shapes_of("gpt2"), {"data": 8}, "data")
     assert not planned.notes
-    assert planned.state * 8 / planned.count < 2.1
+    assert planned.state * 8 / planned.num_parameters < 2.1
 
 
 def test_notes_on_moments_kept_in_float32():
     shapes = {"w": jax.ShapeDtypeStruct((101, 768), jnp.float32), "v": jax.ShapeDtypeStruct((64, 64), jnp.float32)}
     planned = jadam.plan(jadam.adamw(1e-3, moments="int8"), shapes, {"data": 2, "model": 64}, "data", "model")
-    assert "['w']: moments in float32: its own sharding cuts its last axis into shards of 12" in str(planned)
+    assert "['w']: moments in float32: its own sharding cuts its last dimension into shards of 12" in str(planned)
 
 
 @pytest.mark.parametrize(("model", "n"), [("llama-7b", 8), pytest.param("llama-70b", 64, marks=pytest.mark.slow)])

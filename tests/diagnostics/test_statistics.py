@@ -285,7 +285,7 @@ def test_the_family(member):
     p = {"w": np.ones_like(kernel(0)["w"])}
     state = jitted_init(tx)(p)
     for g in gs:
-        (leaf_update,), _ = tx.update.fuse({"w": g.astype(np.float32)}, state, p)
+        (leaf_update,), _ = tx.update.leafwise({"w": g.astype(np.float32)}, state, p)
         _, state, u = jitted_step(tx)({"w": g.astype(np.float32)}, state, p)
     directions = member.oracle(gs, **settings)
     stats, given = (x.total for x in jitted_statistics(tx)(state, p, u))
@@ -297,7 +297,7 @@ def test_the_family(member):
     rule = leaf_update.rule
     if rule.state_type not in (optax.ScaleByAdamState, optax.ScaleByAmsgradState):  # a later relative: its own root
         root = np.asarray(
-            rule.denominator(leaf_update.hyperparams, *(optax.tree.get(state, x)["w"] for x in rule.moments[1:]))
+            rule.denominator(leaf_update.hyperparams, *(optax.tree.get(state, x)["w"] for x in rule.moment_names[1:]))
         )
     if member.name.startswith("adamax"):
         root = functools.reduce(lambda x, g: np.maximum(b2 * x, np.abs(g) + eps), gs, 0)

@@ -31,7 +31,7 @@ def interpreted_steps(platform, tx):
     """`jadam.step` with the interpreted kernel, and `update_and_apply`, each jitted."""
 
     def one_pass(tx, grads, state, params):
-        leaf_updates, finish = tx.update.fuse(grads, state, params)
+        leaf_updates, finish = tx.update.leafwise(grads, state, params)
         grads, (params, structure) = jax.tree.leaves(grads), jax.tree.flatten(params)
         rows = pallas.run_kernel(platform, leaf_updates, grads, params, interpret=True)
         rows = [row or update_leaf(*x) for row, *x in zip(rows, leaf_updates, grads, params, strict=True)]
@@ -82,7 +82,7 @@ def test_comparison_detects_a_wrong_seed():
     shapes = {"a": SHAPES["a"]}
     params, grads = (random_tree(seed, shapes=shapes) for seed in range(2))
     state = tx.init(params)
-    plan = tx.update.fuse
+    plan = tx.update.leafwise
 
     def moved(*args):
         leaf_updates, finish = plan(*args)
@@ -90,7 +90,7 @@ def test_comparison_detects_a_wrong_seed():
             [leaf_update._replace(salt=leaf_update.salt + 1) for leaf_update in leaf_updates], finish
         )
 
-    other = type(tx)(tx.init, dataclasses.replace(tx.update, fuse=moved))
+    other = type(tx)(tx.init, dataclasses.replace(tx.update, leafwise=moved))
     new = interpreted_steps("cuda", other)[0](grads, state, params)
     with pytest.raises(AssertionError):
         assert_steps_agree(new, interpreted_steps("cuda", tx)[1](grads, state, params), (params, state))

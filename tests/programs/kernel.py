@@ -163,7 +163,7 @@ def random_leaf(rng, rows):
     own = [p.astype(BFLOAT16), rng.integers(-(2**15), 2**15, shape, np.int16)] if narrow_p else [p]
     m = random_floats(rng, shape, False)
     v = m**2 * np.exp(rng.exponential(1.0, shape)).astype(np.float32)
-    moments = [m, v, v * 2][: len(RULES[rule].moments)]
+    moments = [m, v, v * 2][: len(RULES[rule].moment_names)]
     if format == "bfloat16":
         moments = [x.astype(BFLOAT16) for x in moments]
     if format == "int8":
@@ -390,7 +390,7 @@ def split_settings(leaves):
 
 
 def num_stored(rule, format):
-    return 4 if FORMATS[format] == "int8" else len(RULES[rule].moments)
+    return 4 if FORMATS[format] == "int8" else len(RULES[rule].moment_names)
 
 
 def join_master(p, rest):
@@ -658,7 +658,7 @@ def step_huge_leaf():
     p, (new, _) = jax.jit(functools.partial(jadam.step, tx))(g, of(stored), p)
     found = [np.asarray(x) for x in (p, *(getattr(new, name) for name in names))]
     for start, (g, p, *stored) in zip(starts, windows, strict=True):
-        leaf_update = tx.update.fuse(jnp.asarray(g), of(map(jnp.asarray, stored)), jnp.asarray(p)).leaf_updates[0]
+        leaf_update = tx.update.leafwise(jnp.asarray(g), of(map(jnp.asarray, stored)), jnp.asarray(p)).leaf_updates[0]
         leaf_update = leaf_update._replace(shard=Shard(jnp.uint32(start * columns), whole))
         ((p, stored),) = cpu.run_kernel([leaf_update], [jnp.asarray(g)], [jnp.asarray(p)])
         for a, b in zip((p, *stored), found, strict=True):

@@ -226,9 +226,9 @@ INLINE int64_t block_start(const Leaf& leaf, int64_t block) {
   return block / leaf.blocks * leaf.row + block % leaf.blocks * leaf.settings.block;
 }
 
-INLINE void update_int8_chunk(const Leaf& leaf, Tile& tile, uint32_t t, int64_t begin, int64_t end) {
+INLINE void update_int8_chunk(const Leaf& leaf, Tile& tile, uint32_t count, int64_t begin, int64_t end) {
   const uint32_t salt = static_cast<uint32_t>(leaf.settings.salt);
-  const Dither dither(salt, 0, t);
+  const Dither dither(salt, 0, count);
   for (int k = 0; k < 2; ++k) tile.m[k] = tile.m_out[k] = tile.m_buffer[k];
   const int8_t* rq = static_cast<const int8_t*>(leaf.m[0]);
   const uint8_t* sq = static_cast<const uint8_t*>(leaf.m[1]);
@@ -251,7 +251,7 @@ INLINE void update_int8_chunk(const Leaf& leaf, Tile& tile, uint32_t t, int64_t 
 }
 
 // A chunk of a leaf with float32 or bfloat16 moments.
-INLINE void update_float_chunk(const Leaf& leaf, Tile& tile, uint32_t t, int64_t begin, int64_t end) {
+INLINE void update_float_chunk(const Leaf& leaf, Tile& tile, uint32_t count, int64_t begin, int64_t end) {
   const bool bfloat16 = leaf.settings.format == kBFloat16;
   for (int64_t start = begin; start < end; start += kTile) {
     const int64_t n = std::min(kTile, end - start);
@@ -262,7 +262,7 @@ INLINE void update_float_chunk(const Leaf& leaf, Tile& tile, uint32_t t, int64_t
     }
     update_elements(leaf, tile, start, n);
     for (int64_t k = 0; bfloat16 && k < leaf.moments; ++k) {
-      const Dither dither(static_cast<uint32_t>(leaf.settings.salt), static_cast<uint32_t>(k), t);
+      const Dither dither(static_cast<uint32_t>(leaf.settings.salt), static_cast<uint32_t>(k), count);
       for (int64_t at = 0, end = 0; at < n; at = end) {  // up to the end of the run
         end = std::min(n, at + leaf.settings.run - (start + at) % leaf.settings.run);
         const uint32_t index = global_index(leaf, start + at);
@@ -276,12 +276,12 @@ INLINE void update_float_chunk(const Leaf& leaf, Tile& tile, uint32_t t, int64_t
   }
 }
 
-INLINE void update_chunk(const Leaf& leaf, uint32_t t, const Chunk& chunk) {
+INLINE void update_chunk(const Leaf& leaf, uint32_t count, const Chunk& chunk) {
   Tile tile;
   if (leaf.settings.format == kInt8) {
-    update_int8_chunk(leaf, tile, t, chunk.begin, chunk.end);
+    update_int8_chunk(leaf, tile, count, chunk.begin, chunk.end);
   } else {
-    update_float_chunk(leaf, tile, t, chunk.begin, chunk.end);
+    update_float_chunk(leaf, tile, count, chunk.begin, chunk.end);
   }
 }
 
@@ -294,7 +294,7 @@ struct InstructionSet {
   UpdateChunk update;
 };
 
-void update_chunk_portable(const Leaf& leaf, uint32_t t, const Chunk& chunk) { update_chunk(leaf, t, chunk); }
+void update_chunk_portable(const Leaf& leaf, uint32_t count, const Chunk& chunk) { update_chunk(leaf, count, chunk); }
 #if defined(JADAM_X86)
 #define AVX2 "avx2,fma"
 #if defined(__clang__)
@@ -302,11 +302,11 @@ void update_chunk_portable(const Leaf& leaf, uint32_t t, const Chunk& chunk) { u
 #else
 #define AVX512 AVX2 ",avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512"
 #endif
-__attribute__((target(AVX2))) void update_chunk_avx2(const Leaf& leaf, uint32_t t, const Chunk& chunk) {
-  update_chunk(leaf, t, chunk);
+__attribute__((target(AVX2))) void update_chunk_avx2(const Leaf& leaf, uint32_t count, const Chunk& chunk) {
+  update_chunk(leaf, count, chunk);
 }
-__attribute__((target(AVX512))) void update_chunk_avx512(const Leaf& leaf, uint32_t t, const Chunk& chunk) {
-  update_chunk(leaf, t, chunk);
+__attribute__((target(AVX512))) void update_chunk_avx512(const Leaf& leaf, uint32_t count, const Chunk& chunk) {
+  update_chunk(leaf, count, chunk);
 }
 #endif
 
@@ -338,13 +338,13 @@ const InstructionSet& instruction_set() {
 struct Work {
   std::vector<Leaf> leaves;
   std::vector<Chunk> chunks;
-  uint32_t t;
+  uint32_t count;  // steps taken before this one
   UpdateChunk update;
   std::atomic<size_t> next{0}, done{0};
 
   void update_chunks() {
     for (size_t i = next++; i < chunks.size(); i = next++) {
-      update(leaves[chunks[i].leaf], t, chunks[i]);
+      update(leaves[chunks[i].leaf], count, chunks[i]);
       done.fetch_add(1, std::memory_order_release);
     }
   }
@@ -500,7 +500,7 @@ ffi::Error step(ffi::ThreadPool threads, Int64s rule, Int64s format, Int64s clip
     return invalid("jadam: count must be uint32, the step count and one offset per leaf");
   }
   auto work = std::make_shared<Work>();
-  work->t = *count.typed_data<uint32_t>();
+  work->count = *count.typed_data<uint32_t>();
   work->update = instruction_set().update;
   work->leaves.resize(leaves);
   Reader reader{args, rets};

@@ -24,7 +24,7 @@ LEAVES_PER_CALL = 24  # XLA's compile time grows with the square of a call's ali
 
 
 def run_kernel(leaf_updates: list[LeafUpdate], grads, params) -> list[tuple | None]:
-    """Return the new parameter and the new stored arrays of each leaf, or None where the kernel does not support it."""
+    """Return the new parameter and the new state arrays of each leaf, or None where the kernel does not support it."""
     results: list = [None] * len(leaf_updates)
     supported = [i for i, x in enumerate(zip(leaf_updates, grads, params, strict=True)) if not unsupported_reason(*x)]
     if not supported:
@@ -103,15 +103,17 @@ def _scalar_row(leaf_update: LeafUpdate) -> jax.Array:
 SCALARS: dict[str, Callable[[LeafUpdate], Any]] = {
     "b1": lambda leaf_update: leaf_update.hyperparams.b1.b,
     "one_minus_b1": lambda leaf_update: leaf_update.hyperparams.b1.one_minus_b,
-    "correction1": lambda leaf_update: 1 / jnp.asarray(leaf_update.hyperparams.b1.correction),
+    "inverse_correction1": lambda leaf_update: 1 / jnp.asarray(leaf_update.hyperparams.b1.correction),
     "b2": lambda leaf_update: leaf_update.hyperparams.b2.b,
     "one_minus_b2": lambda leaf_update: leaf_update.hyperparams.b2.one_minus_b,
-    "correction2": lambda leaf_update: 1 / jnp.asarray(leaf_update.hyperparams.b2.correction),
-    "sqrt_correction2": lambda leaf_update: jnp.sqrt(1 / jnp.asarray(leaf_update.hyperparams.b2.correction)),
+    "inverse_correction2": lambda leaf_update: 1 / jnp.asarray(leaf_update.hyperparams.b2.correction),
+    "inverse_sqrt_correction2": lambda leaf_update: jnp.sqrt(1 / jnp.asarray(leaf_update.hyperparams.b2.correction)),
     "next_momentum": lambda leaf_update: leaf_update.hyperparams.momentum.next_b,
-    "next_momentum_correction": lambda leaf_update: 1 / jnp.asarray(leaf_update.hyperparams.momentum.next_correction),
+    "inverse_next_momentum_correction": lambda leaf_update: (
+        1 / jnp.asarray(leaf_update.hyperparams.momentum.next_correction)
+    ),
     "one_minus_momentum": lambda leaf_update: leaf_update.hyperparams.momentum.one_minus_b,
-    "momentum_correction": lambda leaf_update: 1 / jnp.asarray(leaf_update.hyperparams.momentum.correction),
+    "inverse_momentum_correction": lambda leaf_update: 1 / jnp.asarray(leaf_update.hyperparams.momentum.correction),
     "eps": lambda leaf_update: leaf_update.hyperparams.eps,
     "eps_root": lambda leaf_update: leaf_update.hyperparams.eps_root,
     "trusted": lambda leaf_update: leaf_update.hyperparams.trusted,

@@ -18,12 +18,12 @@ JADAM_INLINE u32 lowbias32(u32 x) {
   return x ^ (x >> 16);
 }
 
-// Random bits for stochastic rounding, as `dither` of jadam/_core/numerics.py: stream k of the leaf with this salt at
-// step t. An even stream and the next odd one share the hash of an element's index, because its halves are independent.
+// Random bits for stochastic rounding, as `dither` of jadam/_core/numerics.py: stream k of the leaf with this salt after
+// count steps. An even stream and the next odd one share the hash of an element's index, because its halves are independent.
 struct Dither {
   u32 salt, offset;
-  JADAM_INLINE Dither(u32 salt, u32 k, u32 t)
-      : salt(lowbias32(salt + k / 2 * 0x632BE5ABu)), offset(t * 0x9E3779B9u) {}
+  JADAM_INLINE Dither(u32 salt, u32 k, u32 count)
+      : salt(lowbias32(salt + k / 2 * 0x632BE5ABu)), offset(count * 0x9E3779B9u) {}
   JADAM_INLINE u32 hash(u32 index) const { return lowbias32(index ^ salt); }
   JADAM_INLINE u32 even_stream(u32 hash) const { return hash + offset; }
   JADAM_INLINE u32 odd_stream(u32 hash) const { return (hash << 16 | hash >> 16) + offset; }

@@ -10,13 +10,13 @@
 
 namespace jadam {
 
-// The scalars of one step, float32. The library exports these names, so that Python knows their order. A correction is
-// a reciprocal, 1 / (1 - b**t): the kernel multiplies where Python divides by a scalar.
+// The scalars of one step, float32. The library exports these names, so that Python knows their order. The kernel
+// multiplies by inverse corrections, 1 / (1 - b**t), where Python divides by corrections.
 #define JADAM_SCALARS(X)                                                                        \
-  X(b1) X(one_minus_b1) X(correction1)                                                          \
-  X(b2) X(one_minus_b2) X(correction2) X(sqrt_correction2)                                      \
-  X(next_momentum) X(next_momentum_correction)           /* NAdam */                            \
-  X(one_minus_momentum) X(momentum_correction)           /* NAdam */                            \
+  X(b1) X(one_minus_b1) X(inverse_correction1)                                                  \
+  X(b2) X(one_minus_b2) X(inverse_correction2) X(inverse_sqrt_correction2)                      \
+  X(next_momentum) X(inverse_next_momentum_correction)   /* NAdam */                            \
+  X(one_minus_momentum) X(inverse_momentum_correction)   /* NAdam */                            \
   X(eps) X(eps_root)                                                                            \
   X(trusted) X(rectification)                            /* RAdam */                            \
   X(minus_lr) X(weight_decay)                                                                   \
@@ -58,12 +58,12 @@ struct AdamRule {
   static JADAM_INLINE float direction(const Scalars& s, float g, Moments& x) {
     x.m = ema<kCommonScalars>(s.b1, s.one_minus_b1, x.m, g);
     x.v = ema<kCommonScalars>(s.b2, s.one_minus_b2, x.v, g * g);
-    float m_hat = x.m * s.correction1;
+    float m_hat = x.m * s.inverse_correction1;
     if (kNesterov) {
-      m_hat = s.next_momentum * x.m * s.next_momentum_correction + s.one_minus_momentum * g * s.momentum_correction;
+      m_hat = s.next_momentum * x.m * s.inverse_next_momentum_correction + s.one_minus_momentum * g * s.inverse_momentum_correction;
     }
     x.sqrt_v = sqrt_of(x.v);
-    const float root = kCommonScalars ? x.sqrt_v * s.sqrt_correction2 : sqrt_of(x.v * s.correction2 + s.eps_root);
+    const float root = kCommonScalars ? x.sqrt_v * s.inverse_sqrt_correction2 : sqrt_of(x.v * s.inverse_correction2 + s.eps_root);
     const float u = divide(m_hat, root + s.eps);
     if (kRectified) return s.trusted != 0.0f ? s.rectification * u : m_hat;
     return u;
@@ -80,7 +80,7 @@ struct RAdam : AdamRule<false, true> {
   static constexpr const char* name() { return "radam"; }
 };
 struct NesterovRAdam : AdamRule<true, true> {
-  static constexpr const char* name() { return "radam_of_nadam"; }
+  static constexpr const char* name() { return "nesterov_radam"; }
 };
 
 // AdaMax (Kingma & Ba 2015, Algorithm 2).
@@ -93,7 +93,7 @@ struct AdaMax {
   static JADAM_INLINE float direction(const Scalars& s, float g, Moments& x) {
     x.m = ema<kCommonScalars>(s.b1, s.one_minus_b1, x.m, g);
     x.v = maximum(s.b2 * x.v, abs_of(g) + s.eps);
-    return divide(x.m * s.correction1, x.v);
+    return divide(x.m * s.inverse_correction1, x.v);
   }
 };
 
@@ -107,10 +107,10 @@ struct AMSGradRule {
   static JADAM_INLINE float direction(const Scalars& s, float g, Moments& x) {
     x.m = ema<kCommonScalars>(s.b1, s.one_minus_b1, x.m, g);
     x.v = ema<kCommonScalars>(s.b2, s.one_minus_b2, x.v, g * g);
-    x.v_max = maximum(kMaxOfV ? x.v : x.v * s.correction2, x.v_max);
-    const float root = sqrt_of(x.v_max), correction = kMaxOfV ? s.correction2 : 1.0f;
-    const float root_hat = kMaxOfV ? root * s.sqrt_correction2 : root;
-    return divide(x.m * s.correction1,
+    x.v_max = maximum(kMaxOfV ? x.v : x.v * s.inverse_correction2, x.v_max);
+    const float root = sqrt_of(x.v_max), correction = kMaxOfV ? s.inverse_correction2 : 1.0f;
+    const float root_hat = kMaxOfV ? root * s.inverse_sqrt_correction2 : root;
+    return divide(x.m * s.inverse_correction1,
                   (kCommonScalars ? root_hat : sqrt_of(x.v_max * correction + s.eps_root)) + s.eps);
   }
 };
@@ -119,7 +119,7 @@ struct AMSGrad : AMSGradRule<false> {
   static constexpr const char* name() { return "amsgrad"; }
 };
 struct AMSGradMaxOfV : AMSGradRule<true> {
-  static constexpr const char* name() { return "amsgrad_of_v"; }
+  static constexpr const char* name() { return "amsgrad_max_of_v"; }
 };
 
 // A list of rules; a rule's number is its position.
