@@ -378,8 +378,8 @@ def check_dtypes_kept(tree, leaves) -> None:
     kept = lambda x, y: x.dtype == y.dtype or (_is_wide(x.dtype) and _is_wide(y.dtype)) or y.size <= 1
     for path, x, given in _first_failure(kept, tree, leaves):
         raise TypeError(
-            f"params{path} is in a pytree class that must keep {given.dtype} moments, got {x.dtype} back from it. Let its "
-            "__post_init__ or unflatten keep dtypes, or use moments='float32' for it."
+            f"params{path} is in a pytree class that must keep {given.dtype} moments, got {x.dtype} back from it. Let "
+            "its __post_init__ or unflatten keep dtypes, or use moments='float32' for it."
         )
 
 
