@@ -317,7 +317,7 @@ def _amsgrad_hint(key: str) -> str:
 
 
 def _is_step(x) -> bool:
-    """Whether ``x`` is a scalar array with a whole number >= 0."""
+    """Whether ``x`` is an array of shape () with an integer >= 0; False for None."""
     if x is None or x.shape or not any(jnp.issubdtype(x.dtype, kind) for kind in (jnp.floating, jnp.integer)):
         return False
     return bool(np.isfinite(x)) and x >= 0 and int(x) == x

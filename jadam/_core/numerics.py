@@ -120,7 +120,8 @@ def promote(*values) -> np.dtype:
 
 
 @functools.cache
-def _promoted(widest, *dtypes):  # widest is only a cache key: the result depends on jax_enable_x64
+def _promoted(cache_key, *dtypes):
+    """The common dtype of ``dtypes``. ``cache_key`` is unused: the result depends on jax_enable_x64."""
     with jax.numpy_dtype_promotion("standard"):
         return jax.dtypes.canonicalize_dtype(functools.reduce(jnp.promote_types, dtypes))
 

@@ -34,7 +34,7 @@ class Format(Protocol):
         ...
 
     def matches(self, stored: Sequence[jax.Array]) -> bool:
-        """Whether the arrays ``stored`` are in this format."""
+        """Whether ``stored`` is in this format, if no earlier one of `FORMATS` matches; float32 matches all."""
         ...
 
     def num_arrays(self, num_moments: int) -> int:
@@ -123,7 +123,7 @@ FORMATS: dict[str, Format] = {format.name: format for format in (Int8(), BFloat1
 
 
 def format_of(stored: Sequence[jax.Array]) -> Format:
-    """Return the format of stored arrays."""
+    """The format of stored arrays: int8 or bfloat16 by the dtype of the second array, otherwise float32."""
     return next(format for format in FORMATS.values() if format.matches(stored))
 
 
