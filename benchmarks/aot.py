@@ -203,7 +203,7 @@ def compile_on_mesh(topology, model):
     devices = np.array(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
     shape = {"data": 4, "model": devices.size // 4}
     mesh = jax.sharding.Mesh(devices.reshape(tuple(shape.values())), tuple(shape))
-    for name, (dtype, tx) in planning.FORMATS.items():
+    for name, (dtype, tx) in planning.CONFIGURATIONS.items():
         shapes = planning.shapes_of(model, dtype)
         program, arguments = step_on_mesh(tx, shapes, mesh)
         parameters, state, gradients = (entry_bytes(program.as_text(), part) for part in arguments)

@@ -22,7 +22,7 @@ from jadam._core.trees import leaf_name, match_state_to_params, params_with_grad
 from jadam._fused.step import step_sharded, update_and_apply
 from jadam._moments.formats import is_placeholder, placeholder
 from jadam._moments.int8 import BLOCK, largest_block
-from jadam._transformation.transformation import CustomUpdateFn, NotFusible, never_leafwise
+from jadam._transformation.transformation import CustomUpdateFn, NotFusible, raise_not_fusible
 
 
 @dataclasses.dataclass(eq=False)
@@ -72,7 +72,7 @@ class Leaf:
     shape: tuple[int, ...]
     param_sharding: NamedSharding
     state_sharding: NamedSharding
-    bytes: int  # of its state, on all devices together
+    bytes: int  # of its state, as global arrays
     reason: str  # why its state is not sharded over the axis, or ""
     widened: str  # why its moments are float32 instead of int8, or ""
 
@@ -216,7 +216,7 @@ def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[s
             params, state = update_and_apply(tx, grads, state, params)
         return merge(jax.tree.leaves(_to_shardings(params, param_shardings))), _to_shardings(state, shardings)
 
-    return Zero1(init, _Zero1UpdateFn(never_leafwise, inner=tx, step=step, function=update, layout=layout))
+    return Zero1(init, _Zero1UpdateFn(raise_not_fusible, inner=tx, step=step, function=update, layout=layout))
 
 
 def shard_largest_dim(shapes, mesh, axis: str | Sequence[str] | None) -> Any:
@@ -305,7 +305,7 @@ def _layout(tx, params, mesh, axes) -> Layout:
             int8, widened = False, f"its own sharding cuts its last dimension into shards of {length}, {_NO_BLOCK}"
         spec, reason = _shard_first_dim(p.shape, param_spec, mesh, axes, int8)
         size = sum(s.size * s.dtype.itemsize for s in param_states[name])
-        reason = reason if shardable else "no state of its shape" if size else ""
+        reason = reason if shardable else "no array of its state has its shape" if size else ""
         state_sharding = NamedSharding(mesh, spec if shardable and not reason else param_spec)
         leaves[name] = Leaf(name, p.shape, param_sharding, state_sharding, size, reason, widened)
 
@@ -394,7 +394,7 @@ def _shard_first_dim(shape, spec, mesh, axes, int8) -> tuple[PartitionSpec, str]
             continue
         return new, ""
     if used:
-        reason += f" on top of {spec}"
+        reason += f" (on top of its own sharding {spec})"
     return spec, reason
 
 

@@ -9,7 +9,7 @@ from rich.progress import track
 from rich.table import Table
 
 from jadam._cli.output import CommandError, check_picture, save_picture
-from jadam._diagnostics.plan import FORMATS, PARTS, draw, plan, shapes_of, unit_of
+from jadam._diagnostics.plan import CONFIGURATIONS, PARTS, draw, plan, shapes_of, unit_of
 
 
 def run(model: str, mesh: Mapping[str, int], axis: str, out: Path, params_axis: str | None = None) -> None:
@@ -19,7 +19,7 @@ def run(model: str, mesh: Mapping[str, int], axis: str, out: Path, params_axis: 
         if name not in (None, *mesh):
             raise CommandError(f"{flag} must be an axis of --mesh ({', '.join(mesh)}), got {name!r}")
     progress = Console(stderr=True)
-    formats = FORMATS.items()
+    formats = CONFIGURATIONS.items()
     if progress.is_terminal:  # rich before 14 prints an empty line even if it is disabled
         formats = track(formats, "planning", console=progress, transient=True)
     try:

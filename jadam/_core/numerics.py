@@ -31,16 +31,18 @@ def constant_beta(b, t: Scalar, dtype) -> Beta:
     return Beta(value, one_minus(b, dtype), correction, value, next_correction)
 
 
-# The bias correction of a scheduled beta at the current step, where that of the previous step is not known.
 class CurrentCorrection(NamedTuple):
+    """The bias correction of a scheduled beta at the current step, for when the previous step's is not known."""
+
     value: jax.Array
 
 
 def scheduled_beta(b, next_b, correction: jax.Array | CurrentCorrection) -> Beta:
-    """The `Beta` of a scheduled rate ``b`` with next value ``next_b``. ``correction`` is the previous step's.
+    """The `Beta` of a scheduled rate ``b`` with next value ``next_b``.
 
-    ``1 - b_1 * b_2 * ... * b_t`` is the moving average of ones under these rates. Close to 0, the average does not
-    cancel, unlike 1 minus the product.
+    ``correction`` is the previous step's, or a `CurrentCorrection`. This step's, ``1 - b(0) * ... * b(t-1)``, is
+    computed as the moving average of ones under these rates. Where it is close to 0, one minus the product would
+    cancel; the average does not.
     """
     known = correction.value if isinstance(correction, CurrentCorrection) else correction
     current, following = (constant_beta(x, jnp.ones([], known.dtype), known.dtype) for x in (b, next_b))
@@ -144,9 +146,9 @@ def lowbias32(x: jax.Array) -> jax.Array:
 
 
 def dither(index: jax.Array, salt: int, count: jax.Array, k: int) -> jax.Array:
-    """32 pseudo-random bits for every element of an array, without a key: a function of the element and the step.
+    """32 pseudo-random bits for every element of an array, without a key: a Weyl sequence over the steps.
 
-    A hash of the index is the start, and every step adds the golden ratio of 2**32, modulo 2**32. Over any run of
+    A hash of the index is the start, and every step adds 2**32 / golden ratio, modulo 2**32. Over any run of
     steps these bits are spread more evenly than independent ones, so rounding errors cancel sooner. Under random
     gradients the root mean square error of v is 13 % less in int8, and 30 % less in bfloat16.
 

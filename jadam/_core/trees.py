@@ -64,7 +64,7 @@ class NamedLeaves:
 def match_state_to_params(state, params) -> list[tuple[str | None, str | None]]:
     """For each leaf of ``state``, its parameter's name and its field of the state, or ``(None, None)``."""
     named = {_keys(path): (leaf_name(path), p) for path, p in jax.tree_util.tree_leaves_with_path(params)}
-    spans_all = lambda x: getattr(x, "spans_all_params", False)
+    spans_all = lambda x: getattr(x, "belongs_to_no_param", False)
     candidates = []
     for path, x in jax.tree_util.tree_leaves_with_path(state, is_leaf=spans_all):
         candidates += [{}] * len(jax.tree.leaves(x)) if spans_all(x) else [_candidates(path, x, named)]

@@ -162,7 +162,7 @@ def shapes_of(model: str, dtype=jnp.bfloat16) -> Any:
     )
 
 
-FORMATS = {
+CONFIGURATIONS = {
     "float32": (jnp.float32, adamw(1e-3)),
     "bfloat16": (jnp.float32, adamw(1e-3, moments="bfloat16")),
     "int8": (jnp.float32, adamw(1e-3, moments="int8")),

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import matplotlib.figure
 
 COLUMNS = len(SCALARS) + len(QUANTILES)
-START_LATE = (
+REMEDY_FOR_BARE_STATE = (
     "To add record to a running training: record(tx).init(params)._replace(inner_state=state); with Flax NNX: "
     "optimizer.opt_state = optimizer.opt_state._replace(inner_state=earlier.opt_state)."
 )
@@ -48,7 +48,7 @@ class Ring(NamedTuple):
     steps: jax.Array
     values: jax.Array
     names: jax.Array
-    spans_all_params = True  # jadam.describe counts it under no parameter, whatever the shapes of its arrays
+    belongs_to_no_param = True  # jadam.describe counts it under no parameter, whatever the shapes of its arrays
 
 
 class RecordState(NamedTuple):
@@ -138,14 +138,14 @@ def record(
         """The inner ``update``, then a record of the new state and parameters if one is due."""
         if params is None:
             raise ValueError("record needs params: call update(updates, state, params).")
-        checks.check_state_type(state, RecordState, START_LATE)
+        checks.check_state_type(state, RecordState, REMEDY_FOR_BARE_STATE)
         params, _ = params_with_gradients(params, updates)
         updates, inner = tx.update(updates, state.inner_state, params, **extra_args)
         return updates, after_step(RecordState(inner, state.ring), apply_updates(params, updates))
 
     def leafwise(updates, state, params) -> LeafwiseUpdate:
         """The inner optimizer's `LeafwiseUpdate`; `jadam.step` calls ``after_step`` for the record."""
-        checks.check_state_type(state, RecordState, START_LATE)
+        checks.check_state_type(state, RecordState, REMEDY_FOR_BARE_STATE)
         leaf_updates, rebuild_state = tx.update.leafwise(updates, state.inner_state, params)
         return LeafwiseUpdate(leaf_updates, lambda arrays: RecordState(rebuild_state(arrays), state.ring))
 

@@ -300,10 +300,10 @@ def _state_before_step(state):
 
 
 def _measure_coordinates(leaf_update: LeafUpdate, has_stepped, p, update, sample) -> jax.Array:
-    """sqrt(v_hat), |update|, |parameter|, SNR, whether eps dominates and if int8 rounds m to 0: ``[6, 1, *shape]``.
+    """Six measures of each sampled coordinate, ``[6, 1, *shape]``.
 
-    For each sampled coordinate. The first three are for root mean squares, the others for means. All but the parameter
-    and the last are 0 before the first step.
+    For root mean squares: sqrt(v_hat), |update|, |parameter|. For means: SNR, whether eps dominates, whether int8
+    rounds m to 0. All but the parameter and the last are 0 before the first step.
     """
     index = _subsample(p.shape, sample)
     p = p[index] if leaf_update.remainder is None else join(p[index], leaf_update.remainder[index])
@@ -315,7 +315,7 @@ def _measure_coordinates(leaf_update: LeafUpdate, has_stepped, p, update, sample
     eps = jnp.maximum(
         leaf_update.hyperparams.eps, sqrt(jnp.asarray(leaf_update.hyperparams.eps_root, real(leaf_update.dtype)))
     )
-    root_without_eps = root - eps if leaf_update.rule.eps_in_denominator else root
+    root_without_eps = root - eps if leaf_update.rule.eps_in_moment else root
     rounded_to_zero = (
         (leaf_update.stored[0] == 0) & (leaf_update.stored[1] != 0)
         if leaf_update.format.name == "int8"
@@ -386,8 +386,8 @@ def _subsample(shape, sample):
 def _update_from_moments(leaf_update: LeafUpdate, m_hat, m, others, p):
     """The update computed from the moments: the rule with decay rates of 1, which leave the moments unchanged."""
     hp, one = leaf_update.hyperparams, np.dtype(real(leaf_update.dtype)).type(1)
-    frozen = lambda beta: Beta(one, one - one, beta.correction, beta.next_b, beta.next_correction)
-    hp = hp.replace(b1=frozen(hp.b1), b2=frozen(hp.b2))
+    with_rate_1 = lambda beta: Beta(one, one - one, beta.correction, beta.next_b, beta.next_correction)
+    hp = hp.replace(b1=with_rate_1(hp.b1), b2=with_rate_1(hp.b2))
     g = m_hat if leaf_update.rule.nesterov else jnp.zeros_like(m_hat)
     return leaf_update.apply_decay_and_lr(leaf_update.rule.function(hp, g, m, *others)[0], p)
 

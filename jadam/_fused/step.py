@@ -29,9 +29,9 @@ from jadam._transformation.transformation import (
     ConcreteCount,
     NotFusible,
     Operands,
-    never_leafwise,
+    as_state_arrays,
     pack,
-    state_arrays,
+    raise_not_fusible,
     unpack,
     update_leaf,
     update_of,
@@ -84,7 +84,7 @@ def step(
     update = update_of(tx)
     if update.step is not None:
         return update.step(grads, state, params)
-    if update.leafwise is never_leafwise:
+    if update.leafwise is raise_not_fusible:
         return update_and_apply(tx, grads, state, params)
     all_params = params
     params, merge = params_with_gradients(params, grads)
@@ -115,7 +115,7 @@ def _unflatten_results(treedef, arrays) -> tuple[list, list[tuple]]:
 def _result_structure(treedef):
     """The structure of the primitive's results: the parameters, and the state arrays of each leaf."""
     operands, _, params = treedef.unflatten(range(treedef.num_leaves))
-    return jax.tree.structure((params, list(map(state_arrays, operands.leaf_arrays))))
+    return jax.tree.structure((params, list(map(as_state_arrays, operands.leaf_arrays))))
 
 
 def update_and_apply(tx, grads, state, params):
@@ -129,7 +129,7 @@ def why_not_fused(tx, grads, state, params) -> str | None:
     """Return why `step` cannot be fused on any platform, or None. Raises what ``tx.update`` raises."""
 
     def try_fuse(grads, state, params):
-        """Raise `NotFusible`, or return the scalars, as a traced function must."""
+        """Raise `NotFusible`, or return arrays, as a traced function must."""
         return pack(update_of(tx).leafwise(grads, _with_concrete_counts(state), params).leaf_updates)[1]
 
     try:
@@ -156,10 +156,10 @@ def why_leaves_not_fused(platform, tx, grads, state, params) -> list[tuple[str, 
     )
 
     def find_reasons(grads, state, params):
-        """Append every leaf's rule and reason to ``found``."""
+        """Append every leaf's group and reason to ``found``."""
         leaf_updates = update_of(tx).leafwise(grads, _with_concrete_counts(state), params).leaf_updates
         for leaf_update, g, p in zip(leaf_updates, jax.tree.leaves(grads), jax.tree.leaves(params), strict=True):
-            found.append((leaf_update.path_rule, None if leaf_update.frozen else unsupported_reason(leaf_update, g, p)))
+            found.append((leaf_update.group, None if leaf_update.frozen else unsupported_reason(leaf_update, g, p)))
 
     jax.eval_shape(find_reasons, grads, state, params)
     return found
@@ -210,7 +210,7 @@ def _step_shards(settings, mesh, specs, shard_offset, operands, grads, params):
         body,
         mesh=mesh,
         in_specs=(operand_specs, specs, specs),
-        out_specs=(specs, list(map(state_arrays, owned_specs))),
+        out_specs=(specs, list(map(as_state_arrays, owned_specs))),
         check_vma=False,
     )(operands, grads, params)
 
@@ -285,7 +285,7 @@ def _abstract_eval(*avals, settings, treedef):
     operands, _, params = treedef.unflatten(avals)
     if not avals:
         return []
-    results = [x.strip_weak_type() for x in jax.tree.leaves((params, list(map(state_arrays, operands.leaf_arrays))))]
+    results = [x.strip_weak_type() for x in jax.tree.leaves((params, list(map(as_state_arrays, operands.leaf_arrays))))]
     return _with_varying_axes(avals, results)
 
 

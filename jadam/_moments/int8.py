@@ -26,7 +26,7 @@ import numpy as np
 
 from jadam._core.numerics import at_least_float32, uniform
 
-BLOCK = 128  # most elements along the last axis that share a scale; the number of a TPU's lanes
+BLOCK = 128  # at most this many elements along the last axis share a scale; a TPU has as many lanes
 MIN_SIZE = 4096  # smaller leaves stay float32
 # For codes a and c: |r| = r_scale * a**2 / R_LEVELS and s = s_scale * c**4 / S_LEVELS.
 R_LEVELS, S_LEVELS = np.float32(127**2), np.float32(255**4)
@@ -161,7 +161,10 @@ def _init_block_length(p) -> int | None:
 
 
 def largest_block(n: int, shard: int) -> int | None:
-    """The largest block length, 32 to 128, that divides the shards of an axis of ``n``, or None. Any if unsharded."""
+    """The largest block length, 32 to 128, that divides shards of length ``shard`` of an axis of length ``n``, or None.
+
+    An unsharded axis, ``shard == n``, may end in a shorter block: it gets `BLOCK`, or ``n`` if that is less.
+    """
     if shard == n:
         return min(BLOCK, n)
     fits = lambda b: shard % b == 0 and _block_length(n, n // b) == b

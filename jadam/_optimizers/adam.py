@@ -281,7 +281,7 @@ def adamw(
         moments: storage of the moments: ``"float32"``, ``"bfloat16"`` or ``"int8"``, or a function ``f(path, leaf)``
             that returns one of these.
         max_lr: None multiplies the decay by the learning rate. A number > 0, the peak of the schedule, makes the decay
-            independent of it: :math:`(\alpha_t / \texttt{max\_lr}) \lambda`.
+            independent of that peak: :math:`(\alpha_t / \texttt{max\_lr}) \lambda`.
 
         `scale_by_adam` says more about each.
 
@@ -347,7 +347,7 @@ def nadam(
         bias_correction: False leaves out both bias corrections.
         moments: storage of the moments: ``"float32"``, ``"bfloat16"`` or ``"int8"``, or a function ``f(path, leaf)``
             that returns one of these.
-        momentum_decay: :math:`\psi` >= 0 takes PyTorch's momentum schedule; None takes Dozat's.
+        momentum_decay: :math:`\psi` >= 0 takes PyTorch's momentum schedule; None keeps the momentum at ``b1``.
 
         `scale_by_adam` says more about each.
 
@@ -405,9 +405,9 @@ def nadamw(
         bias_correction: False leaves out both bias corrections.
         moments: storage of the moments: ``"float32"``, ``"bfloat16"`` or ``"int8"``, or a function ``f(path, leaf)``
             that returns one of these.
-        momentum_decay: :math:`\psi` >= 0 takes PyTorch's momentum schedule; None takes Dozat's.
+        momentum_decay: :math:`\psi` >= 0 takes PyTorch's momentum schedule; None keeps the momentum at ``b1``.
         max_lr: None multiplies the decay by the learning rate. A number > 0, the peak of the schedule, makes the decay
-            independent of it: :math:`(\alpha_t / \texttt{max\_lr}) \lambda`.
+            independent of that peak: :math:`(\alpha_t / \texttt{max\_lr}) \lambda`.
 
         `scale_by_adam` says more about each.
 

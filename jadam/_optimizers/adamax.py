@@ -17,17 +17,15 @@ from jadam._transformation.transformation import (
 )
 
 
-def adamax_rule(hp: Hyperparams, g, m, u):
-    """One step of Algorithm 2 on one array. Returns the direction and the new moments; ``u`` is the infinity norm."""
+def adamax_rule(hp: Hyperparams, g, m, nu):
+    """One step of Algorithm 2 on one array. Returns the direction, ``m`` and the infinity norm ``nu`` (paper: u)."""
     m = ema(hp.b1, m, g)
-    u = jnp.maximum(hp.b2.b * u, jnp.abs(g) + hp.eps)
+    nu = jnp.maximum(hp.b2.b * nu, jnp.abs(g) + hp.eps)
     m_hat = m / hp.b1.correction
-    return divide(m_hat, u), m, u
+    return divide(m_hat, nu), m, nu
 
 
-ADAMAX = Rule(
-    adamax_rule, optax.ScaleByAdamState, native="adamax", denominator=lambda hp, u: u, eps_in_denominator=True
-)
+ADAMAX = Rule(adamax_rule, optax.ScaleByAdamState, native="adamax", denominator=lambda hp, nu: nu, eps_in_moment=True)
 
 
 @call_as_repr
@@ -135,7 +133,7 @@ def adamaxw(
         moments: storage of the moments: ``"float32"`` or ``"bfloat16"``, or a function ``f(path, leaf)`` that returns
             one of these.
         max_lr: None multiplies the decay by the learning rate. A number > 0, the peak of the schedule, makes the decay
-            independent of it: :math:`(\alpha_t / \texttt{max\_lr}) \lambda`.
+            independent of that peak: :math:`(\alpha_t / \texttt{max\_lr}) \lambda`.
 
     Returns:
         A transformation with `optax.adamaxw`'s state; ``update`` needs ``params``.

@@ -40,7 +40,7 @@ def call_as_repr(function: F) -> F:
             for x in parameters
             if x in given and not is_default(given[x], parameters[x].default)
         ]
-        tx.update.call = f"jadam.{function.__name__}({', '.join(shown)})"
+        tx.update.made_by = f"jadam.{function.__name__}({', '.join(shown)})"
         return tx
 
     public = cast(Any, wrapper)

@@ -2,8 +2,8 @@
 
 A `Rule` holds a pure function ``f(hp, g, *moments) -> (u, *moments)`` on arrays of one dtype. ``hp`` are the
 hyperparameters of the step. `scale_by_rule` maps a rule over a tree; `scale_by_learning_rate_and_decay` adds weight
-decay and the learning rate. Rules are independent of trees, storage formats and schedules. Apart from two fields for
-RAdam, this file does not depend on a particular rule.
+decay and the learning rate. Rules are independent of trees, storage formats and schedules. Of particular rules this
+file knows only `adam_denominator`, `QuantizedAdamState`, and the fields of `Hyperparams` for NAdam and RAdam.
 """
 
 import collections
@@ -50,6 +50,7 @@ class Hyperparams(SimpleNamespace):
     b1: Beta
     b2: Beta
     momentum: Beta  # b1, unless a rule sets it
+    eps: Scalar | float
     eps_root: Scalar | float = 0.0
     trusted: Scalar | bool = True  # RAdam: whether the rectified step is used
     rectification: Scalar | float = 1.0  # RAdam
@@ -118,8 +119,8 @@ class Rule:
     state_type: Any  # NamedTuple of count and the moments: mu like the parameter, the others real
     native: str | None = None  # its name in the compiled CPU kernel; None if the kernel lacks it
     int8: bool = False  # whether m / sqrt(v) is bounded, which int8 moments require
-    denominator: Callable[..., Any] = adam_denominator  # denominator(hp, *second_moments) of m_hat, without eps
-    eps_in_denominator: bool = False  # whether the stored moment behind `denominator` already includes eps
+    denominator: Callable[..., Any] = adam_denominator  # denominator(hp, *second_moments): what divides m_hat
+    eps_in_moment: bool = False  # whether eps is part of the stored moment, as in AdaMax, not added to `denominator`
     nesterov: bool = False  # whether the update depends on g directly, not only through the moments
 
     @property
@@ -171,15 +172,15 @@ class LeafUpdate(NamedTuple):
     stored: tuple[jax.Array, ...]  # the moments, in this format
     salt: int  # seeds the random bits of stochastic rounding
     count: Any  # steps taken before this one  # pyright: ignore[reportIncompatibleMethodOverride]
-    minus_lr: Any = 1.0  # minus the learning rate
+    minus_lr: Any = 1.0  # minus the learning rate; 1 if there is none: then the update is the rule's direction
     weight_decay: Any = None
     bound: Any = None  # the gradient is clipped to [-bound, bound]
-    norm: Any = None  # then divided by norm
-    max_norm: Any = None  # and multiplied by max_norm
+    norm: Any = None  # then divided by this: the global norm, or 1 if that is below the limit
+    max_norm: Any = None  # and multiplied by this: the limit, or 1 likewise
     remainder: jax.Array | None = None  # of a bfloat16 parameter, see `jadam.exact_bf16`
     shard: Shard | None = None  # set if the leaf is a shard of a larger array
     index: Any = None  # linear index of each element in the global array, if precomputed
-    path_rule: Any = None  # the leaf's group in `jadam.by_path`
+    group: Any = None  # the leaf's group in `jadam.by_path`
 
     @property
     def frozen(self) -> bool:
@@ -248,7 +249,7 @@ class Settings(NamedTuple):
     global_shapes: tuple | None  # of the global arrays, if the leaves are shards
 
 
-LEAVES_PER_PROGRAM = 32  # most leaves that one program of an eager update takes
+LEAVES_PER_PROGRAM = 32  # an eager update compiles at most this many leaves into one program
 LEAF_SCALARS = ("minus_lr", "weight_decay", "bound", "norm", "max_norm", "count")
 
 
@@ -260,7 +261,7 @@ def pack(leaf_updates: list[LeafUpdate], global_shapes=None) -> tuple[Settings, 
     values, treedef = jax.tree.flatten((list(distinct.values()), own_scalars))
     scalars = {id(x): x for x in values}
     place = {key: i for i, key in enumerate(scalars)}
-    removed = {"hyperparams": None, "stored": (), "remainder": None, "path_rule": None, **dict.fromkeys(LEAF_SCALARS)}
+    removed = {"hyperparams": None, "stored": (), "remainder": None, "group": None, **dict.fromkeys(LEAF_SCALARS)}
     settings = Settings(
         leaf_updates=tuple(  # an unused salt is 0, so that equal leaves have equal settings
             leaf._replace(salt=leaf.salt if leaf.format.stochastic else 0, **removed) for leaf in leaf_updates
@@ -295,14 +296,14 @@ def unpack(settings: Settings, operands: Operands) -> list[LeafUpdate]:
     ]
 
 
-def state_arrays(leaf_arrays) -> tuple:
-    """One leaf's arrays as in the new state: the remainder, if it has one, then the stored moments."""
+def as_state_arrays(leaf_arrays) -> tuple:
+    """Reorder ``(stored, remainder)`` of `Operands.leaf_arrays` to ``(remainder, *stored)``, as in the new state."""
     stored, remainder = leaf_arrays
     return stored if remainder is None else (remainder, *stored)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _update_leaves(settings, operands, grads, params) -> tuple[list[jax.Array], list[tuple]]:
+def _compute_updates(settings, operands, grads, params) -> tuple[list[jax.Array], list[tuple]]:
     """Return each leaf's update, and its new state arrays: the remainder, if it has one, then the moments."""
     updates, new_arrays = [], []
     for leaf, g, p in zip(unpack(settings, operands), grads, params, strict=True):
@@ -361,7 +362,7 @@ class UpdateFn:
     leafwise: Callable[
         ..., LeafwiseUpdate
     ]  # leafwise(grads, state, params): checks the input, evaluates the schedules; may raise `NotFusible`
-    call: str = ""  # the call that made the transformation, its repr
+    made_by: str = ""  # the call that made the transformation, its repr
     inner: Any = None  # the wrapped transformation, if this one is a wrapper
     needs_gradient_values: bool = False  # whether `leafwise` reads the gradients' values, as for a norm, or only shapes
     after_step: Callable[..., Any] | None = None  # after_step(new_state, new_params) -> state, called by `jadam.step`
@@ -379,7 +380,7 @@ class UpdateFn:
         updates, new_arrays = [None] * len(leaf_updates), [None] * len(leaf_updates)
         for group in _group_by_program(leaf_updates, grads, traced):
             own_grads, own_params = [grads[i] for i in group], [params[i] for i in group]
-            results = _update_leaves(*pack([leaf_updates[i] for i in group]), own_grads, own_params)
+            results = _compute_updates(*pack([leaf_updates[i] for i in group]), own_grads, own_params)
             for i, u, new in zip(group, *results, strict=True):
                 updates[i], new_arrays[i] = u, new
         return structure.unflatten(updates), rebuild_state(new_arrays)
@@ -396,23 +397,23 @@ class CustomUpdateFn(UpdateFn):
         return self.function(updates, state, params, **extra_args)
 
 
-def never_leafwise(grads, state, params) -> LeafwiseUpdate:
+def raise_not_fusible(grads, state, params) -> LeafwiseUpdate:
     """`UpdateFn.leafwise` of a transformation that is not a jadam optimizer: always raises `NotFusible`."""
     raise NotFusible("not a jadam optimizer (for a chain, use jadam.chain)")
 
 
 def update_of(tx: optax.GradientTransformation) -> UpdateFn:
     """Return the `UpdateFn` of a transformation; for Optax's own, one that cannot be fused."""
-    return tx.update if isinstance(tx.update, UpdateFn) else UpdateFn(never_leafwise)
+    return tx.update if isinstance(tx.update, UpdateFn) else UpdateFn(raise_not_fusible)
 
 
 class Transformation(optax.GradientTransformationExtraArgs):
-    """An Optax transformation whose ``update`` is an `UpdateFn`; `jadam.step` fuses it where that is possible."""
+    """An Optax transformation that `jadam.step` may fuse by its ``leafwise``. `Clip` and `Zero1` are not one."""
 
     update: UpdateFn  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __repr__(self):
-        return self.update.call or super().__repr__()
+        return self.update.made_by or super().__repr__()
 
     def __treescope_repr__(self, path, subtree_renderer):
         """The repr, for notebooks that use treescope."""
@@ -453,7 +454,6 @@ def scale_by_rule(
     quantized = rule.int8 and (moments == "int8" or callable(moments))
     state_type = QuantizedAdamState if quantized else rule.state_type
     fields = [name for name in state_type._fields if name not in ("count", "version")]
-    versions = [formats.version] if "version" in state_type._fields else []
 
     def init(params) -> Any:
         checks.check_trainable(params, "params")
@@ -469,7 +469,7 @@ def scale_by_rule(
         for name, tree, column in zip(fields, trees, columns, strict=True):
             if mu_dtype is None or name != "mu":
                 checks.check_dtypes_kept(tree, column)
-        state = state_type(jnp.zeros([], jnp.int32), *trees, *(make() for make in versions))
+        state = state_type(jnp.zeros([], jnp.int32), *trees, *([formats.version()] if quantized else []))
         return ScheduledBetasState({name: jnp.zeros([]) for name in scheduled}, state) if scheduled else state
 
     def leafwise(updates, state, params=None) -> LeafwiseUpdate:
@@ -477,7 +477,7 @@ def scale_by_rule(
             checks.check_state_type(state, ScheduledBetasState)
         corrections, state = state if scheduled else ({}, state)
         checks.check_state_type(state, state_type)
-        if versions:
+        if quantized:
             checks.check_version(state, formats.VERSION)
         checks.check_count(state.count)
         checks.check_gradients(updates, state, params, params_may_be_shapes=True)
@@ -619,7 +619,7 @@ def scale_by_learning_rate_and_decay(tx: Transformation, learning_rate, *decay_a
         weight_decay = nan_if_invalid("weight_decay", checks.hyperparameter("weight_decay", weight_decay, ">= 0"))
         if max_lr is not None:
             max_lr = checks.hyperparameter("max_lr", max_lr, "> 0", schedule=False)
-            weight_decay = decouple(weight_decay, max_lr)
+            weight_decay = independent_decay(weight_decay, max_lr)
         mask = None if mask is None else checks.mask_function(mask)
         stages.append(optax.add_decayed_weights(weight_decay, mask))
     learning_rate = checks.hyperparameter("learning_rate", learning_rate, ">= 0", hint="To maximise, negate the loss.")
@@ -682,7 +682,7 @@ def nan_if_invalid(name: str, value):
     return schedule
 
 
-def decouple(weight_decay, max_lr):
+def independent_decay(weight_decay, max_lr):
     """``weight_decay / max_lr``, also of a schedule: makes weight decay independent of the peak learning rate."""
     return (
         (lambda count: schedule_value(weight_decay, count) / max_lr)

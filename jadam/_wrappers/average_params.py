@@ -77,16 +77,16 @@ def average_params(decay: float | jax.Array | None = 0.999) -> optax.GradientTra
         checks.check_same_tree(params, state.average, "params", "state.average")
         count = jnp.asarray(optax.safe_increment(state.count))
 
-        def average(average, p, u):
+        def updated(average, p, u):
             """Return the new average of one parameter."""
             dtype = jnp.finfo(average.dtype).dtype
             t = count.astype(dtype)
-            rate = lambda: one_minus(checks.nan_if_out_of_range(decay, "in [0, 1)"), dtype)
-            weight = 1 / t if decay is None else rate() / one_minus_power(decay, t, dtype)
-            rate = Beta(1 - weight, weight, t, t, t)  # ema reads b and one_minus_b only
-            return ema(rate, average, apply_rounded(p, u, p.dtype).astype(average.dtype))
+            one_minus_decay = lambda: one_minus(checks.nan_if_out_of_range(decay, "in [0, 1)"), dtype)
+            weight = 1 / t if decay is None else one_minus_decay() / one_minus_power(decay, t, dtype)
+            beta = Beta(1 - weight, weight, t, t, t)  # ema reads b and one_minus_b only
+            return ema(beta, average, apply_rounded(p, u, p.dtype).astype(average.dtype))
 
-        averages = jax.tree.map(average, state.average, params, updates)
+        averages = jax.tree.map(updated, state.average, params, updates)
         return updates, AverageParamsState(count, averages, state.dtypes)
 
     return optax.GradientTransformationExtraArgs(init, update)

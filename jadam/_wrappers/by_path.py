@@ -25,7 +25,7 @@ from jadam._transformation.transformation import (
     ScheduledBetasState,
     Transformation,
     UpdateFn,
-    decouple,
+    independent_decay,
     nan_if_invalid,
     schedule_value,
 )
@@ -54,7 +54,7 @@ class ByPathState(NamedTuple):
     corrections: tuple[dict[str, jax.Array], ...]
 
 
-class _PathRule(NamedTuple):
+class _Group(NamedTuple):
     """Settings of the leaves that follow one rule."""
 
     name: str  # as `jadam.describe` prints it
@@ -120,11 +120,11 @@ def by_path(
     if max_lr is not None:
         max_lr = checks.hyperparameter("max_lr", max_lr, "> 0", schedule=False)
 
-    def group(pattern, settings) -> _PathRule:
-        """Return the `_PathRule` of one rule, with its settings merged into the defaults."""
+    def group(pattern, settings) -> _Group:
+        """Return the `_Group` of one rule, with its settings merged into the defaults."""
         pattern = _compile_pattern(pattern)
         if settings is FROZEN:
-            return _PathRule(f"{pattern.pattern!r} {settings!r}", pattern)
+            return _Group(f"{pattern.pattern!r} {settings!r}", pattern)
         merged: dict[str, Any] = {**defaults, **_check_settings(pattern.pattern, settings)}
         make = lambda moments: scale_by_adam(merged["b1"], merged["b2"], eps, eps_root, moments=moments, **switches)
         choice: Any = merged["moments"]
@@ -134,11 +134,11 @@ def by_path(
         tx = make((lambda path, p: choice) if isinstance(choice, str) else choice)
         lr_mult = checks.hyperparameter("lr_mult", merged["lr_mult"], ">= 0", schedule=False)
         decay = nan_if_invalid("weight_decay", checks.hyperparameter("weight_decay", merged["weight_decay"], ">= 0"))
-        decay = decay if max_lr is None else decouple(decay, max_lr)
+        decay = decay if max_lr is None else independent_decay(decay, max_lr)
         shown = settings if choice == "float32" else {**settings, "moments": choice}
         name = " ".join([repr(pattern.pattern), *(f"{key}={value!r}" for key, value in shown.items())])
         minus_lr = lambda count: -(schedule_value(nan_if_invalid("learning_rate", learning_rate), count) * lr_mult)
-        return _PathRule(name, pattern, tx, choice, minus_lr, lambda count: schedule_value(decay, count))
+        return _Group(name, pattern, tx, choice, minus_lr, lambda count: schedule_value(decay, count))
 
     groups = [group(*rule) for rule in _check_rules(rules)]
     fields = [name for name in QuantizedAdamState._fields if name not in ("count", "version")]
@@ -172,7 +172,7 @@ def by_path(
                 partition.take(k, updates), own, partition.take(k, params)
             )
             rebuilders.append((partition.indices[k], rebuild_state))
-            changes = {"minus_lr": group.minus_lr(count), "weight_decay": group.weight_decay(count), "path_rule": group}
+            changes = {"minus_lr": group.minus_lr(count), "weight_decay": group.weight_decay(count), "group": group}
             for i, leaf in zip(partition.indices[k], own_updates, strict=True):
                 leaf_updates[i] = leaf._replace(**changes)
         for i, g in enumerate(jax.tree.leaves(updates)):
@@ -185,7 +185,7 @@ def by_path(
                     stored=(),
                     salt=0,
                     count=count,
-                    path_rule=groups[partition.group_of_leaf[i]],
+                    group=groups[partition.group_of_leaf[i]],
                 )
 
         def rebuild_state(state_arrays):
@@ -205,7 +205,7 @@ def by_path(
 class _Partition:
     """The leaves of a tree, divided into groups."""
 
-    def __init__(self, groups: list[_PathRule], tree):
+    def __init__(self, groups: list[_Group], tree):
         paths, self.structure = jax.tree_util.tree_flatten_with_path(tree)
         self.names = [leaf_name(path) for path, _ in paths]
         self.group_of_leaf = _assign_groups(groups, self.names)
@@ -233,7 +233,7 @@ def _split_corrections(states) -> tuple[tuple[dict, ...], list]:
     return corrections, [x.inner_state if on else x for x, on in zip(states, scheduled, strict=True)]
 
 
-def _check_tree(groups: list[_PathRule], params, moments, what: str) -> None:
+def _check_tree(groups: list[_Group], params, moments, what: str) -> None:
     """Raise unless ``moments`` are of a tree like ``params``, naming the first leaf that differs."""
     with contextlib.suppress(ValueError):
         jax.tree.structure(params).flatten_up_to(moments)
@@ -247,7 +247,7 @@ def _check_tree(groups: list[_PathRule], params, moments, what: str) -> None:
     checks.check_same_structure(trained, moments, "params", what)
 
 
-def _assign_groups(groups: list[_PathRule], names: list[str]) -> list[int]:
+def _assign_groups(groups: list[_Group], names: list[str]) -> list[int]:
     """Return for each path the first group whose pattern matches; raise if a path or a pattern has no match."""
     matches = [[group.pattern.search(name) is not None for group in groups] for name in names]
     if not names:  # `optax.tree.map_params` calls init with a tree of no leaves

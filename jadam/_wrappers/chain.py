@@ -18,7 +18,7 @@ from jadam._transformation.transformation import (
     LeafwiseUpdate,
     NotFusible,
     Transformation,
-    never_leafwise,
+    raise_not_fusible,
     update_of,
 )
 from jadam._wrappers.exact_bf16 import ExactBF16
@@ -29,7 +29,7 @@ class ClipUpdateFn(CustomUpdateFn):
     """`UpdateFn` of a clipping transformation."""
 
     name: str = dataclasses.field(kw_only=True)
-    clip_leaves: Callable[..., Any] = dataclasses.field(kw_only=True)  # clip_leaves(leaf_updates, grads), with clipping
+    clip_leaves: Callable[..., Any] = dataclasses.field(kw_only=True)  # (leaf_updates, grads) -> leaf_updates that clip
 
 
 class Clip(optax.GradientTransformation):
@@ -38,7 +38,7 @@ class Clip(optax.GradientTransformation):
     update: ClipUpdateFn  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __repr__(self):
-        return self.update.call
+        return self.update.made_by
 
 
 def _clip(clip_grads, clip_leaves, name, bound) -> Clip:
@@ -50,8 +50,8 @@ def _clip(clip_grads, clip_leaves, name, bound) -> Clip:
         return structure.unflatten(clip_grads(leaves)), state
 
     call = f"jadam.{name}({bound})"
-    leafwise = ClipUpdateFn(never_leafwise, call, function=update, name=name, clip_leaves=clip_leaves)
-    return Clip(optax.identity().init, leafwise)
+    update_fn = ClipUpdateFn(raise_not_fusible, call, function=update, name=name, clip_leaves=clip_leaves)
+    return Clip(optax.identity().init, update_fn)
 
 
 def clip(max_delta: jax.typing.ArrayLike) -> Clip:
@@ -105,7 +105,7 @@ def clip_by_global_norm(max_norm: jax.typing.ArrayLike) -> Clip:
     max_norm = checks.hyperparameter("max_norm", max_norm, "> 0", schedule=False)
 
     def factors(leaves):
-        """What to divide by and to multiply by. Optax divides by the norm in any case: 0 / 0 without gradients."""
+        """The divisor and the factor, both 1 if nothing is clipped: for zero gradients Optax would compute 0 / 0."""
         norm = sqrt(optax.tree.norm(leaves, squared=True))
         unclipped = jnp.squeeze(norm < max_norm)
         return jnp.where(unclipped, 1.0, norm), jnp.where(unclipped, 1.0, max_norm)
@@ -178,7 +178,7 @@ def chain(*stages: optax.GradientTransformation) -> Transformation:
         checks.check_gradients(updates, state, params, params_may_be_shapes=True)
         if clips and any(jnp.finfo(jnp.result_type(g)).bits < 32 for g in jax.tree.leaves(updates)):
             raise NotFusible(
-                "jadam.chain clips 16-bit gradients in 16 bits (for bfloat16 parameters, use jadam.exact_bf16)"
+                "kernels clip in float32, Optax in 16 bits (for bfloat16 parameters, use jadam.exact_bf16)"
             )
         if clips and any(jnp.iscomplexobj(g) for g in jax.tree.leaves(updates)):
             raise NotFusible("jadam.chain clips complex gradients")

@@ -60,9 +60,9 @@ def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
 
     A step joins parameters and remainders to masters, runs ``tx`` on them with float32 gradients, and splits the
     result. `optax.apply_updates` then gives the masters rounded to bfloat16. The masters are equal, bit for bit, to
-    those of float32 training on the same gradients. The exception: in a few cases no update makes
-    `optax.apply_updates` give the rounded master (from -3e38 to 3e38, or among bfloat16's subnormal numbers, below
-    1.2e-38). Then the master becomes the parameter that results.
+    those of float32 training on the same gradients, with two exceptions: a step so long that the update overflows, as
+    from -3e38 to 3e38, and a step between subnormal numbers, below 1.2e-38. There no update makes
+    `optax.apply_updates` give the rounded master, and the master becomes the parameter that results.
 
     It must be the outermost wrapper, because a stage after it would change the parameters but not the masters.
     Correct: ``exact_bf16(optax.chain(...))``, ``exact_bf16(optax.apply_if_finite(tx, n))``, and

@@ -24,11 +24,11 @@ def test_parameter_counts_of_models(name):
     assert sum(x.size for x in jax.tree.leaves(planning.shapes_of(name))) == COUNTS[name]
 
 
-@pytest.mark.parametrize("how", planning.FORMATS)
+@pytest.mark.parametrize("how", planning.CONFIGURATIONS)
 @pytest.mark.parametrize("params_axis", [None, "model"])
 def test_plan_matches_real_arrays(how, params_axis):
     """Planned bytes equal those on the first device of a 4 x 2 mesh."""
-    dtype, tx = planning.FORMATS[how]
+    dtype, tx = planning.CONFIGURATIONS[how]
     shapes = {"a": (257, 768), "b": [(128, 300), (24,)], "c": (3,)}
     shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, dtype), shapes, is_leaf=lambda x: isinstance(x, tuple))
     planned = jadam.plan(tx, shapes, {"data": 4, "model": 2}, "data", params_axis)

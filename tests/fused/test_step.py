@@ -542,7 +542,7 @@ NOT_FUSED = [
     (
         jadam.chain(CLIP, ADAM),
         P16,
-        "jadam.chain clips 16-bit gradients in 16 bits (for bfloat16 parameters, use jadam.exact_bf16)",
+        "kernels clip in float32, Optax in 16 bits (for bfloat16 parameters, use jadam.exact_bf16)",
     ),
     (
         jadam.exact_bf16(optax.adam(0.1)),

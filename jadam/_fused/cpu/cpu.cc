@@ -53,7 +53,7 @@ enum Clipping { kBound = 1, kNorm = 2, kClippings = 4 };  // bits: clipped by va
 
 // One leaf's value of each attribute of the FFI call.
 struct Settings {
-  int64_t rule, format, clipping, scalars, salt, block, run, stride;
+  int64_t rule, format, clipping, scalar_row, salt, block, run, stride;
 };
 
 // A leaf: an array, or a shard of one. Element i of a shard has the global index offset + i / run * stride + i % run.
@@ -514,10 +514,10 @@ ffi::Error step(ffi::ThreadPool threads, Int64s rule, Int64s format, Int64s clip
     if (settings.rule < 0 || settings.rule >= Rules::kCount) reader.fail("rule", "is out of range");
     if (settings.format < 0 || settings.format >= kFormats) reader.fail("format", "is out of range");
     if (settings.clipping < 0 || settings.clipping >= kClippings) reader.fail("clipping", "is out of range");
-    if (settings.scalars < 0 || settings.scalars >= rows) reader.fail("scalars", "are out of range");
+    if (settings.scalar_row < 0 || settings.scalar_row >= rows) reader.fail("scalars", "are out of range");
     if (!reader.error.empty()) return invalid(reader.error);
     leaf.offset = count.typed_data<uint32_t>()[1 + i];
-    std::memcpy(&leaf.scalars, scalars.typed_data<float>() + settings.scalars * kScalars, sizeof(Scalars));
+    std::memcpy(&leaf.scalars, scalars.typed_data<float>() + settings.scalar_row * kScalars, sizeof(Scalars));
     read_leaf(reader, leaf);
     if (!reader.error.empty()) return invalid(reader.error);
     if (leaf.n && (settings.run < 1 || leaf.n % settings.run || (leaf.row && settings.run % leaf.row))) {

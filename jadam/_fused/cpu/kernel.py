@@ -81,14 +81,14 @@ def _call(scalars, leaf_updates, grads, params, rows):
         replaced = [p, *([] if leaf_update.remainder is None else [leaf_update.remainder]), *leaf_update.stored]
         inputs.append(g)
         for x in replaced:
-            aliases[len(inputs) + 2] = len(outputs)  # after scalars and count
+            aliases[len(inputs) + 2] = len(outputs)  # after scalars and count_and_offsets
             inputs.append(x)
             outputs.append(jax.ShapeDtypeStruct(x.shape, x.dtype))
     count = leaf_updates[0].count.astype(jnp.uint32)
-    count = jnp.stack([count, *offsets]) if offsets else jnp.pad(count[None], (0, len(leaf_updates)))
+    count_and_offsets = jnp.stack([count, *offsets]) if offsets else jnp.pad(count[None], (0, len(leaf_updates)))
     call = jax.ffi.ffi_call("jadam_step", outputs, input_output_aliases=aliases)
     attributes = {name: np.array([leaf[name] for leaf in settings], np.int64) for name in settings[0]}
-    results = iter(call(scalars, count, *inputs, **attributes))
+    results = iter(call(scalars, count_and_offsets, *inputs, **attributes))
     for leaf_update in leaf_updates:
         p, *stored = (next(results) for _ in range(1 + (leaf_update.remainder is not None) + len(leaf_update.stored)))
         yield p, tuple(stored)

@@ -61,7 +61,7 @@ JADAM_INLINE float uniform(u32 random) { return static_cast<float>(static_cast<i
 JADAM_INLINE float square(float x) { return x * x; }
 JADAM_INLINE float eighth_power(float x) { return square(square(square(x))); }
 
-// m and v from their codes. The steps are a block's scales divided by the levels.
+// m and v from their codes. r_step is the block's scale of r divided by kRLevels, s_step that of s by kSLevels.
 JADAM_INLINE void dequantize(i8 rq, u8 sq, float r_step, float s_step, float& m, float& v) {
   const float code = static_cast<float>(static_cast<i32>(rq));
   const float s = s_step * square(square(static_cast<float>(static_cast<i32>(sq))));

@@ -30,7 +30,7 @@ struct Scalars {
 
 JADAM_INLINE float divide(float x, float y) { return x / (y == 0.0f ? 1.0f : y); }
 
-// b * average + (1-b) * x, with the correction added to the term with the larger weight.
+// b * average + (1-b) * x as the term with the larger weight plus a change, as `ema` of jadam/_core/numerics.py.
 template <bool kLargeB>  // b >= 1/2 is known
 JADAM_INLINE float ema(float b, float one_minus_b, float average, float x) {
   if (kLargeB || b >= 0.5f) return average + one_minus_b * (x - average);
