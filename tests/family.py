@@ -66,3 +66,17 @@ VARIANTS = [
     ("radam", {"nesterov": True, **MOMENTS}, functools.partial(oracle.radam, nesterov=True, **MOMENTS)),
     ("radam", {"b2": 0.5}, functools.partial(oracle.radam, b2=0.5)),  # rho_inf = 3: never rectified
 ]
+
+
+def _switches(member: Member) -> list[str]:
+    """Booleans that the optimizer shares with its oracle and no row of `VARIANTS` has, such as a relative's Nesterov."""
+    listed = {name for who, settings, _ in VARIANTS if who == member.name for name in settings}
+    shared = inspect.signature(member.make).parameters
+    of_oracle = inspect.signature(member.oracle).parameters.values()
+    return [p.name for p in of_oracle if isinstance(p.default, bool) and p.name in shared and p.name not in listed]
+
+
+SWITCHED = [(m, {name: True}) for m in FAMILY if not m.decays for name in _switches(m)]
+VARIANTS += [
+    (m.name, {**switch, **MOMENTS}, functools.partial(m.oracle, **switch, **MOMENTS)) for m, switch in SWITCHED
+]

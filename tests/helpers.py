@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from family import FAMILY
+from family import FAMILY, SWITCHED
 from jax.sharding import Mesh
 
 import jadam
@@ -191,6 +191,8 @@ RULES = {
 for _member in FAMILY:  # those that no row above names
     if not any(re.match(rf"{_member.name}\b", name) for name in RULES):
         RULES[_member.name] = functools.partial(_member.make, 1.0)
+for _member, _switch in SWITCHED:
+    RULES[f"{_member.name}, {', '.join(_switch)}"] = functools.partial(_member.make, 1.0, **_switch)
 
 
 def takes_int8(rule) -> bool:
