@@ -69,7 +69,7 @@ VARIANTS = [
 
 
 def _switches(member: Member) -> list[str]:
-    """Booleans that the optimizer shares with its oracle and no row of `VARIANTS` has, such as a relative's Nesterov."""
+    """Booleans that the optimizer shares with its oracle and no row of `VARIANTS` has, such as Nesterov."""
     listed = {name for who, settings, _ in VARIANTS if who == member.name for name in settings}
     shared = inspect.signature(member.make).parameters
     of_oracle = inspect.signature(member.oracle).parameters.values()
