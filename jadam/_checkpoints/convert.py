@@ -1,5 +1,7 @@
 """Conversion of a state's moments from one format to another."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax

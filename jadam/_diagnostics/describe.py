@@ -1,5 +1,7 @@
 """The memory that an optimizer's state takes for each parameter, and the reason for its format."""
 
+from __future__ import annotations
+
 import dataclasses
 import html
 import re

@@ -1,5 +1,7 @@
 """The memory that training takes on each device of a mesh, computed from shapes alone."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence

@@ -1,5 +1,7 @@
 """Record `jadam.statistics` in the optimizer's state every few steps; read and plot them afterwards."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import io
@@ -282,7 +284,7 @@ def history(state: optax.OptState) -> History:
     return History(steps, total, dict(zip(names.tobytes().decode().split("\n")[1:], leaves, strict=True)))
 
 
-def plot(history: History) -> "matplotlib.figure.Figure":
+def plot(history: History) -> matplotlib.figure.Figure:
     """Plot a `History`: step sizes, signal-to-noise ratio, and each parameter's update-to-parameter ratio.
 
     A dotted line marks the first record with an update that is not finite. Values that are not finite are not drawn.

@@ -4,6 +4,8 @@ Kingma & Ba 2015, section 2.1, call :math:`\hat m_t / \sqrt{\hat v_t}` the signa
 the less certain the direction, and the smaller the step.
 """
 
+from __future__ import annotations
+
 import functools
 import math
 import sys

@@ -6,6 +6,8 @@ so ahead-of-time compilation and `jax.export` choose it by their target. XLA doe
 and everything under `jax.vmap` and differentiation.
 """
 
+from __future__ import annotations
+
 import functools
 import logging
 from typing import Any

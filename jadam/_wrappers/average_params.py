@@ -1,5 +1,7 @@
 """Average of the parameters over the steps (Kingma & Ba 2015, section 7.2; Polyak & Juditsky 1992)."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax

@@ -1,5 +1,7 @@
 """AdamW with settings by parameter path: learning rate, weight decay, decay rates, moment format; or frozen."""
 
+from __future__ import annotations
+
 import contextlib
 import difflib
 import re
@@ -16,7 +18,7 @@ from jadam._core.trees import NamedLeaves, leaf_name
 from jadam._moments import formats
 from jadam._moments.formats import FormatChoice
 from jadam._optimizers.adam import scale_by_adam
-from jadam._transformation.public import call_as_repr
+from jadam._transformation.public import EpsMode, call_as_repr
 from jadam._transformation.transformation import (
     FROZEN_RULE,
     LeafUpdate,
@@ -76,7 +78,7 @@ def by_path(
     weight_decay: optax.ScalarOrSchedule = 1e-4,
     *,
     nesterov: bool = False,
-    eps_mode: str = "paper",
+    eps_mode: EpsMode = "paper",
     bias_correction: bool = True,
     moments: FormatChoice = "float32",
     max_lr: float | None = None,

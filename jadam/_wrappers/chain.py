@@ -3,6 +3,8 @@
 Each has the state and results of its namesake in Optax, and runs Optax's code.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable
 from typing import Any, cast

@@ -5,6 +5,8 @@ Ties round away from zero, so that the distance fits int16. This takes 2 bytes p
 master, with the same bits.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
