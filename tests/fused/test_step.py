@@ -37,6 +37,7 @@ from jax.sharding import PartitionSpec as P
 
 import jadam
 from jadam._fused import step as _step
+from jadam._fused.cpu import extension
 from jadam._fused.cpu import kernel as cpu
 
 INT8 = list(filter(takes_int8, RULES))
@@ -434,7 +435,7 @@ def test_source_folder_uses_the_installed_extension(tmp_path):
     file, backend = run_python(program, tmp_path / "clone", PYTHONPATH=str(tmp_path / "site")).splitlines()
     assert Path(file).is_relative_to(tmp_path / "clone")
     assert backend == f"{CPU.kernel}: {installed / Path(CPU.reason).name}"
-    for name in cpu.SOURCES[::3]:  # cpu.cc and rules.h
+    for name in extension.SOURCES[::3]:  # cpu.cc and rules.h
         source = tmp_path / "clone" / "jadam" / "_fused" / name
         text = source.read_text()
         source.write_text(text + "// changed\n")

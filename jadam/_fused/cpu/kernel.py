@@ -1,25 +1,22 @@
-"""The CPU kernel: loads the extension built from ``cpu.cc`` and calls it on groups of leaves.
+"""The CPU kernel: calls the extension built from ``cpu.cc`` on groups of leaves.
 
 `unsupported_reason` lists what the kernel supports. XLA does the other leaves.
 """
 
-import ctypes
 import functools
-import sys
-import zlib
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jadam._fused.cpu import extension
+from jadam._fused.cpu.extension import Library
 from jadam._moments.formats import FORMATS
 from jadam._moments.int8 import block_length
 from jadam._transformation.transformation import LeafUpdate
 
-EXTENSION = "_cpu.dll" if sys.platform == "win32" else "_cpu.so"
 LEAVES_PER_CALL = 24  # XLA's compile time grows with the square of a call's aliases
 
 
@@ -125,53 +122,15 @@ SCALARS: dict[str, Callable[[LeafUpdate], Any]] = {
     "max_norm": lambda leaf_update: 1 if leaf_update.max_norm is None else leaf_update.max_norm,
 }
 
-SOURCES = ("cpu/cpu.cc", "native/formats.h", "native/portable.h", "native/rules.h")  # below jadam/_fused
-
-
-class Library(NamedTuple):
-    """The extension, and the order of its rules, scalars and formats."""
-
-    instructions: str | None  # the instruction set it uses, None if it is not available
-    reason: str  # its path, or why it is not available
-    rules: tuple[str, ...] = ()
-    scalars: tuple[str, ...] = ()
-    formats: tuple[str, ...] = ()
-
 
 @functools.cache
 def load() -> Library:
-    """Load the extension and register its FFI handler.
-
-    It is searched beside this file, then in every ``jadam`` on `sys.path`, because a clone's source folder hides the
-    installed package.
-    """
-    here = Path(__file__).parent
-    checksum = zlib.crc32(b"".join((here.parent / name).read_bytes() for name in SOURCES))
-    stale = None
-    for path in (folder / EXTENSION for folder in (here, *(Path(x) / "jadam" / "_fused" / "cpu" for x in sys.path))):
-        if not path.is_file():
-            continue
-        try:
-            library = ctypes.CDLL(str(path))
-        except OSError as error:
-            return Library(None, f"{path} does not load: {error}")
-        if library.jadam_source() % 2**32 != checksum:
-            stale = path
-            continue
-        instructions, rules, scalars, formats = (
-            _text(library, name) for name in ("instructions", "rules", "scalars", "formats")
+    """The extension, if its scalars and formats are those of this version."""
+    library = extension.load()
+    if library.instructions is None:
+        return library
+    if sorted(library.scalars) != sorted(SCALARS) or sorted(library.formats) != sorted(FORMATS):
+        return Library(
+            None, f"{library.reason} has other scalars or formats than this version of jadam; reinstall jadam"
         )
-        if sorted(scalars) != sorted(SCALARS) or sorted(formats) != sorted(FORMATS):
-            return Library(None, f"{path} has other scalars or formats than this version of jadam; reinstall jadam")
-        jax.ffi.register_ffi_target("jadam_step", jax.ffi.pycapsule(library.jadam_step), platform="cpu")
-        return Library(instructions[0], str(path), tuple(rules), tuple(scalars), tuple(formats))
-    if stale is not None:
-        return Library(None, f"{stale} was built from other sources; reinstall jadam")
-    return Library(None, "no extension was built; install a C++17 compiler and reinstall jadam")
-
-
-def _text(library, name: str) -> list[str]:
-    """The words in the string that ``jadam_{name}`` of the extension returns."""
-    function = getattr(library, f"jadam_{name}")
-    function.restype = ctypes.c_char_p
-    return function().decode().split()
+    return library
