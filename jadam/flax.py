@@ -62,7 +62,13 @@ class Optimizer(nnx.Optimizer):
 
         Raises:
             ValueError, TypeError: the same as ``tx.update``.
+            TypeError: ``model`` and ``grads`` are swapped.
         """
+        if isinstance(grads, nnx.Module) and not isinstance(model, nnx.Module):
+            raise TypeError(
+                f"model must be an NNX module, got {type(model).__name__}. Argument order: "
+                "optimizer.update(model, grads)."
+            )
         if kwargs:
             super().update(model, grads, **kwargs)
             return

@@ -18,11 +18,11 @@ import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jadam._core import checks
-from jadam._core.trees import leaf_name, match_state_to_params, params_with_gradients
+from jadam._core.trees import leaf_names, match_state_to_params, params_tree, params_with_gradients
 from jadam._fused.step import step_sharded, update_and_apply
 from jadam._moments.formats import is_placeholder, placeholder
 from jadam._moments.int8 import BLOCK, largest_block
-from jadam._transformation.transformation import CustomUpdateFn, NotFusible, raise_not_fusible
+from jadam._transformation.transformation import CustomUpdateFn, NotFusible, raise_not_fusible, update_of
 
 
 @dataclasses.dataclass(eq=False)
@@ -133,6 +133,9 @@ def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[s
             f"axis must have size > 1, got {axis!r} in the mesh {dict(mesh.shape)}. Choose another axis or a larger "
             "mesh."
         )
+    inner_update = update_of(tx)
+    params = params_tree(params)
+    params = inner_update.without_untrainable(params, params)
     checks.check_trainable(params, "params")
     layout = _layout(tx, params, mesh, axes)
     inner = optax.with_extra_args_support(optax.GradientTransformation(tx.init, tx.update))
@@ -182,6 +185,7 @@ def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[s
         return _to_shardings(state, shardings, keep_on_mesh=True)
 
     def init(params):
+        params = inner_update.without_untrainable(params, params)
         check_params_like(params, "params")
         checks.check_trainable(params, "params")
 
@@ -203,6 +207,7 @@ def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[s
         return _to_shardings(updates, param_shardings), _to_shardings(state, shardings)
 
     def step(grads, state, params):
+        grads = inner_update.without_untrainable(grads, params)
         check_params_like(grads, "grads")
         params, merge = params_with_gradients(params, grads)
         check_params_like(params, "params")
@@ -216,7 +221,10 @@ def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[s
             params, state = update_and_apply(tx, grads, state, params)
         return merge(jax.tree.leaves(_to_shardings(params, param_shardings))), _to_shardings(state, shardings)
 
-    return Zero1(init, _Zero1UpdateFn(raise_not_fusible, inner=tx, step=step, function=update, layout=layout))
+    update_fn = _Zero1UpdateFn(
+        raise_not_fusible, inner=tx, step=step, is_frozen=inner_update.is_frozen, function=update, layout=layout
+    )
+    return Zero1(init, update_fn)
 
 
 def shard_largest_dim(shapes, mesh, axis: str | Sequence[str] | None) -> Any:
@@ -288,7 +296,7 @@ def _layout(tx, params, mesh, axes) -> Layout:
     # Without shardings, which would change the block sizes that tx.init chooses.
     unsharded = [jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for _, x in flat]
     state = jax.eval_shape(tx.init, jax.tree.unflatten(jax.tree.structure(params), unsharded))
-    names = [leaf_name(path) for path, _ in flat]
+    names = leaf_names(params)
     states, structure = jax.tree.flatten(state)
     param_states: dict[str, list] = {name: [] for name in names}
     for (name, _), x in zip(match_state_to_params(state, params), states, strict=True):

@@ -618,9 +618,9 @@ DTYPES = [
 FORMAT = "moments must be 'bfloat16' or 'float32' or 'int8' or a function f(path, leaf) that returns one of them, got "
 
 FORMATS = [
-    (lambda: jadam.adam(0.1, moments="int4"), ValueError, FORMAT + "'int4'."),
+    (lambda: jadam.adam(0.1, moments="int4"), ValueError, FORMAT + "'int4'. Did you mean 'int8'?"),
     (lambda: jadam.adam(0.1, moments=None), ValueError, FORMAT + "None."),
-    (lambda: jadam.adam(0.1, moments=jnp.bfloat16), ValueError, FORMAT + "<class 'jax.numpy.bfloat16'>."),
+    (lambda: jadam.adam(0.1, moments=jnp.float16), ValueError, FORMAT + "'float16'. Did you mean 'bfloat16'?"),
     (
         lambda: jadam.adam(0.1, moments=W),
         ValueError,
@@ -629,7 +629,7 @@ FORMATS = [
     (
         lambda: jadam.adam(0.1, moments=lambda path, leaf: "int4").init(W),
         ValueError,
-        "moments(\"['b']['c']\", leaf) must be 'bfloat16' or 'float32' or 'int8', got 'int4'.",
+        "moments(\"['b']['c']\", leaf) must be 'bfloat16' or 'float32' or 'int8', got 'int4'. Did you mean 'int8'?",
     ),
     (
         lambda: jadam.adam(0.1, mu_dtype=jnp.bfloat16, moments="int8"),

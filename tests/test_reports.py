@@ -3,16 +3,21 @@
 import copy
 import dataclasses
 import pickle
+import re
+import warnings
 
 import cloudpickle
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from helpers import MESH, assert_equal
 
 import jadam
+import jadam.flax
 from jadam._fused import step
 from jadam._fused.backends import Backend
 
@@ -166,3 +171,270 @@ def test_a_cpu_without_its_kernel_warns_once(monkeypatch, caplog):
     assert record.levelname == "WARNING"
     assert record.message.endswith("without its kernel: no extension was built")
     step._warn_once.cache_clear()
+
+
+# ---------------------------------------------------------------- Flax's objects in place of states and parameters
+
+
+class Model(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.layers = nnx.List([nnx.Linear(4, 8, rngs=rngs), nnx.Linear(8, 2, rngs=rngs)])
+        self.dropout = nnx.Dropout(0.1, rngs=rngs)
+
+
+NAMES = [f"['layers'][{i}]['{name}']" for i in range(2) for name in ("bias", "kernel")]
+
+
+@pytest.mark.parametrize("kind", [jadam.flax.Optimizer, nnx.Optimizer])
+def test_an_nnx_optimizer_and_its_model(kind):
+    """They are understood, and a parameter has one name everywhere."""
+    model, tx = Model(), jadam.record(jadam.by_path([("kernel", {}), ("", {"lr_mult": 0.5})], 0.1), every=1)
+    optimizer = kind(model, tx, wrt=nnx.Param)
+    optimizer.update(model, nnx.state(model, nnx.Param))
+    for described in (jadam.describe(optimizer, model), jadam.describe(tx, model)):
+        assert [leaf.name for leaf in described.leaves] == NAMES
+        assert {leaf.format for leaf in described.leaves} == {"float32"}
+    assert [*jadam.statistics(tx, optimizer, model).leaves] == NAMES
+    assert [*jadam.history(optimizer).leaves] == NAMES
+    mesh = jax.sharding.AbstractMesh((2,), ("data",))
+    assert [leaf.name for leaf in jadam.sharding.zero1(jadam.adam(0.1), model, mesh, "data").layout.leaves] == NAMES
+    assert jadam.plan(tx, model, {"data": 2}, "data").num_parameters == 4 * 8 + 8 + 8 * 2 + 2
+
+
+def test_an_nnx_model_in_bfloat16():
+    model, tx = Model(), jadam.exact_bf16(jadam.adam(0.1))
+    params, _ = jadam.from_float32(model, tx)
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
+    nnx.update(model, params)
+    optimizer = jadam.flax.Optimizer(model, tx, wrt=nnx.Param)
+    masters = jadam.float32_params(model, optimizer)
+    assert_equal(masters, jax.tree.map(lambda x: x.astype(jnp.float32), params))
+
+
+def test_a_train_state():
+    params, tx = {"w": jnp.ones((4, 4))}, optax.chain(jadam.adam(0.1), jadam.average_params())
+    train_state = jadam.flax.TrainState.create(apply_fn=None, params=params, tx=tx)
+    for given in (params, train_state):
+        (leaf,) = jadam.describe(train_state, given).leaves
+        assert (leaf.name, leaf.format) == ("['w']", "float32")
+    assert_equal(jadam.averaged_params(train_state), params)
+
+
+def test_what_is_not_understood_says_what_to_pass():
+    model, tx = Model(), jadam.adam(0.1)
+    optimizer = jadam.flax.Optimizer(model, tx, wrt=nnx.Param)
+    grads = nnx.state(model, nnx.Param)
+    for call, text in [
+        (lambda: jadam.describe(tx, optimizer), r"got Optimizer\. Pass the model, or nnx\.state\(model, nnx\.Param\)"),
+        (lambda: jadam.step(optimizer, grads, optimizer.opt_state, grads), r"step needs .* Pass its tx\."),
+        (lambda: optimizer.update(grads, model), r"got State\. Argument order: optimizer\.update\(model, grads\)"),
+        (lambda: jadam.step(tx, grads, optimizer, grads), r"state must be the tuple of 2 that init returns"),
+    ]:
+        with pytest.raises(TypeError, match=text):
+            call()
+
+
+# ---------------------------------------------------------------- what passed silently
+
+
+def exact_bf16_over_float32():
+    return jadam.exact_bf16(jadam.adam(0.1)).init(jnp.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: jadam.adam(1e-3, 1e-8), "b1 is usually near 0.9, got 1e-08. Did you mean eps=1e-08?"),
+        (lambda: jadam.nadam(1e-3, 0.999, 0.9), "b1 is usually at most b2, got b1=0.999 and b2=0.9. Are they swapped?"),
+        (
+            lambda: jadam.by_path([("", {"b1": 0.9995})], 1e-3),
+            "b1 is usually at most b2, got b1=0.9995 and b2=0.999. Are they swapped?",
+        ),
+        (
+            exact_bf16_over_float32,
+            "exact_bf16 changes nothing: no parameter is bfloat16, the first is float32. Convert them: "
+            "params, state = jadam.from_float32(params, tx).",
+        ),
+    ],
+)
+def test_a_warning_at_the_users_line(make, text):
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("default")
+        make()
+    assert [str(x.message) for x in found] == [text]
+    assert found[0].filename == __file__
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.999), (0.0, 0.0), (0.9, 0.9), (0.95, 0.95)])
+def test_usual_decay_rates_give_no_warning(betas):
+    jadam.adam(1e-3, *betas)  # pytest turns warnings into errors
+
+
+def test_exact_bf16_over_some_bfloat16_gives_no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        jadam.exact_bf16(jadam.adam(0.1)).init({"a": jnp.ones(3, jnp.bfloat16), "b": jnp.ones(3)})
+        jadam.exact_bf16(jadam.adam(0.1)).init({})
+
+
+def test_describe_says_that_exact_bf16_changes_nothing():
+    says = lambda params: "exact_bf16 changes nothing" in jadam.describe(jadam.exact_bf16(jadam.adam(0.1)), params).step
+    assert says(jnp.ones(3))
+    assert not says(jnp.ones(3, jnp.bfloat16))
+    assert not says({})
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, np.int8, np.dtype(np.int8), jnp.bfloat16, jnp.float32])
+def test_moments_may_be_a_dtype(dtype):
+    params = jnp.ones((64, 128))
+    name = np.dtype(dtype).name
+    expected = jadam.adam(0.1, moments=name).init(params)
+    assert_equal(jadam.adam(0.1, moments=dtype).init(params), expected)
+    per_leaf = jadam.adam(0.1, moments=lambda path, leaf: name).init(params)
+    assert_equal(jadam.adam(0.1, moments=lambda path, leaf: dtype).init(params), per_leaf)
+    by_path = [jadam.by_path([("", {"moments": x})], 0.1).init(params) for x in (dtype, name)]
+    assert_equal(*by_path)
+    assert_equal(jadam.convert_moments(expected, dtype), jadam.convert_moments(expected, name))
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: jadam.adam(0.1, moments="bf16"), "got 'bf16'. Did you mean 'bfloat16'?"),
+        (lambda: jadam.adam(0.1, moments="fp32"), "got 'fp32'. Did you mean 'float32'?"),
+        (lambda: jadam.adam(0.1, 0.9, 0.999, 1e-8, 0.0, "int8"), "got int8. For int8 moments: moments='int8'."),
+        (lambda: jadam.adam(0.1, 0.9, 0.999, 1e-8, 0.0, "bf16"), "got 'bf16'. Did you mean 'bfloat16'?"),
+        (lambda: jadam.adam(0.1, b2=np.float16(0.999)), "b2 must be float32 or wider, got float16"),
+        (lambda: jadam.adam(0.1, b2=ml_dtypes.bfloat16(0.999)), "b2 must be float32 or wider, got bfloat16"),
+    ],
+)
+def test_a_name_or_a_number_of_another_kind(make, text):
+    with pytest.raises((TypeError, ValueError), match=re.escape(text)):
+        make()
+
+
+@pytest.mark.parametrize("kind", [ml_dtypes.bfloat16, np.float16, np.float32, np.float64])
+def test_a_numpy_number_as_learning_rate(kind):
+    """A scalar or an array of no dimensions."""
+    rate = kind(0.125)
+    params = jnp.ones(3)
+    expected, _ = jadam.adam(0.125).update(params, jadam.adam(0.125).init(params))
+    for tx in (jadam.adam(rate), jadam.adam(np.asarray(rate)), jadam.adam(jnp.asarray(rate))):
+        assert_equal(tx.update(params, tx.init(params))[0], expected)
+
+
+# ---------------------------------------------------------------- tables, plots, statistics
+
+
+def test_describe_of_no_parameters():
+    described = jadam.describe(jadam.adam(0.1), {})
+    assert np.isnan(described.bytes_per_parameter)
+    assert str(described).splitlines()[1].split() == ["total", "4", "-"]
+
+
+def test_columns_align_under_wide_and_combining_characters():
+    """A CJK character takes two columns of a terminal, a combining accent none."""
+    names = ["層", "e\u0301", "e", "한글"]
+    lines = str(jadam.describe(jadam.adam(0.1), {name: jnp.ones(3) for name in names})).splitlines()[1:5]
+    columns = {"層": 2, "e\u0301": 1, "e": 1, "한글": 4}
+    starts = {line.index("3") - len(name) + columns[name] for name in names for line in lines if f"'{name}'" in line}
+    assert len(starts) == 1
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Pair:
+    """Two children with the same key."""
+
+    def __init__(self, a, b):
+        self.children = a, b
+
+    def tree_flatten_with_keys(self):
+        return [(jax.tree_util.GetAttrKey("w"), x) for x in self.children], None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+
+def test_two_leaves_of_one_path():
+    params = {"x": Pair(jnp.ones((64, 128)), jnp.full(4, 2.0))}
+    names = ["['x'].w", "['x'].w (2)"]
+    tx = jadam.record(jadam.adam(0.1, moments="int8"), every=1)
+    state = tx.init(params)
+    described = jadam.describe(tx, params)
+    assert [(leaf.name, leaf.shape, leaf.format) for leaf in described.leaves] == [
+        (names[0], (64, 128), "int8"),
+        (names[1], (4,), "float32"),
+    ]
+    params, state = jadam.step(tx, params, state, params)
+    found = jadam.statistics(tx, state, params).leaves
+    assert [*found] == [*jadam.history(state).leaves] == names
+    # The update is the rate, and so are parameters 1 and 2 less the rate, to 3 %: an int8 moment's error.
+    ratios = [float(x.update_ratio) for x in found.values()]
+    np.testing.assert_allclose(ratios, [0.1 / 0.9, 0.1 / 1.9], rtol=0.03)
+    masters = jadam.exact_bf16(jadam.adam(0.1))
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), {"x": Pair(jnp.ones(4), jnp.full(4, 2.0))})
+    assert_equal(jadam.float32_params(half, masters.init(half))["x"].children, (jnp.ones(4), jnp.full(4, 2.0)))
+
+
+def test_names_no_font_has_are_escaped(recwarn):
+    """Not drawn as boxes, of which matplotlib warns; and legends lie below the axes."""
+    tx = jadam.record(jadam.adam(0.1), every=1)
+    params = {"層": jnp.ones(3), "\U0001fbff": jnp.ones(3), "w": jnp.ones(3)}
+    state = tx.init(params)
+    for _ in range(2):
+        params, state = jadam.step(tx, params, state, params)
+    figure = jadam.plot(jadam.history(state))
+    figure.canvas.draw()
+    assert not [str(x.message) for x in recwarn if "Glyph" in str(x.message)]
+    labels = [label.get_text() for axes in figure.axes for label in axes.get_yticklabels()]
+    assert "['w']" in labels
+    for axes in figure.axes:
+        if (legend := axes.get_legend()) is not None:
+            assert not legend.get_window_extent().overlaps(axes.get_window_extent())
+
+
+def test_the_step_at_which_v_overflows():
+    """Its update is 0, not NaN, and so it is in the statistics."""
+    tx, params = jadam.adam(0.1), jnp.ones(3)
+    new, state = jadam.step(tx, jnp.full(3, 3e19), tx.init(params), params)
+    assert np.isinf(state[0].nu).all()
+    np.testing.assert_array_equal(new, params)
+    total = jadam.statistics(tx, state, new).total
+    assert (total.update_rms, total.snr) == (0, 0)
+
+
+# ---------------------------------------------------------------- NumPy's float64
+
+WITH_FLOAT64 = {
+    "adam": lambda: jadam.adam(np.float64(0.1), np.float64(0.9)),
+    "schedules": lambda: jadam.adamw(lambda t: np.float64(0.1), b1=lambda t: np.float64(0.9)),
+    "mu_dtype": lambda: jadam.adam(0.1, mu_dtype=np.float64),
+    "bfloat16": lambda: jadam.amsgrad(0.1, moments="bfloat16"),
+    "int8": lambda: jadam.adam(0.1, moments="int8"),
+    "chain": lambda: jadam.chain(jadam.clip(1.0), jadam.clip_by_global_norm(1.0), jadam.adam(0.1)),
+    "by_path": lambda: jadam.by_path([("", {})], 0.1),
+    "average_params": lambda: optax.chain(jadam.adam(0.1), jadam.average_params()),
+    "mean of params": lambda: optax.chain(jadam.radam(0.1), jadam.average_params(None)),
+    "record": lambda: jadam.record(jadam.adam(0.1), every=1),
+}
+
+
+@pytest.mark.parametrize("name", WITH_FLOAT64)
+def test_float64_of_numpy_gives_no_warning(name):
+    """pytest turns warnings into errors. Results are float32, as JAX's are, and those of float32 arrays."""
+    tx = WITH_FLOAT64[name]()
+    params = {"w": np.ones((64, 128)), "b": np.ones(3)}
+    single = jax.tree.map(np.float32, params)
+    assert_equal(tx.init(params), tx.init(single))
+    state = tx.init(single)
+    assert_equal(tx.update(params, state, params), tx.update(single, state, single))
+    assert_equal(jadam.step(tx, params, state, params), jadam.step(tx, single, state, single))
+    jadam.describe(tx, params)
+    jadam.checksum((params, state))
+    if name in ("adam", "int8"):
+        assert_equal(jadam.statistics(tx, state, params).leaves, jadam.statistics(tx, state, single).leaves)
+        jadam.convert_moments(state, "bfloat16")
+        mesh = jax.sharding.AbstractMesh((2,), ("data",))
+        jadam.sharding.zero1(tx, params, mesh, "data")

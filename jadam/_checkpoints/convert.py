@@ -47,6 +47,7 @@ def convert_moments(state, to: FormatChoice) -> Any:
         int8
     """
     checks.check_values(state, "state")
+    to = formats.by_name_or_function(to)
     found = []
 
     def convert_part(x):

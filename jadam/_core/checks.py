@@ -1,8 +1,11 @@
 """Checks of the input. Every error is one line: the name, its range, the value and the remedy."""
 
+import difflib
 import functools
 import math
 import numbers
+import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +14,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+_LIBRARIES = ("jadam", "optax", "flax", "jax")
 _RANGES: dict[str, Callable[[Any], Any]] = {
     "in [0, 1)": lambda x: (x >= 0) & (x < 1),
     ">= 0": lambda x: (x >= 0) & (x < math.inf),
@@ -26,12 +30,20 @@ def hyperparameter(name: str, value, allowed: str, *, hint: str = "", schedule: 
         allowed: a key of `_RANGES`. Traced values and schedules are not compared with it here.
         hint: the remedy for a value out of range.
         schedule: whether a schedule is allowed.
-        wide: whether an array must be float32 or wider.
+        wide: whether an array or NumPy number must be float32 or wider.
     """
     if callable(value) and schedule:
         return value
+    dtype: Any = getattr(value, "dtype", None)
+    if wide and dtype is not None and jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
+        raise TypeError(
+            f"{name} must be float32 or wider, got {dtype}: 16 bits round 0.999 to 1 or 1e-8 to 0. Use a Python "
+            "number or a float32 array. With optax.inject_hyperparams: hyperparam_dtype=jnp.float32."
+        )
     if isinstance(value, jax.Array):
-        return _array_hyperparameter(name, value, allowed, hint, wide)
+        return _array_hyperparameter(name, value, allowed, hint)
+    if isinstance(value, np.generic) and jnp.issubdtype(value.dtype, jnp.floating):
+        value = np.asarray(value)  # bfloat16 of ml_dtypes is not a numbers.Real
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (numbers.Real, np.ndarray)):
         raise TypeError(
             f"{name} must be a number{' or a schedule' * schedule} {allowed}, got {short_repr(value)} of type "
@@ -43,19 +55,31 @@ def hyperparameter(name: str, value, allowed: str, *, hint: str = "", schedule: 
     return value
 
 
-def _array_hyperparameter(name, value, allowed, hint, wide):
+def _array_hyperparameter(name, value, allowed, hint):
     """`hyperparameter` for a JAX array."""
     check_scalar(name, value.shape)
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise TypeError(f"{name} must be a real floating-point number {allowed}, got an array of {value.dtype}.")
-    if wide and jnp.finfo(value.dtype).bits < 32:
-        raise TypeError(
-            f"{name} must be float32 or wider, got {value.dtype}: 16 bits round 0.999 to 1 or 1e-8 to 0. Use a Python "
-            "number or a float32 array. With optax.inject_hyperparams: hyperparam_dtype=jnp.float32."
-        )
     if not isinstance(value, jax.core.Tracer):
         _check_range(name, float(value), allowed, hint)
     return value
+
+
+def warn(message: str) -> None:
+    """Warn at the user's line, the innermost one outside of `_LIBRARIES`."""
+    frame, stacklevel = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _LIBRARIES:
+        frame, stacklevel = frame.f_back, stacklevel + 1
+    warnings.warn(message, stacklevel=stacklevel)
+
+
+def warn_of_unusual_betas(betas: dict) -> None:
+    """Warn if the decay rates, as far as they are numbers, look like other arguments or swapped."""
+    b1, b2 = (x if isinstance(x, float) else None for x in (betas.get("b1"), betas.get("b2")))
+    if b1 is not None and 0 < b1 < 1e-4:
+        warn(f"b1 is usually near 0.9, got {b1:g}. Did you mean eps={b1:g}?")
+    elif b1 is not None and b2 is not None and b1 > b2:
+        warn(f"b1 is usually at most b2, got b1={b1:g} and b2={b2:g}. Are they swapped?")
 
 
 def check_scalar(name: str, shape) -> None:
@@ -93,7 +117,8 @@ def positive_int(name: str, value, *, none: bool = False) -> Any:
 def check_transformation(subject: str, tx) -> None:
     """Raise unless ``tx`` is an Optax transformation. ``subject`` begins the sentence, e.g. "step needs"."""
     if not (hasattr(tx, "init") and hasattr(tx, "update")):
-        raise TypeError(f"{subject} an Optax transformation, got {short_repr(tx)}. For example: jadam.adam(1e-3).")
+        remedy = "Pass its tx." if hasattr(tx, "tx") else "For example: jadam.adam(1e-3)."
+        raise TypeError(f"{subject} an Optax transformation, got {short_repr(tx)}. {remedy}")
 
 
 def mask_function(mask) -> Callable[[Any], Any]:
@@ -138,6 +163,12 @@ def short_repr(value) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
+def did_you_mean(value, candidates) -> str:
+    """The closest of ``candidates`` as a question, or nothing if none is close."""
+    close = difflib.get_close_matches(value, candidates, 1, 0.5) if isinstance(value, str) else []
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
 def floating_dtype(name: str, dtype):
     """Return ``dtype`` as a floating-point dtype, or None."""
     if dtype is None:
@@ -145,9 +176,13 @@ def floating_dtype(name: str, dtype):
     try:
         dtype = jax.dtypes.canonicalize_dtype(dtype)
     except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a floating dtype such as jnp.bfloat16, got {short_repr(dtype)}.") from None
+        raise TypeError(
+            f"{name} must be a floating dtype such as jnp.bfloat16, got {short_repr(dtype)}."
+            f"{did_you_mean(dtype, ('bfloat16', 'float16', 'float32', 'float64'))}"
+        ) from None
     if not jnp.issubdtype(dtype, jnp.inexact):
-        raise TypeError(f"{name} must be a floating dtype such as jnp.bfloat16, got {dtype}.")
+        remedy = " For int8 moments: moments='int8'." * (name == "mu_dtype" and dtype == np.int8)
+        raise TypeError(f"{name} must be a floating dtype such as jnp.bfloat16, got {dtype}.{remedy}")
     return dtype
 
 
@@ -174,26 +209,39 @@ def check_complex_gradients(updates, mu, params) -> None:
             )
         raise TypeError(
             f"updates{path} is a complex gradient, but {'state.mu' if params is None else 'params'}{path} is real "
-            f"({_dtype(p)}). Take the gradient's real part: jnp.real(g)."
+            f"({dtype_of(p)}). Take the gradient's real part: jnp.real(g)."
             f"{' If the parameter is complex, leave out mu_dtype.' * (params is None)}"
         )
 
 
-def _is_array(leaf) -> bool:
+def is_array(leaf) -> bool:
     """Whether ``leaf`` is an array, a ShapeDtypeStruct or a number."""
     if isinstance(leaf, (jax.Array, numbers.Number)):
         return True
+    if isinstance(leaf, jax.Ref):
+        return False
     dtype = getattr(leaf, "dtype", None)
     return hasattr(leaf, "shape") and isinstance(dtype, np.dtype) and dtype.kind not in "OSU"
 
 
 def check_arrays(tree, what: str) -> None:
     """Raise unless every leaf of ``tree`` is an array, a number or a `jax.ShapeDtypeStruct`."""
-    for path, leaf in _first_failure(_is_array, tree):
+    for path, leaf in _first_failure(is_array, tree):
         raise TypeError(
             f"{what}{path} must be an array, got {short_repr(leaf)} of type {type(leaf).__name__}."
-            f"{_FILTER * (what == 'params')}"
+            f"{' Pass its value: ref[...].' if isinstance(leaf, jax.Ref) else _FILTER * (what == 'params')}"
         )
+
+
+def has_constant_shape(leaf) -> bool:
+    """Whether no dimension of an array is symbolic, as in `jax.export.symbolic_shape`."""
+    return all(isinstance(n, int) for n in jnp.shape(leaf))
+
+
+def check_constant_shapes(tree, subject: str) -> None:
+    """Raise if an array has a symbolic dimension. ``subject`` begins the sentence, e.g. "record needs"."""
+    for path, leaf in _first_failure(has_constant_shape, tree):
+        raise ValueError(f"{subject} constant shapes, got {leaf.shape} for params{path}. Export a step for each shape.")
 
 
 def _has_values(leaf) -> bool:
@@ -239,13 +287,18 @@ def check_same_devices(**trees) -> None:
     )
 
 
+def is_trainable(leaf) -> bool:
+    """Whether ``leaf`` is an array or a number, floating or complex, of at least 16 bits."""
+    return is_array(leaf) and _is_trainable(dtype_of(leaf))
+
+
 @functools.cache
 def _is_trainable(dtype) -> bool:
     """Whether ``dtype`` is floating or complex with at least 16 bits."""
     return jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits >= 16
 
 
-def _dtype(leaf):
+def dtype_of(leaf):
     """The dtype of an array or a number."""
     return getattr(leaf, "dtype", None) or jnp.result_type(leaf)
 
@@ -253,8 +306,8 @@ def _dtype(leaf):
 def check_trainable(tree, what: str) -> None:
     """Raise unless every leaf of ``tree`` is floating or complex, of at least 16 bits."""
     check_arrays(tree, what)
-    for path, leaf in _first_failure(lambda leaf: _is_trainable(_dtype(leaf)), tree):
-        dtype = _dtype(leaf)
+    for path, leaf in _first_failure(lambda leaf: _is_trainable(dtype_of(leaf)), tree):
+        dtype = dtype_of(leaf)
         if jnp.issubdtype(dtype, jnp.inexact):
             raise TypeError(
                 f"{what}{path} must have at least 16 bits to be trained, got {dtype}. Keep it in bfloat16, and cast it "

@@ -84,6 +84,8 @@ def ema(beta: Beta, average, x):
     slow = lambda: average + beta.one_minus_b * (x - average)
     fast = lambda: x + beta.b * (average - x)
     if isinstance(beta.b, np.floating):
+        if beta.one_minus_b == 0:  # only in `jadam.statistics`; 0 * (x - average) would be NaN for an infinite average
+            return average
         return slow() if beta.b >= 0.5 else fast()
     return jnp.where(beta.b >= 0.5, slow(), fast())
 

@@ -1,6 +1,7 @@
-"""Pytrees: names of leaves, parameters without gradients, states matched to parameters."""
+"""Pytrees: names of leaves, Flax's objects as trees, parameters without gradients, states matched to parameters."""
 
-from collections import Counter
+import sys
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,46 @@ import jax.numpy as jnp
 def leaf_name(path: Any) -> str:
     """``jax.tree_util.keystr(path)`` without the ``.value`` that Flax NNX appends at `init` only."""
     return jax.tree_util.keystr(path).removesuffix(".value")
+
+
+def leaf_names(tree) -> list[str]:
+    """The `leaf_name` of each leaf, numbered where several have the same: ``.a``, ``.a (2)``."""
+    names, seen = [], Counter()
+    for path, _ in jax.tree_util.tree_leaves_with_path(tree):
+        name = leaf_name(path)
+        seen[name] += 1
+        names.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return names
+
+
+def state_tree(state):
+    """The optimizer's state in Flax's ``Optimizer`` or ``TrainState``; another ``state`` as it is.
+
+    NNX variables are replaced by their arrays.
+    """
+    return _without_variables(getattr(state, "opt_state", state))
+
+
+def params_tree(params):
+    """The parameters in an NNX module or in Flax's ``TrainState``; other ``params`` as they are.
+
+    NNX variables are replaced by their arrays, so that a parameter has the same path as in the optimizer.
+    """
+    if hasattr(params, "opt_state") and not hasattr(params, "params"):
+        raise TypeError(
+            f"params must be a tree of parameters, got {type(params).__name__}. Pass the model, or "
+            "nnx.state(model, nnx.Param)."
+        )
+    return _without_variables(params.params if hasattr(params, "opt_state") else params)
+
+
+def _without_variables(tree):
+    """``tree`` with NNX variables replaced by their arrays, and an NNX module by the tree of its parameters."""
+    if (nnx := sys.modules.get("flax.nnx")) is None:
+        return tree
+    if isinstance(tree, nnx.Module) and not isinstance(tree, nnx.Optimizer):
+        tree = nnx.state(tree, nnx.Param)
+    return (getattr(nnx, "as_pure", None) or nnx.pure)(tree)  # renamed in newer versions of Flax
 
 
 def find_states(tree, kind: type | tuple[type, ...] | Callable[[Any], bool]) -> list:
@@ -63,26 +104,36 @@ class NamedLeaves:
 
 def match_state_to_params(state, params) -> list[tuple[str | None, str | None]]:
     """For each leaf of ``state``, its parameter's name and its field of the state, or ``(None, None)``."""
-    named = {_keys(path): (leaf_name(path), p) for path, p in jax.tree_util.tree_leaves_with_path(params)}
+    named = defaultdict(list)  # of the parameters with the same keys, if a class gives several the same
+    for name, (path, p) in zip(leaf_names(params), jax.tree_util.tree_leaves_with_path(params), strict=True):
+        named[_keys(path)].append((name, p))
+    seen = Counter()
     spans_all = lambda x: getattr(x, "belongs_to_no_param", False)
     candidates = []
     for path, x in jax.tree_util.tree_leaves_with_path(state, is_leaf=spans_all):
-        candidates += [{}] * len(jax.tree.leaves(x)) if spans_all(x) else [_candidates(path, x, named)]
+        candidates += [{}] * len(jax.tree.leaves(x)) if spans_all(x) else [_candidates(path, x, named, seen)]
     num_matches = Counter(tree for matches in candidates for tree in matches)
     # The subtree that matches the most parameters. Ties: the first, which has the longest parameter path.
     best = [max(matches, key=num_matches.__getitem__, default=None) for matches in candidates]
     return [(None, None) if tree is None else x[tree] for x, tree in zip(candidates, best, strict=True)]
 
 
-def _candidates(path, x, params) -> dict[tuple[str, ...], tuple[str, str | None]]:
-    """For each subtree of the state in which ``x`` has a parameter's path: that parameter's name, and the field."""
+def _candidates(path, x, params, seen) -> dict[tuple[str, ...], tuple[str, str | None]]:
+    """For each subtree of the state in which ``x`` has a parameter's path: that parameter's name, and the field.
+
+    ``seen`` counts the leaves of each subtree with the same path: the second belongs to the second such parameter.
+    """
     keys, found = _keys(path), {}
     for i in range(len(keys) + 1):
-        name, p = params.get(keys[i:], (None, None))
+        same_path = params.get(keys[i:], ())
+        index = seen[keys[:i], keys[i:]]
+        seen[keys[:i], keys[i:]] += 1
         fields = [key.name for key in path[:i] if isinstance(key, jax.tree_util.GetAttrKey) and key.name != "value"]
         field = fields[-1] if fields else None
-        if name is not None and jnp.ndim(p) == jnp.ndim(x) and field not in ("count", "version"):
-            found[keys[:i]] = name, field
+        if index < len(same_path) and field not in ("count", "version"):
+            name, p = same_path[index]
+            if jnp.ndim(p) == jnp.ndim(x):
+                found[keys[:i]] = name, field
     return found
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import math
 import re
-from typing import Any
+import unicodedata
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +15,13 @@ import numpy as np
 import optax
 
 from jadam._core import checks
-from jadam._core.trees import find_states, leaf_name, match_state_to_params
+from jadam._core.trees import find_states, leaf_names, match_state_to_params, params_tree, state_tree
 from jadam._fused import pallas
 from jadam._fused.backends import Backend, backends, platform_of
 from jadam._fused.step import why_leaves_not_fused, why_not_fused
 from jadam._moments.formats import FORMATS
 from jadam._transformation.transformation import QuantizedAdamState, update_of
+from jadam._wrappers.exact_bf16 import ExactBF16State
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +64,9 @@ class Description:
 
     @property
     def bytes_per_parameter(self) -> float:
-        """Total size of the state divided by the number of parameters."""
-        return self.bytes / max(1, sum(leaf.size for leaf in self.leaves))
+        """Total size of the state divided by the number of parameters; NaN if there are none."""
+        size = sum(leaf.size for leaf in self.leaves)
+        return self.bytes / size if size else math.nan
 
     def __str__(self):
         return f"{table(self._rows())}\nstep: {self.step}"
@@ -82,16 +86,30 @@ class Description:
             )
         if self.other_bytes > 100:  # more than step counters
             rows.append(("step counters and recorded statistics", "", "", "", f"{self.other_bytes:,}", "", ""))
-        rows.append(("total", "", "", "", f"{self.bytes:,}", f"{self.bytes_per_parameter:.2f}", ""))
+        per_param = f"{self.bytes_per_parameter:.2f}" if any(leaf.size for leaf in self.leaves) else "-"
+        rows.append(("total", "", "", "", f"{self.bytes:,}", per_param, ""))
         return rows
 
 
 def table(rows) -> str:
     """Format rows of text as aligned columns, numbers to the right; the first row is the header."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    justifiers = [str.rjust if _is_number_column(column) else str.ljust for column in zip(*rows, strict=True)]
-    lines = ("  ".join(justify(x, n) for justify, x, n in zip(justifiers, row, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
+    columns = list(zip(*rows, strict=True))
+    widths = [max(map(_width, column)) for column in columns]
+    numbers = list(map(_is_number_column, columns))
+
+    def cell(text, width, is_number):
+        """``text`` with spaces up to ``width``."""
+        spaces = " " * (width - _width(text))
+        return spaces + text if is_number else text + spaces
+
+    return "\n".join("  ".join(map(cell, row, widths, numbers)).rstrip() for row in rows)
+
+
+def _width(text: str) -> int:
+    """The number of terminal columns of ``text``: 2 for a wide character, 0 for a combining one."""
+    is_wide = lambda c: unicodedata.east_asian_width(c) in "WF"
+    is_combining = lambda c: unicodedata.category(c) in ("Mn", "Me", "Cf")
+    return sum(0 if is_combining(c) else 1 + is_wide(c) for c in text)
 
 
 def html_table(rows, notes=()) -> str:
@@ -113,8 +131,9 @@ def describe(state_or_tx: optax.OptState | optax.GradientTransformation, params:
     """Describe how each parameter's moments are stored: format, bytes, and the reason for the format.
 
     Args:
-        state_or_tx: an optimizer's state, or a transformation; its ``init`` is traced, not run.
-        params: the parameters, or their shapes and dtypes (`jax.ShapeDtypeStruct`).
+        state_or_tx: an optimizer's state, or Flax's ``Optimizer`` or ``TrainState``; or a transformation, whose
+            ``init`` is traced, not run.
+        params: the parameters, or their shapes and dtypes (`jax.ShapeDtypeStruct`), or an NNX module.
 
     Returns:
         A `Description`; print it for a table. Its ``leaves`` have ``name, shape, dtype, format, bytes, reason``. The
@@ -139,21 +158,30 @@ def describe(state_or_tx: optax.OptState | optax.GradientTransformation, params:
         raise TypeError(
             f"params must be a tree of parameters, got {checks.short_repr(params)}. Argument order: tx, params."
         )
-    checks.check_trainable(params, "params")
+    params = params_tree(params)
     if state_or_tx is None:
         raise TypeError("state_or_tx must be a transformation or its state, got None.")
-    if (init := getattr(state_or_tx, "init", None)) is None:
-        return _describe(None, state_or_tx, params)
+    if not hasattr(state_or_tx, "init"):
+        checks.check_arrays(params, "params")
+        return _describe(None, state_tree(state_or_tx), params)
+    tx = cast(optax.GradientTransformation, state_or_tx)
+    trainable = update_of(tx).without_untrainable(params, params)
+    checks.check_arrays(trainable, "params")
     found = []
     # Inside the trace, where the state's leaves are tracers: a user's pytree classes may not accept ShapeDtypeStructs.
-    jax.eval_shape(lambda traced: found.append(_describe(state_or_tx, init(traced), params)), params)
-    return found[0]
+    jax.eval_shape(lambda traced: found.append(_describe(tx, tx.init(traced), trainable)), trainable)
+    described = iter(found[0].leaves)
+    frozen = lambda name, p: Leaf(name, jnp.shape(p), checks.dtype_of(p), "none", 0, "jadam.FROZEN")
+    leaves, structure = jax.tree.flatten(params)
+    rows = zip(leaf_names(params), leaves, structure.flatten_up_to(trainable), strict=True)
+    leaves = [frozen(name, p) if x is None else next(described) for name, p, x in rows if checks.is_array(p)]
+    return dataclasses.replace(found[0], leaves=tuple(leaves))
 
 
 def _describe(tx, state, params) -> Description:
     """Describe ``state``; ``tx`` is None if only the state is known."""
     checks.check_arrays(state, "state_or_tx")
-    named = [(leaf_name(path), p) for path, p in jax.tree_util.tree_leaves_with_path(params)]
+    named = list(zip(leaf_names(params), jax.tree.leaves(params), strict=True))
     moments: dict[str, list] = {name: [] for name, _ in named}
     nbytes = dict.fromkeys(moments, 0)
     other_bytes = 0
@@ -165,6 +193,9 @@ def _describe(tx, state, params) -> Description:
             moments[name] += [x] if field in ("mu", "nu", "mu_scale", "nu_scale") else []
     quantized = bool(find_states(state, QuantizedAdamState))
     groups, one_pass, step = _describe_step(tx, state, params, [name for name, _ in named])
+    exact = find_states(state, ExactBF16State)
+    if exact and named and not any(x.dtype == jnp.int16 for x in jax.tree.leaves([x.remainder for x in exact])):
+        step += "; exact_bf16 changes nothing, because no parameter is bfloat16"
     rows = zip(named, groups, strict=True)
     leaves = tuple(_describe_leaf(name, p, moments[name], nbytes[name], quantized, group) for (name, p), group in rows)
     return Description(leaves, other_bytes, one_pass, step)
@@ -206,7 +237,7 @@ def _describe_leaf(name, p, moments, nbytes, quantized, group) -> Leaf:
             reason = f"stored as {moments[0].dtype}"
     if group is not None:
         reason = f"{group.name}: {reason}" if group.moments == "int8" and format == "float32" else group.name
-    return Leaf(name, tuple(jnp.shape(p)), np.dtype(jnp.result_type(p)), format, nbytes, reason)
+    return Leaf(name, tuple(jnp.shape(p)), checks.dtype_of(p), format, nbytes, reason)
 
 
 def _nbytes(x) -> int:

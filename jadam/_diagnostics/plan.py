@@ -14,10 +14,11 @@ import optax
 from jax.sharding import AbstractMesh
 
 from jadam._core import checks
-from jadam._core.trees import match_state_to_params
+from jadam._core.trees import match_state_to_params, params_tree, params_with_gradients
 from jadam._diagnostics.describe import html_table, table
 from jadam._diagnostics.models import MODELS
 from jadam._optimizers.adam import adamw
+from jadam._transformation.transformation import update_of
 from jadam._wrappers.exact_bf16 import exact_bf16
 from jadam.sharding import shard_largest_dim, zero1
 
@@ -122,7 +123,9 @@ def plan(
     """
     checks.check_transformation("plan needs", tx)
     mesh = _mesh(mesh_shape)
-    checks.check_trainable(shapes, "shapes")
+    shapes = params_tree(shapes)
+    trainable = update_of(tx).without_untrainable(shapes, shapes)
+    checks.check_trainable(trainable, "shapes")
     params = shard_largest_dim(shapes, mesh, params_axis)
     sharded = zero1(tx, params, mesh, axis)
     state = sharded.layout.state
@@ -130,7 +133,8 @@ def plan(
     for (name, field), x in zip(match_state_to_params(state, params), jax.tree.leaves(state), strict=True):
         kind = "other" if name is None else "remainders" if field == "remainder" else "moments"
         sizes[kind] += _nbytes_per_device(x)
-    sizes["parameters"] = sizes["gradients"] = sum(map(_nbytes_per_device, jax.tree.leaves(params)))
+    sizes["parameters"] = sum(map(_nbytes_per_device, jax.tree.leaves(params)))
+    sizes["gradients"] = sum(map(_nbytes_per_device, jax.tree.leaves(params_with_gradients(params, trainable)[0])))
     notes = {name: f"state not sharded: {reason}" for name, reason in sharded.undivided.items()}
     notes |= {name: f"moments in float32: {reason}" for name, reason in sharded.widened.items()}
     return MemoryPlan(
@@ -151,7 +155,7 @@ def _mesh(shape) -> AbstractMesh:
 
 def _nbytes_per_device(x) -> int:
     """Bytes of one shard of an array."""
-    return math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize
+    return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
 
 
 def shapes_of(model: str, dtype=jnp.bfloat16) -> Any:

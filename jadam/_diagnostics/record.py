@@ -15,7 +15,7 @@ import optax
 
 from jadam._core import checks
 from jadam._core.numerics import apply_updates
-from jadam._core.trees import find_states, leaf_name, params_with_gradients
+from jadam._core.trees import find_states, leaf_names, params_with_gradients
 from jadam._diagnostics.describe import html_table
 from jadam._diagnostics.statistics import (
     QUANTILES,
@@ -124,12 +124,12 @@ def record(
         raise ValueError("record must not be applied to another record. Remove one.")
 
     def init(params) -> Any:
+        params = tx.update.without_untrainable(params, params)
         state = tx.init(params)
         recorded = []
         is_trained = lambda state, params: [not leaf.frozen for leaf in last_leaf_updates(tx, state, params)[1]]
         jax.eval_shape(lambda *args: recorded.extend(is_trained(*args)), state, params)
-        paths = [leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-        names = ["total", *(path for path, on in zip(paths, recorded, strict=True) if on)]
+        names = ["total", *(name for name, on in zip(leaf_names(params), recorded, strict=True) if on)]
         values = jnp.zeros((keep, 1 + sum(recorded), COLUMNS), jnp.float32)
         names = jnp.asarray(np.frombuffer("\n".join(names).encode(), np.uint8))
         return RecordState(state, Ring(jnp.full(keep, -1, jnp.int32), values, names))
@@ -159,6 +159,7 @@ def record(
             tx,
             tx.update.needs_gradient_values,
             after_step,
+            is_frozen=tx.update.is_frozen,
             function=update,
         ),
     )
@@ -362,14 +363,15 @@ def plot(history: History) -> matplotlib.figure.Figure:
         axes.update_datalim([(step, 1) for step in history.steps[[0, -1]]], updatey=False)
         if len(not_finite):
             axes.axvline(not_finite[0], color="0.3", ls=":", label="first non-finite record")
-    sizes.legend(frameon=False, fontsize="small")
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.22), "frameon": False, "fontsize": "small"}
+    sizes.legend(**below, ncols=4)
     for name in names:
         snr.plot(history.steps, history.leaves[name]["snr"], color="0.7", lw=0.7)
     total = history.total["snr"]
     snr.plot(history.steps, total, color=orange, marker=marker(total), label="all parameters")
     snr.plot([], [], color="0.7", lw=0.7, label="each parameter")
     snr.set(xlabel="step", ylabel="mean |m̂| / √v̂ (no unit)", title="signal-to-noise ratio", ylim=(0, None))
-    snr.legend(frameon=False, fontsize="small")
+    snr.legend(**below, ncols=3)
     ratio = np.array([history.leaves[name]["update_ratio"] for name in names]).reshape(len(names), len(history.steps))
     ratio = np.ma.masked_where(~(np.isfinite(ratio) & (ratio > 0)), ratio)
     image = bottom.pcolormesh(
@@ -382,9 +384,27 @@ def plot(history: History) -> matplotlib.figure.Figure:
     ticks = np.unique(np.linspace(0, len(history.steps) - 1, 8).astype(int))
     bottom.set_xticks(ticks + 0.5, history.steps[ticks])
     stride = -(-len(names) // 40)
-    bottom.set_yticks(np.arange(0, len(names), stride) + 0.5, names[::stride], fontsize="small", parse_math=False)
+    shown, families = _drawable(names[::stride])
+    style = {"fontsize": "small", "fontfamily": families, "parse_math": False}
+    bottom.set_yticks(np.arange(0, len(names), stride) + 0.5, shown, **style)
     bottom.invert_yaxis()
     bottom.set(xlabel="step", title="update-to-parameter ratio (RMS)")
     bar = figure.colorbar(image, ax=bottom, label="ratio (no unit)", format=plain)
     bar.ax.yaxis.set_minor_formatter(minor(ratio.compressed()))
     return figure
+
+
+def _drawable(names: list[str]) -> tuple[list[str], list[str]]:
+    """The names, and font families that have their characters; a character that no installed font has is escaped."""
+    from matplotlib import font_manager, rcParams
+    from matplotlib.ft2font import FT2Font
+
+    characters = lambda path: set(map(chr, FT2Font(path).get_charmap()))
+    families = list(rcParams["font.family"])
+    missing = set("".join(names)) - characters(font_manager.findfont(font_manager.FontProperties(family=families)))
+    for font in font_manager.fontManager.ttflist if missing else ():
+        if "Last Resort" not in font.name and (found := missing & characters(font.fname)):  # that one draws boxes
+            families.append(font.name)
+            missing -= found
+    escapes = {ord(x): x.encode("ascii", "backslashreplace").decode() for x in missing}
+    return [name.translate(escapes) for name in names], families

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +20,7 @@ from jadam._checkpoints.convert import has_moments
 from jadam._core import checks
 from jadam._core.bf16 import join
 from jadam._core.numerics import Beta, CurrentCorrection, at_least_float32, divide, real, sqrt
-from jadam._core.trees import find_states, leaf_name
+from jadam._core.trees import find_states, leaf_names, params_tree, state_tree
 from jadam._diagnostics.describe import html_table, table
 from jadam._transformation.transformation import LeafUpdate, NotFusible, ScheduledBetasState, Transformation, update_of
 from jadam._wrappers.by_path import ByPathState
@@ -118,8 +117,8 @@ def statistics(
     Args:
         tx: one of jadam's optimizers, alone or by `jadam.by_path`, as the last stage of `jadam.chain`, or wrapped in
             `jadam.exact_bf16`, `jadam.record` and `jadam.sharding.zero1`.
-        state: its state; with Flax NNX ``optimizer.opt_state``.
-        params: the parameters after the step; with Flax NNX ``nnx.state(model, nnx.Param)``.
+        state: its state, or Flax's ``Optimizer`` or ``TrainState``.
+        params: the parameters after the step, or an NNX module.
         updates: the updates that ``tx.update`` returned. Default: computed from the moments, with learning rate and
             weight decay. NAdam's update also depends on the last gradient, for which :math:`\hat m` is then taken.
         sample: use about this many coordinates of each parameter: evenly spaced indices along all axes but the last
@@ -149,16 +148,16 @@ def statistics(
     """
     sample = checks.positive_int("sample", sample, none=True)
     tx = unwrap(tx)
-    if "flax.nnx" in sys.modules:
-        from jadam.flax import pure
-
-        state, params, updates = pure((state, params, updates))
+    state, params, updates = state_tree(state), params_tree(params), params_tree(updates)
     if params is None:
         raise ValueError("statistics needs params, the parameters after the step.")
     if find_states(params, has_moments):
         raise TypeError(
             "params must be a tree of parameters, got an optimizer's state. Argument order: tx, state, params."
         )
+    if updates is not None:
+        updates = tx.update.without_untrainable(updates, params)
+    params = tx.update.without_untrainable(params, params)
     checks.check_trainable(params, "params")
     for tree, what in ((state, "state"), (params, "params"), (updates, "updates")):
         checks.check_values(tree, what)
@@ -184,6 +183,7 @@ def _statistics(tx, sample, state, params, updates) -> tuple[_Names, Measures]:
 
 def measure(tx: Transformation, sample, state, params, updates=None) -> tuple[list[str], Measures]:
     """The parameters' paths, and `Measures` of arrays with a row for the total, then one for each parameter."""
+    checks.check_constant_shapes(params, "statistics and record need")
     names = []
 
     def compute(state, params, updates) -> Measures:
@@ -191,11 +191,10 @@ def measure(tx: Transformation, sample, state, params, updates=None) -> tuple[li
         count, leaf_updates = last_leaf_updates(tx, state, params)
         update_leaves = [None] * len(leaf_updates) if updates is None else jax.tree.leaves(updates)
         coordinates, sizes = [], []
-        for leaf_update, (path, p), u in zip(
-            leaf_updates, jax.tree_util.tree_leaves_with_path(params), update_leaves, strict=True
-        ):
+        columns = leaf_updates, leaf_names(params), jax.tree.leaves(params), update_leaves
+        for leaf_update, name, p, u in zip(*columns, strict=True):
             if not leaf_update.frozen:
-                names.append(leaf_name(path))
+                names.append(name)
                 sizes.append(np.size(p))
                 coordinates.append(_measure_coordinates(leaf_update, count > 0, jnp.asarray(p), u, sample))
         if not names:

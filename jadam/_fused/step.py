@@ -63,8 +63,9 @@ def step(
         params: parameters.
 
     Returns:
-        ``(params, state)``. Donate both and pass them in this order, as below, to update them in place. JAX gives the
-        first donated array of a shape to the first result of that shape. In another order XLA must copy.
+        ``(params, state)``: the new parameters, not updates to apply. Donate both and pass them in this order, as
+        below, to update them in place. JAX gives the first donated array of a shape to the first result of that shape.
+        In another order XLA must copy.
 
     Raises:
         ValueError: arrays are on different devices, or were donated to an earlier step; and what ``tx.update`` raises.
@@ -88,6 +89,7 @@ def step(
         return update.step(grads, state, params)
     if update.leafwise is raise_not_fusible:
         return update_and_apply(tx, grads, state, params)
+    grads = update.without_untrainable(grads, params)
     all_params = params
     params, merge = params_with_gradients(params, grads)
     for tree, what in ((grads, "grads"), (state, "state"), (params, "params")):
@@ -232,9 +234,10 @@ def _step_leaves(*arrays, settings, treedef, platform):
     leaf_updates = unpack(settings, operands)
     # Arrays are concrete only under jax_debug_nans, which runs this op by op to find the one that made a NaN.
     traced = any(isinstance(x, jax.core.Tracer) for x in arrays)
-    use_kernel = traced and platform in KERNELS and backends()[platform].kernel is not None
-    if traced and platform == "cpu" and not use_kernel and not kernels_disabled():
+    has_kernel = platform in KERNELS and backends()[platform].kernel is not None
+    if traced and platform == "cpu" and not has_kernel and not kernels_disabled():
         _warn_once(backends()["cpu"].reason)
+    use_kernel = traced and has_kernel and all(map(checks.has_constant_shape, params))  # symbolic in `jax.export`
     results: list = KERNELS[platform](leaf_updates, grads, params) if use_kernel else [None] * len(leaf_updates)
     for i, (leaf_update, g, p) in enumerate(zip(leaf_updates, grads, params, strict=True)):
         if results[i] is None:

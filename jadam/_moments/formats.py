@@ -19,7 +19,7 @@ from jadam._core.trees import leaf_name
 from jadam._moments.int8 import Int8
 
 FormatName = Literal["float32", "bfloat16", "int8"]
-FormatChoice = FormatName | Callable[[str, Any], FormatName]
+FormatChoice = FormatName | jax.typing.DTypeLike | Callable[[str, Any], FormatName | jax.typing.DTypeLike]
 Random = Callable[[int], jax.Array]  # random(k): uint32 random bits for every element, stream k
 
 
@@ -127,11 +127,16 @@ def format_of(stored: Sequence[jax.Array]) -> Format:
     return next(format for format in FORMATS.values() if format.matches(stored))
 
 
+def by_name_or_function(moments):
+    """The argument ``moments`` with a dtype, such as ``jnp.int8``, replaced by its name."""
+    return np.dtype(moments).name if isinstance(moments, (type, np.dtype)) else moments
+
+
 def format_selector(moments: FormatChoice, mu_dtype, betas: dict | None) -> Callable[[Any, Any], Format]:
     """A function from a leaf's path and the leaf to its format.
 
     Args:
-        moments: the name of a format, or a function ``f(path, leaf)`` that returns one.
+        moments: the name of a format or its dtype, or a function ``f(path, leaf)`` that returns one.
         mu_dtype: dtype of the first moment in the float32 format, or None.
         betas: the decay rates of Adam's rule, checked for int8; None if int8 is not allowed.
     """
@@ -139,11 +144,12 @@ def format_selector(moments: FormatChoice, mu_dtype, betas: dict | None) -> Call
 
     def by_name(name, source="moments"):
         """Return the format ``name``; raise if it is unknown or does not fit ``mu_dtype`` or ``betas``."""
+        name = by_name_or_function(name)
         if not (isinstance(name, str) and name in formats):
             raise ValueError(
                 f"{source} must be {' or '.join(map(repr, sorted(formats)))}"
                 f"{' or a function f(path, leaf) that returns one of them' * (source == 'moments')}, "
-                f"got {checks.short_repr(name)}."
+                f"got {checks.short_repr(name)}.{checks.did_you_mean(name, formats)}"
             )
         if name != "float32" and mu_dtype is not None:
             raise ValueError(f"mu_dtype must be None with moments={name!r}, got {mu_dtype}. Drop mu_dtype.")
@@ -151,7 +157,8 @@ def format_selector(moments: FormatChoice, mu_dtype, betas: dict | None) -> Call
             Int8.check(betas)
         return formats[name]
 
-    if not callable(moments) or isinstance(moments, type):  # a dtype such as jnp.bfloat16 is a callable type
+    moments = by_name_or_function(moments)
+    if not callable(moments):
         wanted = by_name(moments)
         return lambda path, p: formats["float32"] if wanted.unsupported_reason(p) else wanted
     if mu_dtype is not None:

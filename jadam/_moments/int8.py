@@ -24,6 +24,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from jadam._core import checks
 from jadam._core.numerics import at_least_float32, uniform
 
 BLOCK = 128  # at most this many elements along the last axis share a scale; a TPU has as many lanes
@@ -97,6 +98,11 @@ class Int8:
             return f"{dtype} moments are not compressed"
         if jnp.ndim(p) < 2:
             return f"{jnp.ndim(p)}-dimensional, int8 needs 2 dimensions"
+        if not checks.has_constant_shape(p):
+            raise ValueError(
+                f"moments='int8' needs constant shapes, got {p.shape}: it divides rows into blocks. Use "
+                "moments='bfloat16', or export a step for each shape."
+            )
         if p.size < MIN_SIZE:
             return f"{p.size} elements, int8 needs {MIN_SIZE}"
         block = _init_block_length(p)

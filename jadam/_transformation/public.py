@@ -49,8 +49,8 @@ def call_as_repr(function: F) -> F:
 
 
 def _short_repr(value) -> str:
-    """The repr, at most 200 characters; for functions their name, for schedules the name of their factory."""
+    """The repr, at most 200 characters; for functions and types their name, for schedules their factory's."""
     if inspect.isroutine(value):
         return f"<{value.__qualname__.split('.<locals>')[0].strip('<>')}>"
-    text = repr(value)
+    text = value.__name__ if isinstance(value, type) else repr(value)
     return text if len(text) <= 200 else f"{text[:197]}..."

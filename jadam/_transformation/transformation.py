@@ -34,7 +34,7 @@ from jadam._core.numerics import (
     scheduled_beta,
     sqrt,
 )
-from jadam._core.trees import params_with_gradients
+from jadam._core.trees import leaf_name, params_with_gradients
 from jadam._moments import formats
 
 
@@ -367,9 +367,37 @@ class UpdateFn:
     needs_gradient_values: bool = False  # whether `leafwise` reads the gradients' values, as for a norm, or only shapes
     after_step: Callable[..., Any] | None = None  # after_step(new_state, new_params) -> state, called by `jadam.step`
     step: Callable[..., Any] | None = None  # step(grads, state, params) -> (params, state), in place of `jadam.step`
+    is_frozen: Callable[[str], bool] | None = None  # whether `jadam.by_path` freezes the parameter of this name
 
     def __call__(self, updates, state, params=None, **extra_args) -> Any:
-        """Return Optax's ``(updates, new_state)``, computed by XLA."""
+        """Return Optax's ``(updates, new_state)``."""
+        trainable = self.without_untrainable(updates, params)
+        new_updates, state = self.compute(trainable, state, params, **extra_args)
+        return new_updates if trainable is updates else _fill_with_zeros(new_updates, updates, params), state
+
+    def without_untrainable(self, updates, params):
+        """``updates`` with None for each frozen parameter that could not be trained, such as an array of integers.
+
+        The update of a parameter without a gradient leaves it as it is, whatever its type.
+        """
+        if self.is_frozen is None:
+            return updates
+        leaves, others = jax.tree.leaves(updates), jax.tree.leaves(params_with_gradients(params, updates)[0])
+        trainable = checks.is_trainable
+        if len(leaves) != len(others) or all(map(trainable, (*leaves, *others))):
+            return updates
+        frozen = [self.is_frozen(leaf_name(path)) for path, _ in jax.tree_util.tree_leaves_with_path(updates)]
+
+        def gradient(g, p, frozen):
+            """The gradient to use: zeros if only the gradient could not be trained."""
+            if not frozen or (trainable(g) and trainable(p)):
+                return g
+            return jnp.zeros_like(p) if trainable(p) else None
+
+        return jax.tree.unflatten(jax.tree.structure(updates), list(map(gradient, leaves, others, frozen)))
+
+    def compute(self, updates, state, params=None, **extra_args) -> Any:
+        """Return ``(updates, new_state)``, computed by XLA."""
         params, _ = params_with_gradients(params, updates)
         checks.check_values(params, "params")
         checks.check_same_devices(updates=updates, state=state, params=params)
@@ -386,14 +414,27 @@ class UpdateFn:
         return structure.unflatten(updates), rebuild_state(new_arrays)
 
 
+def _fill_with_zeros(new_updates, updates, params):
+    """Put zeros for the frozen parameters that `UpdateFn.without_untrainable` left out of ``new_updates``."""
+
+    def fill(u, g, p):
+        """The update of one parameter. Random keys have no zero."""
+        left_out = u is None and g is not None and checks.is_array(p)
+        is_key = left_out and jnp.issubdtype(checks.dtype_of(p), jax.dtypes.extended)
+        return jnp.zeros_like(p) if left_out and not is_key else u
+
+    params = params_with_gradients(params, updates)[0]
+    return jax.tree.map(fill, new_updates, updates, params, is_leaf=lambda x: x is None)
+
+
 @dataclasses.dataclass(eq=False)
 class CustomUpdateFn(UpdateFn):
-    """An `UpdateFn` whose call is ``function``; `jadam.step` uses ``leafwise`` all the same."""
+    """An `UpdateFn` that computes by ``function``; `jadam.step` uses ``leafwise`` all the same."""
 
     function: Callable[..., Any] = dataclasses.field(kw_only=True)  # function(updates, state, params, **extra_args)
 
-    def __call__(self, updates, state, params=None, **extra_args) -> Any:
-        """Optax's ``update``."""
+    def compute(self, updates, state, params=None, **extra_args) -> Any:
+        """Return ``(updates, new_state)``."""
         return self.function(updates, state, params, **extra_args)
 
 
@@ -447,6 +488,8 @@ def scale_by_rule(
             function compiles its own program, so pass the same one for the same transform.
     """
     betas = {name: _beta(name, value) for name, value in betas.items()}
+    checks.warn_of_unusual_betas(betas)
+    moments = formats.by_name_or_function(moments)
     scalars = {name: _scalar(name, value) for name, value in scalars.items()}
     scheduled = [name for name, value in betas.items() if callable(value)]
     mu_dtype = checks.floating_dtype("mu_dtype", mu_dtype)

@@ -10,7 +10,7 @@ import optax
 
 from jadam._core import checks
 from jadam._core.numerics import Beta, apply_rounded, at_least_float32, ema, one_minus, one_minus_power
-from jadam._core.trees import find_states, params_with_gradients
+from jadam._core.trees import find_states, params_with_gradients, state_tree
 from jadam._moments.formats import placeholder
 
 
@@ -112,7 +112,7 @@ def averaged_params(state: optax.OptState) -> optax.Params:
         >>> print(jadam.averaged_params(tx.init(jnp.ones(2, jnp.bfloat16))))
         [1 1]
     """
-    found = find_states(state, AverageParamsState)
+    found = find_states(state_tree(state), AverageParamsState)
     if len(found) != 1:
         raise ValueError(
             f"state must contain one AverageParamsState, found {len(found)}. "

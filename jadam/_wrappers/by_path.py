@@ -129,7 +129,7 @@ def by_path(
             return _Group(f"{pattern.pattern!r} {settings!r}", pattern)
         merged: dict[str, Any] = {**defaults, **_check_settings(pattern.pattern, settings)}
         make = lambda moments: scale_by_adam(merged["b1"], merged["b2"], eps, eps_root, moments=moments, **switches)
-        choice: Any = merged["moments"]
+        choice: Any = formats.by_name_or_function(merged["moments"])
         if not callable(choice):
             make(choice)  # for the checks that apply to names only
         # With a function for moments, the state of every group is a QuantizedAdamState.
@@ -145,7 +145,13 @@ def by_path(
     groups = [group(*rule) for rule in _check_rules(rules)]
     fields = [name for name in QuantizedAdamState._fields if name not in ("count", "version")]
 
+    def is_frozen(name) -> bool:
+        """Whether the parameter follows a rule that is `FROZEN`."""
+        return next((group.tx is None for group in groups if group.pattern.search(name)), False)
+
     def init(params) -> Any:
+        _check_patterns(groups, [leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)])
+        params = update.without_untrainable(params, params)
         checks.check_trainable(params, "params")
         partition = _Partition(groups, params)
         corrections, states = _split_corrections(
@@ -162,7 +168,7 @@ def by_path(
         checks.check_state_type(state, ByPathState)
         checks.check_state_type(state.moments, QuantizedAdamState)
         for name in fields:
-            _check_tree(groups, params, getattr(state.moments, name), f"state.moments.{name}")
+            _check_tree(is_frozen, params, getattr(state.moments, name), f"state.moments.{name}")
         partition = _Partition(groups, updates)
         count = state.moments.count
         leaf_updates: list = [None] * len(partition.group_of_leaf)
@@ -201,7 +207,8 @@ def by_path(
 
         return LeafwiseUpdate(leaf_updates, rebuild_state)
 
-    return Transformation(init, UpdateFn(leafwise))
+    update = UpdateFn(leafwise, is_frozen=is_frozen)
+    return Transformation(init, update)
 
 
 class _Partition:
@@ -210,7 +217,7 @@ class _Partition:
     def __init__(self, groups: list[_Group], tree):
         paths, self.structure = jax.tree_util.tree_flatten_with_path(tree)
         self.names = [leaf_name(path) for path, _ in paths]
-        self.group_of_leaf = _assign_groups(groups, self.names)
+        self.group_of_leaf = [next(k for k, x in enumerate(groups) if x.pattern.search(name)) for name in self.names]
         self.indices = [[i for i, own in enumerate(self.group_of_leaf) if own == k] for k in range(len(groups))]
         self.trained: list = [(k, group) for k, group in enumerate(groups) if group.tx is not None]
 
@@ -235,7 +242,7 @@ def _split_corrections(states) -> tuple[tuple[dict, ...], list]:
     return corrections, [x.inner_state if on else x for x, on in zip(states, scheduled, strict=True)]
 
 
-def _check_tree(groups: list[_Group], params, moments, what: str) -> None:
+def _check_tree(is_frozen, params, moments, what: str) -> None:
     """Raise unless ``moments`` are of a tree like ``params``, naming the first leaf that differs."""
     with contextlib.suppress(ValueError):
         jax.tree.structure(params).flatten_up_to(moments)
@@ -244,16 +251,15 @@ def _check_tree(groups: list[_Group], params, moments, what: str) -> None:
     by_name = lambda tree: NamedLeaves(names := [leaf_name(path) for path, _ in leaves(tree)], names)
     checks.check_same_structure(by_name(params), by_name(moments), "params", what)
     # The same paths, so the difference is in the nodes' types, or a parameter is now None.
-    frozen = lambda name: next((group.tx is None for group in groups if group.pattern.search(name)), False)
-    trained = jax.tree_util.tree_map_with_path(lambda path, p: None if frozen(leaf_name(path)) else p, params)
+    trained = jax.tree_util.tree_map_with_path(lambda path, p: None if is_frozen(leaf_name(path)) else p, params)
     checks.check_same_structure(trained, moments, "params", what)
 
 
-def _assign_groups(groups: list[_Group], names: list[str]) -> list[int]:
-    """Return for each path the first group whose pattern matches; raise if a path or a pattern has no match."""
+def _check_patterns(groups: list[_Group], names: list[str]) -> None:
+    """Raise if a path matches no pattern, or a pattern no path."""
     matches = [[group.pattern.search(name) is not None for group in groups] for name in names]
     if not names:  # `optax.tree.map_params` calls init with a tree of no leaves
-        return []
+        return
     patterns = [group.pattern.pattern for group in groups]
     for k, pattern in enumerate(patterns):
         if not any(row[k] for row in matches):
@@ -274,7 +280,6 @@ def _assign_groups(groups: list[_Group], names: list[str]) -> list[int]:
             f"Closest pattern: {_closest(missing[0], patterns)[0]!r}. "
             'To give all other parameters the defaults, end rules with ("", {}).'
         )
-    return [row.index(True) for row in matches]
 
 
 def _closest(text: str, candidates: list[str]) -> list[str]:

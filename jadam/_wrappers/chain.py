@@ -193,7 +193,11 @@ def chain(*stages: optax.GradientTransformation) -> Transformation:
     needs_gradient_values = any(
         stage.update.name == "clip_by_global_norm" for stage in clips if isinstance(stage, Clip)
     )
-    return Transformation(inner.init, CustomUpdateFn(leafwise, call, None, needs_gradient_values, function=update))
+    is_frozen = update_of(last).is_frozen
+    update_fn = CustomUpdateFn(
+        leafwise, call, needs_gradient_values=needs_gradient_values, is_frozen=is_frozen, function=update
+    )
+    return Transformation(inner.init, update_fn)
 
 
 def _why_never_fused(clips, last) -> str | None:

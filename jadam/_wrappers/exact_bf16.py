@@ -18,7 +18,7 @@ import optax
 from jadam._core import checks
 from jadam._core.bf16 import join, remainder_of, split, update_to
 from jadam._core.numerics import apply_updates, at_least_float32
-from jadam._core.trees import find_states, leaf_name, params_with_gradients
+from jadam._core.trees import find_states, leaf_name, leaf_names, params_tree, params_with_gradients, state_tree
 from jadam._moments.formats import VERSION, placeholder, version
 from jadam._transformation.transformation import (
     CustomUpdateFn,
@@ -45,10 +45,10 @@ class ExactBF16State(NamedTuple):
 class ExactBF16UpdateFn(CustomUpdateFn):
     """`UpdateFn` of `exact_bf16`: fuses the update if the inner optimizer can be fused, else calls ``function``."""
 
-    def __call__(self, updates, state, params=None, **extra_args) -> Any:
-        """Optax's ``update``."""
+    def compute(self, updates, state, params=None, **extra_args) -> Any:
+        """Return ``(updates, new_state)``."""
         try:
-            return UpdateFn.__call__(self, updates, state, params)
+            return UpdateFn.compute(self, updates, state, params)
         except NotFusible:
             return self.function(updates, state, params, **extra_args)
 
@@ -106,7 +106,13 @@ def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
     needs_gradient_values = update_of(tx).needs_gradient_values
 
     def init(params) -> Any:
+        params = update_fn.without_untrainable(params, params)
         checks.check_trainable(params, "params")
+        if (leaves := jax.tree.leaves(params)) and not any(map(_is_bf16, leaves)):
+            checks.warn(
+                f"exact_bf16 changes nothing: no parameter is bfloat16, the first is {jnp.result_type(leaves[0])}. "
+                "Convert them: params, state = jadam.from_float32(params, tx)."
+            )
         inner_state = inner.init(jax.tree.map(_widen, params, params))
         if find_states(inner_state, ExactBF16State):
             raise ValueError("exact_bf16 must be outermost, got it around another exact_bf16. Drop the inner one.")
@@ -158,9 +164,15 @@ def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
 
         return LeafwiseUpdate(leaf_updates, rebuild_state)
 
-    return ExactBF16(
-        init, ExactBF16UpdateFn(leafwise, f"jadam.exact_bf16({tx!r})", inner, needs_gradient_values, function=update)
+    update_fn = ExactBF16UpdateFn(
+        leafwise,
+        f"jadam.exact_bf16({tx!r})",
+        inner,
+        needs_gradient_values,
+        is_frozen=update_of(tx).is_frozen,
+        function=update,
     )
+    return ExactBF16(init, update_fn)
 
 
 def float32_params(params: optax.Params, state: optax.OptState) -> optax.Params:
@@ -183,6 +195,7 @@ def float32_params(params: optax.Params, state: optax.OptState) -> optax.Params:
         >>> print(params.dtype, jadam.float32_params(params, state))
         bfloat16 [0.1]
     """
+    params, state = params_tree(params), state_tree(state)
     found = find_states(state, ExactBF16State)
     if len(found) != 1:
         raise ValueError(
@@ -195,16 +208,16 @@ def float32_params(params: optax.Params, state: optax.OptState) -> optax.Params:
             )
         )
     checks.check_version(found[0], VERSION)
+    remainder = found[0].remainder
+    params, merge = params_with_gradients(params, remainder)  # without what is frozen and could not be trained
     checks.check_trainable(params, "params")
     for tree, what in ((params, "params"), (state, "state")):
         checks.check_values(tree, what)
-    remainder = found[0].remainder
-    named, other = (
-        {leaf_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)} for tree in (params, remainder)
-    )
+    named, other = (dict(zip(leaf_names(x), jax.tree.leaves(x), strict=True)) for x in (params, remainder))
     if named.keys() == other.keys():  # the same tree, but perhaps of other Flax variables
         remainder = jax.tree.unflatten(jax.tree.structure(params), [other[name] for name in named])
-    return jax.tree.map(lambda p, x: _copied(x) if x is p else x, params, _masters(params, remainder))
+    masters = jax.tree.map(lambda p, x: _copied(x) if x is p else x, params, _masters(params, remainder))
+    return merge(jax.tree.leaves(masters))
 
 
 def from_float32(
@@ -242,6 +255,8 @@ def from_float32(
             f"tx must be from jadam.exact_bf16, got {checks.short_repr(tx)}. Pass jadam.exact_bf16(tx), or "
             "jadam.record(jadam.exact_bf16(tx))."
         )
+    params32 = params_tree(params32)
+    params32, merge = params_with_gradients(params32, exact.update.without_untrainable(params32, params32))
     checks.check_trainable(params32, "params32")
     checks.check_values(params32, "params32")
     if not (keep is None or callable(keep)):
@@ -257,7 +272,8 @@ def from_float32(
     of_split = lambda p, x: split(x)[1] if jnp.result_type(x) == jnp.float32 and _is_bf16(p) else _zero_remainder(p)
     remainder = jax.tree.map(of_split, params, params32)
     state = ExactBF16State(remainder, exact.update.inner.init(_masters(params, remainder)), version())
-    return params, cast(Any, tx.init(params))._replace(inner_state=state) if recorded else state
+    state = cast(Any, tx.init(params))._replace(inner_state=state) if recorded else state
+    return merge(jax.tree.leaves(params)), state
 
 
 def _copied(x):
@@ -294,7 +310,8 @@ def _zero_remainder(p):
 
 def _shaped_zeros(x):
     """float32 zeros in the shape of ``x``, which take no memory."""
-    return np.broadcast_to(np.zeros([], at_least_float32(x)), jnp.shape(x))
+    broadcast_to = np.broadcast_to if checks.has_constant_shape(x) else jnp.broadcast_to
+    return broadcast_to(np.zeros([], at_least_float32(x)), jnp.shape(x))
 
 
 def _widen(x, p):

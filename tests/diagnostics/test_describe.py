@@ -1,5 +1,6 @@
 """`jadam.describe` counts every byte of a state and gives reasons for formats and for steps that are not fused."""
 
+import math
 from typing import NamedTuple
 
 import equinox as eqx
@@ -74,7 +75,7 @@ def test_flax_and_a_bare_array():
     ]
     assert jadam.describe(jadam.adam(1e-3), zeros(5)).leaves[0].bytes == 40
     assert jadam.describe(jadam.adam(1e-3), zeros(())).leaves[0].bytes == 8
-    assert jadam.describe(jadam.adam(1e-3), {}).bytes_per_parameter == 4
+    assert math.isnan(jadam.describe(jadam.adam(1e-3), {}).bytes_per_parameter)
 
 
 def test_the_table():

@@ -114,8 +114,8 @@ FUNCTION = "or a function f(path, leaf) that returns one of them"
 
 
 @pytest.mark.parametrize(("given", "text"), [
-    (("int4", None, BETAS), f"moments must be {NAMES} {FUNCTION}, got 'int4'."),
-    ((jnp.bfloat16, None, BETAS), f"moments must be {NAMES} {FUNCTION}, got"),
+    (("int4", None, BETAS), f"moments must be {NAMES} {FUNCTION}, got 'int4'. Did you mean 'int8'?"),
+    ((jnp.float16, None, BETAS), f"moments must be {NAMES} {FUNCTION}, got 'float16'. Did you mean"),
     (("int8", jnp.bfloat16, BETAS), "mu_dtype must be None with moments='int8', got"),
     (("bfloat16", jnp.bfloat16, BETAS), "mu_dtype must be None with moments='bfloat16', got"),
     ((lambda path, leaf: "int8", jnp.bfloat16, BETAS), "mu_dtype must be None when moments is a function, got"),
