@@ -21,8 +21,14 @@ signal-to-noise ratio. `record`, `history` and `plot` follow these over training
 Checkpoints: `convert_moments`, `checksum`, `torch_state`.
 """
 
+from importlib.util import find_spec as _find_spec
+
 import lazy_loader
 
 __version__ = "0.1.0"
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, _, __all__ = lazy_loader.attach_stub(__name__, __file__)
 __all__.remove("flax")  # which need not be installed
+
+
+def __dir__():
+    return __all__ + ["flax"] * (_find_spec("flax") is not None)

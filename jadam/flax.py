@@ -6,9 +6,12 @@ jadam does not depend on Flax, so import this module explicitly: ``import jadam.
 import functools
 from collections.abc import Mapping
 
-from flax import nnx
-from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
-from flax.training import train_state
+try:
+    from flax import nnx
+    from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
+    from flax.training import train_state
+except ModuleNotFoundError:
+    raise ImportError("jadam.flax needs Flax: pip install flax.") from None
 
 from jadam._core import checks
 from jadam._fused.step import step

@@ -19,7 +19,7 @@ from family import FAMILY, SWITCHED
 from jax.sharding import Mesh
 
 import jadam
-from jadam.__main__ import main
+from jadam._cli.command_line import main
 from jadam._core import numerics
 from jadam._fused import step as _step
 

@@ -2,6 +2,7 @@
 
 import ast
 import platform
+import pydoc
 import re
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from helpers import ROOT
 
 import jadam
-from jadam.__main__ import main
+from jadam._cli.command_line import main
 
 TOP = Path(jadam.__file__).parent
 PAGE = ROOT / "CONTRIBUTING.md"
@@ -48,9 +49,8 @@ def test_parts_import_only_those_above():
 
 def test_import_and_help_do_not_load_jax():
     """Imports are lazy: neither JAX, NumPy nor Optax is loaded."""
-    program = (
-        "import sys, jadam; dir(jadam); from jadam.__main__ import main\ntry: main(['--help'])\nexcept SystemExit: "
-    )
+    program = "import sys, jadam; dir(jadam); from jadam._cli.command_line import main\n"
+    program += "try: main(['--help'])\nexcept SystemExit: "
     program += "print(sorted({'jax', 'numpy', 'optax'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], cwd=TOP.parent, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
@@ -63,6 +63,19 @@ def test_dir_has_the_public_names_and_no_others():
         assert getattr(jadam, name) is not None
     with pytest.raises(AttributeError, match="jax"):
         _ = jadam.jax
+
+
+def test_without_flax(monkeypatch):
+    """`help`, which reads every attribute, works; and the remedy is one that a plain install can follow."""
+    for name in [x for x in sys.modules if x.partition(".")[0] == "flax"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "flax", None)
+    monkeypatch.delitem(sys.modules, "jadam.flax", raising=False)
+    monkeypatch.delattr(jadam, "flax", raising=False)
+    assert dir(jadam) == sorted(jadam.__all__)
+    with pytest.raises(ImportError, match=r"jadam\.flax needs Flax: pip install flax\."):
+        _ = jadam.flax
+    pydoc.render_doc(jadam)
 
 
 def test_version_prints_the_backends(capsys):

@@ -1,13 +1,13 @@
 """``jadam demo``: train a classifier of handwritten digits with three optimizers."""
 
+from __future__ import annotations
+
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import flax.nnx as nnx
 import jax
-import matplotlib
-import matplotlib.figure
 import numpy as np
 import optax
 from rich.console import Console
@@ -17,6 +17,9 @@ from sklearn.datasets import load_digits
 
 from jadam._cli.output import check_picture, save_picture
 from jadam._optimizers.adam import adam
+
+if TYPE_CHECKING:
+    import matplotlib.figure
 
 BATCH = 64
 EVALUATE_EVERY = 10
@@ -144,7 +147,9 @@ def table(runs: list[Run]) -> Table:
 
 def draw(runs: list[Run]) -> matplotlib.figure.Figure:
     """Plot training loss and test accuracy against steps."""
-    figure = matplotlib.figure.Figure(figsize=(9, 3.8), layout="constrained")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     styles = [("#999999", "-", 1.5), ("#E69F00", "-", 3.5), ("#0072B2", "--", 1.5)]
     for run, (color, line, width) in zip(runs, styles, strict=True):

@@ -20,7 +20,7 @@ from programs.damage import bits, flipped
 
 import jadam
 from jadam import torch_state
-from jadam.__main__ import main
+from jadam._cli.command_line import main
 from jadam._core import numerics
 
 FLIPS = 201

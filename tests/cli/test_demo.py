@@ -16,11 +16,11 @@ import disks
 import flax.nnx as nnx
 import optax
 import pytest
-from helpers import run_cli
+from helpers import run_cli, subprocess_env
 
-from jadam.__main__ import main
 from jadam._cli import demo as _demo
 from jadam._cli import output as _output
+from jadam._cli.command_line import main
 
 # matplotlib 3.9 with pyparsing from 3.3 on
 pytestmark = pytest.mark.filterwarnings("ignore:.* deprecated, use:DeprecationWarning")
@@ -129,9 +129,57 @@ def test_ctrl_c_stops_cleanly(tmp_path):
     assert process.wait(10) == 130
     output = output.decode()
     assert "\x1b[?25l" in output
-    assert "jadam demo: interrupted, no plot written" in output
+    assert "\x1b[?25h" in output  # and shown again
+    assert "jadam demo: interrupted\r\n" in output
     assert "Traceback" not in output
     assert list(tmp_path.iterdir()) == []
+
+
+SIGINT_ON_IMPORT = """
+import os, runpy, signal, sys
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+
+class InDestructor:
+    def __del__(self):
+        interrupt()
+
+def hook(event, args):
+    if event == "import" and args[0] == module:
+        {act}()
+
+*sys.argv[1:], module = "demo", "--steps=1", *sys.argv[1:]
+sys.addaudithook(hook)
+runpy.run_module("jadam", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "act"),
+    [
+        ("jadam._cli.command_line", "interrupt"),
+        ("jax", "InDestructor"),  # where Python drops a KeyboardInterrupt
+        ("jaxlib._jax", "interrupt"),
+        pytest.param("flax.nnx", "interrupt", marks=pytest.mark.slow),
+        pytest.param("sklearn.datasets", "interrupt", marks=pytest.mark.slow),
+        pytest.param("matplotlib.font_manager", "interrupt", marks=pytest.mark.slow),
+    ],
+)
+def test_ctrl_c_while_it_starts(module, act, tmp_path):
+    program = SIGINT_ON_IMPORT.format(act=act)
+    command = [sys.executable, "-c", INTERRUPTIBLE, sys.executable, "-c", program, "--out=plot.png", module]
+    done = subprocess.run(command, cwd=tmp_path, env=subprocess_env(), capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "jadam demo: interrupted\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_is_postponed_while_files_are_written(tmp_path):
+    program = "import os, signal, sys; from jadam._cli.interrupt import end_on_ctrl_c, postponed\n"
+    program += "end_on_ctrl_c('jadam')\nwith postponed():\n  os.kill(os.getpid(), signal.SIGINT)\n  print('written')\n"
+    command = [sys.executable, "-u", "-c", INTERRUPTIBLE, sys.executable, "-u", "-c", program + "print('never')"]
+    done = subprocess.run(command, cwd=tmp_path, env=subprocess_env(), capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "written\n", "jadam: interrupted\n")
 
 
 def test_missing_extras_are_one_line_and_exit_2(monkeypatch, capsys):
@@ -172,7 +220,6 @@ def test_help():
         (ModuleNotFoundError(name="sklearn.datasets"), 2, f"error: sklearn is not installed; run: {INSTALL}"),
         (_output.CommandError("no\nroom"), 2, "error: no room"),
         (OSError(28, "No space left on device"), 2, "error: cannot print: No space left on device"),
-        (KeyboardInterrupt(), 130, "interrupted, no plot written"),
     ],
 )
 def test_what_stops_it_is_one_line_and_an_exit_code(raised, code, text, monkeypatch, capsys):
@@ -180,6 +227,5 @@ def test_what_stops_it_is_one_line_and_an_exit_code(raised, code, text, monkeypa
         raise raised
 
     monkeypatch.setattr(_demo, "run", run)
-    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # restored
     assert main(["demo"]) == code
     assert capsys.readouterr().err == f"jadam demo: {text}\n"

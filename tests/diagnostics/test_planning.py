@@ -1,6 +1,7 @@
 """`jadam.plan` and ``jadam plan`` report the bytes of real states on a real mesh."""
 
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 from jax.sharding import Mesh
 
 import jadam
-from jadam.__main__ import main
+from jadam._cli.command_line import main
 from jadam._diagnostics import plan as planning
 
 COUNTS = {
@@ -70,3 +71,21 @@ def test_command_line(model, n, tmp_path, capsys, monkeypatch):
     assert [float(x) for x in rows["float32"]][2] == pytest.approx(8 * gib, abs=0.005)
     assert [float(x) for x in rows["int8 + exact_bf16"]][3] == pytest.approx(2 * gib, abs=0.005)
     assert (tmp_path / "jadam-plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_there_is_a_table_and_no_plot(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("matplotlib.figure", "rich", "rich.console"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert main(["plan"]) == 0
+    *table, last = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in table if line] == [
+        f"gpt2 with AdamW: {COUNTS['gpt2']:,} parameters on 8 devices (data=8)",
+        "GiB per device; bytes/param is of the optimizer's state",
+        "format",
+        *planning.CONFIGURATIONS,
+    ]
+    assert last == "No plot written: matplotlib is not installed; run: pip install matplotlib"
+    assert main(["plan", "--out", "plot.png"]) == 2
+    assert capsys.readouterr().err.endswith("error: --out: matplotlib is not installed; run: pip install matplotlib\n")
+    assert list(tmp_path.iterdir()) == []
