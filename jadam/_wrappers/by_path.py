@@ -91,14 +91,16 @@ def by_path(
             without the ``.value`` that Flax NNX sometimes adds: ``['Dense_0']['kernel']`` in Flax Linen,
             ``['layers'][0]['kernel']`` in NNX, ``.layers[0].weight`` in Equinox. `jadam.describe` prints them.
             Settings are a dict that replaces arguments below: ``weight_decay``, ``moments``, ``b1``, ``b2``, and
-            ``lr_mult`` >= 0, a factor of the learning rate. Or they are `jadam.FROZEN`: the parameter never changes and
-            has no state. End with ``("", {})`` for all other parameters.
+            ``lr_mult`` >= 0, a factor of the learning rate. Or they are `jadam.FROZEN`: the leaf never changes and has
+            no state. It may be of any type, such as integers, a random key or a function, and so may its gradient.
+            End with ``("", {})`` for all other parameters.
         learning_rate, b1, b2, eps, eps_root, weight_decay, nesterov, eps_mode, bias_correction, moments, max_lr: see
             `jadam.adamw`; the defaults for all rules.
 
     Returns:
-        A transformation with state `ByPathState`; ``update`` needs ``params``. Under `jadam.exact_bf16`, frozen
-        bfloat16 parameters keep their remainders.
+        A transformation with state `ByPathState`; ``update`` needs ``params``. Its updates of frozen numbers are
+        zeros; of other frozen leaves None, which `jadam.step` accepts and `optax.apply_updates` does not. Under
+        `jadam.exact_bf16`, frozen bfloat16 parameters keep their remainders.
 
     Raises:
         ValueError: at ``init``, a pattern that matches no path, or is never used because earlier patterns match the
