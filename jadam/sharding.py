@@ -138,7 +138,7 @@ def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[s
     params = inner_update.without_untrainable(params, params)
     checks.check_trainable(params, "params")
     layout = _layout(tx, params, mesh, axes)
-    inner = optax.with_extra_args_support(optax.GradientTransformation(tx.init, tx.update))
+    inner = optax.with_extra_args_support(tx)
     param_shardings, state_shardings = (
         [getattr(leaf, which) for leaf in layout.leaves] for which in ("param_sharding", "state_sharding")
     )

@@ -13,6 +13,7 @@ from flax import nnx
 from helpers import CPU, FORMATS, MESH, assert_equal, parametrize, zip_leaves
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from optax import contrib
 
 import jadam
 import jadam.flax
@@ -223,6 +224,15 @@ def test_update_and_describe():
     for a, b in zip_leaves(updates, expected):
         np.testing.assert_allclose(a, b, rtol=1e-6)
     assert jadam.describe(divided, p).bytes == jadam.describe(tx, p).bytes
+
+
+def test_extra_arguments_reach_the_optimizer():
+    plateau = optax.chain(jadam.adam(0.5), contrib.reduce_on_plateau(0.5, patience=1))
+    p = {"w": helpers.ones((8, 4))}
+    tx = zero1(plateau, p, MESH, "data")
+    updates, _ = jax.jit(tx.update)(p, tx.init(p), p, value=1.0)
+    expected, _ = jax.jit(plateau.update)(p, plateau.init(p), p, value=1.0)
+    assert_equal(updates, expected)
 
 
 def test_abstract_mesh():

@@ -102,7 +102,7 @@ def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
     checks.check_transformation("exact_bf16 needs", tx)
     if update_of(tx).after_step is not None:
         raise ValueError("exact_bf16 must be inside record, got it around record. Swap them: record(exact_bf16(tx)).")
-    inner = optax.with_extra_args_support(optax.GradientTransformation(tx.init, tx.update))
+    inner = optax.with_extra_args_support(tx)
     needs_gradient_values = update_of(tx).needs_gradient_values
 
     def init(params) -> Any:
