@@ -309,10 +309,10 @@ def check_trainable(tree, what: str) -> None:
     for path, leaf in _first_failure(lambda leaf: _is_trainable(dtype_of(leaf)), tree):
         dtype = dtype_of(leaf)
         if jnp.issubdtype(dtype, jnp.inexact):
-            raise TypeError(
-                f"{what}{path} must have at least 16 bits to be trained, got {dtype}. Keep it in bfloat16, and cast it "
-                "in the model."
-            )
+            remedy = "Keep it in bfloat16, and cast it in the model."
+            if what == "updates":  # JAX promotes no 8-bit float, and one is useless without its scale
+                remedy = "Cast it, and undo its scaling if there is one: g.astype(jnp.bfloat16)."
+            raise TypeError(f"{what}{path} must have at least 16 bits to be trained, got {dtype}. {remedy}")
         kind = "float0, the gradient of an integer" if dtype == jax.dtypes.float0 else dtype
         raise TypeError(
             f"{what}{path} must be floating or complex to be trained, got {kind}. Leave it out "
