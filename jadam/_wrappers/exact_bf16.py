@@ -64,7 +64,9 @@ def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
     result. `optax.apply_updates` then gives the masters rounded to bfloat16. The masters are equal, bit for bit, to
     those of float32 training on the same gradients, with two exceptions: a step so long that the update overflows, as
     from -3e38 to 3e38, and a step between subnormal numbers, below 1.2e-38. There no update makes
-    `optax.apply_updates` give the rounded master, and the master becomes the parameter that results.
+    `optax.apply_updates` give the rounded master, and the master becomes the parameter that results. With XLA's
+    compiler option ``xla_backend_optimization_level=0``, ``update`` on a CPU may be off by a bfloat16 spacing, because
+    XLA then computes a master twice, rounded differently; `jadam.step` is not affected.
 
     It must be the outermost wrapper, because a stage after it would change the parameters but not the masters.
     Correct: ``exact_bf16(optax.chain(...))``, ``exact_bf16(optax.apply_if_finite(tx, n))``, and
