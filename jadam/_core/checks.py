@@ -60,7 +60,8 @@ def _array_hyperparameter(name, value, allowed, hint):
     check_scalar(name, value.shape)
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise TypeError(
-            f"{name} must be a real floating-point number {allowed}, got an array of {value.dtype}. Use a float32 array."
+            f"{name} must be a real floating-point number {allowed}, got an array of {value.dtype}. "
+            "Use a float32 array."
         )
     if not isinstance(value, jax.core.Tracer):
         _check_range(name, float(value), allowed, hint)
