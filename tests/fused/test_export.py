@@ -121,7 +121,6 @@ def test_a_ref_is_no_parameter():
         lambda: tx.init({"w": ref}),
         lambda: tx.update(ref, state, ref),
         lambda: jadam.step(tx, ones(3), state, ref),
-        lambda: jadam.describe(tx, {"w": ref}),
     ):
         with pytest.raises(TypeError, match=r"must be an array, got .* of type Ref\. Pass its value: ref\[\.\.\.\]"):
             call()
