@@ -127,11 +127,11 @@ def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[s
     """
     checks.check_transformation("zero1 needs", tx)
     _check_mesh(mesh)
-    axes = tuple(name for name in _axes(axis, mesh) if mesh.shape[name] > 1)
+    axes = tuple(name for name in mesh_axes(axis, mesh) if mesh.shape[name] > 1)
     if not axes:
         raise ValueError(
             f"axis must have size > 1, got {axis!r} in the mesh {dict(mesh.shape)}. Choose another axis or a larger "
-            "mesh."
+            "mesh; on one device use tx without zero1."
         )
     inner_update = update_of(tx)
     params = params_tree(params)
@@ -254,7 +254,7 @@ def shard_largest_dim(shapes, mesh, axis: str | Sequence[str] | None) -> Any:
     """
     checks.check_arrays(shapes, "shapes")
     _check_mesh(mesh)
-    axes = () if axis is None else _axes(axis, mesh)
+    axes = () if axis is None else mesh_axes(axis, mesh)
     n = math.prod(mesh.shape[name] for name in axes)
 
     def shard(x):
@@ -277,7 +277,7 @@ def _check_mesh(mesh) -> None:
         raise TypeError(f"mesh must be a jax.sharding.Mesh, got {got}. Make one: jax.make_mesh((8,), ('data',)).")
 
 
-def _axes(axis, mesh) -> tuple[str, ...]:
+def mesh_axes(axis, mesh) -> tuple[str, ...]:
     """Return ``axis`` as a tuple of axis names; raise unless they are axes of the mesh."""
     axes = tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
     if not axes or any(not isinstance(name, str) or name not in mesh.shape for name in axes):

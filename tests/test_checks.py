@@ -461,12 +461,12 @@ TREES = [
         "state.mu['b']['c'] must be complex for a complex parameter, got bfloat16. Leave out mu_dtype, and call init on these parameters.",
     ),
     (lambda: updated(state=list(STATE)), TypeError, f"got list of 2. {UNTYPED}{REBUILD}."),
-    (lambda: updated(state=to_state_dict(STATE)), TypeError, f"got dict of 2. {UNTYPED}{REBUILD}."),
+    (lambda: updated(state=to_state_dict(STATE)), TypeError, f"got dict of 2. {UNTYPED}{TEMPLATE}."),
     (lambda: stepped(INT8, MATRIX, state=to_state_dict(CODES)), TypeError, f"got dict of 2. {UNTYPED}{TEMPLATE}."),
     (
         lambda: updated(jadam.scale_by_adam(), state=to_state_dict(STATE[0])),
         TypeError,
-        f"state must be the ScaleByAdamState that init returns, got dict. {UNTYPED}{REBUILD}.",
+        f"state must be the ScaleByAdamState that init returns, got dict. {UNTYPED}{TEMPLATE}.",
     ),
     (
         lambda: updated(EXACT, HALF, state=to_state_dict(EXACT.init(HALF))),
@@ -1187,8 +1187,8 @@ COMMAND_LINE = [
     (["plan", "--mesh", "data=2,data=4"], "error: argument --mesh: must name each axis once, got 'data=2,data=4'"),
     (["plan", "--mesh"], "error: argument --mesh: expected one argument"),
     (
-        ["plan", "--mesh", "data=1"],
-        "error: --mesh: axis must have size > 1, got 'data' in the mesh {'data': 1}.",
+        ["plan", "--mesh", "data=1,model=2"],
+        "error: --mesh: axis must have size > 1, got 'data' in the mesh {'data': 1, 'model': 2}.",
     ),
     (
         ["plan", "--mesh", "data=1000003"],
@@ -1348,13 +1348,12 @@ def test_a_traced_rate_out_of_range_is_seen(name):
         assert np.isfinite(u).all(), row
 
 
-@pytest.mark.parametrize("untyped", [lambda state: json.loads(json.dumps(state)), to_state_dict], ids=["list", "dict"])
 @pytest.mark.parametrize("moments", ["float32", "bfloat16"])
-def test_a_state_restored_without_its_types_can_be_rebuilt(untyped, moments):
+def test_a_state_restored_without_its_types_can_be_rebuilt(moments):
     """As the error's text says."""
     tx, params = jadam.adam(1e-3, moments=moments), {"a": 1.0, "b": {"c": 2.0}}
     state = tx.update(params, tx.init(params), params)[1]
-    names = {"jax": jax, "tx": tx, "params": params, "state": untyped(jax.tree.map(float, state))}
+    names = {"jax": jax, "tx": tx, "params": params, "state": json.loads(json.dumps(jax.tree.map(float, state)))}
     jax.tree.map(np.testing.assert_array_equal, eval(REBUILD, names), state)
 
 

@@ -438,3 +438,106 @@ def test_float64_of_numpy_gives_no_warning(name):
         jadam.convert_moments(state, "bfloat16")
         mesh = jax.sharding.AbstractMesh((2,), ("data",))
         jadam.sharding.zero1(tx, params, mesh, "data")
+
+
+# ---------------------------------------------------------------- an old state and another optimizer
+
+COSINE = optax.cosine_decay_schedule(1e-2, 10)
+B1_SCHEDULE = {"b1": lambda count: 0.9}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "text"),
+    [
+        (jadam.adam(1e-2), jadam.adam(COSINE), "state[1] must have the step count of a schedule, got EmptyState"),
+        (jadam.adamw(1e-2), jadam.adamw(COSINE), "state[2] must have the step count of a schedule, got EmptyState"),
+        (
+            jadam.adamw(1e-2),
+            jadam.adamw(1e-2, weight_decay=COSINE),
+            "state[1] must have the step count of a schedule, got EmptyState: it was made with a constant weight_decay",
+        ),
+        (jadam.record(jadam.adam(1e-2)), jadam.record(jadam.adam(COSINE)), "state[1] must have the step count"),
+        (
+            jadam.adam(1e-2, **B1_SCHEDULE),
+            jadam.adam(1e-2, b2=lambda count: 0.99),
+            "state.corrections must have b2, got b1: it was made with schedules for other decay rates.",
+        ),
+        (
+            jadam.adam(1e-2, **B1_SCHEDULE),
+            jadam.nadam(1e-2, momentum_decay=4e-3),
+            "state.corrections must have momentum, got b1",
+        ),
+    ],
+)
+def test_a_state_without_what_a_schedule_needs(old, new, text):
+    params = jnp.ones(3)
+    state = old.init(params)
+    for call in (lambda: jadam.step(new, params, state, params), lambda: new.update(params, state, params)):
+        with pytest.raises(ValueError, match=re.escape(text)):
+            call()
+
+
+def test_the_moments_are_kept_with_the_schedules_part_of_a_new_state():
+    """As the error says."""
+    params, old, new = jnp.ones(3), jadam.adam(1e-2), jadam.adam(COSINE)
+    params, state = jadam.step(old, params, old.init(params), params)
+    _, after = jadam.step(new, params, (state[0], new.init(params)[1]), params)
+    assert after[0].count == 2
+
+
+def test_donated_arrays_are_named():
+    params, tx = jnp.ones(3), optax.chain(jadam.adam(0.1), jadam.average_params())
+    state = tx.init(params)
+    donate(state)
+    for call in (lambda: jadam.averaged_params(state), lambda: jadam.checksum(state)):
+        with pytest.raises(ValueError, match=r"was donated to an earlier step; use the value that step returned"):
+            call()
+
+
+def test_bfloat16_as_numpy_loads_it(tmp_path):
+    """NumPy gives it the dtype V2; the remedy works."""
+    tx, params = jadam.amsgrad(0.1, moments="bfloat16"), {"w": jnp.ones(3, jnp.bfloat16)}
+    np.savez(tmp_path / "saved.npz", w=params["w"], nu=tx.init(params)[0].nu["w"])
+    with np.load(tmp_path / "saved.npz") as file:
+        loaded = dict(file)
+    state = tx.init(params)
+    broken = state[0]._replace(nu={"w": loaded["nu"]}), *state[1:]
+    for call, name in (
+        (lambda: tx.init({"w": loaded["w"]}), r"params\['w'\]"),
+        (lambda: tx.update(params, broken, params), r"state.*nu\['w'\]"),
+        (lambda: jadam.convert_moments(broken, "float32"), r"state.*nu\['w'\]"),
+        (lambda: jadam.describe(tx, {"w": loaded["w"]}), r"params\['w'\]"),
+    ):
+        with pytest.raises(TypeError, match=rf"{name} must be .* as NumPy loads bfloat16\. View it: x\.view"):
+            call()
+    assert_equal(tx.init({"w": loaded["w"].view(ml_dtypes.bfloat16)}), state)
+
+
+def test_a_transformation_in_place_of_its_state():
+    tx = jadam.record(jadam.adam(0.1))
+    for call in (
+        lambda: jadam.history(tx),
+        lambda: jadam.convert_moments(tx, "int8"),
+        lambda: jadam.averaged_params(tx),
+        lambda: jadam.statistics(tx, tx, jnp.ones(3)),
+    ):
+        with pytest.raises(TypeError, match=r"state must be an optimizer's state, got jadam\.record.* Pass what"):
+            call()
+    with pytest.raises(TypeError, match=r"got <function adam at .*Call it: jadam\.adam\(1e-3\)"):
+        jadam.describe(jadam.adam, jnp.ones(3))
+
+
+def test_the_recorded_update_has_the_weight_decay_that_was_applied():
+    """A decay of half of the parameter, which is not that of the parameter after the step."""
+    tx, params = jadam.record(jadam.adamw(0.1, weight_decay=5.0), every=1), jnp.ones(4)
+    new, state = jadam.step(tx, params, tx.init(params), params)
+    update = float(np.abs(new - params)[0])
+    assert update == pytest.approx(0.6, rel=1e-6)
+    np.testing.assert_allclose(jadam.history(state).total["update_rms"], update, rtol=1e-6)
+    np.testing.assert_allclose(jadam.statistics(tx, state, new).total.update_rms, update, rtol=1e-6)
+
+
+def test_a_plan_for_one_device():
+    shapes = {"w": jax.ShapeDtypeStruct((64, 128), jnp.float32)}
+    planned = jadam.plan(jadam.adam(0.1), shapes, {"data": 1}, "data")
+    assert (planned.parameters, planned.gradients, planned.moments) == (4 * 8192, 4 * 8192, 8 * 8192)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jadam._core import checks
 from jadam._core.numerics import linear_index, lowbias32
 
 
@@ -25,6 +26,7 @@ def checksum(tree) -> jax.Array:
 
     Raises:
         TypeError: a leaf is not an array of numbers, for example a random key.
+        ValueError: an array was donated.
 
     Example:
         >>> import jax.numpy as jnp, jadam
@@ -39,7 +41,10 @@ def checksum(tree) -> jax.Array:
     """
     total = jnp.zeros([], jnp.uint32)
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
-        x = x if isinstance(x, jax.Array) else np.asarray(x)
+        if isinstance(x, jax.Array):
+            checks.check_values(x, f"tree{jax.tree_util.keystr(path)}")
+        else:
+            x = np.asarray(x)
         if not (jnp.issubdtype(x.dtype, jnp.number) or x.dtype == bool):
             raise TypeError(
                 f"tree{jax.tree_util.keystr(path)} must be an array of numbers, got {x.dtype}. Leave it out. For "

@@ -46,6 +46,7 @@ def convert_moments(state, to: FormatChoice) -> Any:
         >>> print(state[0].mu["w"].dtype)
         int8
     """
+    checks.check_not_transformation(state)
     checks.check_values(state, "state")
     to = formats.by_name_or_function(to)
     found = []

@@ -124,6 +124,14 @@ def check_transformation(subject: str, tx) -> None:
         raise TypeError(f"{subject} an Optax transformation, got {short_repr(tx)}. {remedy}")
 
 
+def check_not_transformation(state) -> None:
+    """Raise if a transformation is given in place of its state."""
+    if hasattr(state, "init") and hasattr(state, "update"):
+        raise TypeError(
+            f"state must be an optimizer's state, got {short_repr(state)}. Pass what its init or a step returned."
+        )
+
+
 def mask_function(mask) -> Callable[[Any], Any]:
     """A mask of `optax.masked` as a function from a tree to its mask, which raises if the mask does not fit."""
     callables = [callable(x) for x in jax.tree.leaves(mask)]  # an Equinox module of booleans may be callable itself
@@ -224,12 +232,23 @@ def is_array(leaf) -> bool:
     if isinstance(leaf, jax.Ref):
         return False
     dtype = getattr(leaf, "dtype", None)
-    return hasattr(leaf, "shape") and isinstance(dtype, np.dtype) and dtype.kind not in "OSU"
+    return hasattr(leaf, "shape") and isinstance(dtype, np.dtype) and dtype.kind not in "OSU" and not _is_void(leaf)
+
+
+def _is_void(leaf) -> bool:
+    """Whether ``leaf`` is an array of bytes without a type, as NumPy loads bfloat16."""
+    dtype: Any = getattr(leaf, "dtype", None)
+    return getattr(dtype, "type", None) is np.void and dtype.names is None  # float0 has names
 
 
 def check_arrays(tree, what: str) -> None:
     """Raise unless every leaf of ``tree`` is an array, a number or a `jax.ShapeDtypeStruct`."""
     for path, leaf in _first_failure(is_array, tree):
+        if _is_void(leaf):
+            raise TypeError(
+                f"{what}{path} must be an array of numbers, got dtype {leaf.dtype}, as NumPy loads bfloat16. View it: "
+                "x.view(ml_dtypes.bfloat16)."
+            )
         raise TypeError(
             f"{what}{path} must be an array, got {short_repr(leaf)} of type {type(leaf).__name__}."
             f"{' Pass its value: ref[...].' if isinstance(leaf, jax.Ref) else _FILTER * (what == 'params')}"
@@ -366,13 +385,29 @@ def _state_remedy(state, remedy: str) -> str:
     """The remedy for a state that is None or was restored as a list or dict, else ``remedy``."""
     if not isinstance(state, (list, dict)):
         return "Make it with tx.init(params)." if state is None else remedy
-    # jax.tree.leaves sorts a dict by its keys, but the NamedTuples with these fields are in another order.
-    unsorted = any(
-        x in str(jax.tree.structure(state)) for x in ("'average'", "'corrections'", "'mu_scale'", "'remainder'")
-    )
-    how = "restore it into the template tx.init(params)" if unsorted else _REBUILD
+    # jax.tree.leaves sorts a dict by its keys, but the fields of a NamedTuple may be in another order.
+    has_fields = any(f"'{x}'" in str(jax.tree.structure(state)) for x in ("count", "corrections", "remainder"))
+    how = "restore it into the template tx.init(params)" if has_fields else _REBUILD
     restored = "If the state was restored as a list or dict (JSON, msgpack, Orbax)"
     return f"Argument order: state, then params. {restored}: {how}."
+
+
+def check_schedule_state(state, what: str, name: str) -> None:
+    """Raise unless the state of a stage with a schedule for the argument ``name`` has a step count."""
+    if "count" not in getattr(state, "_fields", ()):
+        raise ValueError(
+            f"{what} must have the step count of a schedule, got {type(state).__name__}: it was made with a constant "
+            f"{name}. Replace this part by that of tx.init(params), and keep the others."
+        )
+
+
+def check_corrections(corrections, names) -> None:
+    """Raise unless the state has the bias corrections of the decay rates ``names``, which follow schedules."""
+    if sorted(corrections) != sorted(names):
+        raise ValueError(
+            f"state.corrections must have {', '.join(sorted(names))}, got {', '.join(sorted(corrections))}: it was "
+            "made with schedules for other decay rates. Make the state anew with tx.init(params)."
+        )
 
 
 def check_version(state, known: int) -> None:
@@ -425,7 +460,7 @@ def check_moments_wide(tree, name: str) -> None:
         raise TypeError(
             f"state.{name}{path} must be float32 or wider, got {leaf.dtype}. Rounded to nearest, 16-bit moments stop "
             "changing at b2 = 0.999. Widen them once: jadam.convert_moments(state, 'float32'). To keep 16 bits: "
-            "moments='bfloat16'."
+            "jadam.convert_moments(state, 'bfloat16') and moments='bfloat16'; or mu_dtype, if it was given before."
         )
 
 
@@ -460,7 +495,10 @@ def check_same_structure(tree, reference, what: str, than: str, hint: str = "") 
         elif missing:
             difference = missing[0]
         else:
-            difference = f"{what} is {jax.tree.structure(tree)}, {than} is {jax.tree.structure(reference)}"
+            difference = f"{what} is {short_repr(jax.tree.structure(tree))}, {than} is "
+            difference += short_repr(jax.tree.structure(reference))
+            if "OptVariable" in f"{jax.tree.structure(tree)} {jax.tree.structure(reference)}":
+                hint += " The state of an nnx.Optimizer: call optimizer.update(model, grads)."
         raise ValueError(f"{difference}. {_SAME_TREE}{hint}")
 
 

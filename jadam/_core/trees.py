@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jadam._core import checks
+
 
 def leaf_name(path: Any) -> str:
     """``jax.tree_util.keystr(path)`` without the ``.value`` that Flax NNX appends at `init` only."""
@@ -29,6 +31,7 @@ def state_tree(state):
 
     NNX variables are replaced by their arrays.
     """
+    checks.check_not_transformation(state)
     return _without_variables(getattr(state, "opt_state", state))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import inspect
 import math
 import re
 import unicodedata
@@ -161,6 +162,10 @@ def describe(state_or_tx: optax.OptState | optax.GradientTransformation, params:
     params = params_tree(params)
     if state_or_tx is None:
         raise TypeError("state_or_tx must be a transformation or its state, got None.")
+    if inspect.isfunction(state_or_tx):
+        raise TypeError(
+            f"state_or_tx must be a transformation or its state, got {state_or_tx}. Call it: jadam.adam(1e-3)."
+        )
     if not hasattr(state_or_tx, "init"):
         checks.check_arrays(params, "params")
         return _describe(None, state_tree(state_or_tx), params)

@@ -20,7 +20,7 @@ from jadam._diagnostics.models import MODELS
 from jadam._optimizers.adam import adamw
 from jadam._transformation.transformation import update_of
 from jadam._wrappers.exact_bf16 import exact_bf16
-from jadam.sharding import shard_largest_dim, zero1
+from jadam.sharding import mesh_axes, shard_largest_dim, zero1
 
 UNITS = {"TiB": 2**40, "GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
 PARTS = ("parameters", "gradients", "moments", "remainders", "other")
@@ -126,17 +126,22 @@ def plan(
     shapes = params_tree(shapes)
     trainable = update_of(tx).without_untrainable(shapes, shapes)
     checks.check_trainable(trainable, "shapes")
+    mesh_axes(axis, mesh)
     params = shard_largest_dim(shapes, mesh, params_axis)
-    sharded = zero1(tx, params, mesh, axis)
-    state = sharded.layout.state
+    notes = {}
+    if mesh.size == 1:
+        state = jax.eval_shape(tx.init, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trainable))
+    else:
+        sharded = zero1(tx, params, mesh, axis)
+        state = sharded.layout.state
+        notes = {name: f"state not sharded: {reason}" for name, reason in sharded.undivided.items()}
+        notes |= {name: f"moments in float32: {reason}" for name, reason in sharded.widened.items()}
     sizes = dict.fromkeys(PARTS, 0)
     for (name, field), x in zip(match_state_to_params(state, params), jax.tree.leaves(state), strict=True):
         kind = "other" if name is None else "remainders" if field == "remainder" else "moments"
         sizes[kind] += _nbytes_per_device(x)
     sizes["parameters"] = sum(map(_nbytes_per_device, jax.tree.leaves(params)))
     sizes["gradients"] = sum(map(_nbytes_per_device, jax.tree.leaves(params_with_gradients(params, trainable)[0])))
-    notes = {name: f"state not sharded: {reason}" for name, reason in sharded.undivided.items()}
-    notes |= {name: f"moments in float32: {reason}" for name, reason in sharded.widened.items()}
     return MemoryPlan(
         sum(x.size for x in jax.tree.leaves(params)), math.prod(mesh_shape.values()), **sizes, notes=notes
     )
@@ -155,7 +160,7 @@ def _mesh(shape) -> AbstractMesh:
 
 def _nbytes_per_device(x) -> int:
     """Bytes of one shard of an array."""
-    return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    return math.prod(x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
 
 
 def shapes_of(model: str, dtype=jnp.bfloat16) -> Any:

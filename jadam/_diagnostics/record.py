@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import matplotlib.figure
 
 COLUMNS = len(SCALARS) + len(QUANTILES)
+LABEL = 40  # characters of a parameter's name in a plot
 REMEDY_FOR_BARE_STATE = (
     "To add record to a running training: record(tx).init(params)._replace(inner_state=state); with Flax NNX: "
     "optimizer.opt_state = optimizer.opt_state._replace(inner_state=earlier.opt_state)."
@@ -82,7 +83,8 @@ def record(
     remove it, continue with ``state.inner_state``. With Flax NNX, make an optimizer with ``record(tx)`` and set
     ``optimizer.opt_state = optimizer.opt_state._replace(inner_state=earlier.opt_state)``.
 
-    Compiling the statistics takes XLA about as long as compiling a small model.
+    Compiling the statistics takes XLA about as long as compiling a small model, once for each ``tx``. In a notebook make
+    ``tx`` once: what was compiled for others stays in memory until `jax.clear_caches`.
 
     Args:
         tx: a transformation that `jadam.statistics` supports, except `jadam.sharding.zero1`.
@@ -256,6 +258,7 @@ def history(state: optax.OptState) -> History:
         >>> print(history, history.total["snr"].round(3))
         History(1 records of 1 parameters, steps 1 to 1) [1.]
     """
+    checks.check_not_transformation(state)
     found = find_states(state, RecordState)
     if len(found) != 1:
         raise ValueError(
@@ -295,7 +298,8 @@ def plot(history: History) -> matplotlib.figure.Figure:
         history: the result of `history`, with at least one record.
 
     Returns:
-        A `matplotlib.figure.Figure`; needs matplotlib.
+        A `matplotlib.figure.Figure`; needs matplotlib. A notebook shows it as the last expression of a cell, or by
+        ``display(figure)``.
 
     Raises:
         ValueError: there are no records, or no trained parameters.
@@ -362,16 +366,17 @@ def plot(history: History) -> matplotlib.figure.Figure:
         axes.margins(x=0.03)
         axes.update_datalim([(step, 1) for step in history.steps[[0, -1]]], updatey=False)
         if len(not_finite):
-            axes.axvline(not_finite[0], color="0.3", ls=":", label="first non-finite record")
+            axes.axvline(not_finite[0], color="0.3", ls=":", label="not finite" if axes is sizes else None)
     below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.22), "frameon": False, "fontsize": "small"}
-    sizes.legend(**below, ncols=4)
+    sizes.legend(**below, ncols=3)
     for name in names:
         snr.plot(history.steps, history.leaves[name]["snr"], color="0.7", lw=0.7)
     total = history.total["snr"]
     snr.plot(history.steps, total, color=orange, marker=marker(total), label="all parameters")
     snr.plot([], [], color="0.7", lw=0.7, label="each parameter")
-    snr.set(xlabel="step", ylabel="mean |m̂| / √v̂ (no unit)", title="signal-to-noise ratio", ylim=(0, None))
-    snr.legend(**below, ncols=3)
+    snr.set(xlabel="step", ylabel="mean |m̂| / √v̂ (no unit)", title="signal-to-noise ratio")
+    snr.set_ylim(0, 1.05 * snr.get_ylim()[1])
+    snr.legend(**below, ncols=2)
     ratio = np.array([history.leaves[name]["update_ratio"] for name in names]).reshape(len(names), len(history.steps))
     ratio = np.ma.masked_where(~(np.isfinite(ratio) & (ratio > 0)), ratio)
     image = bottom.pcolormesh(
@@ -395,7 +400,10 @@ def plot(history: History) -> matplotlib.figure.Figure:
 
 
 def _drawable(names: list[str]) -> tuple[list[str], list[str]]:
-    """The names, and font families that have their characters; a character that no installed font has is escaped."""
+    """The ends of the names, and font families that have their characters.
+
+    A character that no installed font has is escaped.
+    """
     from matplotlib import font_manager, rcParams
     from matplotlib.ft2font import FT2Font
 
@@ -407,4 +415,5 @@ def _drawable(names: list[str]) -> tuple[list[str], list[str]]:
             families.append(font.name)
             missing -= found
     escapes = {ord(x): x.encode("ascii", "backslashreplace").decode() for x in missing}
-    return [name.translate(escapes) for name in names], families
+    names = [name.translate(escapes) for name in names]
+    return [name if len(name) <= LABEL else f"…{name[1 - LABEL :]}" for name in names], families

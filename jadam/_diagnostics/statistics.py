@@ -385,12 +385,21 @@ def _subsample(shape, sample):
 
 
 def _update_from_moments(leaf_update: LeafUpdate, m_hat, m, others, p):
-    """The update computed from the moments: the rule with decay rates of 1, which leave the moments unchanged."""
+    """The update computed from the moments: the rule with decay rates of 1, which leave the moments unchanged.
+
+    ``p`` is the parameter after the step. Weight decay is of the one before, which is (p - u) / (1 - lr * weight_decay)
+    if u is the update without decay.
+    """
     hp, one = leaf_update.hyperparams, np.dtype(real(leaf_update.dtype)).type(1)
     with_rate_1 = lambda beta: Beta(one, one - one, beta.correction, beta.next_b, beta.next_correction)
     hp = hp.replace(b1=with_rate_1(hp.b1), b2=with_rate_1(hp.b2))
     g = m_hat if leaf_update.rule.nesterov else jnp.zeros_like(m_hat)
-    return leaf_update.apply_decay_and_lr(leaf_update.rule.function(hp, g, m, *others)[0], p)
+    direction, *_ = leaf_update.rule.function(hp, g, m, *others)
+    if leaf_update.weight_decay is None:
+        return leaf_update.apply_decay_and_lr(direction, p)
+    without_decay = leaf_update._replace(weight_decay=None).apply_decay_and_lr(direction, p)
+    before = divide(p.astype(leaf_update.dtype) - without_decay, 1 + leaf_update.minus_lr * leaf_update.weight_decay)
+    return leaf_update.apply_decay_and_lr(direction, before)
 
 
 def _histograms(x) -> jax.Array:

@@ -65,7 +65,8 @@ def step(
     Returns:
         ``(params, state)``: the new parameters, not updates to apply. Donate both and pass them in this order, as
         below, to update them in place. JAX gives the first donated array of a shape to the first result of that shape.
-        In another order XLA must copy.
+        In another order XLA must copy. A loop that is interrupted between the donation and the assignment, as in a
+        notebook, has lost both: keep a copy, or do not donate.
 
     Raises:
         ValueError: arrays are on different devices, or were donated to an earlier step; and what ``tx.update`` raises.

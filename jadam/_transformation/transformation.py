@@ -519,6 +519,7 @@ def scale_by_rule(
         if scheduled:
             checks.check_state_type(state, ScheduledBetasState)
         corrections, state = state if scheduled else ({}, state)
+        checks.check_corrections(corrections, scheduled)
         checks.check_state_type(state, state_type)
         if quantized:
             checks.check_version(state, formats.VERSION)
@@ -665,6 +666,7 @@ def scale_by_learning_rate_and_decay(tx: Transformation, learning_rate, *decay_a
             weight_decay = independent_decay(weight_decay, max_lr)
         mask = None if mask is None else checks.mask_function(mask)
         stages.append(optax.add_decayed_weights(weight_decay, mask))
+    decay_is_scheduled = callable(weight_decay)
     learning_rate = checks.hyperparameter("learning_rate", learning_rate, ">= 0", hint="To maximise, negate the loss.")
     learning_rate = nan_if_invalid("learning_rate", learning_rate)
     stages.append(optax.scale_by_learning_rate(learning_rate))
@@ -675,6 +677,8 @@ def scale_by_learning_rate_and_decay(tx: Transformation, learning_rate, *decay_a
         checks.check_gradients(updates, state, params, params_may_be_shapes=True)
         if decay_args and params is None:
             raise ValueError("weight_decay needs params: call update(updates, state, params).")
+        if callable(learning_rate):
+            checks.check_schedule_state(state[-1], f"state[{len(stages) - 1}]", "learning_rate")
         leaf_updates, rebuild_state = tx.update.leafwise(updates, state[0], params)
         widest = jax.dtypes.canonicalize_dtype(np.float64)
         zero, one = jnp.zeros([], widest), jnp.ones([], widest)  # an Optax stage, applied to 1, returns its factor
@@ -683,6 +687,8 @@ def scale_by_learning_rate_and_decay(tx: Transformation, learning_rate, *decay_a
             decays, decay_states = [None] * len(leaf_updates), ()
         else:
             inner = state[1] if mask is None else state[1].inner_state
+            if decay_is_scheduled:
+                checks.check_schedule_state(inner, "state[1]", "weight_decay")
             decay, inner = optax.add_decayed_weights(weight_decay).update(zero, inner, one)
             decays = [decay if on else None for on in _leaf_mask(mask, params)]
             decay_states = (inner if mask is None else state[1]._replace(inner_state=inner),)

@@ -118,5 +118,6 @@ def averaged_params(state: optax.OptState) -> optax.Params:
             f"state must contain one AverageParamsState, found {len(found)}. "
             + ("Pass a part of state that has one." if found else "Train with optax.chain(tx, jadam.average_params()).")
         )
+    checks.check_values(found[0], "state")
     copied = lambda average, like: jnp.array(average, like.dtype, copy=True)  # or a donated state would free it
     return jax.tree.map(copied, found[0].average, found[0].dtypes)

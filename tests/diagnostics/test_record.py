@@ -360,10 +360,22 @@ def test_plot_marks_the_first_non_finite_record(bad, tmp_path):
     figure = jadam.plot(record_history([[bad if i == 3 else 1] * 6 for i in range(5)]))
     _, sizes, snr, _ = figure.axes
     for axes in (sizes, snr):
-        (line,) = [line for line in axes.lines if line.get_label() == "first non-finite record"]
-        assert line.get_xdata()[0] == 4
-    assert "first non-finite record" in [text.get_text() for text in snr.get_legend().get_texts()]
+        assert [x for line in axes.lines if line.get_linestyle() == ":" for x in line.get_xdata()] == [4, 4]
+    assert "not finite" in [text.get_text() for text in sizes.get_legend().get_texts()]
     draw(figure, tmp_path)
+    left, right = (axes.get_legend().get_window_extent() for axes in (sizes, snr))
+    assert 0 <= left.x0 < left.x1 < right.x0 < right.x1 <= figure.bbox.width  # neither cut nor overlapping
+
+
+def test_plot_shortens_long_names(tmp_path):
+    params = {"x" * 150: jnp.ones(3), "層" * 36: jnp.ones(3)}
+    tx = jadam.record(jadam.adam(0.1), every=1)
+    _, state = jadam.step(tx, params, tx.init(params), params)
+    figure = jadam.plot(jadam.history(state))
+    draw(figure, tmp_path)  # pytest turns the warning that the layout does not fit into an error
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert [len(x) for x in labels] == [40, 40]
+    assert labels[0] == f"…{'x' * 37}']"
 
 
 # Gradients of the six parameters: of 40, 80, ... 240 of 840 coordinates.

@@ -129,7 +129,9 @@ def reference(state, name, p, decay=DECAY, decays=True):
     """``m_hat``, ``sqrt(v_hat)``, the update, and the share of int8 codes that are 0, of one leaf after ``STEPS``."""
     m, v = moments(state, name)
     m_hat, v_hat = m / (1 - B1**STEPS), v / (1 - B2**STEPS)
-    u = -RATE * 0.5 ** (STEPS - 1) * (m_hat / (np.sqrt(v_hat) + EPS) + decay * decays * p)
+    lr, direction = RATE * 0.5 ** (STEPS - 1), m_hat / (np.sqrt(v_hat) + EPS)
+    before = (p + lr * direction) / (1 - lr * decay * decays)  # p is the parameter after the step
+    u = -lr * (direction + decay * decays * before)
     int8 = state.mu[name].dtype == jnp.int8
     zero = np.mean((np.asarray(state.mu[name]) == 0) & (np.asarray(state.nu[name]) != 0)) if int8 else 0.0
     return m_hat, np.sqrt(v_hat), u, zero
