@@ -83,8 +83,8 @@ def record(
     remove it, continue with ``state.inner_state``. With Flax NNX, make an optimizer with ``record(tx)`` and set
     ``optimizer.opt_state = optimizer.opt_state._replace(inner_state=earlier.opt_state)``.
 
-    Compiling the statistics takes XLA about as long as compiling a small model, once for each ``tx``. In a notebook make
-    ``tx`` once: what was compiled for others stays in memory until `jax.clear_caches`.
+    Compiling the statistics takes XLA about as long as compiling a small model, once for each ``tx``. In a notebook
+    make ``tx`` once: what was compiled for others stays in memory until `jax.clear_caches`.
 
     Args:
         tx: a transformation that `jadam.statistics` supports, except `jadam.sharding.zero1`.
