@@ -2,6 +2,9 @@
 
 import copy
 import dataclasses
+import decimal
+import fractions
+import functools
 import pickle
 import re
 import warnings
@@ -541,3 +544,123 @@ def test_a_plan_for_one_device():
     shapes = {"w": jax.ShapeDtypeStruct((64, 128), jnp.float32)}
     planned = jadam.plan(jadam.adam(0.1), shapes, {"data": 1}, "data")
     assert (planned.parameters, planned.gradients, planned.moments) == (4 * 8192, 4 * 8192, 8 * 8192)
+
+
+# ---------------------------------------------------------------- odd leaves
+
+
+@pytest.mark.parametrize("moments", ["float32", "int8"])
+@pytest.mark.parametrize("call", ["step", "update"])
+def test_exact_bf16_has_the_derivative_of_float32_training(call, moments):
+    """With respect to parameters and learning rate."""
+
+    def loss(make, p, rate):
+        tx = make(jadam.adam(rate, moments=moments))
+        state, g = tx.init(p), jnp.full_like(p, 1.5)
+        if call == "step":
+            new, _ = jadam.step(tx, g, state, p)
+        else:
+            new = optax.apply_updates(p, tx.update(g, state, p)[0])
+        return jnp.sum(new.astype(jnp.float32) ** 2)
+
+    half = jnp.linspace(0.5, 2, 8 * 512).reshape(8, 512).astype(jnp.bfloat16)
+    by_p, by_rate = jax.grad(functools.partial(loss, jadam.exact_bf16), (0, 1))(half, jnp.float32(0.1))
+    p, rate = jax.grad(functools.partial(loss, lambda tx: tx), (0, 1))(half.astype(jnp.float32), jnp.float32(0.1))
+    # the new parameter and the derivative are rounded to bfloat16, by 2**-9 each; their sum of one sign is as exact
+    np.testing.assert_allclose(np.float32(by_p), p, rtol=2**-7)
+    np.testing.assert_allclose(by_rate, rate, rtol=2**-8)
+
+
+@jax.tree_util.register_pytree_node_class
+class ToFloat16:
+    """A class that casts what is put into it."""
+
+    def __init__(self, x):
+        self.x = x.astype(jnp.float16) if hasattr(x, "astype") and jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    def tree_flatten(self):
+        return (self.x,), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+
+@pytest.mark.parametrize(
+    ("tx", "what"),
+    [
+        (jadam.adam(0.1), "moments"),
+        (jadam.by_path([("", {})], 0.1), "moments"),
+        (jadam.by_path([("", {"moments": "bfloat16"})], 0.1), "moments"),
+        (jadam.average_params(), "averages"),
+    ],
+)
+def test_a_class_that_narrows_what_a_state_keeps(tx, what):
+    with pytest.raises(TypeError, match=rf"in a pytree class that must keep (float32|bfloat16) {what}, got float16"):
+        tx.init(ToFloat16(jnp.ones((8, 8))))
+
+
+FOREIGN = {
+    "big-endian": (np.ones(3, ">f4"), "must have a dtype that JAX has, got >f4. Cast it: x.astype(np.float32)."),
+    "80 bits": (np.ones(3, np.longdouble), "must have a dtype that JAX has, got float128."),
+    "Decimal": (decimal.Decimal(1), "must be an array, got Decimal('1') of type Decimal."),
+    "Fraction": (fractions.Fraction(1, 2), "must be an array, got Fraction(1, 2) of type Fraction."),
+    "masked": (np.ma.ones(3), "must be an array, got masked_array("),
+    "structured": (
+        np.zeros(3, [("a", "f4")]),
+        "must be an array, got array([(0.,), (0.,), (0.,)], dtype=[('a', '<f4')])",
+    ),
+}
+
+
+@pytest.mark.skipif(np.dtype(np.longdouble).itemsize != 16, reason="this machine has no 80-bit numbers")
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_leaf_that_jax_does_not_have(name):
+    """A clear error; frozen it passes."""
+    leaf, text = FOREIGN[name]
+    w, tx = jnp.ones(3), jadam.adam(0.1)
+    for call, what in (
+        (lambda: tx.init({"a": leaf}), "params['a'] "),
+        (lambda: tx.update({"a": leaf}, tx.init({"a": w}), {"a": w}), "updates['a'] "),
+        (lambda: jadam.average_params().init({"a": leaf}), "params['a'] "),
+    ):
+        with pytest.raises(TypeError, match=re.escape(what + text)):
+            call()
+    params = {"w": w, "a": leaf}
+    frozen = jadam.by_path([("a", jadam.FROZEN), ("", {})], 0.1)
+    for grads in (params, params | {"a": None}):
+        assert jadam.step(frozen, grads, frozen.init(params), params)[0]["a"] is leaf
+
+
+def test_integer_gradients_of_a_parameter():
+    tx, params = jadam.adam(0.1), {"w": jnp.ones(3)}
+    with pytest.raises(
+        TypeError, match=r"updates\['w'\] must be floating or complex to be trained, got int32\. Cast it"
+    ):
+        tx.update({"w": jnp.arange(3)}, tx.init(params), params)
+
+
+def test_python_numbers_are_averaged():
+    tx, params = optax.chain(optax.sgd(0.5), jadam.average_params(0.0)), {"a": 1.0}
+    _, state = tx.update(params, tx.init(params), params)
+    np.testing.assert_array_equal(jadam.averaged_params(state)["a"], 0.5)
+
+
+@pytest.mark.parametrize("make", [lambda: jadam.adam(0.1, eps=1e39), lambda: jadam.adam(1e300)])
+def test_a_number_beyond_float32(make):
+    with pytest.raises(ValueError, match="must be >= 0, got 1e"):
+        make()
+
+
+def test_a_first_moment_in_8_bits():
+    with pytest.raises(TypeError, match=r"mu_dtype must be a floating dtype such as jnp\.bfloat16, got float8_e4m3fn"):
+        jadam.adam(0.1, mu_dtype=jnp.float8_e4m3fn)
+
+
+def test_rules_for_leaves_of_one_path():
+    """Patterns match the names that `describe` prints."""
+    params = {"x": Pair(jnp.ones(3), jnp.ones(4))}
+    tx = jadam.by_path([(r"\(2\)", jadam.FROZEN), ("", {})], 0.1)
+    new, _ = jadam.step(tx, params, tx.init(params), params)
+    np.testing.assert_array_equal(new["x"].children[1], 1)
+    np.testing.assert_allclose(new["x"].children[0], 1 - 0.1 * (1 + 1e-4), rtol=1e-6)  # 1e-4 is the weight decay

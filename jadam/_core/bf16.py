@@ -1,16 +1,21 @@
 """A float32 number as a pair: the nearest bfloat16, and an int16 remainder that counts float32 spacings from it.
 
-Ties are rounded away from zero, so that the remainder fits int16.
+Ties are rounded away from zero, so that the remainder fits int16. The functions work on bits, which have no derivative,
+so they are given that of the numbers.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jadam._core.numerics import apply_rounded
 
 bitcast = jax.lax.bitcast_convert_type
 
 
+@jax.custom_jvp
 def split(x):
     """Split float32 into the nearest bfloat16 and an int16 remainder."""
     bits = bitcast(x, jnp.uint32)
@@ -20,6 +25,14 @@ def split(x):
     return bitcast(high.astype(jnp.uint16), jnp.bfloat16), bitcast(rest, jnp.int16)
 
 
+@split.defjvp
+def _(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    of_integers: Any = np.zeros(x.shape, jax.dtypes.float0)
+    return split(x), (dx.astype(jnp.bfloat16), of_integers)
+
+
+@jax.custom_jvp
 def join(p, remainder):
     """The inverse of `split`.
 
@@ -33,6 +46,12 @@ def join(p, remainder):
     return bitcast(bits, jnp.float32)
 
 
+@join.defjvp
+def _(primals, tangents):
+    return join(*primals), tangents[0].astype(jnp.float32)
+
+
+@jax.custom_jvp
 def update_to(p, x):
     """The float32 update with which bfloat16 ``p`` becomes float32 ``x`` rounded to bfloat16.
 
@@ -41,6 +60,12 @@ def update_to(p, x):
     rounded = split(x)[0]
     equal = bitcast(rounded, jnp.uint16) == bitcast(p, jnp.uint16)
     return jnp.where(equal, -0.0, _to_float32(rounded) - _to_float32(p))
+
+
+@update_to.defjvp
+def _(primals, tangents):
+    dp, dx = tangents
+    return update_to(*primals), dx - dp.astype(jnp.float32)
 
 
 def remainder_of(p, x, update):

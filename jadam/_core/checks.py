@@ -2,7 +2,6 @@
 
 import difflib
 import functools
-import math
 import numbers
 import sys
 import warnings
@@ -15,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 _LIBRARIES = ("jadam", "optax", "flax", "jax")
+_FLOAT32_MAX = float(np.finfo(np.float32).max)  # a larger one would be infinite in float32
 _RANGES: dict[str, Callable[[Any], Any]] = {
     "in [0, 1)": lambda x: (x >= 0) & (x < 1),
-    ">= 0": lambda x: (x >= 0) & (x < math.inf),
-    ">= 4": lambda x: (x >= 4) & (x < math.inf),
-    "> 0": lambda x: (x > 0) & (x < math.inf),
+    ">= 0": lambda x: (x >= 0) & (x <= _FLOAT32_MAX),
+    ">= 4": lambda x: (x >= 4) & (x <= _FLOAT32_MAX),
+    "> 0": lambda x: (x > 0) & (x <= _FLOAT32_MAX),
 }
 
 
@@ -191,7 +191,7 @@ def floating_dtype(name: str, dtype):
             f"{name} must be a floating dtype such as jnp.bfloat16, got {short_repr(dtype)}."
             f"{did_you_mean(dtype, ('bfloat16', 'float16', 'float32', 'float64'))}"
         ) from None
-    if not jnp.issubdtype(dtype, jnp.inexact):
+    if not _is_trainable(dtype):
         remedy = " For int8 moments: moments='int8'." * (name == "mu_dtype" and dtype == np.int8)
         raise TypeError(f"{name} must be a floating dtype such as jnp.bfloat16, got {dtype}.{remedy}")
     return dtype
@@ -226,29 +226,33 @@ def check_complex_gradients(updates, mu, params) -> None:
 
 
 def is_array(leaf) -> bool:
-    """Whether ``leaf`` is an array, a ShapeDtypeStruct or a number."""
-    if isinstance(leaf, (jax.Array, numbers.Number)):
+    """Whether ``leaf`` is an array, a ShapeDtypeStruct or a number, with a dtype that JAX has."""
+    if isinstance(leaf, (jax.Array, bool, int, float, complex)):
         return True
-    if isinstance(leaf, jax.Ref):
+    if isinstance(leaf, (jax.Ref, np.ma.MaskedArray)):
         return False
     dtype = getattr(leaf, "dtype", None)
-    return hasattr(leaf, "shape") and isinstance(dtype, np.dtype) and dtype.kind not in "OSU" and not _is_void(leaf)
+    return hasattr(leaf, "shape") and isinstance(dtype, np.dtype) and not _is_foreign(dtype)
 
 
-def _is_void(leaf) -> bool:
-    """Whether ``leaf`` is an array of bytes without a type, as NumPy loads bfloat16."""
-    dtype: Any = getattr(leaf, "dtype", None)
-    return getattr(dtype, "type", None) is np.void and dtype.names is None  # float0 has names
+@functools.cache
+def _is_foreign(dtype) -> bool:
+    """Whether JAX has no such dtype: objects, texts, big-endian and 80-bit numbers, bytes without a type."""
+    is_bytes = dtype.type is np.void and dtype != jax.dtypes.float0
+    return dtype.kind in "OSU" or dtype.char in "gG" or not dtype.isnative or is_bytes
 
 
 def check_arrays(tree, what: str) -> None:
     """Raise unless every leaf of ``tree`` is an array, a number or a `jax.ShapeDtypeStruct`."""
     for path, leaf in _first_failure(is_array, tree):
-        if _is_void(leaf):
+        dtype = leaf.dtype if isinstance(leaf, np.ndarray) else None
+        if dtype == np.dtype("V2"):
             raise TypeError(
-                f"{what}{path} must be an array of numbers, got dtype {leaf.dtype}, as NumPy loads bfloat16. View it: "
+                f"{what}{path} must be an array of numbers, got dtype {dtype}, as NumPy loads bfloat16. View it: "
                 "x.view(ml_dtypes.bfloat16)."
             )
+        if dtype is not None and dtype.kind in "fc" and _is_foreign(dtype):
+            raise TypeError(f"{what}{path} must have a dtype that JAX has, got {dtype}. Cast it: x.astype(np.float32).")
         raise TypeError(
             f"{what}{path} must be an array, got {short_repr(leaf)} of type {type(leaf).__name__}."
             f"{' Pass its value: ref[...].' if isinstance(leaf, jax.Ref) else _FILTER * (what == 'params')}"
@@ -336,10 +340,10 @@ def check_trainable(tree, what: str) -> None:
                 remedy = "Cast it, and undo its scaling if there is one: g.astype(jnp.bfloat16)."
             raise TypeError(f"{what}{path} must have at least 16 bits to be trained, got {dtype}. {remedy}")
         kind = "float0, the gradient of an integer" if dtype == jax.dtypes.float0 else dtype
-        raise TypeError(
-            f"{what}{path} must be floating or complex to be trained, got {kind}. Leave it out "
-            "(eqx.is_inexact_array, nnx.Param) or wrap the optimizer in optax.masked."
-        )
+        remedy = "Leave it out (eqx.is_inexact_array, nnx.Param), or freeze it: jadam.by_path with jadam.FROZEN."
+        if what == "updates" and any(jnp.issubdtype(dtype, kind) for kind in (np.integer, np.bool_)):
+            remedy = "Cast it: g.astype(p.dtype)."
+        raise TypeError(f"{what}{path} must be floating or complex to be trained, got {kind}. {remedy}")
 
 
 def check_gradients(updates, state, params, *, params_may_be_shapes: bool = False) -> None:
@@ -347,7 +351,7 @@ def check_gradients(updates, state, params, *, params_may_be_shapes: bool = Fals
 
     ``params_may_be_shapes``: whether ``params`` may be shapes without values.
     """
-    for tree, what in ((updates, "updates"), (params, "params")):
+    for tree, what in ((params, "params"), (updates, "updates")):
         check_trainable(tree, what)
     for tree, what in ((updates, "updates"), (state, "state"), (None if params_may_be_shapes else params, "params")):
         check_values(tree, what)
@@ -464,13 +468,14 @@ def check_moments_wide(tree, name: str) -> None:
         )
 
 
-def check_dtypes_kept(tree, leaves) -> None:
+def check_dtypes_kept(tree, leaves, what: str = "moments") -> None:
     """Raise if a class in ``tree`` widens moments of 8 or 16 bits, or narrows float32."""
     kept = lambda x, y: x.dtype == y.dtype or (_is_wide(x.dtype) and _is_wide(y.dtype)) or y.size <= 1
     for path, x, given in _first_failure(kept, tree, leaves):
         raise TypeError(
-            f"params{path} is in a pytree class that must keep {given.dtype} moments, got {x.dtype} back from it. Let "
-            "its __post_init__ or unflatten keep dtypes, or use moments='float32' for it."
+            f"params{path} is in a pytree class that must keep {given.dtype} {what}, got {x.dtype} back from it. Let "
+            "its __post_init__ or unflatten keep dtypes"
+            + ("." if _is_wide(given.dtype) else ", or use moments='float32' for it.")
         )
 
 

@@ -106,6 +106,8 @@ def step(
     leaves, structure = jax.tree.flatten(params)
     arrays, treedef = jax.tree.flatten((operands, jax.tree.leaves(grads), leaves))
     leaves, arrays = _unflatten_results(treedef, step_p.bind(*arrays, settings=settings, treedef=treedef))
+    untouched = [x.frozen and x.remainder is None for x in leaf_updates]
+    leaves = [old if keep else new for keep, old, new in zip(untouched, jax.tree.leaves(params), leaves, strict=True)]
     # checkify looks for NaN only after primitives that it knows, such as mul. XLA removes this product with 1.
     leaves = [p * np.ones([], p.dtype) if isinstance(p, jax.core.Tracer) else p for p in leaves]
     return merge(leaves), _after_step(update, rebuild_state(arrays), structure.unflatten(leaves))

@@ -34,7 +34,7 @@ from jadam._core.numerics import (
     scheduled_beta,
     sqrt,
 )
-from jadam._core.trees import leaf_name, params_with_gradients
+from jadam._core.trees import leaf_names, params_with_gradients
 from jadam._moments import formats
 
 
@@ -386,7 +386,7 @@ class UpdateFn:
         trainable = checks.is_trainable
         if len(leaves) != len(others) or all(map(trainable, (*leaves, *others))):
             return updates
-        frozen = [self.is_frozen(leaf_name(path)) for path, _ in jax.tree_util.tree_leaves_with_path(updates)]
+        frozen = map(self.is_frozen, leaf_names(updates))
 
         def gradient(g, p, frozen):
             """The gradient to use: zeros if only the gradient could not be trained."""
@@ -418,10 +418,10 @@ def _fill_with_zeros(new_updates, updates, params):
     """Put zeros for the frozen parameters that `UpdateFn.without_untrainable` left out of ``new_updates``."""
 
     def fill(u, g, p):
-        """The update of one parameter. Random keys have no zero."""
+        """The update of one parameter: zeros if it is a number. Others, such as random keys, have no zero."""
         left_out = u is None and g is not None and checks.is_array(p)
-        is_key = left_out and jnp.issubdtype(checks.dtype_of(p), jax.dtypes.extended)
-        return jnp.zeros_like(p) if left_out and not is_key else u
+        is_number = left_out and not jnp.issubdtype(checks.dtype_of(p), jax.dtypes.extended)
+        return jnp.zeros_like(p) if is_number else u
 
     params = params_with_gradients(params, updates)[0]
     return jax.tree.map(fill, new_updates, updates, params, is_leaf=lambda x: x is None)

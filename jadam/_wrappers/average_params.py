@@ -68,7 +68,9 @@ def average_params(decay: float | jax.Array | None = 0.999) -> optax.GradientTra
         checks.check_values(params, "params")
         wide = lambda p: jnp.array(p, dtype=at_least_float32(p), copy=True)  # params and state may both be donated
         dtype_of = lambda p: placeholder(p, jnp.result_type(p))
-        return AverageParamsState(jnp.zeros([], jnp.int32), jax.tree.map(wide, params), jax.tree.map(dtype_of, params))
+        average = jax.tree.map(wide, params)
+        checks.check_dtypes_kept(average, list(map(wide, jax.tree.leaves(params))), "averages")
+        return AverageParamsState(jnp.zeros([], jnp.int32), average, jax.tree.map(dtype_of, params))
 
     def update(updates, state, params=None, **extra_args) -> Any:
         if params is None:
@@ -81,7 +83,7 @@ def average_params(decay: float | jax.Array | None = 0.999) -> optax.GradientTra
 
         def updated(average, p, u):
             """Return the new average of one parameter."""
-            dtype = jnp.finfo(average.dtype).dtype
+            dtype, p, u = jnp.finfo(average.dtype).dtype, jnp.asarray(p), jnp.asarray(u)
             t = count.astype(dtype)
             one_minus_decay = lambda: one_minus(checks.nan_if_out_of_range(decay, "in [0, 1)"), dtype)
             weight = 1 / t if decay is None else one_minus_decay() / one_minus_power(decay, t, dtype)

@@ -14,7 +14,7 @@ import optax
 
 from jadam._core import checks
 from jadam._core.numerics import at_least_float32
-from jadam._core.trees import NamedLeaves, leaf_name
+from jadam._core.trees import NamedLeaves, leaf_name, leaf_names
 from jadam._moments import formats
 from jadam._moments.formats import FormatChoice
 from jadam._optimizers.adam import scale_by_adam
@@ -152,14 +152,18 @@ def by_path(
         return next((group.tx is None for group in groups if group.pattern.search(name)), False)
 
     def init(params) -> Any:
-        _check_patterns(groups, [leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)])
+        _check_patterns(groups, leaf_names(params), _names_of_none(params))
         params = update.without_untrainable(params, params)
         checks.check_trainable(params, "params")
         partition = _Partition(groups, params)
         corrections, states = _split_corrections(
             [group.tx.init(partition.take(k, params)) for k, group in partition.trained]
         )
-        merged = {name: partition.merge([getattr(x, name) for x in states]) for name in fields}
+        merged = {}
+        for name in fields:
+            leaves = partition.merged_leaves([getattr(x, name) for x in states])
+            merged[name] = partition.structure.unflatten(leaves)
+            checks.check_dtypes_kept(merged[name], [x for x in leaves if x is not None])
         moments = QuantizedAdamState(jnp.zeros([], jnp.int32), **merged, version=formats.version())
         return ByPathState(moments, corrections)
 
@@ -217,8 +221,7 @@ class _Partition:
     """The leaves of a tree, divided into groups."""
 
     def __init__(self, groups: list[_Group], tree):
-        paths, self.structure = jax.tree_util.tree_flatten_with_path(tree)
-        self.names = [leaf_name(path) for path, _ in paths]
+        self.structure, self.names = jax.tree.structure(tree), leaf_names(tree)
         self.group_of_leaf = [next(k for k, x in enumerate(groups) if x.pattern.search(name)) for name in self.names]
         self.indices = [[i for i, own in enumerate(self.group_of_leaf) if own == k] for k in range(len(groups))]
         self.trained: list = [(k, group) for k, group in enumerate(groups) if group.tx is not None]
@@ -228,13 +231,17 @@ class _Partition:
         leaves = self.structure.flatten_up_to(tree)
         return NamedLeaves(*([x[i] for i in self.indices[k]] for x in (self.names, leaves)))
 
-    def merge(self, parts: list[NamedLeaves]):
-        """Merge the leaves of all trained groups into one tree, with None for frozen leaves."""
+    def merged_leaves(self, parts: list[NamedLeaves]) -> list:
+        """Merge the leaves of all trained groups, with None for frozen leaves."""
         leaves: list = [None] * len(self.names)
         for (k, _), part in zip(self.trained, parts, strict=True):
             for i, x in zip(self.indices[k], part.leaves, strict=True):
                 leaves[i] = x
-        return self.structure.unflatten(leaves)
+        return leaves
+
+    def merge(self, parts: list[NamedLeaves]):
+        """`merged_leaves` as a tree."""
+        return self.structure.unflatten(self.merged_leaves(parts))
 
 
 def _split_corrections(states) -> tuple[tuple[dict, ...], list]:
@@ -257,7 +264,13 @@ def _check_tree(is_frozen, params, moments, what: str) -> None:
     checks.check_same_structure(trained, moments, "params", what)
 
 
-def _check_patterns(groups: list[_Group], names: list[str]) -> None:
+def _names_of_none(tree) -> list[str]:
+    """The paths of None in ``tree``, where a wrapper may have left out a frozen leaf."""
+    with_none = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: x is None)
+    return [leaf_name(path) for path, x in with_none if x is None]
+
+
+def _check_patterns(groups: list[_Group], names: list[str], names_of_none: list[str]) -> None:
     """Raise if a path matches no pattern, or a pattern no path."""
     matches = [[group.pattern.search(name) is not None for group in groups] for name in names]
     if not names:  # `optax.tree.map_params` calls init with a tree of no leaves
@@ -265,6 +278,8 @@ def _check_patterns(groups: list[_Group], names: list[str]) -> None:
     patterns = [group.pattern.pattern for group in groups]
     for k, pattern in enumerate(patterns):
         if not any(row[k] for row in matches):
+            if any(groups[k].pattern.search(name) for name in names_of_none):
+                continue
             raise ValueError(
                 f"by_path's pattern {pattern!r} matches no path. Closest paths: {', '.join(_closest(pattern, names))}."
             )

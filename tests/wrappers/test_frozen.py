@@ -104,3 +104,43 @@ def test_what_is_trained_is_still_checked():
     rules = [("w", jadam.FROZEN), ("", {})]
     with pytest.raises(TypeError, match=r"params\['ids'\] must be floating or complex to be trained, got int32"):
         jadam.by_path(rules, 0.1).init({name: PARAMS[name] for name in ("w", "ids")})
+
+
+def test_a_pattern_may_match_only_what_cannot_be_trained():
+    """Also in wrappers, which leave such leaves out before `by_path` sees the tree."""
+    params, frozen = {"w": WEIGHTS["w"], "ids": PARAMS["ids"]}, [("ids", jadam.FROZEN), ("", {})]
+    tx = jadam.by_path(frozen, 0.1)
+    half = {"w": params["w"].astype(jnp.bfloat16), "ids": params["ids"]}
+    for wrapped, p in (
+        (jadam.record(tx), params),
+        (jadam.exact_bf16(tx), half),
+        (jadam.chain(jadam.clip(1.0), tx), half),
+    ):
+        new, _ = jadam.step(wrapped, p | {"ids": None}, wrapped.init(p), p)
+        np.testing.assert_array_equal(new["ids"], p["ids"])
+    assert [leaf.name for leaf in jadam.describe(tx, params).leaves] == ["['ids']", "['w']"]
+    jadam.plan(tx, params, {"data": 2}, "data")
+    jadam.sharding.zero1(tx, params, MESH, "data").init(params)
+    with pytest.raises(ValueError, match="by_path's pattern 'other' matches no path"):
+        jadam.by_path([("other", jadam.FROZEN), ("", {})], 0.1).init(params)
+
+
+def test_a_frozen_number_keeps_its_type():
+    """NumPy's float64 is not rounded to float32, and a Python number stays one, although a gradient is given."""
+    params = {"w": WEIGHTS["w"], "f": np.array([0.1]), "g": 0.1}
+    tx = jadam.by_path([("f|g", jadam.FROZEN), ("", {})], 0.1)
+    new, _ = jadam.step(tx, params, tx.init(params), params)
+    assert new["f"] is params["f"]
+    assert new["g"] is params["g"]
+
+
+def test_a_frozen_bfloat16_parameter_without_a_gradient():
+    """It has a remainder, so `exact_bf16` takes it for one with zero gradients."""
+    params = {"w": ones(4, jnp.bfloat16), "f": ones(4, jnp.bfloat16), "g": ones(3)}
+    tx = jadam.exact_bf16(jadam.by_path([("f|g", jadam.FROZEN), ("", {})], 0.1))
+    grads = params | {"f": None, "g": None}
+    for call in (jadam.step, lambda tx, g, s, p: (optax.apply_updates(p, tx.update(g, s, p)[0]), None)):
+        new, _ = call(tx, grads, tx.init(params), params)
+        np.testing.assert_array_equal(new["f"], 1)
+        np.testing.assert_array_equal(new["g"], 1)
+        assert not np.any(new["w"] == 1)
