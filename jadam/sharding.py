@@ -207,7 +207,7 @@ def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[s
         return _to_shardings(updates, param_shardings), _to_shardings(state, shardings)
 
     def step(grads, state, params):
-        grads = inner_update.without_untrainable(grads, params)
+        grads = update_fn.without_untrainable(grads, params)
         check_params_like(grads, "grads")
         params, merge = params_with_gradients(params, grads)
         check_params_like(params, "params")
@@ -222,7 +222,13 @@ def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[s
         return merge(jax.tree.leaves(_to_shardings(params, param_shardings))), _to_shardings(state, shardings)
 
     update_fn = _Zero1UpdateFn(
-        raise_not_fusible, inner=tx, step=step, is_frozen=inner_update.is_frozen, function=update, layout=layout
+        raise_not_fusible,
+        inner=tx,
+        step=step,
+        is_frozen=inner_update.is_frozen,
+        fills_frozen=True,  # it has a place in the layout
+        function=update,
+        layout=layout,
     )
     return Zero1(init, update_fn)
 

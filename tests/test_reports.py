@@ -506,6 +506,7 @@ def test_bfloat16_as_numpy_loads_it(tmp_path):
     state = tx.init(params)
     broken = state[0]._replace(nu={"w": loaded["nu"]}), *state[1:]
     for call, name in (
+        (lambda: jadam.checksum({"w": loaded["w"]}), r"tree\['w'\]"),
         (lambda: tx.init({"w": loaded["w"]}), r"params\['w'\]"),
         (lambda: tx.update(params, broken, params), r"state.*nu\['w'\]"),
         (lambda: jadam.convert_moments(broken, "float32"), r"state.*nu\['w'\]"),
@@ -652,9 +653,16 @@ def test_a_number_beyond_float32(make):
         make()
 
 
-def test_a_first_moment_in_8_bits():
-    with pytest.raises(TypeError, match=r"mu_dtype must be a floating dtype such as jnp\.bfloat16, got float8_e4m3fn"):
-        jadam.adam(0.1, mu_dtype=jnp.float8_e4m3fn)
+@pytest.mark.parametrize("dtype", [np.dtype(jnp.float8_e4m3fn), np.dtype(">f4")])
+def test_a_first_moment_that_cannot_be(dtype):
+    with pytest.raises(TypeError, match=rf"mu_dtype must be a floating dtype such as jnp\.bfloat16, got {dtype}"):
+        jadam.adam(0.1, mu_dtype=dtype)
+
+
+@pytest.mark.skipif(not hasattr(jax, "new_ref"), reason="this version of JAX has no jax.new_ref")
+def test_checksum_of_a_ref():
+    with pytest.raises(TypeError, match=r"tree\['w'\] must be an array, got Ref.*Pass its value: ref\[\.\.\.\]"):
+        jadam.checksum({"w": jax.new_ref(jnp.ones(4))})
 
 
 def test_rules_for_leaves_of_one_path():
@@ -664,3 +672,11 @@ def test_rules_for_leaves_of_one_path():
     new, _ = jadam.step(tx, params, tx.init(params), params)
     np.testing.assert_array_equal(new["x"].children[1], 1)
     np.testing.assert_allclose(new["x"].children[0], 1 - 0.1 * (1 + 1e-4), rtol=1e-6)  # 1e-4 is the weight decay
+
+
+def test_the_state_of_several_models():
+    """As `jax.vmap` makes it: its version is not another one."""
+    tx, many = jadam.exact_bf16(jadam.adam(0.1)), jnp.ones((3, 4), jnp.bfloat16)
+    state = jax.vmap(tx.init)(many)
+    with pytest.raises(ValueError, match=r"state\.version must have one dimension, got shape \(3, 1\)\. Use jax\.vmap"):
+        jadam.float32_params(many, state)

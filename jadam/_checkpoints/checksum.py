@@ -43,8 +43,12 @@ def checksum(tree) -> jax.Array:
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
         if isinstance(x, jax.Array):
             checks.check_values(x, f"tree{jax.tree_util.keystr(path)}")
+        elif isinstance(x, jax.Ref):
+            checks.check_arrays(x, f"tree{jax.tree_util.keystr(path)}")
         else:
             x = np.asarray(x)
+            if x.dtype == np.dtype("V2"):
+                checks.check_arrays(x, f"tree{jax.tree_util.keystr(path)}")
         if not (jnp.issubdtype(x.dtype, jnp.number) or x.dtype == bool):
             raise TypeError(
                 f"tree{jax.tree_util.keystr(path)} must be an array of numbers, got {x.dtype}. Leave it out. For "

@@ -191,7 +191,7 @@ def floating_dtype(name: str, dtype):
             f"{name} must be a floating dtype such as jnp.bfloat16, got {short_repr(dtype)}."
             f"{did_you_mean(dtype, ('bfloat16', 'float16', 'float32', 'float64'))}"
         ) from None
-    if not _is_trainable(dtype):
+    if _is_foreign(dtype) or not _is_trainable(dtype):
         remedy = " For int8 moments: moments='int8'." * (name == "mu_dtype" and dtype == np.int8)
         raise TypeError(f"{name} must be a floating dtype such as jnp.bfloat16, got {dtype}.{remedy}")
     return dtype
@@ -416,6 +416,10 @@ def check_corrections(corrections, names) -> None:
 
 def check_version(state, known: int) -> None:
     """Raise unless the layout of a state's arrays is that of version ``known``."""
+    if jnp.ndim(state.version) > 1:
+        raise ValueError(
+            f"state.version must have one dimension, got shape {state.version.shape}. Use jax.vmap for several states."
+        )
     if jnp.shape(state.version) != (known,):
         found = state.version.shape[0] if jnp.ndim(state.version) else state.version
         saved = "float32_params(params, state)" if hasattr(state, "remainder") else "convert_moments(state, 'float32')"

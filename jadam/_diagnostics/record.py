@@ -162,6 +162,7 @@ def record(
             tx.update.needs_gradient_values,
             after_step,
             is_frozen=tx.update.is_frozen,
+            fills_frozen=tx.update.fills_frozen,
             function=update,
         ),
     )

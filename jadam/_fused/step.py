@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec
 
 from jadam._core import checks
 from jadam._core.numerics import apply_updates
-from jadam._core.trees import params_with_gradients
+from jadam._core.trees import leaf_names, params_with_gradients
 from jadam._fused import pallas
 from jadam._fused.backends import backends, kernels_disabled, platform_of
 from jadam._fused.cpu import kernel as cpu
@@ -129,7 +129,9 @@ def update_and_apply(tx, grads, state, params):
     """One step by ``tx.update`` and `optax.apply_updates`."""
     updates, state = tx.update(grads, state, params)
     params, merge = params_with_gradients(params, updates)
-    return merge(jax.tree.leaves(apply_updates(params, updates))), state
+    names, old, new = leaf_names(params), jax.tree.leaves(params), jax.tree.leaves(apply_updates(params, updates))
+    is_frozen = update_of(tx).is_frozen or (lambda name: False)
+    return merge([p if is_frozen(name) else x for name, p, x in zip(names, old, new, strict=True)]), state
 
 
 def why_not_fused(tx, grads, state, params) -> str | None:

@@ -34,7 +34,7 @@ from jadam._core.numerics import (
     scheduled_beta,
     sqrt,
 )
-from jadam._core.trees import leaf_names, params_with_gradients
+from jadam._core.trees import leaf_name, leaf_names, params_with_gradients
 from jadam._moments import formats
 
 
@@ -368,6 +368,7 @@ class UpdateFn:
     after_step: Callable[..., Any] | None = None  # after_step(new_state, new_params) -> state, called by `jadam.step`
     step: Callable[..., Any] | None = None  # step(grads, state, params) -> (params, state), in place of `jadam.step`
     is_frozen: Callable[[str], bool] | None = None  # whether `jadam.by_path` freezes the parameter of this name
+    fills_frozen: bool = False  # whether a frozen parameter needs a gradient, zeros if there is none
 
     def __call__(self, updates, state, params=None, **extra_args) -> Any:
         """Return Optax's ``(updates, new_state)``."""
@@ -382,6 +383,8 @@ class UpdateFn:
         """
         if self.is_frozen is None:
             return updates
+        if self.fills_frozen and params is not None:
+            updates = _fill_frozen(self.is_frozen, updates, params)
         leaves, others = jax.tree.leaves(updates), jax.tree.leaves(params_with_gradients(params, updates)[0])
         trainable = checks.is_trainable
         if len(leaves) != len(others) or all(map(trainable, (*leaves, *others))):
@@ -412,6 +415,16 @@ class UpdateFn:
             for i, u, new in zip(group, *results, strict=True):
                 updates[i], new_arrays[i] = u, new
         return structure.unflatten(updates), rebuild_state(new_arrays)
+
+
+def _fill_frozen(is_frozen, updates, params):
+    """Put zeros for the gradients of frozen parameters that are None."""
+
+    def fill(path, g, p):
+        """The gradient ``g`` or zeros."""
+        return jnp.zeros_like(p) if g is None and checks.is_trainable(p) and is_frozen(leaf_name(path)) else g
+
+    return jax.tree_util.tree_map_with_path(fill, updates, params, is_leaf=lambda x: x is None)
 
 
 def _fill_with_zeros(new_updates, updates, params):

@@ -99,8 +99,8 @@ def by_path(
 
     Returns:
         A transformation with state `ByPathState`; ``update`` needs ``params``. Its updates of frozen numbers are
-        zeros; of other frozen leaves None, which `jadam.step` accepts and `optax.apply_updates` does not. Under
-        `jadam.exact_bf16`, frozen bfloat16 parameters keep their remainders.
+        zeros, or None if their gradients are; of other frozen leaves None, which `jadam.step` accepts and
+        `optax.apply_updates` does not. Under `jadam.exact_bf16`, frozen bfloat16 parameters keep their remainders.
 
     Raises:
         ValueError: at ``init``, a pattern that matches no path, or is never used because earlier patterns match the
@@ -179,7 +179,15 @@ def by_path(
         count = state.moments.count
         leaf_updates: list = [None] * len(partition.group_of_leaf)
         rebuilders = []
-        for (k, group), corrections in zip(partition.trained, state.corrections, strict=True):
+        all_corrections = state.corrections
+        if len(all_corrections) != len(partition.trained):
+            if any(all_corrections):
+                raise ValueError(
+                    f"state.corrections must be of {len(partition.trained)} rules, got {len(all_corrections)}: it was "
+                    "made with other rules, some with scheduled decay rates. Make it anew with tx.init(params)."
+                )
+            all_corrections = ({},) * len(partition.trained)
+        for (k, group), corrections in zip(partition.trained, all_corrections, strict=True):
             own = state.moments._replace(**{name: partition.take(k, getattr(state.moments, name)) for name in fields})
             own = ScheduledBetasState(corrections, own) if corrections else own
             own_updates, rebuild_state = group.tx.update.leafwise(
@@ -284,7 +292,7 @@ def _check_patterns(groups: list[_Group], names: list[str], names_of_none: list[
                 f"by_path's pattern {pattern!r} matches no path. Closest paths: {', '.join(_closest(pattern, names))}."
             )
         first = [row.index(True) for row in matches if row[k]]
-        if k not in first and len(first) < len(names):  # a default that matches all paths, such as "", may be unused
+        if k not in first and not groups[k].pattern.search(""):  # a default for all paths, such as "", may be unused
             raise ValueError(
                 f"by_path's pattern {pattern!r} is never used: earlier patterns, such as {patterns[first[0]]!r}, match "
                 "all its paths. Move it before them."

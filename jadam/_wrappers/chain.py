@@ -115,7 +115,8 @@ def clip_by_global_norm(max_norm: jax.typing.ArrayLike) -> Clip:
     def clip_grads(leaves):
         """Return the clipped gradients."""
         norm, factor = factors(leaves)
-        return [g / norm.astype(g.dtype) * factor.astype(g.dtype) for g in leaves]
+        as_g = lambda x, g: x.astype(jax.dtypes.canonicalize_dtype(g.dtype))
+        return [g / as_g(norm, g) * as_g(factor, g) for g in leaves]
 
     def clip_leaves(leaf_updates, grads):
         """Return the leaf updates, told to scale their gradients by the same factors."""

@@ -45,20 +45,6 @@ class ExactBF16State(NamedTuple):
 class ExactBF16UpdateFn(CustomUpdateFn):
     """`UpdateFn` of `exact_bf16`: fuses the update if the inner optimizer can be fused, else calls ``function``."""
 
-    def without_untrainable(self, updates, params):
-        """As `UpdateFn.without_untrainable`. A frozen parameter without a gradient gets zeros: it has a remainder."""
-        updates = super().without_untrainable(updates, params)
-        is_frozen = self.is_frozen
-        if is_frozen is None or params is None:
-            return updates
-
-        def fill(path, g, p):
-            """Zeros if the gradient ``g`` of a frozen parameter is None."""
-            fills = g is None and checks.is_trainable(p) and is_frozen(leaf_name(path))
-            return jnp.zeros_like(p) if fills else g
-
-        return jax.tree_util.tree_map_with_path(fill, updates, params, is_leaf=lambda x: x is None)
-
     def compute(self, updates, state, params=None, **extra_args) -> Any:
         """Return ``(updates, new_state)``."""
         try:
@@ -186,6 +172,7 @@ def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
         inner,
         needs_gradient_values,
         is_frozen=update_of(tx).is_frozen,
+        fills_frozen=True,  # it has a remainder
         function=update,
     )
     return ExactBF16(init, update_fn)

@@ -223,8 +223,26 @@ def test_unreachable_rules():
     partly = [("layers", {}), ("scale|bias", {}), ("norm", {}), ("embed|head", {}), ("", {})]
     with pytest.raises(ValueError, match="'norm' is never used"):
         jadam.by_path(partly, 1e-3).init(params())
+    for rules in ([("kernel|b", {}), ("a", jadam.FROZEN)], [("", {}), ("a", jadam.FROZEN)]):  # it matches all paths
+        with pytest.raises(ValueError, match="'a' is never used"):
+            jadam.by_path(rules, 1e-3).init({"a": {"kernel": helpers.zeros(3), "b": helpers.zeros(3)}})
     partly.pop(2)
     jadam.by_path(partly, 1e-3).init(params())  # the last rule matches no leaf, which is allowed
+
+
+def test_other_rules_for_an_old_state():
+    """Rules may be added and removed between phases of training, but not with scheduled decay rates."""
+    p = {"a": helpers.ones(3), "b": helpers.ones(3)}
+    old, new = jadam.by_path([("", {})], 0.1), jadam.by_path([("b", {"lr_mult": 2.0}), ("", {})], 0.1)
+    for first, second in ((old, new), (new, old)):
+        _, state = jadam.step(first, p, first.init(p), p)
+        after, state = jadam.step(second, p, state, p)
+        expected, _ = jadam.step(second, p, jadam.step(second, p, second.init(p), p)[1], p)
+        helpers.assert_equal(after, expected)
+        assert len(state.corrections) == len(second.init(p).corrections)
+    scheduled = jadam.by_path([("", {"b1": lambda count: 0.9})], 0.1)
+    with pytest.raises(ValueError, match=r"state\.corrections must be of 2 rules, got 1"):
+        jadam.step(new, p, scheduled.init(p), p)
 
 
 @pytest.mark.parametrize(

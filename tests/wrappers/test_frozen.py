@@ -134,13 +134,32 @@ def test_a_frozen_number_keeps_its_type():
     assert new["g"] is params["g"]
 
 
-def test_a_frozen_bfloat16_parameter_without_a_gradient():
-    """It has a remainder, so `exact_bf16` takes it for one with zero gradients."""
-    params = {"w": ones(4, jnp.bfloat16), "f": ones(4, jnp.bfloat16), "g": ones(3)}
-    tx = jadam.exact_bf16(jadam.by_path([("f|g", jadam.FROZEN), ("", {})], 0.1))
+NEED_GRADIENTS = {  # they keep something of every floating parameter
+    "exact_bf16": lambda tx, params: jadam.exact_bf16(tx),
+    "record": lambda tx, params: jadam.record(jadam.exact_bf16(tx), every=1),
+    "zero1": lambda tx, params: jadam.sharding.zero1(tx, params, MESH, "data"),
+    "zero1 of record": lambda tx, params: jadam.sharding.zero1(
+        jadam.record(jadam.exact_bf16(tx), every=1), params, MESH, "data"
+    ),
+}
+
+
+@pytest.mark.parametrize("wrapper", NEED_GRADIENTS)
+def test_a_frozen_floating_parameter_without_a_gradient(wrapper):
+    """It gets zero gradients."""
+    params = {"w": ones((8, 16), jnp.bfloat16), "f": ones(8, jnp.bfloat16), "g": ones(3)}
+    tx = NEED_GRADIENTS[wrapper](jadam.by_path([("f|g", jadam.FROZEN), ("", {})], 0.1), params)
     grads = params | {"f": None, "g": None}
     for call in (jadam.step, lambda tx, g, s, p: (optax.apply_updates(p, tx.update(g, s, p)[0]), None)):
         new, _ = call(tx, grads, tx.init(params), params)
         np.testing.assert_array_equal(new["f"], 1)
         np.testing.assert_array_equal(new["g"], 1)
         assert not np.any(new["w"] == 1)
+
+
+def test_a_frozen_number_keeps_its_type_in_a_chain_that_is_not_fused():
+    params = {"w": ones(4, jnp.bfloat16), "f": np.array([0.1])}
+    tx = jadam.chain(jadam.clip_by_global_norm(1.0), jadam.by_path([("f", jadam.FROZEN), ("", {})], 0.1))
+    assert not jadam.describe(tx, params).one_pass
+    new, _ = jadam.step(tx, params | {"f": np.zeros(1)}, tx.init(params), params)
+    assert new["f"] is params["f"]
