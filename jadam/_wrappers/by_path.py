@@ -87,9 +87,10 @@ def by_path(
 
     Args:
         rules: pairs ``(pattern, settings)``. A parameter follows the first rule whose pattern matches its path.
-            Patterns are regular expressions, used with `re.search`. Paths are written as by `jax.tree_util.keystr`,
-            without the ``.value`` that Flax NNX sometimes adds: ``['Dense_0']['kernel']`` in Flax Linen,
-            ``['layers'][0]['kernel']`` in NNX, ``.layers[0].weight`` in Equinox. `jadam.describe` prints them.
+            Patterns are regular expressions, used with `re.search`; `re.escape` makes one of a path. Paths are written
+            as by `jax.tree_util.keystr`, without the ``.value`` that Flax NNX sometimes adds: ``['Dense_0']['kernel']``
+            in Flax Linen, ``['layers'][0]['kernel']`` in NNX, ``.layers[0].weight`` in Equinox. `jadam.describe` prints
+            them.
             Settings are a dict that replaces arguments below: ``weight_decay``, ``moments``, ``b1``, ``b2``, and
             ``lr_mult`` >= 0, a factor of the learning rate. Or they are `jadam.FROZEN`: the leaf never changes and has
             no state. It may be of any type, such as integers, a random key or a function, and so may its gradient.
@@ -285,6 +286,11 @@ def _check_patterns(groups: list[_Group], names: list[str], names_of_none: list[
         return
     patterns = [group.pattern.pattern for group in groups]
     for k, pattern in enumerate(patterns):
+        if "[" in pattern and any(pattern in name for name in names):  # its [...] would match a single character
+            raise ValueError(
+                f"by_path's pattern {pattern!r} must be a regular expression, got a path. Escape it: "
+                f"re.escape({pattern!r})."
+            )
         if not any(row[k] for row in matches):
             if any(groups[k].pattern.search(name) for name in names_of_none):
                 continue

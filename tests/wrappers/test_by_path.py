@@ -230,6 +230,17 @@ def test_unreachable_rules():
     jadam.by_path(partly, 1e-3).init(params())  # the last rule matches no leaf, which is allowed
 
 
+def test_a_path_as_a_pattern():
+    """Its brackets would match any of the characters within, so all paths."""
+    p = {"embed": helpers.ones(3), "head": helpers.ones(3)}
+    with pytest.raises(ValueError, match=r"must be a regular expression, got a path\. Escape it: re\.escape"):
+        jadam.by_path([("['embed']", jadam.FROZEN), ("", {})], 0.1).init(p)
+    tx = jadam.by_path([(re.escape("['embed']"), jadam.FROZEN), ("", {})], 0.1)
+    new, _ = jadam.step(tx, p, tx.init(p), p)
+    np.testing.assert_array_equal(new["embed"], 1)
+    assert not np.any(new["head"] == 1)
+
+
 def test_other_rules_for_an_old_state():
     """Rules may be added and removed between phases of training, but not with scheduled decay rates."""
     p = {"a": helpers.ones(3), "b": helpers.ones(3)}
