@@ -71,7 +71,7 @@ def test_without_flax(monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "flax", None)
     monkeypatch.delitem(sys.modules, "jadam.flax", raising=False)
-    monkeypatch.delattr(jadam, "flax", raising=False)
+    monkeypatch.delitem(vars(jadam), "flax", raising=False)
     assert dir(jadam) == sorted(jadam.__all__)
     with pytest.raises(ImportError, match=r"jadam\.flax needs Flax: pip install flax\."):
         _ = jadam.flax
