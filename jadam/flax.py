@@ -14,9 +14,8 @@ except ModuleNotFoundError:
     raise ImportError("jadam.flax needs Flax: pip install flax.") from None
 
 from jadam._core import checks
+from jadam._core.trees import without_variables
 from jadam._fused.step import step
-
-pure = getattr(nnx, "as_pure", None) or nnx.pure  # renamed in newer versions of Flax
 
 
 class Optimizer(nnx.Optimizer):
@@ -76,8 +75,8 @@ class Optimizer(nnx.Optimizer):
             super().update(model, grads, **kwargs)
             return
         state_of = functools.partial(nnx.state, **({"graph": self.graph} if hasattr(self, "graph") else {}))
-        params, grads = pure(state_of(model, self.wrt)), pure(state_of(grads, self.wrt))
-        params, opt_state = step(self.tx, grads, pure(self.opt_state), params)
+        params, grads = (without_variables(state_of(x, self.wrt)) for x in (model, grads))
+        params, opt_state = step(self.tx, grads, without_variables(self.opt_state), params)
         nnx.update(model, params)
         nnx.update(self.opt_state, state_of(opt_state))
         self.step[...] += 1

@@ -382,7 +382,7 @@ def test_two_leaves_of_one_path():
 
 
 def test_names_no_font_has_are_escaped(recwarn):
-    """Not drawn as boxes, of which matplotlib warns; and legends lie below the axes."""
+    """Else matplotlib would draw boxes and warn. Legends are below the axes."""
     tx = jadam.record(jadam.adam(0.1), every=1)
     params = {"層": jnp.ones(3), "\U0001fbff": jnp.ones(3), "w": jnp.ones(3)}
     state = tx.init(params)
@@ -649,7 +649,7 @@ def test_python_numbers_are_averaged():
 
 @pytest.mark.parametrize("make", [lambda: jadam.adam(0.1, eps=1e39), lambda: jadam.adam(1e300)])
 def test_a_number_beyond_float32(make):
-    with pytest.raises(ValueError, match="must be >= 0, got 1e"):
+    with pytest.raises(ValueError, match="must be >= 0 and finite in float32, got 1e"):
         make()
 
 

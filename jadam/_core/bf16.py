@@ -1,7 +1,7 @@
 """A float32 number as a pair: the nearest bfloat16, and an int16 remainder that counts float32 spacings from it.
 
-Ties are rounded away from zero, so that the remainder fits int16. The functions work on bits, which have no derivative,
-so they are given that of the numbers.
+Ties are rounded away from zero, so that the remainder fits int16. Operations on bits have no derivative, so these
+functions define the one of exact numbers.
 """
 
 from typing import Any
@@ -26,10 +26,10 @@ def split(x):
 
 
 @split.defjvp
-def _(primals, tangents):
+def _split_jvp(primals, tangents):
     (x,), (dx,) = primals, tangents
-    of_integers: Any = np.zeros(x.shape, jax.dtypes.float0)
-    return split(x), (dx.astype(jnp.bfloat16), of_integers)
+    d_remainder: Any = np.zeros(x.shape, jax.dtypes.float0)  # the tangent of integers
+    return split(x), (dx.astype(jnp.bfloat16), d_remainder)
 
 
 @jax.custom_jvp
@@ -47,7 +47,7 @@ def join(p, remainder):
 
 
 @join.defjvp
-def _(primals, tangents):
+def _join_jvp(primals, tangents):
     return join(*primals), tangents[0].astype(jnp.float32)
 
 
@@ -63,7 +63,7 @@ def update_to(p, x):
 
 
 @update_to.defjvp
-def _(primals, tangents):
+def _update_to_jvp(primals, tangents):
     dp, dx = tangents
     return update_to(*primals), dx - dp.astype(jnp.float32)
 

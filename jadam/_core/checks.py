@@ -94,7 +94,8 @@ def check_scalar(name: str, shape) -> None:
 def _check_range(name, value, allowed, hint):
     """Raise unless ``value`` is in the range ``allowed``, a key of `_RANGES`."""
     if not _RANGES[allowed](value):
-        raise ValueError(f"{name} must be {allowed}, got {value:g}. {hint}".rstrip())
+        finite = " and finite in float32" * (_FLOAT32_MAX < value < float("inf"))
+        raise ValueError(f"{name} must be {allowed}{finite}, got {value:g}. {hint}".rstrip())
 
 
 def nan_if_out_of_range(value, allowed: str):

@@ -27,16 +27,16 @@ def leaf_names(tree) -> list[str]:
 
 
 def state_tree(state):
-    """The optimizer's state in Flax's ``Optimizer`` or ``TrainState``; another ``state`` as it is.
+    """Return the optimizer's state that Flax's ``Optimizer`` or ``TrainState`` holds; any other state unchanged.
 
     NNX variables are replaced by their arrays.
     """
     checks.check_not_transformation(state)
-    return _without_variables(getattr(state, "opt_state", state))
+    return without_variables(getattr(state, "opt_state", state))
 
 
 def params_tree(params):
-    """The parameters in an NNX module or in Flax's ``TrainState``; other ``params`` as they are.
+    """Return the parameters of an NNX module or of Flax's ``TrainState``; any other tree unchanged.
 
     NNX variables are replaced by their arrays, so that a parameter has the same path as in the optimizer.
     """
@@ -45,10 +45,10 @@ def params_tree(params):
             f"params must be a tree of parameters, got {type(params).__name__}. Pass the model, or "
             "nnx.state(model, nnx.Param)."
         )
-    return _without_variables(params.params if hasattr(params, "opt_state") else params)
+    return without_variables(params.params if hasattr(params, "opt_state") else params)
 
 
-def _without_variables(tree):
+def without_variables(tree):
     """``tree`` with NNX variables replaced by their arrays, and an NNX module by the tree of its parameters."""
     if (nnx := sys.modules.get("flax.nnx")) is None:
         return tree

@@ -126,7 +126,7 @@ def plan(
     shapes = params_tree(shapes)
     trainable = update_of(tx).without_untrainable(shapes, shapes)
     checks.check_trainable(trainable, "shapes")
-    mesh_axes(axis, mesh)
+    mesh_axes(axis, mesh)  # raises unless the mesh has them
     params = shard_largest_dim(shapes, mesh, params_axis)
     notes = {}
     if mesh.size == 1:

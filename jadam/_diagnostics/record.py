@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import matplotlib.figure
 
 COLUMNS = len(SCALARS) + len(QUANTILES)
-LABEL = 40  # characters of a parameter's name in a plot
+MAX_LABEL = 40  # characters of a parameter's name in a plot
 REMEDY_FOR_BARE_STATE = (
     "To add record to a running training: record(tx).init(params)._replace(inner_state=state); with Flax NNX: "
     "optimizer.opt_state = optimizer.opt_state._replace(inner_state=earlier.opt_state)."
@@ -417,4 +417,4 @@ def _drawable(names: list[str]) -> tuple[list[str], list[str]]:
             missing -= found
     escapes = {ord(x): x.encode("ascii", "backslashreplace").decode() for x in missing}
     names = [name.translate(escapes) for name in names]
-    return [name if len(name) <= LABEL else f"…{name[1 - LABEL :]}" for name in names], families
+    return [name if len(name) <= MAX_LABEL else f"…{name[1 - MAX_LABEL :]}" for name in names], families

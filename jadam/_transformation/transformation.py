@@ -379,7 +379,7 @@ class UpdateFn:
     def without_untrainable(self, updates, params):
         """``updates`` with None for each frozen parameter that could not be trained, such as an array of integers.
 
-        The update of a parameter without a gradient leaves it as it is, whatever its type.
+        A parameter whose gradient is None is not updated, whatever its type.
         """
         if self.is_frozen is None:
             return updates
@@ -442,7 +442,7 @@ def _fill_with_zeros(new_updates, updates, params):
 
 @dataclasses.dataclass(eq=False)
 class CustomUpdateFn(UpdateFn):
-    """An `UpdateFn` that computes by ``function``; `jadam.step` uses ``leafwise`` all the same."""
+    """An `UpdateFn` whose ``update`` calls ``function``, while `jadam.step` uses ``leafwise``."""
 
     function: Callable[..., Any] = dataclasses.field(kw_only=True)  # function(updates, state, params, **extra_args)
 
