@@ -247,6 +247,8 @@ def _match_names(state, names) -> tuple[list[_Leaf], list[str]]:
         )
     leaves, problems, seen, owner = [], [], set(), {}
     for node in find_states(state, has_moments):
+        if hasattr(node, "version"):
+            checks.check_version(node, formats.VERSION, convertible=1)
         count = jax.tree.leaves(node.count)[0]
         entries = [_ENTRIES[x] for x in _array_fields(node) if x in _ENTRIES]
         for path, arrays in _leaf_arrays(node):
@@ -328,7 +330,7 @@ def _encode(leaf: _Leaf, entries, count: int) -> list[jax.Array]:
     to_jax = lambda key: np.array(entries[key].transpose(leaf.layout))  # a copy: on a CPU JAX may alias NumPy's memory
     moments = [_put_like(to_jax(key), leaf.arrays[0]) for key in leaf.moments]
     count_before = jnp.asarray(max(count - 1, 0), jnp.uint32)
-    random = lambda k: formats.random_bits(moments[0].shape, formats.leaf_salt(leaf.path), count_before)(k)
+    random = formats.random_bits(moments[0].shape, formats.leaf_salt(leaf.path), count_before)
     new = leaf.format.encode(moments, leaf.stored, random)
     return [_cast_like(x, old) for x, old in zip((*new, *leaf.arrays[len(new) :]), leaf.arrays, strict=True)]
 

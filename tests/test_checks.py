@@ -692,14 +692,14 @@ FORMATS = [
         "state.mu must be int8 because it has scales, got float32. Do not cast the whole state.",
     ),
     (
-        lambda: updated(INT8, MATRIX, state=(CODES[0]._replace(version=zeros(2)), CODES[1])),
+        lambda: updated(INT8, MATRIX, state=(CODES[0]._replace(version=zeros(3)), CODES[1])),
         ValueError,
-        "state.version must be 1, got 2: a QuantizedAdamState saved by another version of jadam.",
+        "state.version must be 2, got 3: a QuantizedAdamState saved by another version of jadam.",
     ),
     (
-        lambda: updated(INT8, MATRIX, state=(CODES[0]._replace(version=2), CODES[1])),
+        lambda: updated(INT8, MATRIX, state=(CODES[0]._replace(version=3), CODES[1])),
         ValueError,
-        "state.version must be 1, got 2: a QuantizedAdamState saved by another version of jadam.",
+        "state.version must be 2, got 3: a QuantizedAdamState saved by another version of jadam.",
     ),
 ]
 

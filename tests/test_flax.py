@@ -17,7 +17,6 @@ from flax.training import train_state
 from helpers import (
     CPU,
     INT8_OPTIMIZERS,
-    ULPS,
     assert_equal,
     assert_steps_agree,
     float32_params,
@@ -73,8 +72,7 @@ def assert_same_step(name, path, new, expected, old):
         return assert_equal(new, expected)
     if "exact" in name:  # compare the float32 masters
         new, expected, old = ((float32_params(*x), x[1].inner_state) for x in (new, expected, old))
-    ulps = 2 * ULPS if "int8" in name else ULPS  # as in test_step.py
-    return assert_steps_agree(new, expected, old, ulps)
+    return assert_steps_agree(new, expected, old, "int8" in name)
 
 
 averaged_params = jax.jit(jadam.averaged_params)

@@ -228,11 +228,16 @@ def test_round_trip_of_int8_and_bfloat16_within_a_level():
         assert back["w.step"] == 9
         return back["w.exp_avg"], back["w.exp_avg_sq"]
 
-    blocks = lambda x: np.abs(x).reshape(64, 2, 128)
-    levels = lambda x, power, n: n * (blocks(x) / blocks(x).max(-1, keepdims=True)) ** power
+    def scaled(x, top):
+        blocks = np.abs(x).reshape(64, 2, 128)
+        return top * blocks / blocks.max(-1, keepdims=True)
+
+    # exact codes, before they are rounded to integers: see `jadam._moments.int8`
+    r_code = lambda r: ((2 + scaled(r, 5.9375)).astype(np.float32).view(np.uint32) & 0xFFFFFF) / 2**17
+    v_code = lambda v: ((scaled(v, 31 / 32).view(np.uint32) >> 3) + np.uint32(0x3B900000)).view(np.float32)
     m8, v8 = passed_through("int8")
-    assert np.abs(levels(np.sqrt(v8), 1 / 4, 255) - levels(np.sqrt(v), 1 / 4, 255)).max() < 1.01
-    assert np.abs(levels(m8 / np.sqrt(v8), 1 / 2, 127) - levels(m / np.sqrt(v), 1 / 2, 127)).max() < 1.01
+    assert np.abs(v_code(v8) - v_code(v)).max() < 1.01
+    assert np.abs(r_code(m8 / np.sqrt(v8)) - r_code(m / np.sqrt(v))).max() < 1.01
     assert (m8 * m >= 0).all()
     for x16, x in zip(passed_through("bfloat16"), (m, v), strict=True):
         assert (np.abs(x16 - x) < 2.0**-7 * np.abs(x)).all()  # bfloat16's spacing is at most 2**-7
@@ -372,7 +377,7 @@ class OtherState(NamedTuple):
 
 def test_other_fields_are_kept():
     zeros, placeholder = {"w": jnp.zeros(3), "none": None}, {"w": jnp.full(1, 7, jnp.int8), "none": None}
-    state = OtherState(jnp.full(1, 2, jnp.int8), zeros, zeros, placeholder, placeholder, np.int32(0))
+    state = OtherState(jnp.full(2, 2, jnp.int8), zeros, zeros, placeholder, placeholder, np.int32(0))
     flat = {"w.exp_avg": np.full(3, 2.0), "w.exp_avg_sq": np.full(3, 3.0), "w.step": 4}
     filled = torch_state.from_torch(flat, [state], {"['w']": "w"})[0]
     expected = {"nu": {"w": jnp.full(3, 3.0), "none": None}, "mu": {"w": jnp.full(3, 2.0), "none": None}}

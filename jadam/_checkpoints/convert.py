@@ -12,6 +12,7 @@ from jadam._core import checks
 from jadam._core.numerics import at_least_float32
 from jadam._moments import formats
 from jadam._moments.formats import FormatChoice
+from jadam._moments.int8 import Int8Version1
 from jadam._transformation.transformation import QuantizedAdamState
 from jadam._wrappers.by_path import ByPathState
 
@@ -21,7 +22,7 @@ def convert_moments(state, to: FormatChoice) -> Any:
 
     A restored state of `optax.adam` with 16-bit parameters has 16-bit moments. Convert it once:
     ``convert_moments(state, "float32")``. Narrowing rounds stochastically, without bias, as a step does; widening is
-    exact.
+    exact. States of version 1, the first layout of int8 moments, are converted too, from int8 to int8 with a rounding.
 
     Args:
         state: a state of jadam's or Optax's Adam family, or one that contains such states: chains, `jadam.exact_bf16`,
@@ -78,7 +79,8 @@ def has_moments(x) -> bool:
 
 def _convert(state, to: FormatChoice, mixed: bool):
     """Return one optimizer state with its moments in the formats ``to``; ``mixed``: of a type that can mix formats."""
-    if hasattr(state, "version"):
+    is_version_1 = hasattr(state, "version") and jnp.shape(state.version) == (1,)
+    if hasattr(state, "version") and not is_version_1:
         checks.check_version(state, formats.VERSION)
     names = [name for name in state._fields if name not in ("count", "version") and not name.endswith("_scale")]
     scales = [name for name in state._fields if name.endswith("_scale")]
@@ -91,6 +93,8 @@ def _convert(state, to: FormatChoice, mixed: bool):
     def convert_leaf(path, *stored):
         """Return one leaf's arrays in the new format, with placeholders for the fields that it does not use."""
         old = formats.format_of(stored)
+        if is_version_1 and old.name == "int8":
+            old = Int8Version1()
         stored, unused = stored[: (n := old.num_arrays(len(names)))], stored[n:]
         checks.check_codes_not_cast(path, stored[0].dtype, not all(map(formats.is_placeholder, unused)))
         moments = old.decode(stored, at_least_float32(*stored) if old.name == "float32" else jnp.float32)

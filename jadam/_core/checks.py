@@ -415,8 +415,12 @@ def check_corrections(corrections, names) -> None:
         )
 
 
-def check_version(state, known: int) -> None:
-    """Raise unless the layout of a state's arrays is that of version ``known``."""
+def check_version(state, known: int, convertible: int | None = None) -> None:
+    """Raise unless the layout of a state's arrays is that of version ``known``.
+
+    Args:
+        convertible: an older version that `jadam.convert_moments` reads; its error says so.
+    """
     if jnp.ndim(state.version) > 1:
         raise ValueError(
             f"state.version must have one dimension, got shape {state.version.shape}. Use jax.vmap for several states."
@@ -424,9 +428,12 @@ def check_version(state, known: int) -> None:
     if jnp.shape(state.version) != (known,):
         found = state.version.shape[0] if jnp.ndim(state.version) else state.version
         saved = "float32_params(params, state)" if hasattr(state, "remainder") else "convert_moments(state, 'float32')"
+        remedy = f"Restore it with that version, and save jadam.{saved}."
+        if convertible == found:
+            remedy = "Convert it: jadam.convert_moments(state, moments), with the optimizer's argument moments."
         raise ValueError(
             f"state.version must be {known}, got {found}: a {type(state).__name__} saved by another version of jadam. "
-            f"Restore it with that version, and save jadam.{saved}."
+            f"{remedy}"
         )
 
 

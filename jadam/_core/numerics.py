@@ -147,6 +147,9 @@ def lowbias32(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
+_GOLDEN_RATIO = np.uint32(0x9E3779B9)  # 2**32 / golden ratio
+
+
 def dither(index: jax.Array, salt: int, count: jax.Array, k: int) -> jax.Array:
     """32 pseudo-random bits for every element of an array, without a key: a Weyl sequence over the steps.
 
@@ -167,7 +170,18 @@ def dither(index: jax.Array, salt: int, count: jax.Array, k: int) -> jax.Array:
     start = lowbias32(index ^ lowbias32(jnp.uint32((salt + k // 2 * 0x632BE5AB) & 0xFFFFFFFF)))
     if k % 2:  # the halves of a hash are independent: two streams from one hash
         start = start << 16 | start >> 16
-    return start + count * jnp.uint32(0x9E3779B9)
+    return start + count * _GOLDEN_RATIO
+
+
+def dither_of_block(first_index: jax.Array, lane: jax.Array, salt: int, count: jax.Array) -> jax.Array:
+    """`dither` with one hash for a block of elements: a Weyl sequence over its lanes as well.
+
+    Args:
+        first_index: uint32, the linear index of the first element of each element's block.
+        lane: uint32, the place of each element in its block.
+        salt, count: see `dither`.
+    """
+    return dither(first_index, salt, count, 0) + lane * jnp.uint32(0xC13FA9A9)
 
 
 def linear_index(shape, global_shape=None) -> jax.Array:
@@ -181,11 +195,6 @@ def linear_index(shape, global_shape=None) -> jax.Array:
         index += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride & 0xFFFFFFFF)
         stride *= (global_shape or shape)[axis]
     return index
-
-
-def uniform(bits: jax.Array) -> jax.Array:
-    """Random bits as float32 in [0, 1). The upper 24 bits are used, which float32 holds exactly."""
-    return (bits >> 8).astype(jnp.int32).astype(jnp.float32) * jnp.float32(2**-24)  # TPUs convert signed integers only
 
 
 def round_to_bfloat16(x: jax.Array, bits: jax.Array) -> jax.Array:

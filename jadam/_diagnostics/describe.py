@@ -152,7 +152,7 @@ def describe(state_or_tx: optax.OptState | optax.GradientTransformation, params:
         parameter   shape    dtype    moments    bytes  bytes/param  reason
         ['bias']    512      float32  float32    4,098         8.00  1-dimensional, int8 needs 2 dimensions
         ['kernel']  512x512  float32  int8     540,672         2.06
-        total                                  544,775         2.07
+        total                                  544,776         2.07
         step: pass tx instead of state to see whether the step is fused
     """
     if params is None or hasattr(params, "init"):

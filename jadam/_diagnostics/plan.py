@@ -118,8 +118,8 @@ def plan(
         gradients        134,217,728  128.00
         moments              540,672    0.52
         remainders           524,288    0.50
-        other                      6    0.00
-        total            269,500,422  257.02
+        other                      7    0.00
+        total            269,500,423  257.02
     """
     checks.check_transformation("plan needs", tx)
     mesh = _mesh(mesh_shape)

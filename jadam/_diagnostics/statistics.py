@@ -318,7 +318,7 @@ def _measure_coordinates(leaf_update: LeafUpdate, has_stepped, p, update, sample
     )
     root_without_eps = root - eps if leaf_update.rule.eps_in_moment else root
     rounded_to_zero = (
-        (leaf_update.stored[0] == 0) & (leaf_update.stored[1] != 0)
+        (m == 0) & (leaf_update.stored[1] > 1)  # the lowest code of v, 1, is also that of 0
         if leaf_update.format.name == "int8"
         else jnp.zeros([], bool)
     )

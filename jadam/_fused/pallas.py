@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jadam._core.numerics import uniform
+from jadam._core.numerics import dither_of_block
 from jadam._fused.backends import backends
 from jadam._moments.int8 import BLOCK, block_length, dequantize, quantize
 from jadam._transformation.transformation import Hyperparams, LeafUpdate, update_leaf
@@ -28,7 +28,10 @@ TPU_LANES = 128
 
 
 class Int8Tile:
-    """The int8 format of a tile whose blocks span its whole ``axis``, so that no array is reshaped."""
+    """The int8 format of a tile whose blocks span its whole ``axis``, so that no array is reshaped.
+
+    ``random.index`` has the index of each block's first element.
+    """
 
     name = "int8"
     stochastic = True
@@ -42,7 +45,8 @@ class Int8Tile:
 
     def encode(self, moments, stored, random):
         m, v = moments
-        return quantize(m, v, uniform(random(0)), uniform(random(1)), axis=self.axis)
+        lane = jax.lax.broadcasted_iota(jnp.int32, m.shape, self.axis).astype(jnp.uint32)
+        return quantize(m, v, dither_of_block(random.index, lane, random.salt, random.count), axis=self.axis)
 
 
 def run_kernel(platform: str, leaf_updates: list[LeafUpdate], grads, params, interpret=False) -> list[tuple | None]:
@@ -165,16 +169,17 @@ def _on_gpu(leaf_update: LeafUpdate, g, p, interpret):
     def body(scalars, count_and_offset, *refs):
         b = pl.program_id(0) * BLOCKS_PER_PROGRAM + jax.lax.broadcasted_iota(jnp.int32, (BLOCKS_PER_PROGRAM, 1), 0)
         lane = jax.lax.broadcasted_iota(jnp.int32, tile, 1)
-        column = b % blocks * block + lane
-        element = b // blocks * n + column
-        inside = (b < total) & (lane < block) & (column < n)
+        column = b % blocks * block
+        first_element = b // blocks * n + column
+        element = first_element + lane
+        inside = (b < total) & (lane < block) & (column + lane < n)
         indices = [(element, inside)] * len(arrays) + [(b, b < total)] * len(scales)
         zero = lambda ref: jnp.zeros([], ref.dtype)
         old = [triton.load(ref.at[i], mask=m, other=zero(ref)) for ref, (i, m) in zip(refs, indices, strict=False)]
         tile_update = with_scalars(
             lambda k: scalars[k],
             count=count_and_offset[0].astype(jnp.uint32),
-            index=count_and_offset[1].astype(jnp.uint32) + _index_from_offset(element, run, stride),
+            index=count_and_offset[1].astype(jnp.uint32) + _index_from_offset(first_element, run, stride),
             format=Int8Tile(1),
         )
         new = _update_tile(tile_update, old[: len(arrays)], old[len(arrays) :], inside)
@@ -218,9 +223,11 @@ def _on_tpu(leaf_update: LeafUpdate, g, p, interpret):
         first_row, first_column = pl.program_id(0) * tile_rows, pl.program_id(1) * (tile_blocks * block)
         for k in range(tile_blocks):
             tile = ordered(slice(None), slice(k * block, (k + 1) * block))
-            shape = ordered(tile_rows, block)
-            column = first_column + k * block + jax.lax.broadcasted_iota(jnp.int32, shape, axis)
-            element = (first_row + jax.lax.broadcasted_iota(jnp.int32, shape, 1 - axis)) * n + column
+            iota = lambda size, along: jax.lax.broadcasted_iota(jnp.int32, ordered(tile_rows, size), along)
+            column = first_column + k * block + iota(block, axis)
+            # each element's, or of an int8 block its first element's
+            size, first = (1, first_column + k * block) if scales else (block, column)
+            element = (first_row + iota(size, 1 - axis)) * n + first
             tile_update = with_scalars(
                 lambda i: scalars[i],
                 count=count_and_offset[0].astype(jnp.uint32),

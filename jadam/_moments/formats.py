@@ -4,7 +4,7 @@ Formats and update rules are independent. A step decodes a leaf's stored arrays 
 the rule, and encodes the new moments. To add a format, write a class like these and add it to `FORMATS`.
 """
 
-import functools
+import dataclasses
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
@@ -20,7 +20,19 @@ from jadam._moments.int8 import Int8
 
 FormatName = Literal["float32", "bfloat16", "int8"]
 FormatChoice = FormatName | jax.typing.DTypeLike | Callable[[str, Any], FormatName | jax.typing.DTypeLike]
-Random = Callable[[int], jax.Array]  # random(k): uint32 random bits for every element, stream k
+
+
+@dataclasses.dataclass(frozen=True)
+class Random:
+    """Random bits of a leaf's elements, for the step after ``count`` others. For ``salt`` see `leaf_salt`."""
+
+    index: jax.Array  # the elements' `linear_index`
+    salt: int
+    count: jax.Array
+
+    def bits(self, k: int) -> jax.Array:
+        """uint32 for every element; ``k`` numbers independent streams."""
+        return dither(self.index, self.salt, self.count, k)
 
 
 class Format(Protocol):
@@ -116,7 +128,7 @@ class BFloat16(Float32):
 
     def encode(self, moments, stored, random):
         moments = [x.astype(jnp.float32) for x in moments]
-        return tuple(round_to_bfloat16(x, random(k)) for k, x in enumerate(moments))
+        return tuple(round_to_bfloat16(x, random.bits(k)) for k, x in enumerate(moments))
 
 
 FORMATS: dict[str, Format] = {format.name: format for format in (Int8(), BFloat16(), Float32())}  # in matching order
@@ -174,12 +186,8 @@ def format_selector(moments: FormatChoice, mu_dtype, betas: dict | None) -> Call
 
 
 def random_bits(shape, salt: int, count, index=None) -> Random:
-    """A function from a stream's number to a leaf's random bits, for the step after ``count`` others.
-
-    ``index`` is the leaf's `linear_index`, or a part of it.
-    """
-    index = linear_index(shape) if index is None else index
-    return functools.partial(dither, index, salt, count.astype(jnp.uint32))
+    """The `Random` of a leaf. ``index`` is its `linear_index` if the leaf is a part of an array."""
+    return Random(linear_index(shape) if index is None else index, salt, count.astype(jnp.uint32))
 
 
 def leaf_salt(path) -> int:
@@ -187,12 +195,12 @@ def leaf_salt(path) -> int:
     return zlib.crc32(leaf_name(path).encode())
 
 
-VERSION = 1  # of the layout of codes, scales and remainders in a saved state
+VERSION = 2  # of the layout of codes and scales in a saved state
 
 
-def version() -> jax.Array:
-    """An array of length `VERSION`. A length is known under jit, and every checkpoint format keeps it."""
-    return jnp.zeros(VERSION, jnp.int8)
+def version(number: int = VERSION) -> jax.Array:
+    """An array of this length. A length is known under jit, and every checkpoint format keeps it."""
+    return jnp.zeros(number, jnp.int8)
 
 
 def placeholder(p, dtype=jnp.int8) -> jax.Array:

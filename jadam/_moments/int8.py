@@ -1,8 +1,8 @@
 r"""Adam's two moments in little more than two bytes per parameter.
 
-The state stores the ratio :math:`r = m / \sqrt v` and the root :math:`s = \sqrt v` instead of :math:`m` and :math:`v`.
-The ratio is bounded even if both carry errors. With :math:`m' = b_1 m + (1 - b_1) g` and
-:math:`v' = b_2 v + (1 - b_2) g^2`, the Cauchy-Schwarz inequality gives
+The state stores the ratio :math:`r = m / \sqrt v` and :math:`v` instead of :math:`m` and :math:`v`. The ratio is
+bounded even if both carry errors. With :math:`m' = b_1 m + (1 - b_1) g` and :math:`v' = b_2 v + (1 - b_2) g^2`, the
+Cauchy-Schwarz inequality gives
 
 .. math::
 
@@ -13,10 +13,18 @@ for every sequence of gradients. At 0.9 and 0.999, :math:`R` is 7.27. So quantis
 Adam's own bound. If :math:`m` and :math:`v` were quantised separately, a small :math:`v` could be rounded to zero where
 :math:`m` is not, and the step would explode.
 
-Both are scaled to [0, 1] by the largest value of their block, a run along the last axis. Then they are rounded
-stochastically to levels that are dense near 0: :math:`(a/127)^2` for :math:`|r|`, :math:`(c/255)^4` for :math:`s`. One
-rounding is unbiased in :math:`r` and in :math:`v`. For the bias over many steps see `jadam._core.numerics.dither`. With
-rounding to nearest, an :math:`r` whose gradient is now zero would never get from level 1 to 0.
+Both are scaled by the largest value of their block, a run along the last axis, and rounded stochastically to levels
+that are denser near 0. A code is a part of the bits of a float32, so no root or table is needed:
+
+* :math:`|r|` becomes a number in [2, 7.9375], of which the last exponent bit and 6 bits of the mantissa are kept, after
+  random bits are added to those below. The code is these 7 bits and the sign.
+* :math:`v` becomes a number in [2**-64, 31/32]. Its bits shifted right by 3 are those of a number in [1, 255], nearly
+  the eighth root, which is rounded to an integer.
+
+One rounding is unbiased in :math:`r`, and in :math:`v` down to 1e-12 of the block's largest. A smaller :math:`v`, also
+0, is stored too large, at least 5.6e-20 of the largest, and :math:`m` is then too large with it; the ratio is not. For
+the bias over many steps see `jadam._core.numerics.dither`. With rounding to nearest, an :math:`r` whose gradient is now
+zero would never reach 0.
 """
 
 import jax
@@ -25,50 +33,54 @@ import jax.numpy as jnp
 import numpy as np
 
 from jadam._core import checks
-from jadam._core.numerics import at_least_float32, uniform
+from jadam._core.numerics import at_least_float32, dither_of_block
 
 BLOCK = 128  # at most this many elements along the last axis share a scale; a TPU has as many lanes
 MIN_SIZE = 4096  # smaller leaves stay float32
-# For codes a and c: |r| = r_scale * a**2 / R_LEVELS and s = s_scale * c**4 / S_LEVELS.
-R_LEVELS, S_LEVELS = np.float32(127**2), np.float32(255**4)
-MIN_R_SCALE = np.float32(1e-30)  # a smaller r_scale becomes 0, or R_LEVELS / r_scale would overflow
+R_TOP, V_TOP = np.float32(5.9375), np.float32(31 / 32)  # what the largest |r| and v of a block are scaled to
+BELOW_R_TOP = R_TOP * np.float32(1 - 2**-22)  # rounding errors must not take 2 + |r| to 8, whose code would be 0
+MIN_R_SCALE, MIN_V_SCALE = np.float32(1e-30), np.float32(2.0**-126)  # smaller scales become 0, as 1 / scale overflows
 
 
-def dequantize(rq, sq, r_scale, s_scale):
-    """The moments ``m, v`` from codes ``rq`` (int8) and ``sq`` (uint8). The scales broadcast against them."""
-    rq, sq = (x.astype(jnp.int32).astype(jnp.float32) for x in (rq, sq))  # Mosaic cannot convert 8 bits to float
-    r = r_scale * (1 / R_LEVELS) * (rq * jnp.abs(rq))
-    s = s_scale * (1 / S_LEVELS) * jnp.square(jnp.square(sq))
-    return r * s, s * s
+def dequantize(rq, vq, r_scale, v_scale):
+    """The moments ``m, v`` from codes ``rq`` (int8) and ``vq`` (uint8). The scales broadcast against them."""
+    rq, vq = rq.astype(jnp.int32), vq.astype(jnp.int32)  # Mosaic cannot convert 8 bits to float
+    v = v_scale * (1 / V_TOP) * _float((_bits(vq.astype(jnp.float32)) << 3) + jnp.uint32(0x23800000))
+    r = _float((rq.astype(jnp.uint32) & 0x7F) << 17 | jnp.uint32(0x40000000)) - 2
+    m = r * (r_scale * (1 / R_TOP) * jnp.sqrt(v))
+    return jnp.where(rq < 0, -m, m), v
 
 
-def quantize(m, v, rho_r, rho_s, axis=-1):
-    """The codes and scales of ``m, v``. A block is the whole ``axis``; ``rho_r, rho_s`` are uniform in [0, 1).
+def quantize(m, v, random, axis=-1):
+    """The codes and scales of ``m, v``. A block is the whole ``axis``; ``random`` are uint32 random bits.
 
     A block with a non-finite value gets NaN scales, since integer codes cannot hold it. A block with all ratios below
     `MIN_R_SCALE` gets ratios of 0.
     """
     s = jnp.sqrt(v)
     r = jnp.where(s > 0, m / jnp.where(s > 0, s, 1), m * 0)
-    finite = jnp.where((jnp.abs(r) < jnp.inf) & (s < jnp.inf), np.float32(1), 0)
+    finite = jnp.where((jnp.abs(r) < jnp.inf) & (v < jnp.inf), np.float32(1), 0)
     finite = jnp.min(finite, axis=axis, keepdims=True, initial=1) > 0  # Triton lacks jnp.all
-    r_scale, s_scale = (jnp.max(jnp.abs(x), axis=axis, keepdims=True, initial=0) for x in (r, s))
+    r_scale, v_scale = (jnp.max(jnp.abs(x), axis=axis, keepdims=True, initial=0) for x in (r, v))
     r_scale = jnp.where(finite, jnp.where(r_scale < MIN_R_SCALE, 0, r_scale), jnp.nan)
-    s_scale = jnp.where(finite, s_scale, jnp.nan)
-    y = jnp.abs(r) * jnp.where(r_scale > 0, R_LEVELS / jnp.where(r_scale > 0, r_scale, 1), 0)
-    a = jnp.minimum(jnp.floor(jnp.sqrt(y)), 126)
-    a += (rho_r * (2 * a + 1) < y - a * a).astype(jnp.float32)
-    w = s * jnp.where(s_scale > 0, S_LEVELS / jnp.where(s_scale > 0, s_scale, 1), 0)
-    c = jnp.minimum(jnp.floor(jnp.sqrt(jnp.sqrt(w))), 254)
-    c += (rho_s * (_eighth_power(c + 1) - _eighth_power(c)) < w * w - _eighth_power(c)).astype(jnp.float32)
-    c = jnp.where(s > 0, jnp.maximum(c, 1), 0)  # code 0 means v = 0
-    rq, sq = (x.astype(jnp.int32) for x in (jnp.where(r < 0, -a, a), c))
-    return rq.astype(jnp.int8), sq.astype(jnp.uint8), r_scale, s_scale
+    v_scale = jnp.where(finite, jnp.where(v_scale < MIN_V_SCALE, 0, v_scale), jnp.nan)
+    x = jnp.abs(r) * jnp.where(r_scale > 0, BELOW_R_TOP / jnp.where(r_scale > 0, r_scale, 1), 0) + 2
+    rq = ((_bits(x) + (random & 0x1FFFF)) >> 17 & 0x7F).astype(jnp.int32)
+    y = v * jnp.where(v_scale > 0, V_TOP / jnp.where(v_scale > 0, v_scale, 1), 0) + np.float32(2.0**-64)
+    y = _float((_bits(y) >> 3) + jnp.uint32(0x3B900000)) + (_float(random >> 9 | jnp.uint32(0x3F800000)) - 1)
+    vq = jnp.where(y < 255, y, 255).astype(jnp.int32)
+    rq = jnp.where(r < 0, rq - 128, rq)  # sign and magnitude
+    return rq.astype(jnp.int8), vq.astype(jnp.uint8), r_scale, v_scale
 
 
-def _eighth_power(x):
-    """``x**8``."""
-    return jnp.square(jnp.square(jnp.square(x)))
+def _bits(x):
+    """The bits of float32 numbers, as uint32."""
+    return jax.lax.bitcast_convert_type(x, jnp.uint32)
+
+
+def _float(bits):
+    """The float32 numbers with these bits."""
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 class Int8:
@@ -76,6 +88,7 @@ class Int8:
 
     name = "int8"
     stochastic = True
+    dequantize = staticmethod(dequantize)
 
     @staticmethod
     def check(betas: dict | None) -> None:
@@ -131,12 +144,10 @@ class Int8:
         return hp.replace(b1=hp.b1._replace(b=jnp.where(bounded, hp.b1.b, jnp.nan)))
 
     def decode(self, stored, dtype):
-        rq, sq, r_scale, s_scale = stored
+        rq, vq, r_scale, v_scale = stored
         n, block = rq.shape[-1], block_length(stored)
-        return tuple(
-            _from_blocks(x, n).astype(dtype)
-            for x in dequantize(_to_blocks(rq, block), _to_blocks(sq, block), r_scale[..., None], s_scale[..., None])
-        )
+        m, v = self.dequantize(_to_blocks(rq, block), _to_blocks(vq, block), r_scale[..., None], v_scale[..., None])
+        return tuple(_from_blocks(x, n).astype(dtype) for x in (m, v))
 
     def encode(self, moments, stored, random):
         n = moments[0].shape[-1]
@@ -144,10 +155,25 @@ class Int8:
         moments = jax.lax.stop_gradient(
             tuple(moments)
         )  # codes have no derivative, and that of the scales alone would be wrong
-        arrays = *(x.astype(jnp.float32) for x in moments), uniform(random(0)), uniform(random(1))
-        m, v, rho_r, rho_s = (_to_blocks(x, block) for x in arrays)
-        rq, sq, r_scale, s_scale = quantize(m, v, rho_r, rho_s)
-        return _from_blocks(rq, n), _from_blocks(sq, n), r_scale[..., 0], s_scale[..., 0]
+        m, v = (_to_blocks(x.astype(jnp.float32), block) for x in moments)
+        lane = jax.lax.broadcasted_iota(jnp.uint32, m.shape, m.ndim - 1)
+        first_index = _to_blocks(random.index, block)[..., :1]
+        bits = dither_of_block(first_index, lane, random.salt, random.count)
+        rq, vq, r_scale, v_scale = quantize(m, v, bits)
+        return _from_blocks(rq, n), _from_blocks(vq, n), r_scale[..., 0], v_scale[..., 0]
+
+
+def _dequantize_version_1(rq, sq, r_scale, s_scale):
+    """`dequantize` of states of version 1, where ``sq`` and ``s_scale`` are of the root of v."""
+    rq, sq = (x.astype(jnp.int32).astype(jnp.float32) for x in (rq, sq))
+    s = s_scale * (sq / 255) ** 4
+    return r_scale * (rq * jnp.abs(rq) / 127**2) * s, s * s
+
+
+class Int8Version1(Int8):
+    """What jadam stored when `formats.VERSION` was 1, for `jadam.convert_moments`."""
+
+    dequantize = staticmethod(_dequantize_version_1)
 
 
 def block_length(stored) -> int:

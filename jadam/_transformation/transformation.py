@@ -535,7 +535,7 @@ def scale_by_rule(
         checks.check_corrections(corrections, scheduled)
         checks.check_state_type(state, state_type)
         if quantized:
-            checks.check_version(state, formats.VERSION)
+            checks.check_version(state, formats.VERSION, convertible=1)
         checks.check_count(state.count)
         checks.check_gradients(updates, state, params, params_may_be_shapes=True)
         for name, tree in zip(rule.moment_names, state[1:], strict=False):

@@ -19,7 +19,7 @@ from jadam._core import checks
 from jadam._core.bf16 import join, remainder_of, split, update_to
 from jadam._core.numerics import apply_updates, at_least_float32
 from jadam._core.trees import find_states, leaf_name, leaf_names, params_tree, params_with_gradients, state_tree
-from jadam._moments.formats import VERSION, placeholder, version
+from jadam._moments.formats import placeholder, version
 from jadam._transformation.transformation import (
     CustomUpdateFn,
     LeafwiseUpdate,
@@ -28,6 +28,8 @@ from jadam._transformation.transformation import (
     UpdateFn,
     update_of,
 )
+
+VERSION = 1  # of the layout of remainders in a saved state
 
 
 class ExactBF16State(NamedTuple):
@@ -118,7 +120,7 @@ def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
         inner_state = inner.init(jax.tree.map(_widen, params, params))
         if find_states(inner_state, ExactBF16State):
             raise ValueError("exact_bf16 must be outermost, got it around another exact_bf16. Drop the inner one.")
-        return ExactBF16State(jax.tree.map(_zero_remainder, params), inner_state, version())
+        return ExactBF16State(jax.tree.map(_zero_remainder, params), inner_state, version(VERSION))
 
     def update(updates, state, params, **extra_args) -> Any:
         checks.check_state_type(state, ExactBF16State)
@@ -274,7 +276,7 @@ def from_float32(
     params = jax.tree_util.tree_map_with_path(narrow, params32)
     of_split = lambda p, x: split(x)[1] if jnp.result_type(x) == jnp.float32 and _is_bf16(p) else _zero_remainder(p)
     remainder = jax.tree.map(of_split, params, params32)
-    state = ExactBF16State(remainder, exact.update.inner.init(_masters(params, remainder)), version())
+    state = ExactBF16State(remainder, exact.update.inner.init(_masters(params, remainder)), version(VERSION))
     state = cast(Any, tx.init(params))._replace(inner_state=state) if recorded else state
     return merge(jax.tree.leaves(params)), state
 

@@ -140,13 +140,13 @@ def test_a_later_version_is_refused(tmp_path):
     """A state of a later version is an error in `update`, and in Orbax if restored into a state of this one."""
     tx = jadam.scale_by_adam(moments="int8")
     p = params()["kernel"]
-    state = tx.init(p)._replace(version=np.zeros(2, np.int8))
+    state = tx.init(p)._replace(version=np.zeros(3, np.int8))
     path = tmp_path / "state"
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path, state)
         checkpointer.wait_until_finished()
         as_saved = checkpointer.restore(path, abstract(state))
-        with pytest.raises(ValueError, match=r"state.version must be 1, got 2"):
+        with pytest.raises(ValueError, match=r"state.version must be 2, got 3"):
             tx.update(p, as_saved, p)
         checkpointer.save(
             tmp_path / "version", {"version": state.version}

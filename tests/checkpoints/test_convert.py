@@ -120,11 +120,12 @@ def test_unknown_version(wrap):
     tx = wrap(jadam.scale_by_adam(moments="int8"))
     p = jax.tree.map(lambda x: np.asarray(x).astype(jnp.bfloat16), params())
     state = tx.init(p)._replace(version=np.zeros(7, np.int8))
+    known = 1 if wrap is jadam.exact_bf16 else 2
     for use in (jax.jit(tx.update), lambda g, s, p: jax.jit(lambda g, s, p: jadam.step(tx, g, s, p))(g, s, p)):
-        with pytest.raises(ValueError, match=r"state.version must be 1, got 7: a \w+ saved by another version"):
+        with pytest.raises(ValueError, match=rf"state.version must be {known}, got 7: a \w+ saved by another version"):
             use(p, state, p)
     read = jadam.float32_params if wrap is jadam.exact_bf16 else lambda p, s: jadam.convert_moments(s, "float32")
-    with pytest.raises(ValueError, match=r"state.version must be 1, got 7"):
+    with pytest.raises(ValueError, match=f"state.version must be {known}, got 7"):
         read(p, state)
 
 

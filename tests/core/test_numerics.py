@@ -243,13 +243,6 @@ def test_linear_index_of_a_sharded_array_is_global():
     np.testing.assert_array_equal(found, np.arange(48).reshape(16, 3))
 
 
-def test_uniform():
-    found = jax.jit(numerics.uniform)(np.array(PATTERNS, np.uint32))
-    assert found.dtype == jnp.float32
-    assert found.tolist() == [(x >> 8) * 2.0**-24 for x in PATTERNS]  # 24 bits: exact
-    assert max(found.tolist()) < 1
-
-
 def rounded(x, bits):
     """`round_to_bfloat16`, as float32."""
     found = round_to_bfloat16(x, bits)

@@ -132,7 +132,8 @@ def test_parameters_named_as_the_state_s_fields():
 def test_a_bare_array_has_neither_count_nor_version():
     for p in (zeros(5), zeros(())):
         described = jadam.describe(jadam.scale_by_adam(moments="int8"), p)
-        assert (described.leaves[0].bytes, described.other_bytes) == (8 * p.size + 2, 4 + 1)  # two unused scales
+        # two placeholders of scales; the count, and version 2
+        assert (described.leaves[0].bytes, described.other_bytes) == (8 * p.size + 2, 4 + 2)
 
 
 class WithRing(NamedTuple):

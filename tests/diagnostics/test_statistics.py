@@ -87,9 +87,11 @@ def moments(state, name):
     if state.mu[name].dtype != jnp.int8:
         return m, v
     scales = (np.asarray(getattr(state, field)[name], np.float64) for field in ("mu_scale", "nu_scale"))
-    r_scale, s_scale = (np.repeat(x, 128, -1)[..., : m.shape[-1]] for x in scales)
-    s = s_scale * (v / 255) ** 4
-    return r_scale * np.sign(m) * (m / 127) ** 2 * s, s**2
+    r_scale, v_scale = (np.repeat(x, 128, -1)[..., : m.shape[-1]] for x in scales)
+    rq, vq = np.asarray(state.mu[name]), np.asarray(state.nu[name])
+    r = ((rq.astype(np.uint32) & 0x7F) << 17 | 0x40000000).view(np.float32) - np.float64(2)
+    v = ((vq.astype(np.float32).view(np.uint32) << 3) + np.uint32(0x23800000)).view(np.float32) * np.float64(32 / 31)
+    return np.where(rq < 0, -r, r) / 5.9375 * r_scale * np.sqrt(v_scale * v), v_scale * v
 
 
 def expected(m_hat, root, u, p, eps, zero=0.0):
@@ -133,7 +135,7 @@ def reference(state, name, p, decay=DECAY, decays=True):
     before = (p + lr * direction) / (1 - lr * decay * decays)  # p is the parameter after the step
     u = -lr * (direction + decay * decays * before)
     int8 = state.mu[name].dtype == jnp.int8
-    zero = np.mean((np.asarray(state.mu[name]) == 0) & (np.asarray(state.nu[name]) != 0)) if int8 else 0.0
+    zero = np.mean((m == 0) & (np.asarray(state.nu[name]) > 1)) if int8 else 0.0
     return m_hat, np.sqrt(v_hat), u, zero
 
 
@@ -367,10 +369,11 @@ def test_zero_share_of_int8():
     p = np.ones((64, 128), np.float32)
     g = np.random.default_rng(0).choice([-1.0, 1.0], p.shape).astype(np.float32)
     _, state, _ = jitted_step(tx)(g, jitted_init(tx)(p), p)
-    # The first m has no rounding error: |r| is the same everywhere, hence the maximum of its block.
+    # The first m is exact: |r| is the same everywhere, the maximum of its block, which has code 127. It gets 126 with
+    # probability 2.4e-5, that of 0.2 of these elements, because `BELOW_R_TOP` is smaller than 5.9375.
     _, state, _ = jitted_step(tx)(np.where(np.arange(128) % 4 == 0, -g / 2, g), state, p)
     stats = jadam.statistics(tx, state, p).total
-    assert stats.zero_share == 0.25
+    assert stats.zero_share == pytest.approx(0.25, abs=2 / p.size)
 
 
 def test_the_corrections_of_scheduled_betas():

@@ -19,28 +19,32 @@ struct Take {
   jadam::Moments& x;
   float& u;
   template <class Rule>
-  JADAM_INLINE void operator()(Rule) { u = Rule::template direction<false>(s, g, x); }
+  JADAM_INLINE void operator()(Rule) {
+    Rule::template update_moments<false>(s, g, x);
+    u = Rule::template direction<false>(s, g, x, jadam::sqrt_of(x.v));
+  }
 };
 
-JADAM_INLINE void every_function(int rule, const jadam::Scalars& s, float g, jadam::i8& rq, jadam::u8& sq,
+JADAM_INLINE void every_function(int rule, const jadam::Scalars& s, float g, jadam::i8& rq, jadam::u8& vq,
                                  jadam::u16& p, jadam::i16& r) {
-  jadam::Moments x{0.0f, 0.0f, 0.0f, 0.0f};
-  jadam::dequantize(rq, sq, 1.0f, 1.0f, x.m, x.v);
-  float u = 0.0f, r_scale, s_scale;
+  jadam::Moments x{0.0f, 0.0f, 0.0f};
+  jadam::dequantize(rq, vq, 1.0f, 1.0f, x.m, x.v);
+  float u = 0.0f, r_scale, v_scale;
   jadam::Rules::visit(rule, Take{s, g, x, u});
-  jadam::scales(1, 2, r_scale, s_scale);
+  jadam::scales(1, 2, r_scale, v_scale);
   const jadam::Dither dither(1u, 0u, 2u);
-  rq = static_cast<jadam::i8>(jadam::quantize_r(jadam::ratio(x.m, x.sqrt_v), r_scale, dither.even_stream(3u)));
-  sq = static_cast<jadam::u8>(jadam::quantize_s(x.sqrt_v, s_scale, dither.odd_stream(3u)));
+  const float ratio = jadam::ratio(x.m, x.v, jadam::rsqrt_of(x.v));
+  rq = static_cast<jadam::i8>(jadam::quantize_r(ratio, r_scale, dither.odd_stream(3u)));
+  vq = static_cast<jadam::u8>(jadam::quantize_v(x.v, v_scale, jadam::Dither::lane(dither.block(3u), 4u)));
   jadam::split(jadam::join(p, r) - u, p, r);
   p = static_cast<jadam::u16>(p ^ jadam::round_to_bfloat16(u, dither.hash(4u)));
 }
 """
 KERNEL = """
-extern "C" __global__ void kernel(int rule, jadam::Scalars s, const float* g, jadam::i8* rq, jadam::u8* sq,
+extern "C" __global__ void kernel(int rule, jadam::Scalars s, const float* g, jadam::i8* rq, jadam::u8* vq,
                                   jadam::u16* p, jadam::i16* r) {
   const int i = threadIdx.x;
-  every_function(rule, s, g[i], rq[i], sq[i], p[i], r[i]);
+  every_function(rule, s, g[i], rq[i], vq[i], p[i], r[i]);
 }
 """
 

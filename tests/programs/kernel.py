@@ -360,7 +360,7 @@ def expected_outputs(call, inputs):
             salt=salt % 2**32,
             count=jnp.asarray(count[0]),
             remainder=None if rest is None else lay(rest),
-            index=lay(index),
+            index=lay(index)[:, :1] if scaled else lay(index),
             **{k: v for k, v in step.items() if k not in unused},
         )
         new, others = update_leaf(leaf_update, lay(g), lay(p))

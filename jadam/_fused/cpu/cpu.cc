@@ -78,9 +78,16 @@ struct Leaf {
 
 // float32 values of a tile. Each pointer points into the leaf where that is float32, else to the tile's buffer.
 struct Tile {
-  alignas(64) float g_buffer[kTile], p_buffer[kTile], m_buffer[3][kTile], sqrt_v[kTile];
+  alignas(64) float g_buffer[kTile], p_buffer[kTile], m_buffer[3][kTile];
   const float *g, *p, *m[3];
   float *p_out, *m_out[3];
+};
+
+// The int8 blocks of a tile, which are contiguous. The k-th has the elements [bounds[k], bounds[k + 1]) of the tile.
+struct Blocks {
+  int64_t first, count;  // in the leaf
+  int64_t start;         // the leaf's element at which the tile begins
+  int64_t bounds[kTile + 1];
 };
 
 INLINE void load_bfloat16(float* to, const void* from, int64_t start, int64_t n) {
@@ -108,43 +115,76 @@ INLINE void clip(const Leaf& leaf, Tile& tile, int64_t n) {
   }
 }
 
-// New parameters and moments of a tile. kCommonScalars: see rules.h. kStoreSqrtV: stores sqrt(v) instead of v.
-template <class Rule, bool kCommonScalars, bool kWeightDecay, bool kStoreSqrtV>
+INLINE float new_parameter(const Scalars& s, bool weight_decay, float p, float u) {
+  if (weight_decay) u = u + s.weight_decay * p;
+  return p + s.minus_lr * u;
+}
+
+// New parameters and moments of a tile. kCommonScalars: see rules.h.
+template <class Rule, bool kCommonScalars, bool kWeightDecay>
 INLINE void rule_loop(const Scalars s, Tile& tile, int64_t n) {
   constexpr bool kHasVMax = Rule::kMoments == 3;
   const float *g = tile.g, *p = tile.p, *m = tile.m[0], *v = tile.m[1], *v_max = tile.m[2];
   float *p_out = tile.p_out, *m_out = tile.m_out[0], *v_out = tile.m_out[1], *v_max_out = tile.m_out[2];
-  float* sqrt_v = tile.sqrt_v;
   INDEPENDENT for (int64_t i = 0; i < n; ++i) {
-    Moments x{m[i], v[i], kHasVMax ? v_max[i] : 0.0f, 0.0f};
-    float u = Rule::template direction<kCommonScalars>(s, g[i], x);
-    if (kWeightDecay) u = u + s.weight_decay * p[i];
-    p_out[i] = p[i] + s.minus_lr * u;
+    Moments x{m[i], v[i], kHasVMax ? v_max[i] : 0.0f};
+    Rule::template update_moments<kCommonScalars>(s, g[i], x);
+    const float u = Rule::template direction<kCommonScalars>(s, g[i], x, sqrt_of(x.v));
+    p_out[i] = new_parameter(s, kWeightDecay, p[i], u);
     m_out[i] = x.m;
-    if (!kStoreSqrtV) v_out[i] = x.v;
+    v_out[i] = x.v;
     if (kHasVMax) v_max_out[i] = x.v_max;
-    if (kStoreSqrtV) sqrt_v[i] = x.sqrt_v;
   }
 }
 
-template <class Rule, bool kStoreSqrtV>
-INLINE void choose_rule_loop(const Scalars& s, Tile& tile, int64_t n) {
-  const bool common = s.b1 >= 0.5f && s.b2 >= 0.5f && s.eps_root == 0.0f;
-  if (s.weight_decay == 0.0f) {
-    common ? rule_loop<Rule, true, false, kStoreSqrtV>(s, tile, n)
-           : rule_loop<Rule, false, false, kStoreSqrtV>(s, tile, n);
-  } else {
-    common ? rule_loop<Rule, true, true, kStoreSqrtV>(s, tile, n)
-           : rule_loop<Rule, false, true, kStoreSqrtV>(s, tile, n);
+// `rule_loop` of int8 blocks: reads the codes, and leaves r and v in the tile's buffers, and their scales in the leaf.
+template <class Rule, bool kCommonScalars, bool kWeightDecay>
+INLINE void rule_loop(const Scalars s, Tile& tile, const Leaf& leaf, const Blocks& blocks) {
+  for (int64_t k = 0; k < blocks.count; ++k) {
+    const int64_t at = blocks.bounds[k], n = blocks.bounds[k + 1] - at, block = blocks.first + k;
+    const i8* rq = static_cast<const i8*>(leaf.m[0]) + blocks.start + at;
+    const u8* vq = static_cast<const u8*>(leaf.m[1]) + blocks.start + at;
+    const float r_step = leaf.scale[0][block] * (1.0f / kRTop), v_step = leaf.scale[1][block] * (1.0f / kVTop);
+    const float *g = tile.g + at, *p = tile.p + at;
+    float *p_out = tile.p_out + at, *r = tile.m_buffer[0] + at, *v = tile.m_buffer[1] + at;
+    INDEPENDENT for (int64_t i = 0; i < n; ++i) {
+      Moments x{};
+      dequantize(rq[i], vq[i], r_step, v_step, x.m, x.v);
+      Rule::template update_moments<kCommonScalars>(s, g[i], x);
+      const float rsqrt_v = rsqrt_of(x.v);
+      const float u = Rule::template direction<kCommonScalars>(s, g[i], x, x.v * rsqrt_v);
+      p_out[i] = new_parameter(s, kWeightDecay, p[i], u);
+      r[i] = ratio(x.m, x.v, rsqrt_v);
+      v[i] = x.v;
+    }
+    i32 r_max = 0, v_max = 0;
+    INDEPENDENT for (int64_t i = 0; i < n; ++i) {
+      r_max = max_int(r_max, static_cast<i32>(float_bits(r[i]) & kAbsMask));
+      v_max = max_int(v_max, static_cast<i32>(float_bits(v[i]) & kAbsMask));
+    }
+    scales(r_max, v_max, leaf.scale_out[0][block], leaf.scale_out[1][block]);
   }
+}
+
+template <class Rule, bool kCommonScalars, bool kWeightDecay>
+INLINE void choose_rule_loop(const Leaf& leaf, Tile& tile, int64_t n, const Blocks* blocks) {
+  if constexpr (Rule::kInt8) {
+    if (blocks != nullptr) return rule_loop<Rule, kCommonScalars, kWeightDecay>(leaf.scalars, tile, leaf, *blocks);
+  }
+  rule_loop<Rule, kCommonScalars, kWeightDecay>(leaf.scalars, tile, n);
 }
 
 template <class Rule>
-INLINE void apply_rule(const Leaf& leaf, Tile& tile, int64_t n) {
-  if constexpr (Rule::kInt8) {
-    if (leaf.settings.format == kInt8) return choose_rule_loop<Rule, true>(leaf.scalars, tile, n);
+INLINE void apply_rule(const Leaf& leaf, Tile& tile, int64_t n, const Blocks* blocks) {
+  const Scalars& s = leaf.scalars;
+  const bool common = s.b1 >= 0.5f && s.b2 >= 0.5f && s.eps_root == 0.0f && s.eps > 0.0f;
+  if (s.weight_decay == 0.0f) {
+    common ? choose_rule_loop<Rule, true, false>(leaf, tile, n, blocks)
+           : choose_rule_loop<Rule, false, false>(leaf, tile, n, blocks);
+  } else {
+    common ? choose_rule_loop<Rule, true, true>(leaf, tile, n, blocks)
+           : choose_rule_loop<Rule, false, true>(leaf, tile, n, blocks);
   }
-  choose_rule_loop<Rule, false>(leaf.scalars, tile, n);
 }
 
 INLINE void join_tile(float* to, const void* from, const int16_t* remainder, int64_t start, int64_t n) {
@@ -167,52 +207,45 @@ INLINE void round_tile(void* to, const float* from, const Dither& dither, int64_
   }
 }
 
-INLINE void dequantize_block(Tile& tile, int64_t at, const i8* rq, const u8* sq, float r_scale, float s_scale,
-                             int64_t n) {
-  float *m = tile.m_buffer[0] + at, *v = tile.m_buffer[1] + at;
-  const float r_step = r_scale * (1.0f / kRLevels), s_step = s_scale * (1.0f / kSLevels);
-  INDEPENDENT for (int64_t i = 0; i < n; ++i) dequantize(rq[i], sq[i], r_step, s_step, m[i], v[i]);
-}
-
-INLINE void quantize_block(Tile& tile, int64_t at, i8* rq, u8* sq, float* r_scale, float* s_scale, const Dither& dither,
-                           u32 index, int64_t n) {
-  float *r = tile.m_buffer[0] + at, *s = tile.sqrt_v + at;
-  i32 r_max = 0, s_max = 0;
-  INDEPENDENT for (int64_t i = 0; i < n; ++i) {
-    r[i] = ratio(r[i], s[i]);
-    r_max = max_int(r_max, static_cast<i32>(float_bits(r[i]) & kAbsMask));
-    s_max = max_int(s_max, static_cast<i32>(float_bits(s[i]) & kAbsMask));
+// What `Dither::lane` adds for each element of a block: read sooner than multiplied.
+struct Lanes {
+  alignas(64) u32 of[kTile];
+  constexpr Lanes() : of() {
+    for (int64_t i = 0; i < kTile; ++i) of[i] = Dither::lane(0, static_cast<u32>(i));
   }
-  float rs, ss;
-  scales(r_max, s_max, rs, ss);
-  *r_scale = rs;
-  *s_scale = ss;
-  const float r_inverse_step = inverse_step(kRLevels, rs), s_inverse_step = inverse_step(kSLevels, ss);
-  alignas(64) i32 new_r[kTile], new_s[kTile];  // converting to 8 bits in the same loop would slow it down
+};
+constexpr Lanes kLanes;
+
+// Writes the codes of n elements from their r and v. `random` is `Dither::block` of their block.
+INLINE void quantize_block(i8* rq, u8* vq, const float* r, const float* v, float r_scale, float v_scale, u32 random,
+                           int64_t n) {
+  const float r_inverse_step = inverse_step(kBelowRTop, r_scale), v_inverse_step = inverse_step(kVTop, v_scale);
+  alignas(64) u32 new_r[kTile], new_v[kTile];  // converting to 8 bits in the same loop would slow it down
   INDEPENDENT for (int64_t i = 0; i < n; ++i) {
-    const u32 hash = dither.hash(index + static_cast<u32>(i));
-    new_r[i] = quantize_r(r[i], r_inverse_step, dither.even_stream(hash));
-    new_s[i] = quantize_s(s[i], s_inverse_step, dither.odd_stream(hash));
+    const u32 bits = random + kLanes.of[i];
+    new_r[i] = quantize_r(r[i], r_inverse_step, bits);
+    new_v[i] = quantize_v(v[i], v_inverse_step, bits);
   }
   INDEPENDENT for (int64_t i = 0; i < n; ++i) rq[i] = static_cast<i8>(new_r[i]);
-  INDEPENDENT for (int64_t i = 0; i < n; ++i) sq[i] = static_cast<u8>(new_s[i]);
+  INDEPENDENT for (int64_t i = 0; i < n; ++i) vq[i] = static_cast<u8>(new_v[i]);
 }
 
-// Updates elements [start, start + n). The caller sets the tile's pointers to the moments.
-INLINE void update_elements(const Leaf& leaf, Tile& tile, int64_t start, int64_t n) {
+// Updates elements [start, start + n). The caller sets the tile's pointers to the moments, or gives int8 blocks.
+INLINE void update_elements(const Leaf& leaf, Tile& tile, int64_t start, int64_t n, const Blocks* blocks = nullptr) {
   tile.g = leaf.g_is_bfloat16 ? tile.g_buffer : at(leaf.g, start);
   tile.p = leaf.p_is_bfloat16 ? tile.p_buffer : at(leaf.p, start);
   tile.p_out = leaf.p_is_bfloat16 ? tile.p_buffer : at(leaf.p_out, start);
   if (leaf.g_is_bfloat16) load_bfloat16(tile.g_buffer, leaf.g, start, n);
   if (leaf.p_is_bfloat16) join_tile(tile.p_buffer, leaf.p, leaf.remainder, start, n);
   clip(leaf, tile, n);
-  Rules::visit(leaf.settings.rule, [&](auto rule) JADAM_LAMBDA { apply_rule<decltype(rule)>(leaf, tile, n); });
+  Rules::visit(leaf.settings.rule, [&](auto rule) JADAM_LAMBDA { apply_rule<decltype(rule)>(leaf, tile, n, blocks); });
   if (leaf.p_is_bfloat16) split_tile(leaf.p_out, leaf.remainder_out, tile.p_buffer, start, n);
 }
 
 // The global index of element i modulo 2**32, which the random bits depend on.
 INLINE uint32_t global_index(const Leaf& leaf, int64_t i) {
   const Settings& x = leaf.settings;
+  if (i < x.run) return leaf.offset + static_cast<uint32_t>(i);
   return leaf.offset + static_cast<uint32_t>(i / x.run) * static_cast<uint32_t>(x.stride) +
          static_cast<uint32_t>(i % x.run);
 }
@@ -226,27 +259,36 @@ INLINE int64_t block_start(const Leaf& leaf, int64_t block) {
   return block / leaf.blocks * leaf.row + block % leaf.blocks * leaf.settings.block;
 }
 
+// As many whole blocks as a tile holds, from block `first` at element `start` to before block `end`.
+INLINE void set_blocks(Blocks& blocks, const Leaf& leaf, int64_t start, int64_t first, int64_t end) {
+  blocks.first = first;
+  blocks.count = 0;
+  blocks.start = start;
+  blocks.bounds[0] = 0;
+  int64_t at = 0, column = start % leaf.row;
+  while (first + blocks.count < end) {
+    const int64_t n = std::min(leaf.settings.block, leaf.row - column);
+    if (at + n > kTile) break;
+    column = column + n == leaf.row ? 0 : column + n;
+    blocks.bounds[++blocks.count] = at += n;
+  }
+}
+
 INLINE void update_int8_chunk(const Leaf& leaf, Tile& tile, uint32_t count, int64_t begin, int64_t end) {
-  const uint32_t salt = static_cast<uint32_t>(leaf.settings.salt);
-  const Dither dither(salt, 0, count);
-  for (int k = 0; k < 2; ++k) tile.m[k] = tile.m_out[k] = tile.m_buffer[k];
-  const int8_t* rq = static_cast<const int8_t*>(leaf.m[0]);
-  const uint8_t* sq = static_cast<const uint8_t*>(leaf.m[1]);
-  int8_t* rq_out = static_cast<int8_t*>(leaf.m_out[0]);
-  uint8_t* sq_out = static_cast<uint8_t*>(leaf.m_out[1]);
-  for (int64_t block = begin; block < end;) {
-    const int64_t start = block_start(leaf, block), first_block = block;
-    for (; block < end; ++block) {  // as many whole blocks as a tile holds; they are contiguous
-      const int64_t at = block_start(leaf, block) - start, n = block_start(leaf, block + 1) - start - at;
-      if (at + n > kTile) break;
-      dequantize_block(tile, at, rq + start + at, sq + start + at, leaf.scale[0][block], leaf.scale[1][block], n);
+  const Dither dither(static_cast<uint32_t>(leaf.settings.salt), 0, count);
+  Blocks blocks;
+  int64_t start = block_start(leaf, begin);
+  for (int64_t first = begin; first < end; first += blocks.count) {
+    set_blocks(blocks, leaf, start, first, end);
+    const int64_t n = blocks.bounds[blocks.count];
+    update_elements(leaf, tile, start, n, &blocks);
+    for (int64_t k = 0; k < blocks.count; ++k) {
+      const int64_t at = blocks.bounds[k], block = first + k;
+      quantize_block(static_cast<i8*>(leaf.m_out[0]) + start + at, static_cast<u8*>(leaf.m_out[1]) + start + at,
+                     tile.m_buffer[0] + at, tile.m_buffer[1] + at, leaf.scale_out[0][block], leaf.scale_out[1][block],
+                     dither.block(global_index(leaf, start + at)), blocks.bounds[k + 1] - at);
     }
-    update_elements(leaf, tile, start, block_start(leaf, block) - start);
-    for (int64_t k = first_block; k < block; ++k) {
-      const int64_t at = block_start(leaf, k) - start, n = block_start(leaf, k + 1) - start - at;
-      quantize_block(tile, at, rq_out + start + at, sq_out + start + at, leaf.scale_out[0] + k, leaf.scale_out[1] + k,
-                     dither, global_index(leaf, start + at), n);
-    }
+    start += n;
   }
 }
 

@@ -27,6 +27,9 @@ struct Dither {
   JADAM_INLINE u32 hash(u32 index) const { return lowbias32(index ^ salt); }
   JADAM_INLINE u32 even_stream(u32 hash) const { return hash + offset; }
   JADAM_INLINE u32 odd_stream(u32 hash) const { return (hash << 16 | hash >> 16) + offset; }
+  // One hash for a block: `block` from the index of its first element, `lane` from the place of an element in it.
+  JADAM_INLINE u32 block(u32 first_index) const { return even_stream(hash(first_index)); }
+  static JADAM_INLINE constexpr u32 lane(u32 block, u32 i) { return block + i * 0xC13FA9A9u; }
 };
 
 // float32 from its bfloat16 rounding and the remainder. If the weight was overwritten with 0 or infinity, a remainder
@@ -53,51 +56,46 @@ JADAM_INLINE u16 round_to_bfloat16(float x, u32 random) {
   return static_cast<u16>((b & kAbsMask) >= kInfinity ? not_finite : rounded);
 }
 
-// int8 moments: a block stores s = sqrt(v) and r = m / s, each as a scale and 8-bit codes, see jadam/_moments/int8.py.
-constexpr float kRLevels = 127.0f * 127.0f, kSLevels = 255.0f * 255.0f * 255.0f * 255.0f;  // of the largest codes
-constexpr float kSmallestRatio = 1e-30f;  // if all |r| of a block are below, they are stored as 0
+// int8 moments: a block stores r = m / sqrt(v) and v, each as a scale and 8-bit codes, see jadam/_moments/int8.py.
+constexpr float kRTop = 5.9375f, kVTop = 31.0f / 32.0f;  // what the largest |r| and v of a block are scaled to
+constexpr float kBelowRTop = kRTop * (1.0f - 0x1p-22f);  // so that rounding errors do not take 2 + |r| to 8
+constexpr float kMinRScale = 1e-30f, kMinVScale = 0x1p-126f;  // smaller scales become 0
 
-JADAM_INLINE float uniform(u32 random) { return static_cast<float>(static_cast<i32>(random >> 8)) * 0x1p-24f; }
-JADAM_INLINE float square(float x) { return x * x; }
-JADAM_INLINE float eighth_power(float x) { return square(square(square(x))); }
-
-// m and v from their codes. r_step is the block's scale of r divided by kRLevels, s_step that of s by kSLevels.
-JADAM_INLINE void dequantize(i8 rq, u8 sq, float r_step, float s_step, float& m, float& v) {
-  const float code = static_cast<float>(static_cast<i32>(rq));
-  const float s = s_step * square(square(static_cast<float>(static_cast<i32>(sq))));
-  m = r_step * (code * abs_of(code)) * s;
-  v = s * s;
+// m and v from their codes. r_step is the block's scale of r divided by kRTop, v_step that of v by kVTop.
+JADAM_INLINE void dequantize(i8 rq, u8 vq, float r_step, float v_step, float& m, float& v) {
+  v = v_step * float_from_bits((float_bits(static_cast<float>(static_cast<i32>(vq))) << 3) + 0x23800000u);
+  const u32 code = static_cast<u32>(static_cast<i32>(rq));
+  const float r = float_from_bits((code & 0x7Fu) << 17 | 0x40000000u) - 2.0f;
+  m = float_from_bits(float_bits(r * (r_step * sqrt_of(v))) ^ (code & 0x80000000u));
 }
 
-JADAM_INLINE float ratio(float m, float s) { return s > 0.0f ? m / s : m * 0.0f; }
+// m / sqrt(v), 0 where v is 0, from rsqrt_of(v).
+JADAM_INLINE float ratio(float m, float v, float rsqrt_v) { return m * (v > 0.0f ? rsqrt_v : 0.0f); }
 
-// A block's scales from the bits of its largest |r| and s. Positive floats are ordered as their bits are, and NaN is
+// A block's scales from the bits of its largest |r| and v. Positive floats are ordered as their bits are, and NaN is
 // the largest. Both scales are NaN if a value is not finite, because codes cannot hold it.
-JADAM_INLINE void scales(i32 r_max, i32 s_max, float& r_scale, float& s_scale) {
-  const bool finite = max_int(r_max, s_max) < static_cast<i32>(kInfinity);
-  const float r = float_from_bits(static_cast<u32>(r_max));
-  r_scale = !finite ? float_from_bits(kNaN) : r < kSmallestRatio ? 0.0f : r;
-  s_scale = finite ? float_from_bits(static_cast<u32>(s_max)) : float_from_bits(kNaN);
+JADAM_INLINE void scales(i32 r_max, i32 v_max, float& r_scale, float& v_scale) {
+  const bool finite = max_int(r_max, v_max) < static_cast<i32>(kInfinity);
+  const float r = float_from_bits(static_cast<u32>(r_max)), v = float_from_bits(static_cast<u32>(v_max));
+  r_scale = !finite ? float_from_bits(kNaN) : r < kMinRScale ? 0.0f : r;
+  v_scale = !finite ? float_from_bits(kNaN) : v < kMinVScale ? 0.0f : v;
 }
 
-JADAM_INLINE float inverse_step(float levels, float scale) { return scale > 0.0f ? levels / scale : 0.0f; }
+JADAM_INLINE float inverse_step(float top, float scale) { return scale > 0.0f ? top / scale : 0.0f; }
 
-// The code of r, rounded stochastically between neighbouring squares.
-JADAM_INLINE i32 quantize_r(float r, float r_inverse_step, u32 random) {
-  const float y = abs_of(r) * r_inverse_step, root = sqrt_of(y);
-  const i32 a = static_cast<i32>(root < 126.0f ? root : 126.0f);
-  const float low = static_cast<float>(a);
-  const i32 code = a + (uniform(random) * (2.0f * low + 1.0f) < y - low * low);
-  return r < 0.0f ? -code : code;
+// The code of r, rounded stochastically: its sign, the last bit of the exponent of 2 + |r|, and 6 bits of the mantissa.
+JADAM_INLINE u32 quantize_r(float r, float r_inverse_step, u32 random) {
+  const float x = 2.0f + abs_of(r) * r_inverse_step;
+  return ((float_bits(x) + (random & 0x1FFFFu)) >> 17 & 0x7Fu) | (r < 0.0f ? 0x80u : 0u);
 }
 
-// The code of s, rounded stochastically so that v = s * s is the mean. Code 0 is v = 0 exactly.
-JADAM_INLINE i32 quantize_s(float s, float s_inverse_step, u32 random) {
-  const float w = s * s_inverse_step, fourth_root = sqrt_of(sqrt_of(w));
-  const i32 c = static_cast<i32>(fourth_root < 254.0f ? fourth_root : 254.0f);
-  const float low = eighth_power(static_cast<float>(c)), high = eighth_power(static_cast<float>(c) + 1.0f);
-  const i32 code = c + (uniform(random) * (high - low) < w * w - low);
-  return s > 0.0f ? max_int(code, 1) : 0;
+// The code of v, rounded stochastically: the bits of v shifted right are those of nearly its eighth root.
+JADAM_INLINE u32 quantize_v(float v, float v_inverse_step, u32 random) {
+  const float y = v * v_inverse_step + 0x1p-64f;
+  const float uniform = float_from_bits(random >> 9 | 0x3F800000u) - 1.0f;
+  const float code = float_from_bits((float_bits(y) >> 3) + 0x3B900000u) + uniform;  // positive, even if y is NaN
+  const i32 bits = min_int(static_cast<i32>(float_bits(code)), static_cast<i32>(float_bits(255.0f)));
+  return static_cast<u32>(static_cast<i32>(float_from_bits(static_cast<u32>(bits))));
 }
 
 }  // namespace jadam

@@ -27,6 +27,7 @@ JADAM_INLINE u32 float_bits(float x) { return __float_as_uint(x); }
 JADAM_INLINE float float_from_bits(u32 x) { return __uint_as_float(x); }
 JADAM_INLINE float sqrt_of(float x) { return __fsqrt_rn(x); }
 JADAM_INLINE float abs_of(float x) { return fabsf(x); }
+JADAM_INLINE float rsqrt_of(float x) { return rsqrtf(x); }
 #else
 #if !defined(__GNUC__)
 #define __builtin_memcpy memcpy
@@ -43,12 +44,23 @@ JADAM_INLINE u32 float_bits(float x) { return bit_cast<u32>(x); }
 JADAM_INLINE float float_from_bits(u32 x) { return bit_cast<float>(x); }
 JADAM_INLINE float sqrt_of(float x) { return __builtin_sqrtf(x); }
 JADAM_INLINE float abs_of(float x) { return __builtin_fabsf(x); }
+
+// 1 / sqrt(x) for x > 0 with a relative error below 8e-7, faster than a root and a division. The shifted bits are those
+// of a first estimate, and the constants of two Newton steps centre its error (Walczyk, Moroz & Cieslinski 2021). Finite
+// at 0 and denormal numbers.
+JADAM_INLINE float rsqrt_of(float x) {
+  const float half = 0.5f * x;
+  float y = float_from_bits(0x5F376908u - (float_bits(x) >> 1));
+  y = y * (1.5008789f - half * y * y);
+  return y * (1.5000006f - half * y * y);
+}
 #endif
 
 constexpr float kLowestFinite = -3.402823466e+38f;
 constexpr u32 kInfinity = 0x7F800000u, kNaN = 0x7FC00000u, kAbsMask = 0x7FFFFFFFu;  // bit patterns of float32
 
 JADAM_INLINE i32 max_int(i32 x, i32 y) { return x < y ? y : x; }
+JADAM_INLINE i32 min_int(i32 x, i32 y) { return x < y ? x : y; }
 
 }  // namespace jadam
 

@@ -1,7 +1,7 @@
 // Update rules on one element: the rules of jadam/_optimizers, for compiled kernels.
 //
-// A rule is a struct with its Python name, the number of its moments, whether they may be int8, and `direction`.
-// `Rules`, at the end, must list it. The tests compare each rule with its Python form.
+// A rule is a struct with its Python name, the number of its moments, whether they may be int8, `update_moments`, and
+// `direction`, which gets sqrt(v) because int8 moments compute it in another way. `Rules`, at the end, must list it. The tests compare each rule with its Python form.
 
 #ifndef JADAM_RULES_H_
 #define JADAM_RULES_H_
@@ -28,7 +28,10 @@ struct Scalars {
 #undef JADAM_FIELD
 };
 
-JADAM_INLINE float divide(float x, float y) { return x / (y == 0.0f ? 1.0f : y); }
+template <bool kNotZero>  // y != 0 is known
+JADAM_INLINE float divide(float x, float y) {
+  return x / (kNotZero || y != 0.0f ? y : 1.0f);
+}
 
 // b * average + (1-b) * x as the term with the larger weight plus a change, as `ema` of jadam/_core/numerics.py.
 template <bool kLargeB>  // b >= 1/2 is known
@@ -41,12 +44,12 @@ JADAM_INLINE float ema(float b, float one_minus_b, float average, float x) {
 // if the compiler contracts it to a fused multiply-add. Neither must be lost.
 JADAM_INLINE float maximum(float x, float y) { return !(x >= kLowestFinite) || x > y ? x : y; }
 
-// The moments of one element, which `direction` updates, and sqrt(v) for formats that store it.
+// The moments of one element.
 struct Moments {
-  float m, v, v_max, sqrt_v;
+  float m, v, v_max;
 };
 
-// kCommonScalars: b1 and b2 are at least 1/2 and eps_root is 0, which saves work per element.
+// kCommonScalars: b1 and b2 are at least 1/2, eps_root is 0 and eps is not, which saves work per element.
 
 // Adam (Kingma & Ba 2015, Algorithm 1). kNesterov: NAdam. kRectified: RAdam.
 template <bool kNesterov, bool kRectified>
@@ -55,16 +58,19 @@ struct AdamRule {
   static constexpr bool kInt8 = !kRectified;
 
   template <bool kCommonScalars>
-  static JADAM_INLINE float direction(const Scalars& s, float g, Moments& x) {
+  static JADAM_INLINE void update_moments(const Scalars& s, float g, Moments& x) {
     x.m = ema<kCommonScalars>(s.b1, s.one_minus_b1, x.m, g);
     x.v = ema<kCommonScalars>(s.b2, s.one_minus_b2, x.v, g * g);
+  }
+
+  template <bool kCommonScalars>
+  static JADAM_INLINE float direction(const Scalars& s, float g, const Moments& x, float sqrt_v) {
     float m_hat = x.m * s.inverse_correction1;
     if (kNesterov) {
       m_hat = s.next_momentum * x.m * s.inverse_next_momentum_correction + s.one_minus_momentum * g * s.inverse_momentum_correction;
     }
-    x.sqrt_v = sqrt_of(x.v);
-    const float root = kCommonScalars ? x.sqrt_v * s.inverse_sqrt_correction2 : sqrt_of(x.v * s.inverse_correction2 + s.eps_root);
-    const float u = divide(m_hat, root + s.eps);
+    const float root = kCommonScalars ? sqrt_v * s.inverse_sqrt_correction2 : sqrt_of(x.v * s.inverse_correction2 + s.eps_root);
+    const float u = divide<kCommonScalars>(m_hat, root + s.eps);
     if (kRectified) return s.trusted != 0.0f ? s.rectification * u : m_hat;
     return u;
   }
@@ -90,10 +96,14 @@ struct AdaMax {
   static constexpr bool kInt8 = false;
 
   template <bool kCommonScalars>
-  static JADAM_INLINE float direction(const Scalars& s, float g, Moments& x) {
+  static JADAM_INLINE void update_moments(const Scalars& s, float g, Moments& x) {
     x.m = ema<kCommonScalars>(s.b1, s.one_minus_b1, x.m, g);
     x.v = maximum(s.b2 * x.v, abs_of(g) + s.eps);
-    return divide(x.m * s.inverse_correction1, x.v);
+  }
+
+  template <bool kCommonScalars>
+  static JADAM_INLINE float direction(const Scalars& s, float, const Moments& x, float) {
+    return divide<kCommonScalars>(x.m * s.inverse_correction1, x.v);
   }
 };
 
@@ -104,13 +114,17 @@ struct AMSGradRule {
   static constexpr bool kInt8 = false;
 
   template <bool kCommonScalars>
-  static JADAM_INLINE float direction(const Scalars& s, float g, Moments& x) {
+  static JADAM_INLINE void update_moments(const Scalars& s, float g, Moments& x) {
     x.m = ema<kCommonScalars>(s.b1, s.one_minus_b1, x.m, g);
     x.v = ema<kCommonScalars>(s.b2, s.one_minus_b2, x.v, g * g);
     x.v_max = maximum(kMaxOfV ? x.v : x.v * s.inverse_correction2, x.v_max);
+  }
+
+  template <bool kCommonScalars>
+  static JADAM_INLINE float direction(const Scalars& s, float, const Moments& x, float) {
     const float root = sqrt_of(x.v_max), correction = kMaxOfV ? s.inverse_correction2 : 1.0f;
     const float root_hat = kMaxOfV ? root * s.inverse_sqrt_correction2 : root;
-    return divide(x.m * s.inverse_correction1,
+    return divide<kCommonScalars>(x.m * s.inverse_correction1,
                   (kCommonScalars ? root_hat : sqrt_of(x.v_max * correction + s.eps_root)) + s.eps);
   }
 };
