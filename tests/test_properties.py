@@ -687,9 +687,7 @@ def assert_agree(new, expected, old, max_update, out_of_range, ulps, rsqrt_error
                     # codes differ at a rounding threshold; with other random bits a third would
                     assert np.sum(a != b) <= 4 + a.size / 20, place
                 if "mu_scale" in place:
-                    close = (
-                        close + (ulps * 2.0**-23 + rsqrt_error) * max_update
-                    )  # the scale of m / sqrt(v), where m may cancel
+                    close = close + rsqrt_error * np.abs(b) + ulps * 2.0**-23 * max_update  # m may cancel
                 wrong = np.isfinite(a) & (np.abs(a - b) > close)
             assert not wrong.any(), (place, a[wrong], b[wrong], c[wrong])
 
