@@ -226,7 +226,7 @@ unwrap_exact_bf16 = jax.jit(lambda params, state: (jadam.float32_params(params, 
 
 # XLA contracts products and sums to fused multiply-adds; the portable kernel may not, which is one rounding more.
 ULPS = 4 if "portable" in str(CPU.kernel) else 2
-RSQRT_ERROR = 8e-7  # of the kernel's 1 / sqrt(v) of int8 moments, as derived in portable.h
+RSQRT_ERROR = 8e-7  # of the kernel's 1 / sqrt(v) of int8 moments, see portable.h and test_error_of_rsqrt
 
 
 def assert_steps_agree(new, expected, old, int8=False):

@@ -3,8 +3,9 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
-from helpers import check_output
+from helpers import RSQRT_ERROR, check_output
 
 import jadam
 
@@ -62,6 +63,37 @@ def test_compiles_without_a_standard_library(tmp_path):
     compile_source(
         [compiler, "-nostdinc", "-nostdinc++", "-ffreestanding", "-fsyntax-only", "-Werror"], tmp_path / "program.cc"
     )
+
+
+RSQRT_PROGRAM = """
+#include <cmath>
+#include <cstdio>
+#include "portable.h"
+
+int main() {
+  double largest = 0;
+  for (jadam::u32 bits = 0x3F800000; bits < 0x40800000; ++bits) {  // all floats in [1, 4); other exponents repeat them
+    const float x = jadam::float_from_bits(bits);
+    largest = std::fmax(largest, std::fabs(jadam::rsqrt_of(x) * std::sqrt(static_cast<double>(x)) - 1));
+  }
+  std::printf("%.3e %.3e %.3e", largest, jadam::rsqrt_of(0.0f), jadam::rsqrt_of(1e-40f));
+}
+"""
+
+
+@pytest.mark.parametrize("flags", ["-O2", "-O2 -mfma"])
+def test_error_of_rsqrt(flags, tmp_path):
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler is here")
+    if "fma" in flags and "fma" not in (Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""):
+        pytest.skip("no FMA instructions are known of here")
+    (tmp_path / "program.cc").write_text(RSQRT_PROGRAM)
+    compile_source([compiler, *flags.split(), "-o", str(tmp_path / "program")], tmp_path / "program.cc")
+    largest, of_zero, of_denormal = map(float, check_output([str(tmp_path / "program")]).split())
+    assert 5e-7 < largest < RSQRT_ERROR  # the bound in portable.h is tight
+    assert np.isfinite(of_zero)
+    assert np.isfinite(of_denormal)
 
 
 @pytest.mark.slow
