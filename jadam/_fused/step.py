@@ -109,7 +109,7 @@ def step(
     untouched = [x.frozen and x.remainder is None for x in leaf_updates]
     leaves = [old if keep else new for keep, old, new in zip(untouched, jax.tree.leaves(params), leaves, strict=True)]
     # checkify looks for NaN only after primitives that it knows, such as mul. XLA removes this product with 1.
-    leaves = [p * np.ones([], p.dtype) if isinstance(p, jax.core.Tracer) else p for p in leaves]
+    leaves = [jax.lax.mul(p, np.ones([], p.dtype)) if isinstance(p, jax.core.Tracer) else p for p in leaves]
     return merge(leaves), _after_step(update, rebuild_state(arrays), structure.unflatten(leaves))
 
 

@@ -151,6 +151,16 @@ def test_one_call_for_many_leaves():
     assert count_kernel_calls(functools.partial(jadam.step, tx), params, jax.eval_shape(tx.init, params), params) == 3
 
 
+@needs_kernel
+@pytest.mark.parametrize("shape", [(256, 256), (255, 256)])
+def test_large_steps_are_asynchronous(shape):
+    """XLA executes a program on the calling thread if it counts fewer than 1000 operations, none in the kernel."""
+    p = jax.ShapeDtypeStruct(shape, jnp.float32)
+    tx = jadam.adam(0.1)
+    compiled = jax.jit(functools.partial(jadam.step, tx)).lower(p, jax.eval_shape(tx.init, p), p).compile()
+    assert (compiled.cost_analysis()["flops"] >= 1000) == (np.prod(shape) >= cpu.ASYNC_SIZE)
+
+
 def test_one_trace_and_fixed_avals():
     tx = jadam.exact_bf16(jadam.chain(jadam.clip_by_global_norm(1.0), jadam.adamw(1e-3, moments="int8")))
     params = {"a": ones((64, 128), jnp.bfloat16), "b": ones(3)}

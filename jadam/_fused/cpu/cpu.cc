@@ -546,6 +546,7 @@ ffi::Error step(ffi::ThreadPool threads, Int64s rule, Int64s format, Int64s clip
   work->update = instruction_set().update;
   work->leaves.resize(leaves);
   Reader reader{args, rets};
+  reader.ranges.reserve(args.size() + rets.size());
   const int64_t rows = scalars.element_count() / kScalars;
   int64_t elements = 0;
   for (size_t i = 0; i < leaves; ++i) {

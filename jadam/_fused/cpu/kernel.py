@@ -17,7 +17,8 @@ from jadam._moments.formats import FORMATS
 from jadam._moments.int8 import block_length
 from jadam._transformation.transformation import LeafUpdate
 
-LEAVES_PER_CALL = 24  # XLA's compile time grows with the square of a call's aliases
+LEAVES_PER_CALL = 16  # XLA's compile time grows with the square of a call's aliases
+ASYNC_SIZE = 2**16  # parameters from which a step takes longer than handing it to another thread
 
 
 def run_kernel(leaf_updates: list[LeafUpdate], grads, params) -> list[tuple | None]:
@@ -30,6 +31,8 @@ def run_kernel(leaf_updates: list[LeafUpdate], grads, params) -> list[tuple | No
     distinct: dict = {}  # most leaves share their scalars
     rows = {i: distinct.setdefault(key(leaf_updates[i]), (len(distinct), leaf_updates[i]))[0] for i in supported}
     scalars = jnp.stack([_scalar_row(leaf_update) for _, leaf_update in distinct.values()])
+    if sum(params[i].size for i in supported) >= ASYNC_SIZE:
+        scalars = _with_unused_rows(scalars, leaf_updates[supported[0]].count)
     for start in range(0, len(supported), LEAVES_PER_CALL):
         group = supported[start : start + LEAVES_PER_CALL]
         columns = ([column[i] for i in group] for column in (leaf_updates, grads, params, rows))
@@ -94,6 +97,17 @@ def _call(scalars, leaf_updates, grads, params, rows):
 def _scalar_row(leaf_update: LeafUpdate) -> jax.Array:
     """A leaf's scalars, in the extension's order."""
     return jnp.stack([jnp.asarray(SCALARS[name](leaf_update)).astype(jnp.float32) for name in load().scalars])
+
+
+def _with_unused_rows(scalars, count):
+    """Return ``scalars`` and rows that no leaf uses, which take XLA 1 µs.
+
+    XLA executes a program on the calling thread, which has to wait, if it counts fewer than 1000 operations in it. It
+    counts none in the kernel's calls.
+    """
+    width = scalars.shape[1]
+    unused = jnp.arange(4096 // width * width, dtype=jnp.float32).reshape(-1, width)
+    return jnp.concatenate([scalars, unused * count.astype(jnp.float32)])
 
 
 # A leaf's scalars by their names in rules.h. The kernel multiplies by reciprocals where Python divides.
