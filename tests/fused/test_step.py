@@ -152,13 +152,13 @@ def test_one_call_for_many_leaves():
 
 
 @needs_kernel
-@pytest.mark.parametrize("shape", [(256, 256), (255, 256)])
-def test_large_steps_are_asynchronous(shape):
+@pytest.mark.parametrize(("leaves", "shape"), [(1, (256, 256)), (1, (255, 256)), (200, (8, 64))])
+def test_large_steps_are_asynchronous(leaves, shape):
     """XLA executes a program on the calling thread if it counts fewer than 1000 operations, none in the kernel."""
-    p = jax.ShapeDtypeStruct(shape, jnp.float32)
+    p = [jax.ShapeDtypeStruct(shape, jnp.float32)] * leaves
     tx = jadam.adam(0.1)
     compiled = jax.jit(functools.partial(jadam.step, tx)).lower(p, jax.eval_shape(tx.init, p), p).compile()
-    assert (compiled.cost_analysis()["flops"] >= 1000) == (np.prod(shape) >= cpu.ASYNC_SIZE)
+    assert (compiled.cost_analysis()["flops"] >= 1000) == (leaves * np.prod(shape) >= cpu.ASYNC_SIZE)
 
 
 def test_one_trace_and_fixed_avals():
