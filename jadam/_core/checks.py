@@ -421,15 +421,14 @@ def check_version(state, known: int, convertible: int | None = None) -> None:
     Args:
         convertible: an older version that `jadam.convert_moments` reads; its error says so.
     """
-    if jnp.ndim(state.version) > 1:
-        raise ValueError(
-            f"state.version must have one dimension, got shape {state.version.shape}. Use jax.vmap for several states."
-        )
-    if jnp.shape(state.version) != (known,):
-        found = state.version.shape[0] if jnp.ndim(state.version) else state.version
+    shape = np.shape(state.version)
+    if len(shape) > 1:
+        raise ValueError(f"state.version must have one dimension, got shape {shape}. Use jax.vmap for several states.")
+    if shape != (known,):
+        found = shape[0] if shape else state.version
         saved = "float32_params(params, state)" if hasattr(state, "remainder") else "convert_moments(state, 'float32')"
         remedy = f"Restore it with that version, and save jadam.{saved}."
-        if convertible == found:
+        if shape == (convertible,):
             remedy = "Convert it: jadam.convert_moments(state, moments), with the optimizer's argument moments."
         raise ValueError(
             f"state.version must be {known}, got {found}: a {type(state).__name__} saved by another version of jadam. "

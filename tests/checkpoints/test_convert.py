@@ -129,6 +129,21 @@ def test_unknown_version(wrap):
         read(p, state)
 
 
+@pytest.mark.parametrize("version", [None, 1])
+def test_not_a_version(version):
+    """`convert_moments` raises for these, so that no error names it as the remedy."""
+    p, error = {"kernel": normal(64, 128)}, f"got {version}: a \\w+ saved by another version of jadam. Restore it"
+    tx = jadam.scale_by_adam(moments="int8")
+    state = tx.init(p)._replace(version=version)
+    for use in (lambda: jadam.convert_moments(state, "int8"), lambda: tx.update(p, state, p)):
+        with pytest.raises(ValueError, match=error):
+            use()
+    p = jax.tree.map(lambda x: x.astype(jnp.bfloat16), p)
+    state = jadam.exact_bf16(tx).init(p)._replace(version=version)
+    with pytest.raises(ValueError, match=error):
+        jadam.float32_params(p, state)
+
+
 @pytest.mark.parametrize("to", FORMATS)
 def test_states_of_by_path(to):
     """States of `jadam.by_path` are converted to the bits of adamw's."""
