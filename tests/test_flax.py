@@ -231,6 +231,17 @@ def test_nnx_filters(wrt):
     assert_equal(nnx.state(model), nnx.state(again))
 
 
+def test_nnx_convert_moments():
+    """The converted state is that of an optimizer with these moments, Variables included."""
+    model = nnx.Linear(64, 128, rngs=nnx.Rngs(0))
+    old, new = (jadam.flax.Optimizer(model, jadam.adam(1.0, moments=x), wrt=nnx.Param) for x in ("float32", "int8"))
+    for opt_state in (old.opt_state, new.opt_state):
+        converted = jadam.convert_moments(opt_state, "int8")
+        assert jax.tree.structure(converted) == jax.tree.structure(new.opt_state)
+    new.opt_state = converted
+    new.update(model, nnx.state(model, nnx.Param))
+
+
 def test_nnx_extra_arguments():
     """Extra arguments are passed on to ``tx.update``."""
 

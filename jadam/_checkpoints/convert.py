@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jadam._core import checks
@@ -23,10 +24,11 @@ def convert_moments(state, to: FormatChoice) -> Any:
     A restored state of `optax.adam` with 16-bit parameters has 16-bit moments. Convert it once:
     ``convert_moments(state, "float32")``. Narrowing rounds stochastically, without bias, as a step does; widening is
     exact. States of version 1, the first layout of int8 moments, are converted too, from int8 to int8 with a rounding.
+    Orbax restores them into a template whose ``version`` has one element: see README.md, Checkpoints.
 
     Args:
         state: a state of jadam's or Optax's Adam family, or one that contains such states: chains, `jadam.exact_bf16`,
-            `optax.MultiSteps`. If it is sharded, call this outside of `jax.jit`.
+            `optax.MultiSteps`. If it is sharded, call this outside of `jax.jit`, when it is on its mesh.
         to: ``"float32"``, ``"bfloat16"``, ``"int8"``, or a function ``f(path, leaf)`` to one of these, as for
             `jadam.scale_by_adam`; ``leaf`` has the parameter's shape. A ``mu_dtype`` is not kept. int8 is only for Adam
             and NAdam. Other optimizers with the same state type raise an error at the next step.
@@ -79,7 +81,7 @@ def has_moments(x) -> bool:
 
 def _convert(state, to: FormatChoice, mixed: bool):
     """Return one optimizer state with its moments in the formats ``to``; ``mixed``: of a type that can mix formats."""
-    is_version_1 = hasattr(state, "version") and jnp.shape(state.version) == (1,)
+    is_version_1 = hasattr(state, "version") and np.shape(state.version) == (1,)
     if hasattr(state, "version") and not is_version_1:
         checks.check_version(state, formats.VERSION)
     names = [name for name in state._fields if name not in ("count", "version") and not name.endswith("_scale")]
@@ -109,6 +111,7 @@ def _convert(state, to: FormatChoice, mixed: bool):
     columns = [structure.unflatten(column) for column in zip(*rows, strict=True)] if rows else [state.mu] * 4
     if mixed:
         mu, nu, mu_scale, nu_scale = columns
-        return QuantizedAdamState(state.count, mu, nu, mu_scale, nu_scale, formats.version())
+        version = jax.tree.map(lambda _: formats.version(), state.count)  # in a Variable as the count is, if in NNX
+        return QuantizedAdamState(state.count, mu, nu, mu_scale, nu_scale, version)
     state_type = optax.ScaleByAdamState if isinstance(state, QuantizedAdamState) else type(state)
     return state_type(state.count, *columns[: len(names)])

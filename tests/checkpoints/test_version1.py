@@ -101,7 +101,7 @@ def test_refused_where_it_would_be_misread(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_orbax(name):
-    """With a template of version 1 it is read, without one it is no state. With today's version Orbax raises."""
+    """With a template of version 1 it is read, without one it is no state."""
     template = start(name)[2]
     assert_equal(jax.tree.map(np.asarray, from_orbax(name, template)), jax.tree.map(np.asarray, from_npz(name)))
     with pytest.raises(ValueError, match="Pass the state that init returns, or a checkpoint restored into it"):
