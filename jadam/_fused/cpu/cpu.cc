@@ -83,11 +83,11 @@ struct Tile {
   float *p_out, *m_out[3];
 };
 
-// The int8 blocks of a tile, which are contiguous. The k-th has the elements [bounds[k], bounds[k + 1]) of the tile.
+// The int8 blocks of a tile, which are contiguous.
 struct Blocks {
-  int64_t first, count;  // in the leaf
-  int64_t start;         // the leaf's element at which the tile begins
-  int64_t bounds[kTile + 1];
+  int64_t first, count;       // blocks [first, first + count) of the leaf
+  int64_t start;              // the leaf's element at which the tile begins
+  int64_t bounds[kTile + 1];  // the k-th block has the elements [bounds[k], bounds[k + 1]) of the tile
 };
 
 INLINE void load_bfloat16(float* to, const void* from, int64_t start, int64_t n) {
@@ -139,7 +139,7 @@ INLINE void rule_loop(const Scalars s, Tile& tile, int64_t n) {
 
 // `rule_loop` of int8 blocks: reads the codes, and leaves r and v in the tile's buffers, and their scales in the leaf.
 template <class Rule, bool kCommonScalars, bool kWeightDecay>
-INLINE void rule_loop(const Scalars s, Tile& tile, const Leaf& leaf, const Blocks& blocks) {
+INLINE void int8_rule_loop(const Scalars s, Tile& tile, const Leaf& leaf, const Blocks& blocks) {
   for (int64_t k = 0; k < blocks.count; ++k) {
     const int64_t at = blocks.bounds[k], n = blocks.bounds[k + 1] - at, block = blocks.first + k;
     const i8* rq = static_cast<const i8*>(leaf.m[0]) + blocks.start + at;
@@ -166,10 +166,11 @@ INLINE void rule_loop(const Scalars s, Tile& tile, const Leaf& leaf, const Block
   }
 }
 
+// The loop of the leaf's format; `blocks` are its blocks in the tile if it is int8, else null.
 template <class Rule, bool kCommonScalars, bool kWeightDecay>
 INLINE void choose_rule_loop(const Leaf& leaf, Tile& tile, int64_t n, const Blocks* blocks) {
   if constexpr (Rule::kInt8) {
-    if (blocks != nullptr) return rule_loop<Rule, kCommonScalars, kWeightDecay>(leaf.scalars, tile, leaf, *blocks);
+    if (blocks != nullptr) return int8_rule_loop<Rule, kCommonScalars, kWeightDecay>(leaf.scalars, tile, leaf, *blocks);
   }
   rule_loop<Rule, kCommonScalars, kWeightDecay>(leaf.scalars, tile, n);
 }
@@ -207,7 +208,7 @@ INLINE void round_tile(void* to, const float* from, const Dither& dither, int64_
   }
 }
 
-// What `Dither::lane` adds for each element of a block: read sooner than multiplied.
+// What `Dither::lane` adds for each element of a block. Loading it is faster than multiplying.
 struct Lanes {
   alignas(64) u32 of[kTile];
   constexpr Lanes() : of() {
@@ -245,7 +246,7 @@ INLINE void update_elements(const Leaf& leaf, Tile& tile, int64_t start, int64_t
 // The global index of element i modulo 2**32, which the random bits depend on.
 INLINE uint32_t global_index(const Leaf& leaf, int64_t i) {
   const Settings& x = leaf.settings;
-  if (i < x.run) return leaf.offset + static_cast<uint32_t>(i);
+  if (i < x.run) return leaf.offset + static_cast<uint32_t>(i);  // as below, without the divisions
   return leaf.offset + static_cast<uint32_t>(i / x.run) * static_cast<uint32_t>(x.stride) +
          static_cast<uint32_t>(i % x.run);
 }
@@ -259,7 +260,7 @@ INLINE int64_t block_start(const Leaf& leaf, int64_t block) {
   return block / leaf.blocks * leaf.row + block % leaf.blocks * leaf.settings.block;
 }
 
-// As many whole blocks as a tile holds, from block `first` at element `start` to before block `end`.
+// Sets `blocks` to as many as a tile holds, from block `first`, which starts at element `start`, to before block `end`.
 INLINE void set_blocks(Blocks& blocks, const Leaf& leaf, int64_t start, int64_t first, int64_t end) {
   blocks.first = first;
   blocks.count = 0;

@@ -18,8 +18,9 @@ JADAM_INLINE u32 lowbias32(u32 x) {
   return x ^ (x >> 16);
 }
 
-// Random bits for stochastic rounding, as `dither` of jadam/_core/numerics.py: stream k of the leaf with this salt after
-// count steps. An even stream and the next odd one share the hash of an element's index, because its halves are independent.
+// Random bits for stochastic rounding, as `dither` of jadam/_core/numerics.py: stream k of the leaf with this salt
+// after count steps. An even stream and the next odd one share the hash of an element's index: its halves are
+// independent.
 struct Dither {
   u32 salt, offset;
   JADAM_INLINE Dither(u32 salt, u32 k, u32 count)
@@ -27,7 +28,7 @@ struct Dither {
   JADAM_INLINE u32 hash(u32 index) const { return lowbias32(index ^ salt); }
   JADAM_INLINE u32 even_stream(u32 hash) const { return hash + offset; }
   JADAM_INLINE u32 odd_stream(u32 hash) const { return (hash << 16 | hash >> 16) + offset; }
-  // One hash for a block: `block` from the index of its first element, `lane` from the place of an element in it.
+  // As `dither_of_block`: `block` from the index of its first element, and from it `lane`, the bits of element i.
   JADAM_INLINE u32 block(u32 first_index) const { return even_stream(hash(first_index)); }
   static JADAM_INLINE constexpr u32 lane(u32 block, u32 i) { return block + i * 0xC13FA9A9u; }
 };
@@ -94,7 +95,7 @@ JADAM_INLINE u32 quantize_v(float v, float v_inverse_step, u32 random) {
   const float y = v * v_inverse_step + 0x1p-64f;
   const float uniform = float_from_bits(random >> 9 | 0x3F800000u) - 1.0f;
   const float code = float_from_bits((float_bits(y) >> 3) + 0x3B900000u) + uniform;  // positive, even if y is NaN
-  const i32 bits = min_int(static_cast<i32>(float_bits(code)), static_cast<i32>(float_bits(255.0f)));
+  const i32 bits = min_int(static_cast<i32>(float_bits(code)), static_cast<i32>(float_bits(255.0f)));  // 255 for NaN
   return static_cast<u32>(static_cast<i32>(float_from_bits(static_cast<u32>(bits))));
 }
 

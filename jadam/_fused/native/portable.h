@@ -27,7 +27,7 @@ JADAM_INLINE u32 float_bits(float x) { return __float_as_uint(x); }
 JADAM_INLINE float float_from_bits(u32 x) { return __uint_as_float(x); }
 JADAM_INLINE float sqrt_of(float x) { return __fsqrt_rn(x); }
 JADAM_INLINE float abs_of(float x) { return fabsf(x); }
-JADAM_INLINE float rsqrt_of(float x) { return rsqrtf(x); }
+JADAM_INLINE float rsqrt_of(float x) { return x == 0.0f ? 0.0f : rsqrtf(x); }  // finite, as below
 #else
 #if !defined(__GNUC__)
 #define __builtin_memcpy memcpy
@@ -45,9 +45,8 @@ JADAM_INLINE float float_from_bits(u32 x) { return bit_cast<float>(x); }
 JADAM_INLINE float sqrt_of(float x) { return __builtin_sqrtf(x); }
 JADAM_INLINE float abs_of(float x) { return __builtin_fabsf(x); }
 
-// 1 / sqrt(x) for x > 0 with a relative error below 8e-7, faster than a root and a division. The shifted bits are those
-// of a first estimate, and the constants of two Newton steps centre its error (Walczyk, Moroz & Cieslinski 2021). Finite
-// at 0 and denormal numbers.
+// 1 / sqrt(x) for x > 0 with a relative error below 8e-7, faster than a root and a division: an estimate from the bits,
+// and two Newton steps whose constants centre the error (Walczyk, Moroz & Cieslinski 2021). Finite for 0 and denormals.
 JADAM_INLINE float rsqrt_of(float x) {
   const float half = 0.5f * x;
   float y = float_from_bits(0x5F376908u - (float_bits(x) >> 1));

@@ -1,7 +1,8 @@
 // Update rules on one element: the rules of jadam/_optimizers, for compiled kernels.
 //
 // A rule is a struct with its Python name, the number of its moments, whether they may be int8, `update_moments`, and
-// `direction`, which gets sqrt(v) because int8 moments compute it in another way. `Rules`, at the end, must list it. The tests compare each rule with its Python form.
+// `direction`, which gets sqrt(v) because int8 moments compute it in another way. `Rules`, at the end, must list it.
+// The tests compare each rule with its Python form.
 
 #ifndef JADAM_RULES_H_
 #define JADAM_RULES_H_
@@ -28,6 +29,7 @@ struct Scalars {
 #undef JADAM_FIELD
 };
 
+// x / y, and x where y is 0.
 template <bool kNotZero>  // y != 0 is known
 JADAM_INLINE float divide(float x, float y) {
   return x / (kNotZero || y != 0.0f ? y : 1.0f);
@@ -49,7 +51,7 @@ struct Moments {
   float m, v, v_max;
 };
 
-// kCommonScalars: b1 and b2 are at least 1/2, eps_root is 0 and eps is not, which saves work per element.
+// kCommonScalars: b1 and b2 are at least 1/2, eps_root is 0 and eps is above 0, which saves work per element.
 
 // Adam (Kingma & Ba 2015, Algorithm 1). kNesterov: NAdam. kRectified: RAdam.
 template <bool kNesterov, bool kRectified>
@@ -67,9 +69,11 @@ struct AdamRule {
   static JADAM_INLINE float direction(const Scalars& s, float g, const Moments& x, float sqrt_v) {
     float m_hat = x.m * s.inverse_correction1;
     if (kNesterov) {
-      m_hat = s.next_momentum * x.m * s.inverse_next_momentum_correction + s.one_minus_momentum * g * s.inverse_momentum_correction;
+      m_hat = s.next_momentum * x.m * s.inverse_next_momentum_correction +
+              s.one_minus_momentum * g * s.inverse_momentum_correction;
     }
-    const float root = kCommonScalars ? sqrt_v * s.inverse_sqrt_correction2 : sqrt_of(x.v * s.inverse_correction2 + s.eps_root);
+    const float root =
+        kCommonScalars ? sqrt_v * s.inverse_sqrt_correction2 : sqrt_of(x.v * s.inverse_correction2 + s.eps_root);
     const float u = divide<kCommonScalars>(m_hat, root + s.eps);
     if (kRectified) return s.trusted != 0.0f ? s.rectification * u : m_hat;
     return u;
