@@ -18,8 +18,9 @@ that are denser near 0. A code is a part of the bits of a float32, so no root or
 
 * :math:`|r|` becomes a number in [2, 7.9375], of which the last exponent bit and 6 bits of the mantissa are kept, after
   random bits are added to those below. The code is these 7 bits and the sign.
-* :math:`v` becomes a number in [2**-64, 31/32]. Its bits shifted right by 3 are those of a number in [1, 255], nearly
-  the eighth root, which is rounded to an integer.
+* :math:`v` becomes a number in [2**-64, 31/32]. Its bits shifted right by 3, plus 0x3B900000, which takes 2**-64 to 1,
+  are those of a number in [1, 255], nearly the eighth root. This is rounded to an integer. Decoding adds
+  0x23800000 = -0x3B900000 * 8 modulo 2**32.
 
 One rounding is unbiased in :math:`r`, and in :math:`v` down to 1e-12 of the block's largest. A smaller :math:`v`, also
 0, is stored too large, at least 5.6e-20 of the largest, and :math:`m` is then too large with it; the ratio is not. For

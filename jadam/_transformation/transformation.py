@@ -81,11 +81,10 @@ class Hyperparams(SimpleNamespace):
 class QuantizedAdamState(NamedTuple):
     """State where some leaves may have int8 moments: Optax's `ScaleByAdamState`, a scale for each moment, a version.
 
-    For an int8 leaf of shape ``[..., n]``, ``mu`` (int8) holds codes ``a`` of ``r = m / sqrt(v)`` and ``nu`` (uint8)
-    codes ``c`` of ``s = sqrt(v)``. ``mu_scale`` and ``nu_scale`` (float32, ``[..., blocks]``) hold the largest ``|r|``
-    and ``s`` of each block: ``r = mu_scale * a * |a| / 127**2`` and ``s = nu_scale * c**4 / 255**4``. For any other
-    leaf, ``mu`` and ``nu`` are the moments themselves, and each scale is a placeholder of one byte. The length of
-    ``version`` is the version number of this layout.
+    For an int8 leaf of shape ``[..., n]``, ``mu`` (int8) holds codes of ``r = m / sqrt(v)`` and ``nu`` (uint8) codes of
+    ``v``, which `jadam.convert_moments` decodes. ``mu_scale`` and ``nu_scale`` (float32, ``[..., blocks]``) hold the
+    largest ``|r|`` and ``v`` of each block. For any other leaf, ``mu`` and ``nu`` are the moments themselves, and each
+    scale is a placeholder of one byte. The length of ``version`` is the version number of this layout.
     """
 
     count: jax.Array  # tuples have a method of this name  # pyright: ignore[reportIncompatibleMethodOverride]
