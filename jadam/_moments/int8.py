@@ -39,6 +39,7 @@ from jadam._core.numerics import at_least_float32, dither_of_block
 BLOCK = 128  # at most this many elements along the last axis share a scale; a TPU has as many lanes
 MIN_SIZE = 4096  # smaller leaves stay float32
 R_TOP, V_TOP = np.float32(5.9375), np.float32(31 / 32)  # what the largest |r| and v of a block are scaled to
+ENCODED_V_TOP = 4 * V_TOP  # in `quantize`, so that dividing it by a large scale does not underflow
 BELOW_R_TOP = R_TOP * np.float32(1 - 2**-22)  # rounding errors must not take 2 + |r| to 8, whose code would be 0
 MIN_R_SCALE, MIN_V_SCALE = np.float32(1e-30), np.float32(2.0**-126)  # smaller scales become 0, as 1 / scale overflows
 
@@ -67,8 +68,8 @@ def quantize(m, v, random, axis=-1):
     v_scale = jnp.where(finite, jnp.where(v_scale < MIN_V_SCALE, 0, v_scale), jnp.nan)
     x = jnp.abs(r) * jnp.where(r_scale > 0, BELOW_R_TOP / jnp.where(r_scale > 0, r_scale, 1), 0) + 2
     rq = ((_bits(x) + (random & 0x1FFFF)) >> 17 & 0x7F).astype(jnp.int32)
-    y = v * jnp.where(v_scale > 0, V_TOP / jnp.where(v_scale > 0, v_scale, 1), 0) + np.float32(2.0**-64)
-    y = _float((_bits(y) >> 3) + jnp.uint32(0x3B900000)) + (_float(random >> 9 | jnp.uint32(0x3F800000)) - 1)
+    y = v * jnp.where(v_scale > 0, ENCODED_V_TOP / jnp.where(v_scale > 0, v_scale, 1), 0) + np.float32(2.0**-62)
+    y = _float((_bits(y) >> 3) + jnp.uint32(0x3B700000)) + (_float(random >> 9 | jnp.uint32(0x3F800000)) - 1)
     vq = jnp.where(y < 255, y, 255).astype(jnp.int32)
     rq = jnp.where(r < 0, rq - 128, rq)  # sign and magnitude
     return rq.astype(jnp.int8), vq.astype(jnp.uint8), r_scale, v_scale

@@ -129,6 +129,19 @@ def test_not_finite(moments):
 
 
 @needs_kernel
+def test_largest_second_moments():
+    """v is 1e38, near float32's largest number, and 1 / v denormal, which XLA's threads flush to 0."""
+    tx = jadam.adam(1.0, 0.1, 0.3, moments="int8")
+    params = jnp.zeros((32, 128))
+    grads = jnp.linspace(-1.2e19, -0.6e19, params.size).reshape(params.shape)
+    for take in jitted_steps(tx):
+        _, state = take(grads, tx.init(params), params)
+        nu = np.asarray(optax.tree.get(jadam.convert_moments(state, "float32"), "nu"))
+        # where v is at least 1/256 of the largest, two levels are at most 1/16 of it apart
+        np.testing.assert_allclose(nu, 0.7 * np.float64(grads) ** 2, rtol=1 / 16)
+
+
+@needs_kernel
 @pytest.mark.parametrize("moments", ["float32", "bfloat16", "int8"])
 def test_in_place(moments):
     """With donated arguments a step allocates a few scalars only, here at most 0.01 byte a parameter."""

@@ -59,6 +59,7 @@ JADAM_INLINE u16 round_to_bfloat16(float x, u32 random) {
 
 // int8 moments: a block stores r = m / sqrt(v) and v, each as a scale and 8-bit codes, see jadam/_moments/int8.py.
 constexpr float kRTop = 5.9375f, kVTop = 31.0f / 32.0f;  // what the largest |r| and v of a block are scaled to
+constexpr float kEncodedVTop = 4.0f * kVTop;  // in `quantize_v`, so that dividing it by a large scale does not underflow
 constexpr float kBelowRTop = kRTop * (1.0f - 0x1p-22f);  // so that rounding errors do not take 2 + |r| to 8
 constexpr float kMinRScale = 1e-30f, kMinVScale = 0x1p-126f;  // smaller scales become 0
 
@@ -92,9 +93,9 @@ JADAM_INLINE u32 quantize_r(float r, float r_inverse_step, u32 random) {
 
 // The code of v, rounded stochastically: the bits of v shifted right are those of nearly its eighth root.
 JADAM_INLINE u32 quantize_v(float v, float v_inverse_step, u32 random) {
-  const float y = v * v_inverse_step + 0x1p-64f;
+  const float y = v * v_inverse_step + 0x1p-62f;
   const float uniform = float_from_bits(random >> 9 | 0x3F800000u) - 1.0f;
-  const float code = float_from_bits((float_bits(y) >> 3) + 0x3B900000u) + uniform;  // positive, even if y is NaN
+  const float code = float_from_bits((float_bits(y) >> 3) + 0x3B700000u) + uniform;  // positive, even if y is NaN
   const i32 bits = min_int(static_cast<i32>(float_bits(code)), static_cast<i32>(float_bits(255.0f)));  // 255 for NaN
   return static_cast<u32>(static_cast<i32>(float_from_bits(static_cast<u32>(bits))));
 }
