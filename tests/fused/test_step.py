@@ -129,6 +129,17 @@ def test_not_finite(moments):
 
 
 @needs_kernel
+def test_smallest_second_moments():
+    """v is in [2**-126, 2**-125): normal, but its half is denormal, which XLA's threads flush to 0."""
+    tx = jadam.adam(1.0, eps=1e-30, moments="int8")
+    params = jnp.zeros((32, 128))
+    grads = jnp.asarray(np.sqrt(np.linspace(1.1, 1.9, params.size) * 2.0**-126 / 0.001), jnp.float32)
+    args = grads.reshape(params.shape), tx.init(params), params
+    step, update_and_apply = jitted_steps(tx)
+    assert_steps_agree(step(*args), update_and_apply(*args), (params, args[1]), int8=True)
+
+
+@needs_kernel
 def test_largest_second_moments():
     """v is 1e38, near float32's largest number, and 1 / v denormal, which XLA's threads flush to 0."""
     tx = jadam.adam(1.0, 0.1, 0.3, moments="int8")

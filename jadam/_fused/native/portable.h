@@ -47,11 +47,11 @@ JADAM_INLINE float abs_of(float x) { return __builtin_fabsf(x); }
 
 // 1 / sqrt(x) for x > 0 with a relative error below 8e-7, faster than a root and a division: an estimate from the bits,
 // and two Newton steps whose constants centre the error (Walczyk, Moroz & Cieslinski 2021). Finite for 0 and denormals.
+// x / 2 is not computed: it may be denormal, which XLA's threads flush to 0.
 JADAM_INLINE float rsqrt_of(float x) {
-  const float half = 0.5f * x;
   float y = float_from_bits(0x5F376908u - (float_bits(x) >> 1));
-  y = y * (1.5008789f - half * y * y);
-  return y * (1.5000006f - half * y * y);
+  y = y * (1.5008789f - x * y * (0.5f * y));
+  return y * (1.5000006f - x * y * (0.5f * y));
 }
 #endif
 
