@@ -41,6 +41,7 @@ MIN_SIZE = 4096  # smaller leaves stay float32
 R_TOP, V_TOP = np.float32(5.9375), np.float32(31 / 32)  # what the largest |r| and v of a block are scaled to
 ENCODED_V_TOP = 4 * V_TOP  # in `quantize`, so that dividing it by a large scale does not underflow
 BELOW_R_TOP = R_TOP * np.float32(1 - 2**-22)  # rounding errors must not take 2 + |r| to 8, whose code would be 0
+_INFINITY = 0x7F800000  # the bits of infinity
 MIN_R_SCALE, MIN_V_SCALE = np.float32(1e-30), np.float32(2.0**-126)  # smaller scales become 0, as 1 / scale overflows
 
 
@@ -61,9 +62,10 @@ def quantize(m, v, random, axis=-1):
     """
     s = jnp.sqrt(v)
     r = jnp.where(s > 0, m / jnp.where(s > 0, s, 1), m * 0)
-    finite = jnp.where((jnp.abs(r) < jnp.inf) & (v < jnp.inf), np.float32(1), 0)
-    finite = jnp.min(finite, axis=axis, keepdims=True, initial=1) > 0  # Triton lacks jnp.all
-    r_scale, v_scale = (jnp.max(jnp.abs(x), axis=axis, keepdims=True, initial=0) for x in (r, v))
+    # positive floats are ordered as their bits are, and NaN is the largest
+    r_max, v_max = (jnp.max(_bits(jnp.abs(x)).astype(jnp.int32), axis=axis, keepdims=True) for x in (r, v))
+    finite = jnp.maximum(r_max, v_max) < _INFINITY
+    r_scale, v_scale = (_float(x.astype(jnp.uint32)) for x in (r_max, v_max))
     r_scale = jnp.where(finite, jnp.where(r_scale < MIN_R_SCALE, 0, r_scale), jnp.nan)
     v_scale = jnp.where(finite, jnp.where(v_scale < MIN_V_SCALE, 0, v_scale), jnp.nan)
     x = jnp.abs(r) * jnp.where(r_scale > 0, BELOW_R_TOP / jnp.where(r_scale > 0, r_scale, 1), 0) + 2
