@@ -424,6 +424,13 @@ def check_version(state, known: int, convertible: int | None = None) -> None:
     shape = np.shape(state.version)
     if len(shape) > 1:
         raise ValueError(f"state.version must have one dimension, got shape {shape}. Use jax.vmap for several states.")
+    is_concrete = lambda x: isinstance(x, (np.ndarray, jax.Array)) and not isinstance(x, jax.core.Tracer)
+    values = filter(is_concrete, jax.tree.leaves(state.version))
+    if shape == (known,) and any(np.any(np.asarray(x) != known - 1) for x in values):
+        raise ValueError(
+            f"state.version must be {known}, got an older version that was padded to its length. Restore it without "
+            "padding, into a template with the version that was saved, and convert it: jadam.convert_moments."
+        )
     if shape != (known,):
         found = shape[0] if shape else state.version
         saved = "float32_params(params, state)" if hasattr(state, "remainder") else "convert_moments(state, 'float32')"

@@ -199,8 +199,20 @@ VERSION = 2  # of the layout of codes and scales in a saved state
 
 
 def version(number: int = VERSION) -> jax.Array:
-    """An array of this length. A length is known under jit, and every checkpoint format keeps it."""
-    return jnp.zeros(number, jnp.int8)
+    """An array of this length, filled with ``number - 1``.
+
+    A length is known under jit, and every checkpoint format keeps it. The values tell it from a shorter array that was
+    padded with zeros, as Orbax does with ``strict=False``.
+    """
+    return jnp.full(number, number - 1, jnp.int8)
+
+
+def nan_if_padded(hp, version):
+    """The `Hyperparams` ``hp``, NaN if a traced ``version`` was padded: compiled code cannot raise."""
+    if not isinstance(version, jax.core.Tracer):
+        return hp
+    known = jnp.all(version == VERSION - 1)
+    return hp.replace(b1=hp.b1._replace(correction=jnp.where(known, hp.b1.correction, jnp.nan)))
 
 
 def placeholder(p, dtype=jnp.int8) -> jax.Array:

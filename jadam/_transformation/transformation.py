@@ -84,7 +84,8 @@ class QuantizedAdamState(NamedTuple):
     For an int8 leaf of shape ``[..., n]``, ``mu`` (int8) holds codes of ``r = m / sqrt(v)`` and ``nu`` (uint8) codes of
     ``v``, which `jadam.convert_moments` decodes. ``mu_scale`` and ``nu_scale`` (float32, ``[..., blocks]``) hold the
     largest ``|r|`` and ``v`` of each block. For any other leaf, ``mu`` and ``nu`` are the moments themselves, and each
-    scale is a placeholder of one byte. The length of ``version`` is the version number of this layout.
+    scale is a placeholder of one byte. The length of ``version`` is the version number of this layout, and its values
+    are one less.
     """
 
     count: jax.Array  # tuples have a method of this name  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -550,7 +551,8 @@ def scale_by_rule(
         @functools.cache  # leaves of the same dtype and format share their Hyperparams
         def checked_hyperparams(dtype, format):
             """The `Hyperparams` in ``dtype``, NaN where ``format`` does not support them."""
-            return format.nan_if_unsupported(hyperparams(dtype))
+            hp = format.nan_if_unsupported(hyperparams(dtype))
+            return formats.nan_if_padded(hp, state.version) if format.name == "int8" else hp
 
         def leaf_update(path, g, *stored):
             """Return the `LeafUpdate` of one leaf."""

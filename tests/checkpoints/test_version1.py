@@ -3,6 +3,7 @@
 The files in ``version1`` were written by the code of that version: by `numpy.savez`, Orbax and pickle.
 """
 
+import functools
 import pickle
 from pathlib import Path
 
@@ -113,3 +114,17 @@ def test_pickle():
         state = pickle.load(file)
     assert_equal(state, jax.tree.map(np.asarray, from_npz("adam-int8")))
     assert_equal(jadam.convert_moments(state, "int8"), jadam.convert_moments(from_npz("adam-int8"), "int8"))
+
+
+def test_a_padded_version_is_refused():
+    """Orbax pads the version with zeros if the template is today's and ``strict`` is False."""
+    tx, params, _ = start("adam-int8")
+    padded = lambda x: x._replace(version=np.zeros(2, np.int8)) if hasattr(x, "mu_scale") else x
+    state = jax.tree.map(padded, from_npz("adam-int8"), is_leaf=lambda x: hasattr(x, "mu_scale"))
+    error = "state.version must be 2, got an older version that was padded to its length"
+    for use in (lambda: tx.update(params, state, params), lambda: jadam.convert_moments(state, "int8")):
+        with pytest.raises(ValueError, match=error):
+            use()
+    jitted = jax.jit(functools.partial(jadam.step, tx))
+    assert np.isnan(jitted(params, state, params)[0]["k"]).all()
+    assert np.isfinite(jitted(params, tx.init(params), params)[0]["k"]).all()
