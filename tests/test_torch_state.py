@@ -377,7 +377,7 @@ class OtherState(NamedTuple):
 
 def test_other_fields_are_kept():
     zeros, placeholder = {"w": jnp.zeros(3), "none": None}, {"w": jnp.full(1, 7, jnp.int8), "none": None}
-    state = OtherState(jnp.full(2, 2, jnp.int8), zeros, zeros, placeholder, placeholder, np.int32(0))
+    state = OtherState(jnp.full(2, 1, jnp.int8), zeros, zeros, placeholder, placeholder, np.int32(0))
     flat = {"w.exp_avg": np.full(3, 2.0), "w.exp_avg_sq": np.full(3, 3.0), "w.step": 4}
     filled = torch_state.from_torch(flat, [state], {"['w']": "w"})[0]
     expected = {"nu": {"w": jnp.full(3, 3.0), "none": None}, "mu": {"w": jnp.full(3, 2.0), "none": None}}
