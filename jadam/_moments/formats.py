@@ -212,7 +212,7 @@ def nan_if_padded(hp, version):
     """The `Hyperparams` ``hp``, NaN if a traced ``version`` was padded: compiled code cannot raise."""
     if not isinstance(version, jax.core.Tracer):
         return hp
-    known = jnp.all(version == VERSION - 1)
+    known = version[0].astype(jnp.int32) == VERSION - 1
     return hp.replace(b1=hp.b1._replace(correction=jnp.where(known, hp.b1.correction, jnp.nan)))
 
 
