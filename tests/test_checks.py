@@ -1227,6 +1227,9 @@ COMMAND_LINE = [
     (["demo", "--out", "folder.png"], "error: --out must be a file, folder.png is a folder"),
     (["demo", "--out", f"{'x' * 250}.png"], f"error: --out: cannot write {'x' * 250}.png into .: File name too long"),
     (["demo", "--speed", "3"], "error: unrecognized arguments: --speed 3"),
+    (["plan", "--params-axis", "data,x"], "error: --params-axis must be an axis of --mesh (data), got 'x'"),
+    (["plan", "--memory", "0"], f"error: argument --memory: {NUMBER}'0'; try 80"),
+    (["plan", "--model", "llama-7b", "--shapes", "a.json"], "error: argument --shapes: not allowed with argument --model"),
 ]
 
 

@@ -34,12 +34,17 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def _learning_rate(text: str) -> float:
-    """Parse a number > 0, for argparse."""
-    with contextlib.suppress(ValueError):
-        if 0 < (value := float(text)) < math.inf:
-            return value
-    raise argparse.ArgumentTypeError(f"must be a number > 0, got {text!r}; try 1e-3")
+def _positive_number(example: str):
+    """Return an argparse type for numbers > 0."""
+
+    def parse(text: str) -> float:
+        """Parse a number > 0."""
+        with contextlib.suppress(ValueError):
+            if 0 < (value := float(text)) < math.inf:
+                return value
+        raise argparse.ArgumentTypeError(f"must be a number > 0, got {text!r}; try {example}")
+
+    return parse
 
 
 def _int_between(low: int, high: int):
@@ -66,8 +71,10 @@ def _parser() -> argparse.ArgumentParser:
         "jadam.adam, from the same initial weights and on the same batches. Print a table and plot learning curves.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    demo.add_argument("--lr", type=_learning_rate, default=1e-3, help="learning rate of optax.adam and jadam.adam")
-    demo.add_argument("--sgd-lr", type=_learning_rate, default=0.1, help="learning rate of SGD")
+    demo.add_argument(
+        "--lr", type=_positive_number("1e-3"), default=1e-3, help="learning rate of optax.adam and jadam.adam"
+    )
+    demo.add_argument("--sgd-lr", type=_positive_number("1e-3"), default=0.1, help="learning rate of SGD")
     demo.add_argument("--steps", type=_int_between(1, 10**6), default=1000, help="training steps, each on 64 digits")
     demo.add_argument(
         "--seed", type=_int_between(0, 2**31 - 1), default=0, help="seed of initial weights, test split and batches"
@@ -75,19 +82,40 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=Path("jadam-demo.png"), help="file for the plot")
     plan = commands.add_parser(
         "plan",
-        help="compute the memory per device for training a well-known model",
+        help="compute the memory per device for training a model",
         description="Print and plot the memory that parameters, gradients and AdamW's state take on each device of a "
         "mesh, for every format of the state. The state is sharded over one axis (ZeRO-1). Nothing is allocated.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    plan.add_argument("--model", choices=sorted(MODELS), default="gpt2", help="model to train")
+    what = plan.add_mutually_exclusive_group()
+    what.add_argument("--model", choices=sorted(MODELS), default="gpt2", help="model to train")
+    what.add_argument(
+        "--shapes",
+        default=argparse.SUPPRESS,
+        metavar="SOURCE",
+        help="shapes of any other model: a .safetensors file or its index (.json), a .json file such as "
+        '{"kernel": [64, 128]}, or module:function, which returns parameters or a model and is not run',
+    )
     plan.add_argument("--mesh", type=_mesh, default="data=8", help="mesh axes and sizes, such as data=4,model=64")
-    plan.add_argument("--axis", default="data", help="mesh axis to shard the state over")
+    plan.add_argument(
+        "--axis",
+        default=argparse.SUPPRESS,
+        help="mesh axis to shard the state over (default: data, fsdp, or the first of the mesh)",
+    )
     plan.add_argument(
         "--params-axis",
+        type=lambda text: tuple(text.split(",")),
         default=argparse.SUPPRESS,
-        help="mesh axis to shard parameters and gradients over: the data axis for FSDP, a model axis for tensor "
-        "parallelism (default: replicated)",
+        metavar="AXES",
+        help="mesh axes to shard parameters and gradients over: the data axis for FSDP, a model axis for tensor "
+        "parallelism, or both, separated by a comma (default: fsdp if the mesh has it, else replicated)",
+    )
+    plan.add_argument(
+        "--memory",
+        type=_positive_number("80"),
+        default=argparse.SUPPRESS,
+        metavar="GIB",
+        help="GiB of memory of a device; prints which formats fit",
     )
     plan.add_argument(
         "--out",

@@ -67,7 +67,8 @@ class MemoryPlan:
         """The line above the table, and the lines below it."""
         notes = [f"{name}: {note}" for name, note in list(self.notes.items())[:5]]
         more = [f"and {len(self.notes) - 5} more"] if len(self.notes) > 5 else []
-        return f"{self.num_parameters:,} parameters on {self.devices} devices", [*notes, *more]
+        devices = f"{self.devices} device{'s' * (self.devices > 1)}"
+        return f"{self.num_parameters:,} parameters on {devices}", [*notes, *more]
 
     def rows(self) -> list[tuple[str, int]]:
         """The name and bytes of each kind, then of the total."""
@@ -171,6 +172,12 @@ def shapes_of(model: str, dtype=jnp.bfloat16) -> Any:
     return jax.tree.map(
         lambda shape: jax.ShapeDtypeStruct(shape, dtype), MODELS[model](), is_leaf=lambda x: isinstance(x, tuple)
     )
+
+
+def cast_shapes(shapes: Any, dtype) -> Any:
+    """``shapes`` with ``dtype`` for those that are floating."""
+    cast = lambda x: jax.ShapeDtypeStruct(x.shape, dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+    return jax.tree.map(cast, shapes)
 
 
 CONFIGURATIONS = {

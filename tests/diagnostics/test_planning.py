@@ -1,5 +1,6 @@
 """`jadam.plan` and ``jadam plan`` report the bytes of real states on a real mesh."""
 
+import json
 import re
 import sys
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
+from safetensors.numpy import save_file
 
 import jadam
 from jadam._cli.command_line import main
@@ -89,3 +91,105 @@ def test_without_matplotlib_there_is_a_table_and_no_plot(tmp_path, capsys, monke
     assert main(["plan", "--out", "plot.png"]) == 2
     assert capsys.readouterr().err.endswith("error: --out: matplotlib is not installed; run: pip install matplotlib\n")
     assert list(tmp_path.iterdir()) == []
+
+
+# -- models of one's own, on meshes of one's own -----------------------------------------------------------------------
+
+WEIGHTS = {"dense.weight": (64, 128), "dense.bias": (64,), "steps": ()}
+
+
+def planned(arguments, capsys):
+    """What ``jadam plan`` prints, and the cells of its rows by their first."""
+    assert main(["plan", *arguments]) == 0
+    out = capsys.readouterr().out
+    return out, {cells[0]: cells[1:] for line in out.splitlines() if len(cells := re.split("  +", line.strip())) > 5}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in list(sys.modules):
+        if name.partition(".")[0] == "matplotlib":
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # no plots
+    return tmp_path
+
+
+def make_source(kind, folder):
+    """Writes the shapes `WEIGHTS` as ``kind`` into the working folder, and returns what names them."""
+    arrays = {name: np.zeros(shape, np.float16) for name, shape in WEIGHTS.items()}
+    if kind == "safetensors":
+        save_file(arrays, folder / "model.safetensors")
+        return "model.safetensors"
+    if kind == "index":
+        names = {"dense.weight": "a.safetensors", "dense.bias": "b.safetensors", "steps": "b.safetensors"}
+        for file in ("a.safetensors", "b.safetensors"):
+            save_file({name: x for name, x in arrays.items() if names[name] == file}, folder / file)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+        return "model.safetensors.index.json"
+    if kind == "json":
+        (folder / "shapes.json").write_text(json.dumps({"dense": [[64, 128], [64]], "steps": []}))
+        return "shapes.json"
+    bodies = {
+        "function": "    return {'dense': [jnp.zeros((64, 128)), jnp.zeros(64)], 'steps': jnp.zeros(())}",
+        "nnx": "    from flax import nnx\n    return nnx.Linear(64, 128, rngs=nnx.Rngs(0))",
+    }
+    (folder / f"model_{kind}.py").write_text(f"import jax.numpy as jnp\ndef make():\n{bodies[kind]}\n")
+    return f"model_{kind}:make"
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "index", "json", "function", "nnx"])
+def test_shapes(kind, folder, capsys):
+    source = make_source(kind, folder)
+    out, rows = planned(["--shapes", source, "--mesh", "data=1"], capsys)
+    n = 64 * 128 + (128 if kind == "nnx" else 64 + 1)
+    assert out.startswith(f"{source} with AdamW: {n:,} parameters on 1 device (data=1)\nKiB per device")
+    assert float(rows["float32"][0]) == pytest.approx(4 * n / 1024, abs=0.005)  # weights
+    assert float(rows["float32"][2]) == pytest.approx(8 * n / 1024, abs=0.005)  # moments
+
+
+def test_fsdp_by_its_name(folder, capsys):
+    """Parameters, gradients and state are on one of 64 devices each."""
+    _, rows = planned(["--model", "llama-7b", "--mesh", "fsdp=64"], capsys)
+    gib = COUNTS["llama-7b"] / 64 / 2**30
+    assert [float(x) for x in rows["float32"][:3]] == pytest.approx([4 * gib, 4 * gib, 8 * gib], abs=0.01)
+    _, both = planned(["--model", "llama-7b", "--mesh", "fsdp=16,tensor=4", "--params-axis", "fsdp,tensor"], capsys)
+    assert both["float32"][:2] == rows["float32"][:2]
+
+
+def test_what_fits(folder, capsys):
+    out, _ = planned(["--model", "llama-7b", "--mesh", "fsdp=4", "--memory", "20"], capsys)
+    # 7 billion parameters on 4 devices: 25.1 GiB with 16 bytes each, 18.8 with 12, 15.7 with 10, 15.7, 12.6
+    assert out.splitlines()[-2] == (
+        "Fit into 20 GiB, besides activations: bfloat16, int8, bfloat16 + exact_bf16, int8 + exact_bf16"
+    )
+    out, _ = planned(["--model", "llama-7b", "--mesh", "fsdp=4", "--memory", "5"], capsys)
+    assert "Fit into 5 GiB, besides activations: none" in out
+
+
+def failed(arguments, capsys):
+    """The one line of error."""
+    assert main(["plan", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line.removeprefix("jadam plan: error: ")
+
+
+def test_errors_of_shapes(folder, capsys):
+    (folder / "cut.safetensors").write_bytes(b"12345678")
+    (folder / "no.json").write_text("{")
+    (folder / "text.json").write_text('{"kernel": "64"}')
+    (folder / "empty.json").write_text("{}")
+    (folder / "index.json").write_text('{"weight_map": {"w": "absent.safetensors"}}')
+    (folder / "broken.py").write_text("def make():\n    raise KeyError('width')\n")
+    for source, error in {
+        "absent.safetensors": "cannot read absent.safetensors: No such file or directory",
+        "index.json": "cannot read index.json: No such file or directory",
+        "cut.safetensors": "cut.safetensors is not a whole safetensors file: ",
+        "no.json": "no.json is not JSON: ",
+        "text.json": "text.json must have lists of sizes, such as {'kernel': [64, 128]}, got '64'",
+        "empty.json": "no parameters are in 'empty.json'",
+        "llama": "must be a .safetensors or .json file or module:function, got 'llama'",
+        "absent:make": "absent:make raised ModuleNotFoundError: No module named 'absent'",
+        "broken:make": "broken:make raised KeyError: 'width'",
+    }.items():
+        assert failed(["--shapes", source], capsys).startswith(f"--shapes: {error}")
