@@ -1229,7 +1229,10 @@ COMMAND_LINE = [
     (["demo", "--speed", "3"], "error: unrecognized arguments: --speed 3"),
     (["plan", "--params-axis", "data,x"], "error: --params-axis must be an axis of --mesh (data), got 'x'"),
     (["plan", "--memory", "0"], f"error: argument --memory: {NUMBER}'0'; try 80"),
-    (["plan", "--model", "llama-7b", "--shapes", "a.json"], "error: argument --shapes: not allowed with argument --model"),
+    (
+        ["plan", "--model", "llama-7b", "--shapes", "a.json"],
+        "error: argument --shapes: not allowed with argument --model",
+    ),
 ]
 
 
