@@ -5,6 +5,7 @@ The files in ``version1`` were written by the code of that version: by `numpy.sa
 
 import functools
 import pickle
+import warnings
 from pathlib import Path
 
 import jax
@@ -39,7 +40,8 @@ def from_npz(name):
 
 
 def from_orbax(name, template=None):
-    with ocp.StandardCheckpointer() as checkpointer:
+    with ocp.StandardCheckpointer() as checkpointer, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sharding info not provided")  # older Orbax, without a template
         template = template and jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
         return checkpointer.restore(FOLDER / name, template)
 
@@ -105,7 +107,9 @@ def test_orbax(name):
     """With a template of version 1 it is read, without one it is no state."""
     template = start(name)[2]
     assert_equal(jax.tree.map(np.asarray, from_orbax(name, template)), jax.tree.map(np.asarray, from_npz(name)))
-    with pytest.raises(ValueError, match="Pass the state that init returns, or a checkpoint restored into it"):
+    without = "Pass the state that init returns, or a checkpoint restored into it"
+    older_orbax = "sharding passed to deserialization should be specified"  # it cannot read a newer one's shardings
+    with pytest.raises(ValueError, match=f"{without}|{older_orbax}"):
         jadam.convert_moments(from_orbax(name), "int8")
 
 
