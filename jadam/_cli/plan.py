@@ -6,7 +6,7 @@ from pathlib import Path
 from jadam._cli.output import CommandError, check_picture, save_picture
 from jadam._cli.shapes import read_shapes
 from jadam._diagnostics.describe import table
-from jadam._diagnostics.plan import CONFIGURATIONS, PARTS, cast_shapes, draw, plan, shapes_of, unit_of
+from jadam._diagnostics.plan import CONFIGURATIONS, PARTS, cast_shapes, count_devices, draw, plan, shapes_of, unit_of
 
 DEFAULT_OUT = Path("jadam-plan.png")
 
@@ -45,7 +45,7 @@ def run(
     first = next(iter(plans.values()))
     unit, size = unit_of(max(x.total for x in plans.values()))
     axes = ", ".join(f"{name}={n}" for name, n in mesh.items())
-    title = f"{name} with AdamW: {first.num_parameters:,} parameters on {_devices(first.devices)} ({axes})"
+    title = f"{name} with AdamW: {first.num_parameters:,} parameters on {count_devices(first.devices)} ({axes})"
     rows = [["format", "weights", *PARTS[1:-1], "total", "bytes/param"]]
     for name, x in plans.items():
         cells = [f"{getattr(x, part) / size:.2f}" for part in (*PARTS[:-1], "total")]
@@ -61,8 +61,3 @@ def run(
         print(f"Plot saved to {out or DEFAULT_OUT}", flush=True)
     else:
         print(f"No plot written: {missing}", flush=True)
-
-
-def _devices(n: int) -> str:
-    """A number of devices, in words."""
-    return f"{n} device{'s' * (n > 1)}"

@@ -67,12 +67,16 @@ class MemoryPlan:
         """The line above the table, and the lines below it."""
         notes = [f"{name}: {note}" for name, note in list(self.notes.items())[:5]]
         more = [f"and {len(self.notes) - 5} more"] if len(self.notes) > 5 else []
-        devices = f"{self.devices} device{'s' * (self.devices > 1)}"
-        return f"{self.num_parameters:,} parameters on {devices}", [*notes, *more]
+        return f"{self.num_parameters:,} parameters on {count_devices(self.devices)}", [*notes, *more]
 
     def rows(self) -> list[tuple[str, int]]:
         """The name and bytes of each kind, then of the total."""
         return [*((name, getattr(self, name)) for name in PARTS), ("total", self.total)]
+
+
+def count_devices(n: int) -> str:
+    """``1 device``, ``2 devices``."""
+    return f"{n} device{'s' * (n > 1)}"
 
 
 def unit_of(nbytes: int) -> tuple[str, int]:

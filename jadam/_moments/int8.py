@@ -16,8 +16,8 @@ Adam's own bound. If :math:`m` and :math:`v` were quantised separately, a small 
 Both are scaled by the largest value of their block, a run along the last axis, and rounded stochastically to levels
 that are denser near 0. A code is a part of the bits of a float32, so no root or table is needed:
 
-* :math:`|r|` becomes a number in [2, 7.9375], of which the last exponent bit and 6 bits of the mantissa are kept, after
-  random bits are added to those below. The code is these 7 bits and the sign.
+* :math:`|r|` becomes a number in [2, 7.9375]. Random bits are added below the 6th bit of its mantissa. The code is the
+  last bit of the exponent, those 6 bits, and the sign.
 * :math:`v` becomes a number in [2**-64, 31/32]. Its bits shifted right by 3, plus 0x3B900000, which takes 2**-64 to 1,
   are those of a number in [1, 255], nearly the eighth root. This is rounded to an integer. Decoding adds
   0x23800000 = -0x3B900000 * 8 modulo 2**32.
