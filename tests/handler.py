@@ -126,15 +126,30 @@ class Threads(Inline):
 # -- a call ------------------------------------------------------------------------------------------------------------
 
 
-ATTRIBUTES = ("rule", "format", "clipping", "scalars", "salt", "block", "run", "stride")
+ATTRIBUTES = ("rule", "format", "clipping", "scalars", "salt", "block", "run", "digits")
 
 
-def attributes(leaves) -> dict[str, np.ndarray]:
-    """The handler's attributes. ``leaves`` is flat: for each leaf the numbers named in `ATTRIBUTES`."""
-    return {name: np.array(leaves[i :: len(ATTRIBUTES)], np.int64) for i, name in enumerate(ATTRIBUTES)}
+def attributes(leaves, digits=()) -> dict[str, np.ndarray]:
+    """The handler's attributes.
+
+    ``leaves`` is flat: for each leaf the numbers named in `ATTRIBUTES`. ``digits`` has, one leaf after the other, the
+    size and stride of each digit.
+    """
+    by_leaf = {name: np.array(leaves[i :: len(ATTRIBUTES)], np.int64) for i, name in enumerate(ATTRIBUTES)}
+    by_digit = {f"digit_{name}": np.array(digits[i::2], np.int64) for i, name in enumerate(("sizes", "strides"))}
+    return by_leaf | by_digit
 
 
-def call(inputs, outputs, leaves, pool=None) -> str | None:
+def mixed_radix(i, strides) -> int:
+    """The sum of the digits of ``i`` times their strides; ``strides`` has the ``(size, stride)`` of each digit."""
+    index = 0
+    for size, stride in strides:
+        i, digit = divmod(i, size)
+        index += digit * stride
+    return index
+
+
+def call(inputs, outputs, leaves, digits=(), pool=None) -> str | None:
     """Calls the handler and returns its error or None. ``inputs`` begin with scalars and count.
 
     Call ``pool.after`` afterwards.
@@ -170,7 +185,7 @@ def call(inputs, outputs, leaves, pool=None) -> str | None:
     api = Api(ctypes.sizeof(Api))
     for place, function in functions.items():
         api.functions[place] = ctypes.cast(function, c_void_p)
-    attributes_by_name = sorted(attributes(leaves).items())  # XLA sorts them too
+    attributes_by_name = sorted(attributes(leaves, digits).items())  # XLA sorts them too
     arrays = [Array(DTYPE_CODES["int64"], x.size, x.ctypes.data) for _, x in attributes_by_name]
     names = [ByteSpan(name.encode(), len(name)) for name, _ in attributes_by_name]
     args, keep_args = pack_buffers(inputs)

@@ -75,3 +75,12 @@ def _insert_at_random(x, rng, numbers):
         places = rng.integers(0, flat.size, len(numbers))
         flat[places] = np.array(numbers, np.float32)
     return flat.reshape(np.shape(x))
+
+
+@st.composite
+def parts(draw, min_rank=0):
+    """Strategy: shape of a whole array, start and shape of a part."""
+    whole = draw(st.lists(st.integers(1, 3), min_size=min_rank, max_size=5).map(tuple))
+    starts = tuple(draw(st.integers(0, n - 1)) for n in whole)
+    sizes = tuple(draw(st.integers(1, n - s)) for n, s in zip(whole, starts, strict=True))
+    return whole, starts, sizes

@@ -6,6 +6,7 @@ import functools
 import math
 
 import family
+import handler
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +19,7 @@ from hypothesis import assume
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from properties import BETAS, NUMBERS, SEEDS, any_floats, moderate_floats, property_test
+from properties import BETAS, NUMBERS, SEEDS, any_floats, moderate_floats, parts, property_test
 
 import jadam
 from jadam._core import numerics
@@ -527,18 +528,9 @@ def test_round_to_bfloat16(x, low):
     assert np.sum(rounded.view(np.uint16) == near + 1) == share
 
 
-@st.composite
-def parts(draw):
-    """Strategy: shape of a whole array, start and shape of a part."""
-    whole = draw(st.lists(st.integers(1, 3), max_size=3).map(tuple))
-    starts = tuple(draw(st.integers(0, n - 1)) for n in whole)
-    sizes = tuple(draw(st.integers(1, n - s)) for n, s in zip(whole, starts, strict=True))
-    return whole, starts, sizes
-
-
 @property_test(few=20, part=parts())
 def test_indices_of_a_part(part):
-    """A part's indices are those in the whole array; `strided_runs` describes them where it can."""
+    """A part's indices are those in the whole array, also from its strides, which are the fewest."""
     whole, starts, sizes = part
     index = np.arange(math.prod(whole), dtype=np.uint32).reshape(whole)
     here = index[tuple(slice(s, s + n) for s, n in zip(starts, sizes, strict=True))]
@@ -548,13 +540,13 @@ def test_indices_of_a_part(part):
     )(index[starts])
     np.testing.assert_array_equal(of_whole, index)
     np.testing.assert_array_equal(of_part, here)
-    if (runs := part.strided_runs(sizes)) is not None:
-        run, stride = runs
-        i = np.arange(here.size)
-        np.testing.assert_array_equal(here.ravel(), index[starts] + i // run * stride + i % run)
-    inner = [axis for axis, (n, m) in enumerate(zip(sizes, whole, strict=True)) if n != m]
-    if len(inner) <= 1:
-        assert runs is not None
+    strides = part.strides(sizes)
+    assert math.prod(size for size, _ in strides) == here.size
+    from_strides = [index[starts] + handler.mixed_radix(i, strides) for i in range(here.size)]
+    np.testing.assert_array_equal(here.ravel(), from_strides)
+    # one digit more for each cut axis, unless the part has one element along the axes before it
+    cut = [axis for axis in range(1, len(whole)) if sizes[axis] != whole[axis] and math.prod(sizes[:axis]) > 1]
+    assert len(strides) <= 1 + len(cut)
 
 
 quantize, dequantize = jax.jit(int8.quantize), jax.jit(int8.dequantize)
@@ -668,9 +660,9 @@ def assert_agree(new, expected, old, max_update, out_of_range, ulps, rsqrt_error
       and of the scale of m / sqrt(v).
     """
     assert jax.tree.structure(new) == jax.tree.structure(expected)
-    for is_param, parts in enumerate(zip(new[::-1], expected[::-1], old[::-1], strict=True)):
+    for is_param, trees in enumerate(zip(new[::-1], expected[::-1], old[::-1], strict=True)):
         for (path, a), b, c in zip(
-            jax.tree_util.tree_leaves_with_path(parts[0]), *map(jax.tree.leaves, parts[1:]), strict=True
+            jax.tree_util.tree_leaves_with_path(trees[0]), *map(jax.tree.leaves, trees[1:]), strict=True
         ):
             assert (a.shape, a.dtype) == (b.shape, b.dtype)
             dtype, place = a.dtype, jax.tree_util.keystr(path)

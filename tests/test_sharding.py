@@ -116,6 +116,26 @@ def test_bits_of_one_device(name):
     assert all(x.sharding.is_equivalent_to(WHOLE, x.ndim) for x in jax.tree.leaves(got[0]))
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_bits_of_one_device_along_several_axes(dtype):
+    """As above, for parameters that are sharded themselves: stacked layers are cut along both their other axes."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    tx = jadam.by_path([(name, {"moments": name}) for name in FORMATS], 1e-2)
+    tx = jadam.exact_bf16(tx) if dtype == jnp.bfloat16 else tx
+    host = {name: helpers.normal(3, 16, 256, seed=i, dtype=dtype) for i, name in enumerate(FORMATS)}
+    p = jax.device_put(host, NamedSharding(mesh, P(None, None, "model")))
+    divided = zero1(tx, p, mesh, "data")
+    assert {x.state_sharding.spec for x in divided.layout.leaves} == {P(None, "data", "model")}
+
+    def train(tx, p, state):
+        step = jax.jit(functools.partial(jadam.step, tx))
+        for i in range(2):
+            p, state = step({k: np.cos(np.float32(x) * (i + 1)) for k, x in host.items()}, state, p)
+        return p, state
+
+    assert_equal(train(divided, p, divided.init(p)), train(tx, host, tx.init(host)))
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_bytes_on_each_device(name):
     """A device holds an eighth of each array, and all of scalars and of the leaf that 8 does not divide."""

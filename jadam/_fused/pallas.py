@@ -81,8 +81,6 @@ def why_several_passes(platform: str, leaf_update: LeafUpdate, g, p) -> str | No
         return f"no kernel for {leaf_update.dtype}"
     if not 0 < p.size <= 2**31:
         return "no elements" if not p.size else "more than 2**31 elements"
-    if leaf_update.shard is not None and leaf_update.shard.strided_runs(p.shape) is None:
-        return "sharded along several inner axes"
     if platform == "tpu" and p.ndim != 2:
         return f"the TPU kernel needs 2 dimensions, got {p.ndim}"
     if platform == "tpu" and _block_size(leaf_update, p) not in (BLOCK, p.shape[-1]):
@@ -131,17 +129,20 @@ def _pack_scalars(leaf_update: LeafUpdate):
 
 
 def _count_and_offset(leaf_update: LeafUpdate, p):
-    """The step count and the shard's offset as an int32 array, and the shard's ``(run, stride)``."""
+    """The step count and the shard's offset as an int32 array, and the shard's `strides`."""
     offset = jnp.uint32(0) if leaf_update.shard is None else leaf_update.shard.offset
     bits = jax.lax.bitcast_convert_type(jnp.stack([leaf_update.count.astype(jnp.uint32), offset]), jnp.int32)
-    return bits, (leaf_update.shard and leaf_update.shard.strided_runs(p.shape)) or (p.size, p.size)
+    return bits, [(p.size, 1)] if leaf_update.shard is None else leaf_update.shard.strides(p.shape)
 
 
-def _index_from_offset(element, run: int, stride: int):
-    """The global index of an element of a shard, minus that of the shard's first element."""
-    if run == stride:
-        return element.astype(jnp.uint32)
-    return (element // run).astype(jnp.uint32) * jnp.uint32(stride & 0xFFFFFFFF) + (element % run).astype(jnp.uint32)
+def _index_of_row(row, n: int, strides):
+    """The global index of the first element of a shard's ``row`` of ``n``, minus that of the shard's first element."""
+    *inner, (_, last_stride) = [(strides[0][0] // n, n), *strides[1:]]  # digits of the row's number
+    index = jnp.zeros(row.shape, jnp.uint32)
+    for size, stride in inner:
+        index += (row % size).astype(jnp.uint32) * jnp.uint32(stride)
+        row = row // size
+    return index + row.astype(jnp.uint32) * jnp.uint32(last_stride)
 
 
 def _update_tile(leaf_update: LeafUpdate, arrays, scales, inside) -> tuple[Any, ...]:
@@ -159,7 +160,7 @@ def _on_gpu(leaf_update: LeafUpdate, g, p, interpret):
     from jax.experimental.pallas import triton
 
     scalars, with_scalars = _pack_scalars(leaf_update)
-    count_and_offset, (run, stride) = _count_and_offset(leaf_update, p)
+    count_and_offset, strides = _count_and_offset(leaf_update, p)
     arrays, scales = _arrays(leaf_update, g, p)
     n, block = p.shape[-1], _block_size(leaf_update, p)
     blocks = -(-n // block)
@@ -169,9 +170,8 @@ def _on_gpu(leaf_update: LeafUpdate, g, p, interpret):
     def body(scalars, count_and_offset, *refs):
         b = pl.program_id(0) * BLOCKS_PER_PROGRAM + jax.lax.broadcasted_iota(jnp.int32, (BLOCKS_PER_PROGRAM, 1), 0)
         lane = jax.lax.broadcasted_iota(jnp.int32, tile, 1)
-        column = b % blocks * block
-        first_element = b // blocks * n + column
-        element = first_element + lane
+        row, column = b // blocks, b % blocks * block
+        element = row * n + column + lane
         inside = (b < total) & (lane < block) & (column + lane < n)
         indices = [(element, inside)] * len(arrays) + [(b, b < total)] * len(scales)
         zero = lambda ref: jnp.zeros([], ref.dtype)
@@ -179,7 +179,7 @@ def _on_gpu(leaf_update: LeafUpdate, g, p, interpret):
         tile_update = with_scalars(
             lambda k: scalars[k],
             count=count_and_offset[0].astype(jnp.uint32),
-            index=count_and_offset[1].astype(jnp.uint32) + _index_from_offset(first_element, run, stride),
+            index=count_and_offset[1].astype(jnp.uint32) + _index_of_row(row, n, strides) + column.astype(jnp.uint32),
             format=Int8Tile(1),
         )
         new = _update_tile(tile_update, old[: len(arrays)], old[len(arrays) :], inside)
@@ -205,7 +205,7 @@ def _on_tpu(leaf_update: LeafUpdate, g, p, interpret):
     from jax.experimental.pallas import tpu
 
     scalars, with_scalars = _pack_scalars(leaf_update)
-    count_and_offset, (run, stride) = _count_and_offset(leaf_update, p)
+    count_and_offset, strides = _count_and_offset(leaf_update, p)
     arrays, scales = _arrays(leaf_update, g, p)
     (rows, n), block = p.shape, _block_size(leaf_update, p)
     blocks = -(-n // block)
@@ -225,13 +225,13 @@ def _on_tpu(leaf_update: LeafUpdate, g, p, interpret):
             tile = ordered(slice(None), slice(k * block, (k + 1) * block))
             iota = lambda size, along: jax.lax.broadcasted_iota(jnp.int32, ordered(tile_rows, size), along)
             column = first_column + k * block + iota(block, axis)
-            # each element's, or of an int8 block its first element's
-            size, first = (1, first_column + k * block) if scales else (block, column)
-            element = (first_row + iota(size, 1 - axis)) * n + first
+            row = first_row + jax.lax.broadcasted_iota(jnp.int32, ordered(tile_rows, 1), 1 - axis)
+            # each element's column, or of an int8 block its first element's
+            index = _index_of_row(row, n, strides) + (first_column + k * block if scales else column).astype(jnp.uint32)
             tile_update = with_scalars(
                 lambda i: scalars[i],
                 count=count_and_offset[0].astype(jnp.uint32),
-                index=count_and_offset[1].astype(jnp.uint32) + _index_from_offset(element, run, stride),
+                index=count_and_offset[1].astype(jnp.uint32) + index,
                 format=Int8Tile(axis) if scales else leaf_update.format,
             )
             scale = ordered(slice(None), slice(k, k + 1))

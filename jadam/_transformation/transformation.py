@@ -9,7 +9,6 @@ file knows only `adam_denominator`, `QuantizedAdamState`, and the fields of `Hyp
 import collections
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -153,13 +152,22 @@ class Shard(NamedTuple):
         """Linear index in the global array of each element of the shard, which has shape ``shape``."""
         return self.offset + linear_index(shape, self.global_shape)
 
-    def strided_runs(self, shape) -> tuple[int, int] | None:
-        """``(run, stride)`` if element ``i`` has global index ``offset + i // run * stride + i % run``, else None."""
-        sharded = [axis for axis, (n, whole) in enumerate(zip(shape, self.global_shape, strict=True)) if n != whole]
-        if any(math.prod(shape[:axis]) != 1 for axis in sharded[:-1]):
-            return None
-        inner = sharded[-1] if sharded else 0
-        return math.prod(shape[inner:]), math.prod(self.global_shape[inner:])
+    def strides(self, shape) -> list[tuple[int, int]]:
+        """`global_indices` in mixed-radix form: ``(size, stride)`` of each digit, innermost first, as few as possible.
+
+        If ``i`` is an element's index in the shard, its digits are ``i % size`` of the first size, ``i // size`` modulo
+        the second, and so on. Its global index is ``offset + sum(digit * stride)``, modulo 2**32 as the strides are.
+        The first digit has whole rows and stride 1: elements that differ only in it are contiguous in the global array.
+        """
+        digits, global_stride = [(1, 1)], 1
+        for n, whole in reversed(list(zip(shape, self.global_shape, strict=True))):
+            size, stride = digits[-1]
+            if size * stride == global_stride:  # nothing is cut off within this axis
+                digits[-1] = (size * n, stride)
+            elif n != 1:
+                digits.append((n, global_stride))
+            global_stride *= whole
+        return [(size, stride % 2**32) for size, stride in digits]
 
 
 class LeafUpdate(NamedTuple):

@@ -15,9 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import CPU, assert_equal, needs_kernel, parametrize, subprocess_env
+from helpers import CPU, FORMATS, assert_equal, needs_kernel, parametrize, subprocess_env
+from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 from programs import kernel as program
+from properties import SEEDS, parts, property_test
 
 import jadam
 from jadam import sharding
@@ -83,32 +85,36 @@ def test_gradient_and_weight_are_one_donated_array():
 POOLS = [handler.Inline, handler.Full, handler.Late, handler.Threads]
 
 
-def random_leaf(format, shape, seed=0):
-    """Random gradient, bfloat16 weight, remainder and moments in ``format``."""
+def random_leaf(format, shape, seed=0, block=128, remainder=True):
+    """Random gradient, weight, its remainder if it is to be bfloat16, and moments in ``format``."""
     rng = np.random.default_rng(seed)
     normal = lambda shape, dtype=program.BFLOAT16: rng.standard_normal(shape).astype(dtype)
     arrays = [normal(shape), normal(shape), rng.integers(-(2**15), 2**15, shape, np.int16)]
-    if format == "bfloat16":
-        return [*arrays, normal(shape), np.abs(normal(shape))]
-    scales = (*shape[:-1], program.num_blocks(shape, 128))
+    if not remainder:
+        arrays = [normal(shape), normal(shape, np.float32)]
+    if format != "int8":
+        dtype = program.BFLOAT16 if format == "bfloat16" else np.float32
+        return [*arrays, normal(shape, dtype), np.abs(normal(shape, dtype))]
+    scales = (*shape[:-1], program.num_blocks(shape, block))
     codes = [rng.integers(-127, 128, shape, np.int8), rng.integers(0, 256, shape, np.uint8)]
     return [*arrays, *codes, *(np.abs(normal(scales, np.float32)) for _ in range(2))]
 
 
-def step_in_place(format, buffers, first=0, pool=None):
-    """Calls the handler on one leaf, outputs aliased with the inputs."""
+def step_in_place(format, buffers, first=0, pool=None, block=128, strides=None):
+    """Calls the handler on one leaf, outputs aliased with the inputs. ``strides`` are those of a shard."""
     scalars = program.scalars_row(program.random_hyperparams(np.random.default_rng(1)))[None]
     count, n = np.array([3, first % 2**32], np.uint32), int(np.prod(buffers[0].shape, dtype=object))
-    leaves = [0, program.FORMATS.index(format), 0, 0, 12345, 128, n, n]
+    (run, _), *digits = strides or [(n, 1)]
+    leaves = [0, program.FORMATS.index(format), 0, 0, 12345, block, run, len(digits)]
     own = [handler.Buffer(x.ctypes.data, x.shape, str(x.dtype)) for x in (scalars, count)]
-    assert handler.call([*own, *buffers], buffers[1:], leaves, pool) is None
+    assert handler.call([*own, *buffers], buffers[1:], leaves, [x for digit in digits for x in digit], pool) is None
 
 
-def step_leaf(format, arrays, first=0, pool=None, behind=None):
+def step_leaf(format, arrays, first=0, pool=None, behind=None, **options):
     """Bytes of a leaf's outputs, from copies of ``arrays``."""
     rng = np.random.default_rng(7)
     blocks = [program.GuardedArray(rng, x, behind) for x in arrays]
-    step_in_place(format, [x.buffer for x in blocks], first, pool)
+    step_in_place(format, [x.buffer for x in blocks], first, pool, **options)
     if pool is not None:
         pool.after()
     return [x.values.tobytes() for x in blocks[1:]]
@@ -192,30 +198,60 @@ def global_index(element, shape, whole):
     return place
 
 
-@pytest.mark.parametrize("whole", [(2**40, 2**33 + 5), (3, 2**32), (3, 2**32 - 1), (2**20, 3, 2**31 + 1), (7, 5)])
-def test_indices_of_huge_arrays(whole):
+@pytest.mark.parametrize(
+    ("whole", "shape"),
+    [
+        ((2**40, 2**33 + 5), (3, 5)),
+        ((3, 2**32), (3, 5)),
+        ((3, 2**32 - 1), (3, 5)),
+        ((2**20, 3, 2**31 + 1), (1, 3, 5)),
+        ((2**20, 2**31 + 1, 7, 2**32 + 3), (2, 3, 1, 4)),
+        ((2**33, 2**33 - 1, 2**33 + 1), (2, 3, 1)),
+        ((7, 5), (3, 5)),
+    ],
+)
+def test_indices_of_huge_arrays(whole, shape):
     """Indices of a shard's elements are right modulo 2**32, however large the whole array."""
-    shape = (*(1,) * (len(whole) - 2), 3, 5)
     size, first = int(np.prod(shape)), 2**32 - 7
     wanted = [global_index(i, shape, whole) for i in range(size)]
     np.testing.assert_array_equal(linear_index(shape, whole).ravel(), np.array([x % 2**32 for x in wanted], np.uint32))
     part = Shard(jnp.uint32(first), whole)
     indices = np.array([(first + x) % 2**32 for x in wanted], np.uint32)
     np.testing.assert_array_equal(part.global_indices(shape).ravel(), indices)
-    run, stride = part.strided_runs(shape)
-    assert [i // run * stride + i % run for i in range(size)] == wanted
+    strides = part.strides(shape)
+    assert [handler.mixed_radix(i, strides) % 2**32 for i in range(size)] == [x % 2**32 for x in wanted]
     # The handler's indices show in its dither: compare with leaves of one element at the same offsets.
     arrays = [x.reshape(-1) for x in random_leaf("bfloat16", shape)]
-    rng = np.random.default_rng(0)
-    blocks = [program.GuardedArray(rng, x) for x in arrays]
-    scalars = program.GuardedArray(rng, program.scalars_row(program.random_hyperparams(np.random.default_rng(1)))[None])
-    count = program.GuardedArray(rng, np.array([3, first], np.uint32))
-    buffers = [x.buffer for x in blocks]
-    leaves = [0, 1, 0, 0, 12345, 128, run, stride % 2**63]
-    assert handler.call([scalars.buffer, count.buffer, *buffers], buffers[1:], leaves) is None
+    new = step_leaf("bfloat16", arrays, first, strides=strides)
     for i in range(size):
         one = step_leaf("bfloat16", [x[i : i + 1] for x in arrays], first=first + wanted[i])
-        assert [x.values[i : i + 1].tobytes() for x in blocks[1:]] == one
+        assert [x[2 * i : 2 * i + 2] for x in new] == one
+
+
+@property_test(
+    few=40,
+    part=parts(1),
+    format=st.sampled_from(FORMATS),
+    remainder=st.booleans(),
+    block=st.integers(1, 200),
+    shorter=st.floats(0, 1, exclude_max=True),
+    seed=SEEDS,
+)
+def test_a_part_has_the_bits_of_the_whole(part, format, remainder, block, shorter, seed):
+    """However an array is cut, if between int8 blocks, of which the last in a row may be shorter."""
+    *leading, blocks = part[0]
+    whole = (*leading, blocks * block - int(shorter * block))
+    bounds = [(start, start + n) for start, n in zip(*part[1:], strict=True)]
+    of_blocks = tuple(slice(*x) for x in bounds)
+    of_elements = (*of_blocks[:-1], slice(*(min(whole[-1], x * block) for x in bounds[-1])))
+    arrays = random_leaf(format, whole, seed, block, remainder)
+    cut = lambda x: x[of_elements if x.shape == whole else of_blocks]
+    new = step_leaf(format, arrays, 5, block=block)
+    new = [cut(np.frombuffer(x, old.dtype).reshape(old.shape)) for x, old in zip(new, arrays[1:], strict=True)]
+    here = list(map(cut, arrays))
+    first = int(np.ravel_multi_index([x.start for x in of_elements], whole))
+    strides = Shard(jnp.uint32(first), whole).strides(here[0].shape)
+    assert step_leaf(format, here, 5 + first, block=block, strides=strides) == [x.tobytes() for x in new]
 
 
 @pytest.mark.parametrize("size", [2**31 + 8, 2**32 + 64, 2**35])

@@ -501,37 +501,48 @@ def test_other_instructions(instructions, tmp_path):
 GOOD = {
     "scalars": ones((1, len(cpu.SCALARS)), jnp.float32),
     "count": jax.device_put(np.zeros(2, np.uint32)),
-    "leaves": [0, 0, 0, 0, 0, 0, 12, 12],
+    "leaves": [0, 0, 0, 0, 0, 0, 12, 0],
+    "digits": [],
     "inputs": [ones((2, 6))] * 4,
     "outputs": [jax.ShapeDtypeStruct((2, 6), jnp.float32)] * 3,
 }
 INT8_INPUTS = [ones((2, 6))] * 2 + [ones((2, 6), jnp.int8), ones((2, 6), jnp.uint8)] + [ones((2, 2))] * 2
 INT8_OUTPUTS = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in INT8_INPUTS[1:]]
+RUN = "leaf 0: run must be whole rows, run and digits the whole leaf"
 WRONG = [
     ({"leaves": [0, 0]}, "each attribute must have one number per leaf"),
-    ({"leaves": [len(cpu.load().rules), 0, 0, 0, 0, 0, 12, 12]}, "leaf 0: rule is out of range"),
-    ({"leaves": [0, -1, 0, 0, 0, 0, 12, 12]}, "leaf 0: format is out of range"),
-    ({"leaves": [0, 0, 4, 0, 0, 0, 12, 12]}, "leaf 0: clipping is out of range"),
-    ({"leaves": [0, 0, 0, 1, 0, 0, 12, 12]}, "leaf 0: scalars are out of range"),
+    ({"leaves": [len(cpu.load().rules), 0, 0, 0, 0, 0, 12, 0]}, "leaf 0: rule is out of range"),
+    ({"leaves": [0, -1, 0, 0, 0, 0, 12, 0]}, "leaf 0: format is out of range"),
+    ({"leaves": [0, 0, 4, 0, 0, 0, 12, 0]}, "leaf 0: clipping is out of range"),
+    ({"leaves": [0, 0, 0, 1, 0, 0, 12, 0]}, "leaf 0: scalars are out of range"),
     (
-        {"leaves": [0, 2, 0, 0, 0, 0, 12, 12], "inputs": INT8_INPUTS, "outputs": INT8_OUTPUTS},
+        {"leaves": [0, 2, 0, 0, 0, 0, 12, 0], "inputs": INT8_INPUTS, "outputs": INT8_OUTPUTS},
         "leaf 0: block is out of range",
     ),
     (
-        {"leaves": [0, 2, 0, 0, 0, 2, 12, 12], "inputs": INT8_INPUTS, "outputs": INT8_OUTPUTS},
+        {"leaves": [0, 2, 0, 0, 0, 2, 12, 0], "inputs": INT8_INPUTS, "outputs": INT8_OUTPUTS},
         "leaf 0: scale has the wrong size",
     ),
-    ({"leaves": [3, 2, 0, 0, 0, 3, 12, 12], "inputs": INT8_INPUTS, "outputs": INT8_OUTPUTS}, "leaf 0: "),
+    ({"leaves": [3, 2, 0, 0, 0, 3, 12, 0], "inputs": INT8_INPUTS, "outputs": INT8_OUTPUTS}, "leaf 0: "),
     ({"scalars": ones((1, 5))}, "scalars must be float32 in rows of"),
     ({"scalars": ones((1, len(cpu.SCALARS)), jnp.bfloat16)}, "scalars must be float32 in rows of"),
     ({"count": jax.device_put(np.zeros(2, np.int32))}, "count must be uint32, the step count and one offset per leaf"),
     ({"count": jax.device_put(np.zeros(1, np.uint32))}, "count must be uint32, the step count and one offset per leaf"),
-    ({"leaves": [0, 0, 0, 0, 0, 0, 0, 12]}, "leaf 0: run must be whole rows and divide the leaf"),
-    ({"leaves": [0, 0, 0, 0, 0, 0, 5, 12]}, "leaf 0: run must be whole rows and divide the leaf"),
+    ({"leaves": [0, 0, 0, 0, 0, 0, 0, 0]}, RUN),
+    ({"leaves": [0, 0, 0, 0, 0, 0, 5, 0]}, RUN),
     (
-        {"leaves": [0, 2, 0, 0, 0, 3, 4, 12], "inputs": INT8_INPUTS, "outputs": INT8_OUTPUTS},
-        "leaf 0: run must be whole rows",
+        {"leaves": [0, 2, 0, 0, 0, 3, 4, 0], "inputs": INT8_INPUTS, "outputs": INT8_OUTPUTS},
+        RUN,
     ),
+    ({"leaves": [0, 0, 0, 0, 0, 0, 6, 0]}, RUN),
+    ({"leaves": [0, 0, 0, 0, 0, 0, 4, 1], "digits": [2, 4]}, RUN),
+    ({"leaves": [0, 0, 0, 0, 0, 0, 4, 1], "digits": [0, 4]}, RUN),
+    ({"leaves": [0, 0, 0, 0, 0, 0, 4, 2], "digits": [-1, 4, -3, 4]}, RUN),
+    ({"leaves": [0, 0, 0, 0, 0, 0, 4, 1]}, "leaf 0: digits are out of range"),
+    ({"leaves": [0, 0, 0, 0, 0, 0, 4, 2**62], "digits": [3, 4]}, "leaf 0: digits are out of range"),
+    ({"leaves": [0, 0, 0, 0, 0, 0, 12, -1]}, "leaf 0: digits are out of range"),
+    ({"digits": [1, 1]}, "too many digits"),
+    ({"digits": [1]}, "each digit must have a size and a stride"),
     ({"inputs": [ones((2, 6))] * 3}, "leaf 0: moment is missing"),
     ({"inputs": [ones((2, 6))] * 5}, "too many buffers"),
     ({"inputs": [ones((2, 6), jnp.int32)] + [ones((2, 6))] * 3}, "leaf 0: gradient has the wrong dtype"),
@@ -547,10 +558,9 @@ WRONG = [
 def test_handler_checks_its_arguments(changed, message):
     given = {**GOOD, **changed}
     call = jax.ffi.ffi_call("jadam_step", given["outputs"])
+    attributes = handler.attributes(given["leaves"], given["digits"])
     with pytest.raises(Exception, match=f"jadam: {message}"):
-        jax.block_until_ready(
-            call(given["scalars"], given["count"], *given["inputs"], **handler.attributes(given["leaves"]))
-        )
+        jax.block_until_ready(call(given["scalars"], given["count"], *given["inputs"], **attributes))
 
 
 @needs_kernel

@@ -98,6 +98,7 @@ class Call(NamedTuple):
     inputs: list[GuardedArray]
     outputs: list[GuardedArray]
     leaves: list[int]
+    digits: list[int]
     hyperparams: list[dict]
 
 
@@ -171,10 +172,9 @@ def random_leaf(rng, rows):
         moments = [rng.integers(-127, 128, shape, np.int8), rng.integers(0, 256, shape, np.uint8)]
         moments += [rng.uniform(0.1, 7, scales).astype(np.float32), 10 ** rng.uniform(-2, 2, scales).astype(np.float32)]
     n = int(np.prod(shape))
-    runs = [x for x in range(1, n + 1) if n % x == 0 and (format != "int8" or x % shape[-1] == 0)] or [
-        rng.choice(EDGES)
-    ]
-    run, stride = int(rng.choice(runs)), int(rng.choice([*EDGES, n, 12345]))
+    row = shape[-1] if format == "int8" else 1
+    run = row * random_divisor(rng, n // row) if n else int(rng.choice(EDGES))
+    digits = random_digits(rng, n // run) if n else []
     settings = [
         rule,
         FORMATS.index(format),
@@ -183,10 +183,24 @@ def random_leaf(rng, rows):
         rng.integers(2**32),
         block,
         run,
-        stride,
+        len(digits) // 2,
     ]
     outputs = [np.zeros_like(x) for x in (*own, *moments)]
-    return [int(x) for x in settings], [g, *own, *moments], outputs
+    return [int(x) for x in settings], digits, [g, *own, *moments], outputs
+
+
+def random_divisor(rng, n) -> int:
+    return int(rng.choice([x for x in range(1, n + 1) if n % x == 0]))
+
+
+def random_digits(rng, n) -> list[int]:
+    """Sizes and strides of digits that count to ``n``, at most three more than needed."""
+    digits = []
+    while n > 1 or (len(digits) < 6 and rng.random() < 0.1):
+        size = random_divisor(rng, n)
+        digits += [size, int(rng.choice([*EDGES, 12345]))]
+        n //= size
+    return digits
 
 
 def num_blocks(shape, block):
@@ -196,16 +210,16 @@ def num_blocks(shape, block):
 def random_call(rng):
     steps = [random_hyperparams(rng) for _ in range(rng.integers(1, 3))]
     several = [random_leaf(rng, len(steps)) for _ in range(rng.integers(1, 4))]
-    leaves = [x for settings, *_ in several for x in settings]
+    leaves, digits = ([x for leaf in several for x in leaf[i]] for i in range(2))
     scalars = np.stack([scalars_row(x) for x in steps])
     count = rng.integers(0, 2**32, 1 + len(several), np.uint32)
-    inputs = [GuardedArray(rng, x) for x in (scalars, count, *(x for _, inputs, _ in several for x in inputs))]
+    inputs = [GuardedArray(rng, x) for x in (scalars, count, *(x for *_, inputs, _ in several for x in inputs))]
     outputs, place = [], 2
-    for _, given, new in several:
+    for *_, given, new in several:
         for own, x in zip(inputs[place + 1 : place + len(given)], new, strict=True):
             outputs.append(own if rng.random() < 0.5 else GuardedArray(rng, x))
         place += len(given)
-    return Call(inputs, outputs, leaves, steps)
+    return Call(inputs, outputs, leaves, digits, steps)
 
 
 # -- random mistakes ---------------------------------------------------------------------------------------------------
@@ -218,8 +232,17 @@ def change_setting(rng, call):
     return call._replace(leaves=leaves)
 
 
+def change_digit(rng, call):
+    digits = list(call.digits)
+    if digits:
+        digits[rng.integers(len(digits))] = int(rng.choice(EDGES))
+    return call._replace(digits=digits)
+
+
 def change_number_of_settings(rng, call):
-    leaves = list(call.leaves)
+    leaves, digits = list(call.leaves), list(call.digits)
+    if rng.random() < 0.3:
+        return call._replace(digits=[digits[:-1], digits[:-2], [*digits, 1], [*digits, 1, 1]][rng.integers(4)])
     return call._replace(leaves=[leaves[:-1], leaves[:-8], [*leaves, 0], leaves + leaves[:8]][rng.integers(4)])
 
 
@@ -305,6 +328,7 @@ def drop_data(rng, call):
 MISTAKES = [
     change_setting,
     change_setting,
+    change_digit,
     change_number_of_settings,
     change_dtype_or_shape,
     change_dtype_or_shape,
@@ -332,9 +356,10 @@ def expected_outputs(call, inputs):
     For int8 codes the first is a mask instead: codes with a NaN scale are not compared.
     """
     _, count, *arrays = inputs
-    count, arrays = count.ravel(), iter(arrays)
+    count, arrays, digits = count.ravel(), iter(arrays), call.digits
     for first, settings in zip(count[1:], split_settings(call.leaves), strict=True):
-        rule, format, limit, scalars, salt, block, run, stride = settings
+        rule, format, limit, scalars, salt, block, run, n = settings
+        strides, digits = [(run, 1), *zip(digits[: 2 * n : 2], digits[1 : 2 * n : 2], strict=True)], digits[2 * n :]
         g, p = next(arrays), next(arrays)
         rest = next(arrays).ravel() if p.dtype == BFLOAT16 else None
         stored = [next(arrays).ravel() for _ in range(num_stored(rule, format))]
@@ -349,7 +374,7 @@ def expected_outputs(call, inputs):
         def lay_scale(x):
             return jnp.asarray(np.concatenate([x, np.zeros(ROWS - x.size, np.float32)])[:, None])
 
-        index = np.array([(int(first) + e // run * stride + e % run) % 2**32 for e in range(g.size)], np.uint32)
+        index = np.array([(int(first) + handler.mixed_radix(e, strides)) % 2**32 for e in range(g.size)], np.uint32)
         unused = {name for name, bit in (("bound", 1), ("norm", 2)) if not limit & bit}
         step = call.hyperparams[scalars % len(call.hyperparams)]
         leaf_update = LeafUpdate(
@@ -442,7 +467,9 @@ def call_directly(call, rng):
     memory = {x.memory.ctypes.data: x.memory for x in blocks}
     before = {address: x.copy() for address, x in memory.items()}
     pool = [handler.Inline, handler.Full, handler.Late, handler.Threads][rng.integers(4)]()
-    error = handler.call([x.buffer for x in call.inputs], [x.buffer for x in call.outputs], call.leaves, pool)
+    error = handler.call(
+        [x.buffer for x in call.inputs], [x.buffer for x in call.outputs], call.leaves, call.digits, pool
+    )
     pool.after()
     written = {address: np.zeros(x.size, bool) for address, x in memory.items()}
     for x in call.outputs if error is None else ():
@@ -461,7 +488,7 @@ def call_by_xla(call, rng):
         return call_directly(call, rng)
     of = jax.ffi.ffi_call("jadam_step", results, input_output_aliases=aliases)
     try:
-        new = of(*(jnp.asarray(x.values) for x in call.inputs), **handler.attributes(call.leaves))
+        new = of(*(jnp.asarray(x.values) for x in call.inputs), **handler.attributes(call.leaves, call.digits))
         new = [np.asarray(x) for x in new]
     except Exception as error:
         text = str(error)
@@ -578,7 +605,7 @@ def step_without_jax(scalars):
     count = np.zeros(2, np.uint32)
     arrays = [rng.random(n, np.float32) for _ in range(4)]
     buffers = [handler.Buffer(x.ctypes.data, x.shape, str(x.dtype)) for x in (scalars, count, *arrays)]
-    assert handler.call(buffers, buffers[3:], [0, 0, 0, 0, 0, 0, n, n], handler.Late()) is None
+    assert handler.call(buffers, buffers[3:], [0, 0, 0, 0, 0, 0, n, 0], pool=handler.Late()) is None
     return [x.tobytes() for x in arrays]
 
 

@@ -53,12 +53,15 @@ enum Clipping { kBound = 1, kNorm = 2, kClippings = 4 };  // bits: clipped by va
 
 // One leaf's value of each attribute of the FFI call.
 struct Settings {
-  int64_t rule, format, clipping, scalar_row, salt, block, run, stride;
+  int64_t rule, format, clipping, scalar_row, salt, block, run, digits;
 };
 
-// A leaf: an array, or a shard of one. Element i of a shard has the global index offset + i / run * stride + i % run.
+// A leaf: an array, or a shard of one. Its elements come in runs that are contiguous in the global array. The run's
+// number has one digit for each further axis along which the shard was cut, the fastest first.
 struct Leaf {
   Settings settings;
+  const int64_t* digit_sizes = nullptr;
+  const int64_t* digit_strides = nullptr;  // how far a digit moves the global index
   Scalars scalars;
   int64_t n = 0;                // number of elements
   int64_t row = 0, blocks = 0;  // int8 only: elements of the last axis, and blocks along it
@@ -247,8 +250,15 @@ INLINE void update_elements(const Leaf& leaf, Tile& tile, int64_t start, int64_t
 INLINE uint32_t global_index(const Leaf& leaf, int64_t i) {
   const Settings& x = leaf.settings;
   if (i < x.run) return leaf.offset + static_cast<uint32_t>(i);  // as below, without the divisions
-  return leaf.offset + static_cast<uint32_t>(i / x.run) * static_cast<uint32_t>(x.stride) +
-         static_cast<uint32_t>(i % x.run);
+  uint32_t index = leaf.offset + static_cast<uint32_t>(i % x.run);
+  int64_t rest = i / x.run;
+  for (int64_t k = 0; k < x.digits; ++k) {
+    const bool last = k == x.digits - 1;
+    const int64_t digit = last ? rest : rest % leaf.digit_sizes[k];
+    index += static_cast<uint32_t>(digit) * static_cast<uint32_t>(leaf.digit_strides[k]);
+    if (!last) rest /= leaf.digit_sizes[k];
+  }
+  return index;
 }
 
 struct Chunk {
@@ -527,15 +537,30 @@ bool has_rows(const ffi::AnyBuffer& buffer, ffi::DataType dtype, int64_t n) {
   return reinterpret_cast<uintptr_t>(buffer.untyped_data()) % ffi::ByteWidth(dtype) == 0;
 }
 
+// Whether a leaf's runs are whole rows, and its run and digits together count its elements.
+bool counts_elements(const Leaf& leaf) {
+  if (leaf.n == 0) return true;
+  const int64_t run = leaf.settings.run;
+  if (run < 1 || leaf.n % run || (leaf.row && run % leaf.row)) return false;
+  int64_t runs = leaf.n / run;
+  for (int64_t k = 0; k < leaf.settings.digits; ++k) {
+    if (leaf.digit_sizes[k] < 1 || runs % leaf.digit_sizes[k]) return false;
+    runs /= leaf.digit_sizes[k];
+  }
+  return runs == 1;
+}
+
 using Int64s = ffi::Span<const int64_t>;
 
 ffi::Error step(ffi::ThreadPool threads, Int64s rule, Int64s format, Int64s clipping, Int64s scalar_rows,
-                Int64s salt, Int64s block, Int64s run, Int64s stride, ffi::AnyBuffer scalars, ffi::AnyBuffer count,
-                ffi::RemainingArgs args, ffi::RemainingRets rets) {
+                Int64s salt, Int64s block, Int64s run, Int64s digits, Int64s digit_sizes, Int64s digit_strides,
+                ffi::AnyBuffer scalars, ffi::AnyBuffer count, ffi::RemainingArgs args, ffi::RemainingRets rets) {
   const size_t leaves = rule.size();
-  for (const Int64s& x : {format, clipping, scalar_rows, salt, block, run, stride}) {
+  for (const Int64s& x : {format, clipping, scalar_rows, salt, block, run, digits}) {
     if (x.size() != leaves) return invalid("jadam: each attribute must have one number per leaf");
   }
+  const int64_t all_digits = digit_sizes.size();
+  if (digit_strides.size() != digit_sizes.size()) return invalid("jadam: each digit must have a size and a stride");
   if (!has_rows(scalars, ffi::DataType::F32, kScalars)) {
     return invalid("jadam: scalars must be float32 in rows of " + std::to_string(kScalars));
   }
@@ -549,23 +574,27 @@ ffi::Error step(ffi::ThreadPool threads, Int64s rule, Int64s format, Int64s clip
   Reader reader{args, rets};
   reader.ranges.reserve(args.size() + rets.size());
   const int64_t rows = scalars.element_count() / kScalars;
-  int64_t elements = 0;
+  int64_t elements = 0, digit = 0;
   for (size_t i = 0; i < leaves; ++i) {
     Leaf& leaf = work->leaves[i];
     reader.leaf = i;
-    leaf.settings = {rule[i], format[i], clipping[i], scalar_rows[i], salt[i], block[i], run[i], stride[i]};
+    leaf.settings = {rule[i], format[i], clipping[i], scalar_rows[i], salt[i], block[i], run[i], digits[i]};
     const Settings& settings = leaf.settings;
     if (settings.rule < 0 || settings.rule >= Rules::kCount) reader.fail("rule", "is out of range");
     if (settings.format < 0 || settings.format >= kFormats) reader.fail("format", "is out of range");
     if (settings.clipping < 0 || settings.clipping >= kClippings) reader.fail("clipping", "is out of range");
     if (settings.scalar_row < 0 || settings.scalar_row >= rows) reader.fail("scalars", "are out of range");
+    if (settings.digits < 0 || settings.digits > all_digits - digit) reader.fail("digits", "are out of range");
     if (!reader.error.empty()) return invalid(reader.error);
+    leaf.digit_sizes = digit_sizes.begin() + digit;
+    leaf.digit_strides = digit_strides.begin() + digit;
+    digit += settings.digits;
     leaf.offset = count.typed_data<uint32_t>()[1 + i];
     std::memcpy(&leaf.scalars, scalars.typed_data<float>() + settings.scalar_row * kScalars, sizeof(Scalars));
     read_leaf(reader, leaf);
     if (!reader.error.empty()) return invalid(reader.error);
-    if (leaf.n && (settings.run < 1 || leaf.n % settings.run || (leaf.row && settings.run % leaf.row))) {
-      return invalid("jadam: leaf " + std::to_string(i) + ": run must be whole rows and divide the leaf");
+    if (!counts_elements(leaf)) {
+      return invalid("jadam: leaf " + std::to_string(i) + ": run must be whole rows, run and digits the whole leaf");
     }
     const bool int8 = settings.format == kInt8;
     const int64_t units = int8 ? (leaf.row ? leaf.n / leaf.row * leaf.blocks : 0) : leaf.n;
@@ -575,6 +604,7 @@ ffi::Error step(ffi::ThreadPool threads, Int64s rule, Int64s format, Int64s clip
     }
     elements += leaf.n;
   }
+  if (digit != all_digits) return invalid("jadam: too many digits");
   if (reader.arg != args.size() || reader.ret != rets.size()) return invalid("jadam: too many buffers");
   if (overlap(reader.ranges)) return invalid("jadam: an output overlaps another buffer");
   update_all(work, threads, elements);
@@ -613,7 +643,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jadam_step, jadam::step,
                                   .Attr<jadam::Int64s>("salt")
                                   .Attr<jadam::Int64s>("block")
                                   .Attr<jadam::Int64s>("run")
-                                  .Attr<jadam::Int64s>("stride")
+                                  .Attr<jadam::Int64s>("digits")
+                                  .Attr<jadam::Int64s>("digit_sizes")
+                                  .Attr<jadam::Int64s>("digit_strides")
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .RemainingArgs()

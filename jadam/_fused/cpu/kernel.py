@@ -55,16 +55,15 @@ def unsupported_reason(leaf_update: LeafUpdate, g, p) -> str | None:
         return "no kernel for mu_dtype"
     if not p.size:
         return "no elements"
-    if leaf_update.shard is not None and leaf_update.shard.strided_runs(p.shape) is None:
-        return "sharded along several inner axes"
     return None
 
 
 def _call(scalars, leaf_updates, grads, params, rows):
     """Call the extension on a group of leaves; ``rows`` are the leaves' rows of ``scalars``."""
-    library, settings, offsets, inputs, outputs, aliases = load(), [], [], [], [], {}
+    library, settings, digits, offsets, inputs, outputs, aliases = load(), [], [], [], [], [], {}
     for leaf_update, g, p, row in zip(leaf_updates, grads, params, rows, strict=True):
-        run, stride = (p.size, p.size) if leaf_update.shard is None else leaf_update.shard.strided_runs(p.shape)
+        (run, _), *outer = [(p.size, 1)] if leaf_update.shard is None else leaf_update.shard.strides(p.shape)
+        digits += outer
         offsets += [] if leaf_update.shard is None else [leaf_update.shard.offset]
         settings.append(
             {
@@ -75,7 +74,7 @@ def _call(scalars, leaf_updates, grads, params, rows):
                 "salt": leaf_update.salt,
                 "block": block_length(leaf_update.stored) if leaf_update.format.name == "int8" else 0,
                 "run": run,
-                "stride": stride,
+                "digits": len(outer),
             }
         )
         replaced = [p, *([] if leaf_update.remainder is None else [leaf_update.remainder]), *leaf_update.stored]
@@ -88,6 +87,8 @@ def _call(scalars, leaf_updates, grads, params, rows):
     count_and_offsets = jnp.stack([count, *offsets]) if offsets else jnp.pad(count[None], (0, len(leaf_updates)))
     call = jax.ffi.ffi_call("jadam_step", outputs, input_output_aliases=aliases)
     attributes = {name: np.array([leaf[name] for leaf in settings], np.int64) for name in settings[0]}
+    attributes["digit_sizes"] = np.array([size for size, _ in digits], np.int64)
+    attributes["digit_strides"] = np.array([stride for _, stride in digits], np.int64)
     results = iter(call(scalars, count_and_offsets, *inputs, **attributes))
     for leaf_update in leaf_updates:
         p, *stored = (next(results) for _ in range(1 + (leaf_update.remainder is not None) + len(leaf_update.stored)))
