@@ -29,6 +29,7 @@ PACKAGES = {
 }
 TARGETS = {"tpu": "TPU v5e", "cuda": "H100"}
 SHAPES = [(4096, 4096), (131072, 4096), (262144, 512), (768, 50257), (300, 1000), (1000000, 16)]
+STACKED = [(8, 1024, 4096), (6, 1000, 500), (3, 3, 512, 512), (12, 768, 12, 64)]  # layers of a scan, and convolutions
 FREE = ("parameter", "constant", "bitcast", "tuple", "get-tuple-element")
 
 
@@ -39,10 +40,16 @@ def cases():
         yield f"{how} float32", whole, {"kernels": 1, "bytes": 28.01, "temporaries": 0.001}
     yield "step bfloat16", whole, {"kernels": 1, "bytes": 20.01, "temporaries": 0.001}
     yield "step bfloat16, bf16 weights", whole, {"kernels": 1, "bytes": 18.01, "temporaries": 0.001}
-    for shape in SHAPES:  # 12 bytes for p and g, 4 for codes, and two scales a block, read and written
+    for shape in [*SHAPES, *STACKED]:  # 12 bytes for p and g, 4 for codes, and two scales a block, read and written
         scales = 16 / min(128, shape[-1]) * 1.3  # 1.3: the last block of a row may be shorter
         yield "step int8", shape, {"kernels": 1, "bytes": 16.01 + scales, "temporaries": 0.05}
     yield "step int8, bf16 weights", whole, {"kernels": 1, "bytes": 14.2, "temporaries": 0.05}
+    for shape in [*STACKED, (2**22,)]:
+        yield "step bfloat16", shape, {"kernels": 1, "bytes": 20.01, "temporaries": 0.001}
+        yield "step bfloat16, bf16 weights", shape, {"kernels": 1, "bytes": 18.01, "temporaries": 0.001}
+    for shape in STACKED:
+        scales = 16 / min(128, shape[-1]) * 1.3
+        yield "step int8, bf16 weights", shape, {"kernels": 1, "bytes": 14.01 + scales, "temporaries": 0.05}
     for name in ("stock bfloat16", "stock int8"):  # without a bar: `update` + `apply_updates`, for comparison
         yield name, whole, {}
 

@@ -5,12 +5,12 @@ moments in between. On a TPU it also needs several for bfloat16 moments and rema
 array and recomputes the step in each. XLA does float32 in one pass on both, and bfloat16 on a GPU.
 
 Limits: float32 arithmetic and at most 2**31 elements. On a GPU (Triton) leaves are flattened and may have any rank. On
-a TPU (Mosaic) they must have two axes, and int8 blocks must be 128 long or the whole last axis. Mosaic gets a leaf in
-XLA's layout, transposed where that needs less padding, and scales always transposed.
+a TPU (Mosaic) vectors must have a multiple of 1024 elements, and int8 blocks must be 128 long or the whole last axis.
+Mosaic gets a leaf in XLA's layout, its axes in the order that needs the least padding, and scales always transposed.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +19,13 @@ import numpy as np
 from jadam._core.numerics import dither_of_block
 from jadam._fused.backends import backends
 from jadam._moments.int8 import BLOCK, block_length, dequantize, quantize
-from jadam._transformation.transformation import Hyperparams, LeafUpdate, update_leaf
+from jadam._transformation.transformation import Hyperparams, LeafUpdate, Shard, update_leaf
 
 PLATFORMS = ("cuda", "tpu")
 BLOCKS_PER_PROGRAM = 8  # blocks per program; 8 float32 scales fill one 32-byte sector
 BLOCKS_PER_TILE = 8  # blocks per tile along the blocked axis; a tile of scales has 8 sublanes
-TPU_LANES = 128
+TPU_LANES, TPU_SUBLANES = 128, 32  # of an int8 tile; other tiles have fewer sublanes
+TILE = BLOCKS_PER_TILE * BLOCK * TPU_LANES  # elements that a program on a TPU updates
 
 
 class Int8Tile:
@@ -81,8 +82,8 @@ def why_several_passes(platform: str, leaf_update: LeafUpdate, g, p) -> str | No
         return f"no kernel for {leaf_update.dtype}"
     if not 0 < p.size <= 2**31:
         return "no elements" if not p.size else "more than 2**31 elements"
-    if platform == "tpu" and p.ndim != 2:
-        return f"the TPU kernel needs 2 dimensions, got {p.ndim}"
+    if platform == "tpu" and p.ndim < 2 and p.size % 1024:
+        return f"the TPU kernel needs 2 dimensions or a multiple of 1024 elements, got shape {p.shape}"
     if platform == "tpu" and _block_size(leaf_update, p) not in (BLOCK, p.shape[-1]):
         return f"the TPU kernel needs int8 blocks of {BLOCK}, got {_block_size(leaf_update, p)}"
     return None
@@ -128,21 +129,25 @@ def _pack_scalars(leaf_update: LeafUpdate):
     return jnp.stack([*(x.astype(jnp.float32) for x in arrays.values()), jnp.zeros([], jnp.float32)]), with_scalars
 
 
-def _count_and_offset(leaf_update: LeafUpdate, p):
-    """The step count and the shard's offset as an int32 array, and the shard's `strides`."""
-    offset = jnp.uint32(0) if leaf_update.shard is None else leaf_update.shard.offset
-    bits = jax.lax.bitcast_convert_type(jnp.stack([leaf_update.count.astype(jnp.uint32), offset]), jnp.int32)
-    return bits, [(p.size, 1)] if leaf_update.shard is None else leaf_update.shard.strides(p.shape)
+def _shard(leaf_update: LeafUpdate, p) -> Shard:
+    """The leaf's place in its global array."""
+    return Shard(jnp.uint32(0), p.shape) if leaf_update.shard is None else leaf_update.shard
 
 
-def _index_of_row(row, n: int, strides):
-    """The global index of the first element of a shard's ``row`` of ``n``, minus that of the shard's first element."""
-    *inner, (_, last_stride) = [(strides[0][0] // n, n), *strides[1:]]  # digits of the row's number
-    index = jnp.zeros(row.shape, jnp.uint32)
+def _count_and_offset(leaf_update: LeafUpdate, shard: Shard):
+    """The step count and the shard's offset as an int32 array."""
+    return jax.lax.bitcast_convert_type(jnp.stack([leaf_update.count.astype(jnp.uint32), shard.offset]), jnp.int32)
+
+
+def _index(i, strides) -> jax.Array:
+    """The sum of the digits of ``i`` times their strides; see `Shard.strides`."""
+    *inner, (_, last_stride) = [(size, stride) for size, stride in strides if size != 1] or [(1, 0)]
+    index = jnp.uint32(0)
     for size, stride in inner:
-        index += (row % size).astype(jnp.uint32) * jnp.uint32(stride)
-        row = row // size
-    return index + row.astype(jnp.uint32) * jnp.uint32(last_stride)
+        sizes = jnp.full_like(i, size)
+        index += jnp.uint32(stride) * jax.lax.rem(i, sizes).astype(jnp.uint32)
+        i = jax.lax.div(i, sizes)  # i is not negative, and Mosaic would have to know the TPU for jnp's division
+    return index + jnp.uint32(last_stride) * i.astype(jnp.uint32)
 
 
 def _update_tile(leaf_update: LeafUpdate, arrays, scales, inside) -> tuple[Any, ...]:
@@ -160,8 +165,8 @@ def _on_gpu(leaf_update: LeafUpdate, g, p, interpret):
     from jax.experimental.pallas import triton
 
     scalars, with_scalars = _pack_scalars(leaf_update)
-    count_and_offset, strides = _count_and_offset(leaf_update, p)
     arrays, scales = _arrays(leaf_update, g, p)
+    shard = _shard(leaf_update, p)
     n, block = p.shape[-1], _block_size(leaf_update, p)
     blocks = -(-n // block)
     total = p.size // n * blocks
@@ -179,7 +184,9 @@ def _on_gpu(leaf_update: LeafUpdate, g, p, interpret):
         tile_update = with_scalars(
             lambda k: scalars[k],
             count=count_and_offset[0].astype(jnp.uint32),
-            index=count_and_offset[1].astype(jnp.uint32) + _index_of_row(row, n, strides) + column.astype(jnp.uint32),
+            index=count_and_offset[1].astype(jnp.uint32)
+            + _index(row, shard.strides(p.shape, range(p.ndim - 1)))
+            + column.astype(jnp.uint32),
             format=Int8Tile(1),
         )
         new = _update_tile(tile_update, old[: len(arrays)], old[len(arrays) :], inside)
@@ -195,71 +202,150 @@ def _on_gpu(leaf_update: LeafUpdate, g, p, interpret):
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="jadam_step",
-    )(scalars, count_and_offset, *flat)
+    )(scalars, _count_and_offset(leaf_update, shard), *flat)
     return [x.reshape(old.shape) for x, old in zip(new, (*arrays[1:], *scales), strict=True)]
 
 
+class View(NamedTuple):
+    """The three axes that a leaf has for the TPU kernel, each made of axes of the leaf; no copy in XLA's layout."""
+
+    outer: tuple[int, ...]
+    sublanes: tuple[int, ...]
+    lanes: tuple[int, ...]
+
+    def of(self, x):
+        """The view of an array of the leaf's rank."""
+        sizes = (math.prod(x.shape[axis] for axis in axes) for axes in self)
+        return x.transpose(sum(self, ())).reshape(*sizes)
+
+    def undo(self, x, shape):
+        """The array of ``shape`` whose view is ``x``."""
+        order = sum(self, ())
+        return x.reshape([shape[axis] for axis in order]).transpose(np.argsort(order))
+
+
+def _layout(shape, itemsize: int, axis: int | None) -> tuple[int, ...]:
+    """The order of axes in which XLA lays out an array on a TPU: that of the least padding to tiles.
+
+    If ``axis`` is not None, it must be one of the last two. XLA copies an array that it lays out otherwise: for such an
+    ``axis``, or because of axes shorter than 4, for which the order depends on the dtype.
+    """
+
+    def padded_size(order):
+        """The number of elements with padding, by 128. A tile has 128 lanes and 8 sublanes, or fewer if these do."""
+        *_, sublanes, lanes = (shape[k] for k in order)
+        tile = next((n for n in (1, 2, 4) if max(sublanes, 4 // itemsize) <= n), 8)
+        return math.prod(shape) // (sublanes * lanes) * math.ceil(sublanes / tile) * tile * math.ceil(lanes / TPU_LANES)
+
+    axes = range(len(shape))
+    pairs = [(i, k) for i in axes for k in axes if i != k and axis in (None, i, k)]
+    orders = sorted((*(axis for axis in axes if axis not in pair), *pair) for pair in pairs)
+    return min(orders, key=padded_size)  # of several, the first
+
+
+def _view(shape, itemsize: int, axis: int | None) -> View:
+    """The view of a leaf; ``axis`` is that of its int8 blocks."""
+    *outer, sublanes, lanes = _layout(shape, itemsize, axis)
+    if axis != sublanes and shape[sublanes] < TPU_LANES and shape[sublanes] % TPU_SUBLANES == 0:
+        return View((), (*outer, sublanes), (lanes,))  # a larger tile, and scales with less padding
+    return View(tuple(outer), (sublanes,), (lanes,))
+
+
 def _on_tpu(leaf_update: LeafUpdate, g, p, interpret):
-    """Update a leaf on a TPU in tiles of `TPU_LANES` rows by `BLOCKS_PER_TILE` blocks, transposed as the leaf is."""
+    """Update a leaf on a TPU in tiles of about `TILE` elements: several matrices, each of rows of up to 8 blocks."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu
 
+    if p.ndim == 1:
+        return _vector_on_tpu(leaf_update, g, p, interpret)
     scalars, with_scalars = _pack_scalars(leaf_update)
-    count_and_offset, strides = _count_and_offset(leaf_update, p)
     arrays, scales = _arrays(leaf_update, g, p)
-    (rows, n), block = p.shape, _block_size(leaf_update, p)
+    last, shard = p.ndim - 1, _shard(leaf_update, p)
+    view = _view(p.shape, p.dtype.itemsize, last if scales else None)
+    axis = 0 if scales and view.sublanes == (last,) else 1  # of a tile, along which blocks lie
+    ordered = lambda row, column: (row, column) if axis == 1 else (column, row)
+    row_axes, column_axes = ordered(view.sublanes, view.lanes)
+    scale_view = View(view.outer, (last,), row_axes)
+    outer, rows, n = (math.prod(p.shape[axis] for axis in axes) for axes in (view.outer, row_axes, column_axes))
+    block = _block_size(leaf_update, p) if scales else min(BLOCK, n)
     blocks = -(-n // block)
-    tile_rows, tile_blocks = min(TPU_LANES, rows), min(BLOCKS_PER_TILE, blocks)
-    transposed = _num_tiles(n, rows) < _num_tiles(rows, n)
-    axis = 0 if transposed else 1  # along which blocks lie
-    to_layout = (lambda x: x.T) if transposed else (lambda x: x)
-    scale_to_tile = (lambda x: x) if transposed else (lambda x: x.T)  # scales are always stored transposed
-    ordered = lambda row, column: (column, row) if transposed else (row, column)
+    tile_blocks = min(BLOCKS_PER_TILE, blocks)
+    tile_rows = min(rows, TPU_LANES * max(1, TPU_LANES // block))
+    tile_outer = min(outer, max(1, TILE // math.prod(_padded(*ordered(tile_rows, tile_blocks * block)))))
 
     def body(scalars, count_and_offset, *refs):
         ins, outs = refs[: len(arrays)], refs[len(arrays) + len(scales) :]
-        old_scales = [scale_to_tile(ref[...]) for ref in refs[len(arrays) : len(arrays) + len(scales)]]
-        new_scales = [[] for _ in scales]
-        first_row, first_column = pl.program_id(0) * tile_rows, pl.program_id(1) * (tile_blocks * block)
-        for k in range(tile_blocks):
-            tile = ordered(slice(None), slice(k * block, (k + 1) * block))
-            iota = lambda size, along: jax.lax.broadcasted_iota(jnp.int32, ordered(tile_rows, size), along)
-            column = first_column + k * block + iota(block, axis)
-            row = first_row + jax.lax.broadcasted_iota(jnp.int32, ordered(tile_rows, 1), 1 - axis)
-            # each element's column, or of an int8 block its first element's
-            index = _index_of_row(row, n, strides) + (first_column + k * block if scales else column).astype(jnp.uint32)
-            tile_update = with_scalars(
-                lambda i: scalars[i],
-                count=count_and_offset[0].astype(jnp.uint32),
-                index=count_and_offset[1].astype(jnp.uint32) + index,
-                format=Int8Tile(axis) if scales else leaf_update.format,
-            )
-            scale = ordered(slice(None), slice(k, k + 1))
-            new = _update_tile(tile_update, [ref[tile] for ref in ins], [x[scale] for x in old_scales], column < n)
-            for ref, x in zip(outs, new[: len(arrays) - 1], strict=False):
-                ref[tile] = x
-            for columns, x in zip(new_scales, new[len(arrays) - 1 :], strict=True):
-                columns.append(x)
-        for ref, x in zip(outs[len(arrays) - 1 :], new_scales, strict=True):
-            ref[...] = scale_to_tile(jnp.concatenate(x, axis=axis))
+        old_scale_refs, new_scale_refs = refs[len(arrays) : len(arrays) + len(scales)], outs[len(arrays) - 1 :]
+        first_outer, first_row = pl.program_id(0) * tile_outer, pl.program_id(1) * tile_rows
+        first_column = pl.program_id(2) * (tile_blocks * block)
+        scale_to_tile = (lambda x: x) if axis == 0 else (lambda x: x.T)  # scales are always stored transposed
+        row = first_row + jax.lax.broadcasted_iota(jnp.int32, ordered(tile_rows, 1), 1 - axis)
+        row_index = count_and_offset[1].astype(jnp.uint32) + _index(row, shard.strides(p.shape, row_axes))
 
-    inputs = [*map(to_layout, arrays), *(x.T for x in scales)]
-    specs = [pl.BlockSpec(ordered(tile_rows, tile_blocks * block), ordered)] * len(arrays)
-    specs += [pl.BlockSpec((tile_blocks, tile_rows), lambda i, j: (j, i))] * len(scales)
+        def update(i):
+            """Update the i-th of the tile's matrices."""
+            index = row_index + _index(first_outer + i, shard.strides(p.shape, view.outer))
+            old_scales = [scale_to_tile(ref[i]) for ref in old_scale_refs]
+            new_scales = [[] for _ in scales]
+            for k in range(tile_blocks):
+                tile = (i, *ordered(slice(None), slice(k * block, (k + 1) * block)))
+                scale = ordered(slice(None), slice(k, k + 1))
+                column = jax.lax.broadcasted_iota(jnp.int32, ordered(tile_rows, block), axis)
+                column += first_column + k * block
+                # each element's column, or of an int8 block its first element's
+                column_index = _index(
+                    first_column + k * block if scales else column, shard.strides(p.shape, column_axes)
+                )
+                tile_update = with_scalars(
+                    lambda i: scalars[i],
+                    count=count_and_offset[0].astype(jnp.uint32),
+                    index=index + column_index,
+                    format=Int8Tile(axis) if scales else leaf_update.format,
+                )
+                new = _update_tile(tile_update, [ref[tile] for ref in ins], [x[scale] for x in old_scales], column < n)
+                for ref, x in zip(outs, new[: len(arrays) - 1], strict=False):
+                    ref[tile] = x
+                for columns, x in zip(new_scales, new[len(arrays) - 1 :], strict=True):
+                    columns.append(x)
+            for ref, x in zip(new_scale_refs, new_scales, strict=True):
+                ref[i] = scale_to_tile(jnp.concatenate(x, axis=axis))
+
+        if tile_outer == 1:
+            update(0)
+        else:
+            pl.loop(0, tile_outer)(update)
+
+    inputs = [*map(view.of, arrays), *map(scale_view.of, scales)]
+    specs = [pl.BlockSpec((tile_outer, *ordered(tile_rows, tile_blocks * block)), lambda i, j, k: (i, *ordered(j, k)))]
+    specs *= len(arrays)
+    specs += [pl.BlockSpec((tile_outer, tile_blocks, tile_rows), lambda i, j, k: (i, k, j))] * len(scales)
     new = pl.pallas_call(
         body,
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs[1:]],
-        grid=(-(-rows // tile_rows), -(-blocks // tile_blocks)),
+        grid=(-(-outer // tile_outer), -(-rows // tile_rows), -(-blocks // tile_blocks)),
         in_specs=[pl.BlockSpec(memory_space=tpu.SMEM)] * 2 + specs,
         out_specs=specs[1:],
         input_output_aliases={i + 2: i - 1 for i in range(1, len(inputs))},
-        compiler_params=tpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
+        compiler_params=tpu.CompilerParams(dimension_semantics=("parallel",) * 3),
         interpret=interpret,
         name="jadam_step",
-    )(scalars, count_and_offset, *inputs)
-    return [*map(to_layout, new[: len(arrays) - 1]), *(x.T for x in new[len(arrays) - 1 :])]
+    )(scalars, _count_and_offset(leaf_update, shard), *inputs)
+    views = [view] * (len(arrays) - 1) + [scale_view] * len(scales)
+    return [v.undo(x, old.shape) for v, x, old in zip(views, new, (*arrays[1:], *scales), strict=True)]
 
 
-def _num_tiles(rows, lanes):
-    """The number of 8 by 128 tiles that hold an array of this orientation on a TPU."""
-    return math.ceil(rows / 8) * math.ceil(lanes / 128)
+def _vector_on_tpu(leaf_update: LeafUpdate, g, p, interpret):
+    """Update a vector as rows of `TPU_LANES`, which is no copy for a multiple of 1024 elements."""
+    to_rows = lambda x: x.reshape(-1, TPU_LANES)
+    p_rows = to_rows(p)
+    leaf_update = leaf_update._replace(
+        stored=tuple(map(to_rows, leaf_update.stored)),
+        remainder=None if leaf_update.remainder is None else to_rows(leaf_update.remainder),
+        shard=Shard(_shard(leaf_update, p).offset, p_rows.shape),
+    )
+    return [x.reshape(-1) for x in _on_tpu(leaf_update, to_rows(g), p_rows, interpret)]
+
+
+def _padded(sublanes: int, lanes: int) -> tuple[int, int]:
+    """The size of an int8 tile in a TPU's memory."""
+    return math.ceil(sublanes / TPU_SUBLANES) * TPU_SUBLANES, math.ceil(lanes / TPU_LANES) * TPU_LANES

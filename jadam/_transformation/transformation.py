@@ -9,6 +9,7 @@ file knows only `adam_denominator`, `QuantizedAdamState`, and the fields of `Hyp
 import collections
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -152,21 +153,23 @@ class Shard(NamedTuple):
         """Linear index in the global array of each element of the shard, which has shape ``shape``."""
         return self.offset + linear_index(shape, self.global_shape)
 
-    def strides(self, shape) -> list[tuple[int, int]]:
+    def strides(self, shape, axes=None) -> list[tuple[int, int]]:
         """`global_indices` in mixed-radix form: ``(size, stride)`` of each digit, innermost first, as few as possible.
 
         If ``i`` is an element's index in the shard, its digits are ``i % size`` of the first size, ``i // size`` modulo
         the second, and so on. Its global index is ``offset + sum(digit * stride)``, modulo 2**32 as the strides are.
-        The first digit has whole rows and stride 1: elements that differ only in it are contiguous in the global array.
+        The first digit has stride 1: elements that differ only in it are contiguous in the global array.
+
+        With ``axes``, ``i`` is the index along these axes, the last of them the fastest, and the sum is their share.
         """
-        digits, global_stride = [(1, 1)], 1
-        for n, whole in reversed(list(zip(shape, self.global_shape, strict=True))):
+        digits = [(1, 1)]
+        for axis in reversed(range(len(shape)) if axes is None else axes):
             size, stride = digits[-1]
+            global_stride = math.prod(self.global_shape[axis + 1 :])
             if size * stride == global_stride:  # nothing is cut off within this axis
-                digits[-1] = (size * n, stride)
-            elif n != 1:
-                digits.append((n, global_stride))
-            global_stride *= whole
+                digits[-1] = (size * shape[axis], stride)
+            elif shape[axis] != 1:
+                digits.append((shape[axis], global_stride))
         return [(size, stride % 2**32) for size, stride in digits]
 
 

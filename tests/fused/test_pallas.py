@@ -13,15 +13,16 @@ import pytest
 from helpers import assert_same_finite, assert_steps_agree, make_optimizer, ones, unwrap_exact_bf16
 
 import jadam
+from jadam._core.bf16 import join
 from jadam._fused import pallas
 from jadam._fused import step as _step
-from jadam._transformation.transformation import update_leaf
+from jadam._transformation.transformation import Shard, as_state_arrays, update_leaf
 
 SOME_RULES = ["adam", "adam, scheduled b1", "nadamw, momentum", "adamw, masked", "both"]
 CASES = [(platform, name, "int8") for platform in pallas.PLATFORMS for name in SOME_RULES]
 CASES += [("tpu", name, "bfloat16") for name in ("adam", "amsgrad", "radam of nadam")]
 
-# A partial last block; rows so narrow that the TPU kernel transposes them; a third axis, for the GPU kernel only.
+# A partial last block; rows so narrow that a TPU's layout is transposed; one in which the first axis is next to last.
 SHAPES = {"a": (40, 300), "b": (4100, 16), "c": (8, 20, 130)}
 random_tree = functools.partial(helpers.random_tree, shapes=SHAPES)
 
@@ -57,7 +58,7 @@ def test_kernel_matches_update_and_apply(platform, rule, moments):
         # 4 ulp as for the portable CPU kernel: XLA may contract other products in each.
         assert_steps_agree(step(grads, state, params), expected, (params, state), 4)
         params, state = expected
-    assert count_pallas_calls(platform, tx, grads, state, params) == (3 if platform == "cuda" else 2)
+    assert count_pallas_calls(platform, tx, grads, state, params) == 3
 
 
 @pytest.mark.slow
@@ -72,8 +73,60 @@ def test_bf16_weights_with_remainder(platform, moments):
         expected = update_and_apply(grads, state, params)
         assert_steps_agree(*(unwrap_exact_bf16(*x) for x in (step(grads, state, params), expected, (params, state))), 4)
         params, state = expected
-    taken = {"cuda": 3 * (moments == "int8"), "tpu": 2}  # on a GPU XLA takes float32 and bfloat16
+    taken = {"cuda": 3 * (moments == "int8"), "tpu": 3}  # on a GPU XLA takes float32 and bfloat16
     assert count_pallas_calls(platform, tx, grads, state, params) == taken[platform]
+
+
+PARTS = [  # platform, moments, whether there is a remainder, shape of the whole, start and shape of the part
+    ("cuda", "int8", False, (3, 4, 24, 384), (1, 2, 8, 128), (2, 2, 16, 256)),
+    ("tpu", "int8", True, (2, 4, 64, 256), (0, 2, 32, 128), (2, 2, 32, 128)),  # leading axes are merged to rows
+    ("tpu", "bfloat16", False, (5, 40, 24, 384), (1, 8, 8, 128), (3, 17, 16, 256)),  # a loop over leading axes
+    pytest.param("tpu", "int8", False, (3, 4, 24, 384), (1, 2, 8, 128), (2, 2, 16, 256), marks=pytest.mark.slow),
+    pytest.param("tpu", "int8", False, (40, 200, 300), (8, 50, 0), (16, 135, 300), marks=pytest.mark.slow),
+    pytest.param("tpu", "int8", False, (4, 512, 64), (2, 128, 0), (2, 300, 64), marks=pytest.mark.slow),  # transposed
+    pytest.param("tpu", "int8", False, (3, 256, 4, 64), (1, 0, 2, 0), (2, 256, 2, 64), marks=pytest.mark.slow),
+    pytest.param("tpu", "int8", False, (256, 128, 4), (0, 64, 0), (256, 64, 4), marks=pytest.mark.slow),
+    pytest.param("tpu", "bfloat16", True, (256, 128, 4), (0, 64, 1), (256, 64, 3), marks=pytest.mark.slow),
+    pytest.param("tpu", "bfloat16", False, (2, 4, 64, 256), (0, 2, 32, 128), (2, 2, 32, 128), marks=pytest.mark.slow),
+    pytest.param("tpu", "float32", True, (9, 7, 5, 3, 4), (1, 2, 0, 1, 1), (8, 4, 5, 1, 3), marks=pytest.mark.slow),
+    pytest.param("tpu", "bfloat16", True, (8192,), (2048,), (3072,), marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("platform", "moments", "has_remainder", "whole", "start", "shape"), PARTS)
+def test_a_part_is_that_of_the_whole(platform, moments, has_remainder, whole, start, shape):
+    """The step of a shard, cut along several axes, is that part of XLA's step of the whole array."""
+    tx = jadam.adamw(1.0, moments=moments)
+    tx = jadam.exact_bf16(tx) if has_remainder else tx
+    whole_tree = functools.partial(
+        random_tree, dtype=jnp.bfloat16 if has_remainder else np.float32, shapes={"a": whole}
+    )
+    shard = Shard(jnp.uint32(np.ravel_multi_index(start, whole)), whole)
+
+    def cut(x):
+        """The part of an array, or of its scales."""
+        length = -(-whole[-1] // x.shape[-1])  # 1, or that of a block
+        last = slice(start[-1] // length, -(-(start[-1] + shape[-1]) // length))
+        return x[(*(slice(i, i + n) for i, n in zip(start[:-1], shape[:-1], strict=True)), last)]
+
+    def with_master(p, stored):
+        """The float32 parameter instead of the rounded one and its remainder."""
+        return (join(p, stored[0]), tuple(stored[1:])) if has_remainder else (p, tuple(stored))
+
+    @jax.jit
+    def steps(grads, state, params):
+        """The step of the part, the part of the step of the whole, and the part before the step."""
+        (leaf,), g, p = tx.update.leafwise(grads, state, params).leaf_updates, grads["a"], params["a"]
+        before = as_state_arrays((leaf.stored, leaf.remainder))
+        remainder = None if leaf.remainder is None else cut(leaf.remainder)
+        part = leaf._replace(stored=tuple(map(cut, leaf.stored)), remainder=remainder, shard=shard)
+        (new,) = pallas.run_kernel(platform, [part], [cut(g)], [cut(p)], interpret=True)
+        expected = jax.tree.map(cut, (update_leaf(leaf, g, p), (p, before)))
+        return with_master(*new), *(with_master(*x) for x in expected)
+
+    params = whole_tree(0)
+    _, state = jax.jit(functools.partial(jadam.step, tx))(params, tx.init(params), params)
+    assert_steps_agree(*steps(whole_tree(1), state, params), 4)
 
 
 def test_comparison_detects_a_wrong_seed():
@@ -121,11 +174,11 @@ def test_reasons_not_to_use_the_kernel():
         rows = _step.why_leaves_not_fused(platform, tx, params, jax.eval_shape(tx.init, params), params)
         return [reason for _, reason in rows]
 
-    three = "the TPU kernel needs 2 dimensions, got 3"
+    vector = "the TPU kernel needs 2 dimensions or a multiple of 1024 elements, got shape (7,)"
     assert why("tpu", jadam.adam(1.0)) == why("cuda", jadam.adam(1.0)) == [None] * 3
     assert why("cuda", jadam.adam(1.0, moments="int8")) == [None] * 3  # the vector is float32
-    assert why("tpu", jadam.adam(1.0, moments="int8")) == [None, three, None]
-    assert why("tpu", jadam.adam(1.0, moments="bfloat16")) == [None, three, "the TPU kernel needs 2 dimensions, got 1"]
+    assert why("tpu", jadam.adam(1.0, moments="int8")) == [None] * 3
+    assert why("tpu", jadam.adam(1.0, moments="bfloat16")) == [None, None, vector]
 
 
 def test_kernels_turned_off(monkeypatch):
