@@ -11,11 +11,11 @@ import optax
 
 from jadam._core import checks
 from jadam._core.numerics import at_least_float32
+from jadam._core.trees import without_metadata
 from jadam._moments import formats
 from jadam._moments.formats import FormatChoice
 from jadam._moments.int8 import Int8Version1
 from jadam._transformation.transformation import QuantizedAdamState
-from jadam._wrappers.by_path import ByPathState
 
 
 def convert_moments(state, to: FormatChoice) -> Any:
@@ -56,16 +56,12 @@ def convert_moments(state, to: FormatChoice) -> Any:
 
     def convert_part(x):
         """Convert ``x`` if it is an Adam state, else return it unchanged."""
-        if isinstance(x, ByPathState):  # always stores mixed formats
-            return x._replace(moments=convert(x.moments, mixed=True))
-        return convert(x) if has_moments(x) else x
-
-    def convert(x, mixed=False):
-        """Convert an Adam state, and count it."""
+        if not has_moments(x):
+            return x
         found.append(x)
-        return _convert(x, to, mixed)
+        return _convert(x, to)
 
-    state = jax.tree.map(convert_part, state, is_leaf=lambda x: isinstance(x, ByPathState) or has_moments(x))
+    state = jax.tree.map(convert_part, state, is_leaf=has_moments)
     if not found:
         raise ValueError(
             f"state must have the moments of an Adam (count, mu, nu), got {type(state).__name__}. Pass the state that "
@@ -79,8 +75,8 @@ def has_moments(x) -> bool:
     return {"count", "mu", "nu"} <= set(getattr(x, "_fields", ()))
 
 
-def _convert(state, to: FormatChoice, mixed: bool):
-    """Return one optimizer state with its moments in the formats ``to``; ``mixed``: of a type that can mix formats."""
+def _convert(state, to: FormatChoice):
+    """Return one optimizer state with its moments in the formats ``to``."""
     is_version_1 = hasattr(state, "version") and np.shape(state.version) == (1,)
     if hasattr(state, "version") and not is_version_1:
         checks.check_version(state, formats.VERSION)
@@ -88,7 +84,7 @@ def _convert(state, to: FormatChoice, mixed: bool):
     scales = [name for name in state._fields if name.endswith("_scale")]
     unknown_betas = {"b1": None, "b2": None}
     select = formats.format_selector(to, None, unknown_betas if names == ["mu", "nu"] else None)
-    mixed = mixed or ((to == "int8" or callable(to)) and names == ["mu", "nu"])
+    mixed = (to == "int8" or callable(to)) and names == ["mu", "nu"]
     num_arrays = 2 * len(names) if mixed else len(names)
     leaves, structure = jax.tree_util.tree_flatten_with_path(state.mu)
 
@@ -106,12 +102,13 @@ def _convert(state, to: FormatChoice, mixed: bool):
         converted = new.encode(moments, empty, random)
         return *converted, *(formats.placeholder(stored[0]) for _ in range(num_arrays - len(converted)))
 
-    trees = [structure.flatten_up_to(getattr(state, name)) for name in names + scales]
+    trees = [jax.tree.leaves(getattr(state, name)) for name in names + scales]
     rows = [convert_leaf(path, *x) for (path, _), *x in zip(leaves, *trees, strict=True)]
     columns = [structure.unflatten(column) for column in zip(*rows, strict=True)] if rows else [state.mu] * 4
     if mixed:
         mu, nu, mu_scale, nu_scale = columns
-        version = jax.tree.map(lambda _: formats.version(), state.count)  # in a Variable as the count is, if in NNX
-        return QuantizedAdamState(state.count, mu, nu, mu_scale, nu_scale, version)
+        boxed = lambda x: jax.tree.map(lambda _: x, state.count)  # in a Variable as the count is, if in NNX
+        mu_scale, nu_scale = (jax.tree.map(boxed, without_metadata(x)) for x in (mu_scale, nu_scale))
+        return QuantizedAdamState(state.count, mu, nu, mu_scale, nu_scale, boxed(formats.version()))
     state_type = optax.ScaleByAdamState if isinstance(state, QuantizedAdamState) else type(state)
     return state_type(state.count, *columns[: len(names)])

@@ -504,6 +504,13 @@ def check_same_tree(tree, reference, what: str, than: str, hint: str = "") -> No
         raise ValueError(f"{what}{path} has shape {np.shape(leaf)}, {than} has {np.shape(other)}. {_SAME_TREE}{hint}")
 
 
+def check_one_for_each(updates, tree, what: str) -> None:
+    """Raise unless ``tree`` has an array for each one of ``updates``. Its structure may differ by Flax's boxes."""
+    expected, found = len(jax.tree.leaves(updates)), len(jax.tree.leaves(tree))
+    if expected and found != expected:
+        raise ValueError(f"{what} must have an array for each of {expected} parameters, got {found}. {_SAME_TREE}")
+
+
 def check_same_structure(tree, reference, what: str, than: str, hint: str = "") -> None:
     """Raise unless ``tree`` has the structure of ``reference``, naming the first path that differs."""
     if jax.tree.structure(tree) != jax.tree.structure(reference):

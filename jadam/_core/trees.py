@@ -1,5 +1,6 @@
 """Pytrees: names of leaves, Flax's objects as trees, parameters without gradients, states matched to parameters."""
 
+import functools
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -7,6 +8,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 
 from jadam._core import checks
 
@@ -57,6 +60,42 @@ def without_variables(tree):
     return (getattr(nnx, "as_pure", None) or nnx.pure)(tree)  # renamed in newer versions of Flax
 
 
+def beside_params(tree) -> Any:
+    """``tree`` has an array for each parameter, but not of its shape. Returns it such that none is sharded like one.
+
+    Recipes that shard a state take an array for a parameter's if Flax's metadata is around it, or if
+    `optax.tree.map_params` finds the parameters' tree. That calls ``init`` with a mark in place of the parameters, for
+    which this returns an array.
+    """
+    return np.zeros([], np.int8) if isinstance(tree, _mark_of_map_params()) else without_metadata(tree)
+
+
+@functools.cache
+def _mark_of_map_params() -> type:
+    """The type of what `optax.tree.map_params` passes to ``init``."""
+    found = []
+
+    def init(params) -> Any:
+        found.append(type(params))
+        return ()
+
+    optax.tree.map_params(init, lambda x: x, ())
+    return found[0]
+
+
+def without_metadata(tree, where: Callable[[Any], bool] = lambda x: True):
+    """``tree`` without Flax's boxes, Linen's or NNX's, around the arrays for which ``where`` is true."""
+    kinds = {"flax.core.meta": "AxisMetadata", "flax.nnx": "Variable"}
+    boxes = tuple(getattr(sys.modules[module], name) for module, name in kinds.items() if module in sys.modules)
+
+    def unboxed(x):
+        """The array in ``x``, if that is a box of one."""
+        leaves = jax.tree.leaves(x) if isinstance(x, boxes) else []
+        return leaves[0] if len(leaves) == 1 and where(leaves[0]) else x
+
+    return jax.tree.map(unboxed, tree, is_leaf=lambda x: isinstance(x, boxes)) if boxes else tree
+
+
 def find_states(tree, kind: type | tuple[type, ...] | Callable[[Any], bool]) -> list:
     """The outermost nodes of ``tree`` of type ``kind``, or for which the predicate ``kind`` is true."""
     matches = (lambda x: isinstance(x, kind)) if isinstance(kind, (type, tuple)) else kind
@@ -81,7 +120,10 @@ def params_with_gradients(params, grads) -> tuple[Any, Callable[[list], Any]]:
     def put(leaves):
         """Return the whole tree with ``leaves`` in place of the parameters that have gradients."""
         new = iter(leaves)
-        return structure.unflatten([next(new) if has else part for has, part in zip(has_gradient, parts, strict=True)])
+        put_into = lambda part: jax.tree.map(lambda _: next(new), part)  # an array, or a box of Flax around one
+        return structure.unflatten(
+            [put_into(part) if has else part for has, part in zip(has_gradient, parts, strict=True)]
+        )
 
     return structure.unflatten([part if has else None for has, part in zip(has_gradient, parts, strict=True)]), put
 

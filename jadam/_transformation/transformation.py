@@ -34,7 +34,7 @@ from jadam._core.numerics import (
     scheduled_beta,
     sqrt,
 )
-from jadam._core.trees import leaf_name, leaf_names, params_with_gradients
+from jadam._core.trees import beside_params, leaf_name, leaf_names, params_with_gradients
 from jadam._moments import formats
 
 
@@ -84,7 +84,8 @@ class QuantizedAdamState(NamedTuple):
     For an int8 leaf of shape ``[..., n]``, ``mu`` (int8) holds codes of ``r = m / sqrt(v)`` and ``nu`` (uint8) codes of
     ``v``, which `jadam.convert_moments` decodes. ``mu_scale`` and ``nu_scale`` (float32, ``[..., blocks]``) hold the
     largest ``|r|`` and ``v`` of each block. For any other leaf, ``mu`` and ``nu`` are the moments themselves, and each
-    scale is a placeholder of one byte. The length of ``version`` is the version number of this layout, and its values
+    scale is a placeholder of one byte. Neither has Flax's metadata, and `optax.tree.map_params` passes each tree of
+    scales to ``transform_non_params``. The length of ``version`` is the version number of this layout, and its values
     are one less.
     """
 
@@ -521,6 +522,7 @@ def scale_by_rule(
     quantized = rule.int8 and (moments == "int8" or callable(moments))
     state_type = QuantizedAdamState if quantized else rule.state_type
     fields = [name for name in state_type._fields if name not in ("count", "version")]
+    scale_fields = fields[len(rule.moment_names) :]
 
     def init(params) -> Any:
         checks.check_trainable(params, "params")
@@ -536,6 +538,9 @@ def scale_by_rule(
         for name, tree, column in zip(fields, trees, columns, strict=True):
             if mu_dtype is None or name != "mu":
                 checks.check_dtypes_kept(tree, column)
+        trees = [
+            beside_params(tree) if name in scale_fields else tree for name, tree in zip(fields, trees, strict=True)
+        ]
         state = state_type(jnp.zeros([], jnp.int32), *trees, *([formats.version()] if quantized else []))
         return ScheduledBetasState({name: jnp.zeros([]) for name in scheduled}, state) if scheduled else state
 
@@ -555,6 +560,8 @@ def scale_by_rule(
                 checks.check_moments_wide(tree, name)
             if moments == "bfloat16":
                 checks.check_moments_bfloat16(tree, name, state.mu)
+        for name in scale_fields:
+            checks.check_one_for_each(updates, getattr(state, name), f"state.{name}")
         checks.check_complex_gradients(updates, state.mu, params)
         count = state.count if isinstance(state.count, ConcreteCount) else jnp.asarray(state.count)
         hyperparams, next_count, corrections = _hyperparams_at(betas, scalars, count, corrections, transform)
@@ -577,15 +584,17 @@ def scale_by_rule(
 
         def rebuild_state(state_arrays):
             """The new state, with these arrays."""
-            full = [(*new, *old[len(new) :]) for new, old in zip(state_arrays, zip(*trees, strict=True), strict=True)]
-            columns = map(structure.unflatten, _transpose(full, len(fields)))
+            full = [(*new, *old[len(new) :]) for new, old in zip(state_arrays, arrays, strict=True)]
+            columns = map(jax.tree.unflatten, structures, _transpose(full, len(fields)))
             new = state._replace(count=next_count, **dict(zip(fields, columns, strict=True)))
             return ScheduledBetasState(corrections, new) if scheduled else new
 
-        leaves, structure = jax.tree_util.tree_flatten_with_path(updates)
-        trees = [structure.flatten_up_to(getattr(state, name)) for name in fields]
-        rows = zip(leaves, *trees, strict=True)
-        return LeafwiseUpdate([leaf_update(path, g, *stored) for (path, g), *stored in rows], rebuild_state)
+        leaves = jax.tree_util.tree_leaves_with_path(updates)
+        trees = [getattr(state, name) for name in fields]
+        structures = list(map(jax.tree.structure, trees))
+        arrays = list(zip(*map(jax.tree.leaves, trees), strict=True)) if leaves else []
+        rows = zip(leaves, arrays, strict=True)
+        return LeafwiseUpdate([leaf_update(path, g, *stored) for (path, g), stored in rows], rebuild_state)
 
     return Transformation(init, UpdateFn(leafwise))
 

@@ -10,7 +10,7 @@ import optax
 
 from jadam._core import checks
 from jadam._core.numerics import Beta, apply_rounded, at_least_float32, ema, one_minus, one_minus_power
-from jadam._core.trees import find_states, params_with_gradients, state_tree
+from jadam._core.trees import beside_params, find_states, params_with_gradients, state_tree
 from jadam._moments.formats import placeholder
 
 
@@ -70,7 +70,8 @@ def average_params(decay: float | jax.Array | None = 0.999) -> optax.GradientTra
         dtype_of = lambda p: placeholder(p, jnp.result_type(p))
         average = jax.tree.map(wide, params)
         checks.check_dtypes_kept(average, list(map(wide, jax.tree.leaves(params))), "averages")
-        return AverageParamsState(jnp.zeros([], jnp.int32), average, jax.tree.map(dtype_of, params))
+        dtypes = beside_params(jax.tree.map(dtype_of, params))
+        return AverageParamsState(jnp.zeros([], jnp.int32), average, dtypes)
 
     def update(updates, state, params=None, **extra_args) -> Any:
         if params is None:
@@ -122,4 +123,5 @@ def averaged_params(state: optax.OptState) -> optax.Params:
         )
     checks.check_values(found[0], "state")
     copied = lambda average, like: jnp.array(average, like.dtype, copy=True)  # or a donated state would free it
-    return jax.tree.map(copied, found[0].average, found[0].dtypes)
+    averages, structure = jax.tree.flatten(found[0].average)
+    return structure.unflatten(list(map(copied, averages, jax.tree.leaves(found[0].dtypes))))

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jadam._core import checks
 from jadam._core.numerics import at_least_float32
-from jadam._core.trees import NamedLeaves, leaf_name, leaf_names
+from jadam._core.trees import NamedLeaves, beside_params, leaf_name, leaf_names, without_metadata
 from jadam._moments import formats
 from jadam._moments.formats import FormatChoice
 from jadam._optimizers.adam import scale_by_adam
@@ -42,17 +43,18 @@ class _Frozen:
 
 
 FROZEN = _Frozen()
+_SCALES = ("mu_scale", "nu_scale")
 SETTINGS = ("lr_mult", "weight_decay", "moments", "b1", "b2")
 
 
 class ByPathState(NamedTuple):
     """State of `by_path`: the moments of all parameters, and the bias corrections of scheduled decay rates.
 
-    ``moments`` has None for a frozen parameter. ``corrections`` has a dict for each rule that is not `FROZEN`, as in
-    `ScheduledBetasState`.
+    ``moments`` has None for a frozen parameter. It is a `QuantizedAdamState` only if a rule may choose int8.
+    ``corrections`` has a dict for each rule that is not `FROZEN`, as in `ScheduledBetasState`.
     """
 
-    moments: QuantizedAdamState
+    moments: optax.ScaleByAdamState | QuantizedAdamState
     corrections: tuple[dict[str, jax.Array], ...]
 
 
@@ -135,7 +137,7 @@ def by_path(
         choice: Any = formats.by_name_or_function(merged["moments"])
         if not callable(choice):
             make(choice)  # for the checks that apply to names only
-        # With a function for moments, the state of every group is a QuantizedAdamState.
+        # With a function for moments, the state of every group is a QuantizedAdamState; see `_scales_by_leaf`.
         tx = make((lambda path, p: choice) if isinstance(choice, str) else choice)
         lr_mult = checks.hyperparameter("lr_mult", merged["lr_mult"], ">= 0", schedule=False)
         decay = nan_if_invalid("weight_decay", checks.hyperparameter("weight_decay", merged["weight_decay"], ">= 0"))
@@ -146,7 +148,8 @@ def by_path(
         return _Group(name, pattern, tx, choice, minus_lr, lambda count: schedule_value(decay, count))
 
     groups = [group(*rule) for rule in _check_rules(rules)]
-    fields = [name for name in QuantizedAdamState._fields if name not in ("count", "version")]
+    may_be_int8 = any(group.moments == "int8" or callable(group.moments) for group in groups)
+    state_type = QuantizedAdamState if may_be_int8 else optax.ScaleByAdamState
 
     def is_frozen(name) -> bool:
         """Whether the parameter follows a rule that is `FROZEN`."""
@@ -161,22 +164,26 @@ def by_path(
             [group.tx.init(partition.take(k, params)) for k, group in partition.trained]
         )
         merged = {}
-        for name in fields:
+        for name in _arrays_of(state_type):
             leaves = partition.merged_leaves([getattr(x, name) for x in states])
             merged[name] = partition.structure.unflatten(leaves)
             checks.check_dtypes_kept(merged[name], [x for x in leaves if x is not None])
-        moments = QuantizedAdamState(jnp.zeros([], jnp.int32), **merged, version=formats.version())
-        return ByPathState(moments, corrections)
+            merged[name] = beside_params(merged[name]) if name in _SCALES else merged[name]
+        version = {"version": formats.version()} if may_be_int8 else {}
+        return ByPathState(state_type(jnp.zeros([], jnp.int32), **merged, **version), corrections)
 
     def leafwise(updates, state, params) -> LeafwiseUpdate:
         if params is None:
             raise ValueError("by_path needs params: call update(updates, state, params).")
         checks.check_gradients(updates, state, params, params_may_be_shapes=True)
         checks.check_state_type(state, ByPathState)
-        checks.check_state_type(state.moments, QuantizedAdamState)
-        for name in fields:
+        if getattr(state.moments, "_fields", None) != optax.ScaleByAdamState._fields:
+            checks.check_state_type(state.moments, QuantizedAdamState)  # earlier versions always had this one
+        for name in ("mu", "nu"):
             _check_tree(is_frozen, params, getattr(state.moments, name), f"state.moments.{name}")
         partition = _Partition(groups, updates)
+        scales = _scales_by_leaf(state.moments, partition)
+        version: Any = getattr(state.moments, "version", np.full(formats.VERSION, formats.VERSION - 1, np.int8))
         count = state.moments.count
         leaf_updates: list = [None] * len(partition.group_of_leaf)
         rebuilders = []
@@ -189,7 +196,9 @@ def by_path(
                 )
             all_corrections = ({},) * len(partition.trained)
         for (k, group), corrections in zip(partition.trained, all_corrections, strict=True):
-            own = state.moments._replace(**{name: partition.take(k, getattr(state.moments, name)) for name in fields})
+            mu, nu = partition.take(k, state.moments.mu), partition.take(k, state.moments.nu)
+            mu_scale, nu_scale = (partition.take_leaves(k, x) for x in scales)
+            own = QuantizedAdamState(count, mu, nu, mu_scale, nu_scale, version)
             own = ScheduledBetasState(corrections, own) if corrections else own
             own_updates, rebuild_state = group.tx.update.leafwise(
                 partition.take(k, updates), own, partition.take(k, params)
@@ -216,7 +225,10 @@ def by_path(
             corrections, states = _split_corrections(
                 [rebuild([state_arrays[i] for i in indices]) for indices, rebuild in rebuilders]
             )
-            merged = {name: partition.merge([getattr(x, name) for x in states]) for name in fields}
+            merged = {name: partition.merge([getattr(x, name) for x in states]) for name in _arrays_of(state.moments)}
+            for name in set(_SCALES) & set(merged):
+                if jax.tree.structure(merged[name]) != jax.tree.structure(getattr(state.moments, name)):
+                    merged[name] = without_metadata(merged[name])
             moments = state.moments._replace(count=optax.safe_increment(count), **merged)
             return ByPathState(moments, corrections)
 
@@ -237,7 +249,10 @@ class _Partition:
 
     def take(self, k: int, tree) -> NamedLeaves:
         """Return the leaves of group ``k`` of ``tree``, which is like the partitioned tree."""
-        leaves = self.structure.flatten_up_to(tree)
+        return self.take_leaves(k, self.structure.flatten_up_to(tree))
+
+    def take_leaves(self, k: int, leaves: list) -> NamedLeaves:
+        """Return those of group ``k``."""
         return NamedLeaves(*([x[i] for i in self.indices[k]] for x in (self.names, leaves)))
 
     def merged_leaves(self, parts: list[NamedLeaves]) -> list:
@@ -251,6 +266,23 @@ class _Partition:
     def merge(self, parts: list[NamedLeaves]):
         """`merged_leaves` as a tree."""
         return self.structure.unflatten(self.merged_leaves(parts))
+
+
+def _arrays_of(state) -> list[str]:
+    """The fields with an array for each parameter."""
+    return [name for name in state._fields if name not in ("count", "version")]
+
+
+def _scales_by_leaf(moments, partition: _Partition) -> list[list]:
+    """Each of `_SCALES` as a list by leaf: None where ``mu`` has none, placeholders if ``moments`` has no scales."""
+    has_moments = [bool(jax.tree.leaves(x)) for x in partition.structure.flatten_up_to(moments.mu)]
+    scales = []
+    for name in _SCALES:
+        tree = getattr(moments, name, [np.zeros(1, np.int8)] * sum(has_moments))
+        checks.check_one_for_each(moments.mu, tree, f"state.moments.{name}")
+        leaves = iter(jax.tree.leaves(tree))
+        scales.append([next(leaves) if has else None for has in has_moments])
+    return scales
 
 
 def _split_corrections(states) -> tuple[tuple[dict, ...], list]:

@@ -18,7 +18,15 @@ import optax
 from jadam._core import checks
 from jadam._core.bf16 import join, remainder_of, split, update_to
 from jadam._core.numerics import apply_updates, at_least_float32
-from jadam._core.trees import find_states, leaf_name, leaf_names, params_tree, params_with_gradients, state_tree
+from jadam._core.trees import (
+    find_states,
+    leaf_name,
+    leaf_names,
+    params_tree,
+    params_with_gradients,
+    state_tree,
+    without_metadata,
+)
 from jadam._moments.formats import placeholder, version
 from jadam._transformation.transformation import (
     CustomUpdateFn,
@@ -36,7 +44,8 @@ class ExactBF16State(NamedTuple):
     """State of `exact_bf16`: remainders, the inner state, and a version.
 
     A remainder is int16 and shaped like the parameter; for parameters of other dtypes than bfloat16, it is a
-    placeholder of one byte. The length of ``version`` is the version number of this layout.
+    placeholder of one byte, without Flax's metadata. `optax.tree.map_params` does not know which are placeholders, so a
+    function that it maps should look at the shape. The length of ``version`` is the version number of this layout.
     """
 
     remainder: Any
@@ -120,7 +129,7 @@ def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
         inner_state = inner.init(jax.tree.map(_widen, params, params))
         if find_states(inner_state, ExactBF16State):
             raise ValueError("exact_bf16 must be outermost, got it around another exact_bf16. Drop the inner one.")
-        return ExactBF16State(jax.tree.map(_zero_remainder, params), inner_state, version(VERSION))
+        return ExactBF16State(_remainders(_zero_remainder, params), inner_state, version(VERSION))
 
     def update(updates, state, params, **extra_args) -> Any:
         checks.check_state_type(state, ExactBF16State)
@@ -132,9 +141,8 @@ def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
         updates, inner_state = inner.update(wide, state.inner_state, masters, **extra_args)
         masters = apply_updates(masters, updates)
         updates = jax.tree.map(lambda p, x, u: update_to(p, x) if _is_bf16(p) else u, params, masters, updates)
-        remainder = jax.tree.map(
-            lambda p, x, u, r: remainder_of(p, x, u) if _is_bf16(p) else r, params, masters, updates, state.remainder
-        )
+        new_remainder = lambda r, p, x, u: remainder_of(p, x, u) if _is_bf16(p) else r
+        remainder = _map_by_order(new_remainder, state.remainder, params, masters, updates)
         return updates, state._replace(remainder=remainder, inner_state=inner_state)
 
     def leafwise(updates, state, params):
@@ -275,7 +283,7 @@ def from_float32(
 
     params = jax.tree_util.tree_map_with_path(narrow, params32)
     of_split = lambda p, x: split(x)[1] if jnp.result_type(x) == jnp.float32 and _is_bf16(p) else _zero_remainder(p)
-    remainder = jax.tree.map(of_split, params, params32)
+    remainder = _remainders(of_split, params, params32)
     state = ExactBF16State(remainder, exact.update.inner.init(_masters(params, remainder)), version(VERSION))
     state = cast(Any, tx.init(params))._replace(inner_state=state) if recorded else state
     return merge(jax.tree.leaves(params)), state
@@ -289,12 +297,24 @@ def _copied(x):
 def _masters(params, remainder):
     """Join bfloat16 parameters and their remainders; other parameters are unchanged."""
     _check_remainder(params, remainder)
-    return jax.tree.map(lambda p, r: join(p, r) if _is_bf16(p) else p, params, remainder)
+    return _map_by_order(lambda p, r: join(p, r) if _is_bf16(p) else p, params, remainder)
+
+
+def _map_by_order(f, tree, *others):
+    """``jax.tree.map`` over trees that differ by Flax's boxes around their leaves."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure.unflatten(list(map(f, leaves, *map(jax.tree.leaves, others))))
+
+
+def _remainders(f, *trees):
+    """``jax.tree.map`` of trees like the parameters to remainders; placeholders without Flax's boxes."""
+    return without_metadata(jax.tree.map(f, *trees), where=lambda r: r.dtype != jnp.int16)
 
 
 def _check_remainder(params, remainder) -> None:
     """Raise unless the parameters have the tree of ``init``, and its bfloat16 leaves the same dtype and shape."""
-    checks.check_same_structure(params, remainder, "params", "state.remainder")
+    if jax.tree.structure(params) != jax.tree.structure(remainder):  # perhaps only by metadata
+        checks.check_same_structure(without_metadata(params), without_metadata(remainder), "params", "state.remainder")
     leaves, remainders = jax.tree.leaves(params), jax.tree.leaves(remainder)
     for i, (p, r) in enumerate(zip(leaves, remainders, strict=True)):
         was_bf16 = r.dtype == jnp.int16

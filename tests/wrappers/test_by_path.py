@@ -11,9 +11,10 @@ import numpy as np
 import optax
 import pytest
 from flax import linen, nnx
-from helpers import CPU, float32_params, parametrize, parametrize_grid, zip_leaves
+from helpers import CPU, assert_equal, float32_params, parametrize, parametrize_grid, zip_leaves
 
 import jadam
+from jadam._transformation.transformation import QuantizedAdamState
 
 RULES = [
     ("embed", jadam.FROZEN),
@@ -170,6 +171,30 @@ def test_tree_map_params():
     p = params()
     added = optax.tree.map_params(tx, lambda x: np.asarray(x) + 1, tx.init(p))
     assert all(x.all() for x in jax.tree.leaves(added.moments.mu))
+
+
+def test_scales_only_where_a_rule_may_choose_int8():
+    """As in `jadam.scale_by_adam`. States of earlier versions always had them; they still take the same step."""
+    p = params()
+    state_type = lambda rules, **k: type(jadam.by_path(rules, 1e-2, **k).init(p).moments)
+    mixed, int8 = [("bias", {"moments": "bfloat16"}), ("", {})], [("bias", {}), ("", {"moments": "int8"})]
+    assert state_type(mixed) is optax.ScaleByAdamState
+    assert state_type([("", {"moments": "bfloat16"})], moments="int8") is optax.ScaleByAdamState
+    assert state_type(int8) is state_type(mixed, moments=lambda path, leaf: "float32") is QuantizedAdamState
+    tx = jadam.by_path(mixed, 1e-2)
+    state = tx.init(p)
+    placeholders = jax.tree.map(lambda x: np.zeros((1,) * x.ndim, np.int8), p)
+    old = state._replace(moments=QuantizedAdamState(*state.moments, placeholders, placeholders, np.ones(2, np.int8)))
+    for step in (tx.update, jax.jit(tx.update)):
+        (u, new), (u_old, new_old) = step(params(1), state, p), step(params(1), old, p)
+        assert_equal(u_old, u)
+        assert jax.tree.structure(new_old) == jax.tree.structure(old)
+        assert_equal(tuple(new_old.moments[:3]), tuple(new.moments))
+    assert_equal(jadam.convert_moments(old, "float32"), jadam.convert_moments(state, "float32"))
+    to_int8 = jadam.convert_moments(state, "int8")
+    assert_equal(to_int8, jadam.convert_moments(old, "int8"))
+    int8_state = jadam.by_path([("", {})], 1e-2, moments="int8").init(p)
+    assert jax.tree.map(jnp.shape, to_int8.moments) == jax.tree.map(jnp.shape, int8_state.moments)
 
 
 class Net(linen.Module):

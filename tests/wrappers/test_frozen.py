@@ -93,7 +93,7 @@ def test_they_are_described_and_have_no_statistics():
     for name in ("ids", "flag", "key", "float8"):
         leaf = leaves[f"['{name}']"]
         assert (leaf.format, leaf.bytes, leaf.reason) == ("none", 0, "jadam.FROZEN")
-    assert leaves["['w']"].bytes == 2 * 4 * WEIGHTS["w"].size + 2  # and the two placeholders of scales
+    assert leaves["['w']"].bytes == 2 * 4 * WEIGHTS["w"].size
     assert jadam.statistics(tx, state, PARAMS).leaves.keys() == {"['bf16']", "['w']"}
     numbers = {name: p for name, p in PARAMS.items() if name not in ("text", "function")}
     parts = jadam.plan(tx, numbers, {"data": 2}, "data")
