@@ -94,6 +94,22 @@ def run_cli(arguments, folder):
 # ---------------------------------------------------------------- arrays
 
 
+def on_host(tree):
+    """The shardings of ``tree``, in host memory."""
+    return jax.tree.map(lambda x: x.sharding.with_memory_kind("pinned_host"), tree)
+
+
+@functools.cache
+def host_offload_reason() -> str:
+    """Why a program here cannot move arrays to host memory, or "". On a CPU JAX 0.10.0 cannot, 0.10.2 can."""
+    x = zeros(1)
+    try:
+        jax.jit(lambda x: x, out_shardings=on_host(x))(x)
+    except Exception as error:
+        return f"jax {jax.__version__} moves nothing to host memory on {jax.default_backend()}: {error}"
+    return ""
+
+
 def zeros(shape, dtype=np.float32):
     """``jnp.zeros`` without a compilation."""
     return jax.device_put(np.zeros(shape, dtype))

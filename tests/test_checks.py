@@ -18,7 +18,7 @@ import pytest
 from flax import nnx
 from flax.serialization import to_state_dict
 from golden import texts
-from helpers import MESH, ones, zeros
+from helpers import MESH, on_host, ones, zeros
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 import jadam
@@ -71,6 +71,10 @@ def donated(tree=W):
 
 def on(device, tree=W):
     return jax.device_put(tree, jax.devices()[device])
+
+
+def in_host_memory(tree):
+    return jax.device_put(tree, on_host(tree))
 
 
 HYPERPARAMETERS = [
@@ -1141,6 +1145,31 @@ STATES = [  # conversions and checkpoints
         lambda: torch_state.to_torch(SMALL, {"": "w"}, "adam.pth"),
         ValueError,
         "path must end in .safetensors, got 'adam.pth'. Pickles are not supported",
+    ),
+    (
+        lambda: stepped(state=in_host_memory(STATE)),
+        ValueError,
+        "state[0].count must be in device memory, got memory kind 'pinned_host'. Move it within the step: jax.device_put(state, jax.memory.Space.Device).",
+    ),
+    (
+        lambda: jax.jit(lambda state: stepped(EXACT, HALF, state=state))(in_host_memory(EXACT.init(HALF))),
+        ValueError,
+        "state.remainder['b']['c'] must be in device memory, got memory kind 'pinned_host'.",
+    ),
+    (
+        lambda: jax.jit(lambda state: updated(state=state))(in_host_memory(STATE)),
+        ValueError,
+        "state[0].count must be in device memory, got memory kind 'pinned_host'.",
+    ),
+    (
+        lambda: jadam.step(DIVIDED, VECTOR, in_host_memory(DIVIDED.init(VECTOR)), VECTOR),
+        ValueError,
+        "state[0].count must be in device memory, got memory kind 'pinned_host'.",
+    ),
+    (
+        lambda: updated(g=in_host_memory(W)),
+        ValueError,
+        "updates['b']['c'] must be in device memory, got memory kind 'pinned_host'.",
     ),
 ]
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 _LIBRARIES = ("jadam", "optax", "flax", "jax")
+_HOST = jax.memory.Space.Host
 _FLOAT32_MAX = float(np.finfo(np.float32).max)  # a larger one would be infinite in float32
 _RANGES: dict[str, Callable[[Any], Any]] = {
     "in [0, 1)": lambda x: (x >= 0) & (x < 1),
@@ -314,6 +315,20 @@ def check_same_devices(**trees) -> None:
     )
 
 
+def _is_in_device_memory(x) -> bool:
+    """Whether an array, traced or not, is in the memory of its devices, not in that of their host."""
+    return getattr(getattr(x, "aval", None), "memory_space", None) is not _HOST
+
+
+def check_in_device_memory(tree, what: str) -> None:
+    """Raise if an array is in host memory, as an offloaded state is between steps. JAX computes with none that is."""
+    for path, _ in _first_failure(_is_in_device_memory, tree):
+        raise ValueError(
+            f"{what}{path} must be in device memory, got memory kind 'pinned_host'. Move it within the step: "
+            f"jax.device_put({what}, jax.memory.Space.Device)."
+        )
+
+
 def is_trainable(leaf) -> bool:
     """Whether ``leaf`` is an array or a number, floating or complex, of at least 16 bits."""
     return is_array(leaf) and _is_trainable(dtype_of(leaf))
@@ -350,12 +365,16 @@ def check_trainable(tree, what: str) -> None:
 def check_gradients(updates, state, params, *, params_may_be_shapes: bool = False) -> None:
     """Raise unless ``updates`` are trainable arrays with the tree and shapes of ``params``, if those are given.
 
+    Updates and state must be in device memory.
+
     ``params_may_be_shapes``: whether ``params`` may be shapes without values.
     """
     for tree, what in ((params, "params"), (updates, "updates")):
         check_trainable(tree, what)
     for tree, what in ((updates, "updates"), (state, "state"), (None if params_may_be_shapes else params, "params")):
         check_values(tree, what)
+    for tree, what in ((updates, "updates"), (state, "state")):  # a frozen parameter may be in host memory
+        check_in_device_memory(tree, what)
     if params is not None:
         check_same_tree(params, updates, "params", "updates")
 

@@ -1,0 +1,82 @@
+"""The state in host memory between steps, moved in and out within the jitted step."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import MESH, assert_equal, host_offload_reason, normal, on_host, parametrize_grid
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+
+import jadam
+from jadam.sharding import zero1
+
+PLACES = {"one": SingleDeviceSharding(jax.devices()[0]), "eight": NamedSharding(MESH, PartitionSpec())}
+OPTIMIZERS = {
+    "float32": (jadam.adamw(1e-2), jnp.float32),
+    "int8": (jadam.adamw(1e-2, moments="int8"), jnp.float32),
+    "exact_bf16": (jadam.exact_bf16(jadam.adamw(1e-2, moments="int8")), jnp.bfloat16),
+}
+
+
+@pytest.mark.skipif(bool(host_offload_reason()), reason=host_offload_reason())
+@parametrize_grid({"how": OPTIMIZERS, "place": PLACES}, default=["float32-one", "exact_bf16-one", "exact_bf16-eight"])
+def test_an_offloaded_state_has_the_same_bits(how, place, programs_compiled):
+    """Four donated steps, compiled once; what comes back is in host memory again, the parameters are not."""
+    tx, dtype = how
+    start = lambda: jax.device_put({"w": normal(64, 128, dtype=dtype), "b": normal(128, dtype=dtype)}, place)
+    tx = tx if place == PLACES["one"] else zero1(tx, start(), MESH, "data")
+    state_shardings = on_host(tx.init(start()))
+
+    def train_step(params, state, x, offloaded):
+        grads = jax.tree.map(lambda p: jnp.cos(p + x).astype(p.dtype), params)
+        if offloaded:
+            state = jax.device_put(state, jax.memory.Space.Device)
+        return jadam.step(tx, grads, state, params)
+
+    def run(offloaded):
+        shardings = state_shardings if offloaded else None
+        params, state = start(), tx.init(start())
+        state = jax.device_put(state, shardings) if offloaded else state
+        step = jax.jit(
+            functools.partial(train_step, offloaded=offloaded), donate_argnums=(0, 1), out_shardings=(None, shardings)
+        )
+        before = programs_compiled()
+        for i in range(4):
+            params, state = step(params, state, np.float32(i))
+        return params, state, programs_compiled() - before
+
+    *expected, _ = run(offloaded=False)
+    *found, compiled = run(offloaded=True)
+    assert compiled == 1
+    kinds = [{x.sharding.memory_kind for x in jax.tree.leaves(tree)} for tree in found]
+    assert kinds == [{"device"}, {"pinned_host"}]
+    assert_equal(jax.device_get(found), jax.device_get(expected))
+
+
+@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("how", ["float32", "exact_bf16", "chain", "by_path"])
+def test_a_state_that_is_not_moved_is_an_error(how, jitted, place):
+    """The first array of the state in host memory is named."""
+    more = {"chain": jadam.chain(jadam.clip(1.0), jadam.adam(1e-2)), "by_path": jadam.by_path([("", {})], 1e-2)}
+    tx, dtype = OPTIMIZERS.get(how) or (more[how], jnp.float32)
+    params = jax.device_put({"w": normal(64, 128, dtype=dtype)}, place)
+    tx = tx if place == PLACES["one"] else zero1(tx, params, MESH, "data")
+    state = tx.init(params)
+    state = jax.device_put(state, on_host(state))
+    text = r"^state[^ ]* must be in device memory, got memory kind 'pinned_host'\. Move it within the step: "
+    for call in (functools.partial(jadam.step, tx), tx.update):
+        with pytest.raises(ValueError, match=text):
+            (jax.jit(call) if jitted else call)(params, state, params)
+
+
+def test_frozen_parameters_may_be_in_host_memory():
+    params = {"base": normal(64, 128), "adapter": normal(64, 8)}
+    tx = jadam.by_path([("base", jadam.FROZEN), ("", {})], 1e-2)
+    state = tx.init(params)
+    expected, _ = jadam.step(tx, params, state, params)
+    new, _ = jadam.step(tx, params, state, params | {"base": jax.device_put(params["base"], on_host(params["base"]))})
+    assert new["base"].sharding.memory_kind == "pinned_host"
+    assert_equal(jax.device_get(new), jax.device_get(expected))
