@@ -1149,7 +1149,7 @@ STATES = [  # conversions and checkpoints
     (
         lambda: stepped(state=in_host_memory(STATE)),
         ValueError,
-        "state[0].count must be in device memory, got memory kind 'pinned_host'. Move it within the step: jax.device_put(state, jax.memory.Space.Device).",
+        "state[0].count must be in device memory, got memory kind 'pinned_host'. Move it, under jit within the jitted function: jax.device_put(state, jax.memory.Space.Device).",
     ),
     (
         lambda: jax.jit(lambda state: stepped(EXACT, HALF, state=state))(in_host_memory(EXACT.init(HALF))),
@@ -1162,14 +1162,14 @@ STATES = [  # conversions and checkpoints
         "state[0].count must be in device memory, got memory kind 'pinned_host'.",
     ),
     (
-        lambda: jadam.step(DIVIDED, VECTOR, in_host_memory(DIVIDED.init(VECTOR)), VECTOR),
+        lambda: jadam.convert_moments(in_host_memory(STATE), "int8"),
         ValueError,
         "state[0].count must be in device memory, got memory kind 'pinned_host'.",
     ),
     (
-        lambda: updated(g=in_host_memory(W)),
+        lambda: jadam.step(DIVIDED, VECTOR, in_host_memory(DIVIDED.init(VECTOR)), VECTOR),
         ValueError,
-        "updates['b']['c'] must be in device memory, got memory kind 'pinned_host'.",
+        "state[0].count must be in device memory, got memory kind 'pinned_host'.",
     ),
 ]
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import sybil.document
-from helpers import ROOT
+from helpers import ROOT, host_offload_reason
 from sybil.parsers.markdown import PythonCodeBlockParser
 
 README = ROOT / "README.md"
@@ -30,6 +30,8 @@ BLOCKS = python_blocks()
 @pytest.mark.parametrize("example", BLOCKS.values(), ids=BLOCKS)
 def test_python_blocks(example):
     """Each block runs on its own."""
+    if "jax.memory.Space.Host" in example.parsed and (reason := host_offload_reason()):
+        pytest.skip(reason)
     example.document.namespace.clear()
     example.evaluate()
 

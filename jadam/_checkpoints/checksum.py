@@ -18,7 +18,7 @@ def checksum(tree) -> jax.Array:
     one element of up to 4 bytes, always changes the checksum. Other damage does with probability 1 - 2**-32.
 
     Args:
-        tree: a tree of JAX or NumPy arrays and Python numbers, of any dtype and sharding.
+        tree: a tree of JAX or NumPy arrays and Python numbers, of any dtype, sharding and memory kind.
 
     Returns:
         A uint32 scalar. It depends on each leaf's dtype, shape, bits and path (the names, not the container types). It
@@ -54,6 +54,8 @@ def checksum(tree) -> jax.Array:
                 f"tree{jax.tree_util.keystr(path)} must be an array of numbers, got {x.dtype}. Leave it out. For "
                 "a random key, pass jax.random.key_data(key)."
             )
+        if not checks.is_in_device_memory(x):
+            x = jax.device_put(x, jax.memory.Space.Device)
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         seed = np.uint32(zlib.crc32(f"{name} {x.dtype} {x.shape}".encode()))
         if isinstance(x, np.ndarray) and x.dtype.itemsize >= 8:  # JAX without x64 would truncate it to 4 bytes

@@ -51,6 +51,7 @@ def convert_moments(state, to: FormatChoice) -> Any:
     """
     checks.check_not_transformation(state)
     checks.check_values(state, "state")
+    checks.check_in_device_memory(state, "state")
     to = formats.by_name_or_function(to)
     found = []
 

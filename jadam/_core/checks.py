@@ -315,17 +315,21 @@ def check_same_devices(**trees) -> None:
     )
 
 
-def _is_in_device_memory(x) -> bool:
+def is_in_device_memory(x) -> bool:
     """Whether an array, traced or not, is in the memory of its devices, not in that of their host."""
-    return getattr(getattr(x, "aval", None), "memory_space", None) is not _HOST
+    if (aval := getattr(x, "aval", None)) is None:  # of NumPy, or a number
+        return True
+    if isinstance(x, jax.core.Tracer):
+        return getattr(aval, "memory_space", None) is not _HOST
+    return x.sharding.memory_kind != "pinned_host"  # the type of what only out_shardings moved says device memory
 
 
 def check_in_device_memory(tree, what: str) -> None:
     """Raise if an array is in host memory, as an offloaded state is between steps. JAX computes with none that is."""
-    for path, _ in _first_failure(_is_in_device_memory, tree):
+    for path, _ in _first_failure(is_in_device_memory, tree):
         raise ValueError(
-            f"{what}{path} must be in device memory, got memory kind 'pinned_host'. Move it within the step: "
-            f"jax.device_put({what}, jax.memory.Space.Device)."
+            f"{what}{path} must be in device memory, got memory kind 'pinned_host'. Move it, under jit "
+            f"within the jitted function: jax.device_put({what}, jax.memory.Space.Device)."
         )
 
 
@@ -365,7 +369,7 @@ def check_trainable(tree, what: str) -> None:
 def check_gradients(updates, state, params, *, params_may_be_shapes: bool = False) -> None:
     """Raise unless ``updates`` are trainable arrays with the tree and shapes of ``params``, if those are given.
 
-    Updates and state must be in device memory.
+    The state must be in device memory.
 
     ``params_may_be_shapes``: whether ``params`` may be shapes without values.
     """
@@ -373,8 +377,7 @@ def check_gradients(updates, state, params, *, params_may_be_shapes: bool = Fals
         check_trainable(tree, what)
     for tree, what in ((updates, "updates"), (state, "state"), (None if params_may_be_shapes else params, "params")):
         check_values(tree, what)
-    for tree, what in ((updates, "updates"), (state, "state")):  # a frozen parameter may be in host memory
-        check_in_device_memory(tree, what)
+    check_in_device_memory(state, "state")
     if params is not None:
         check_same_tree(params, updates, "params", "updates")
 
