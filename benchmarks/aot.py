@@ -2,7 +2,8 @@
 
 Each platform's compiler is in a virtual environment, created by the first run in ``$XDG_CACHE_HOME/jadam``
 (``~/.cache/jadam``). A large kernel is an operation of the compiled program that writes more bytes than a fiftieth of
-the number of parameters; its traffic is the bytes it reads and writes. The run fails if a bar is exceeded.
+the number of parameters; its traffic is the bytes it reads and writes. The run fails if a bar is exceeded, if a step's
+arguments on one or eight chips are more than 1 % from `jadam.plan`, or if a state in host memory is not counted there.
 """
 
 import hashlib
@@ -30,6 +31,15 @@ PACKAGES = {
 TARGETS = {"tpu": "TPU v5e", "cuda": "H100"}
 SHAPES = [(4096, 4096), (131072, 4096), (262144, 512), (768, 50257), (300, 1000), (1000000, 16)]
 STACKED = [(8, 1024, 4096), (6, 1000, 500), (3, 3, 512, 512), (12, 768, 12, 64)]  # layers of a scan, and convolutions
+LAYERS = 1  # of Llama 2's 7B, to compare the compiler's bytes with `jadam.plan`
+PLACEMENTS = {  # format, mesh, axis of the state, axes of the parameters
+    "one device": ("int8", {"data": 1}, "data", None),
+    "FSDP, exact_bf16": ("bfloat16 + exact_bf16", {"fsdp": 8}, "fsdp", "fsdp"),
+    "FSDP x TP, int8": ("int8", {"fsdp": 4, "tensor": 2}, "fsdp", ("fsdp", "tensor")),
+    "zero1": ("float32", {"data": 8}, "data", None),
+    "zero1 x TP, int8": ("int8", {"data": 4, "model": 2}, "data", "model"),
+    "zero1, int8, exact_bf16": ("int8 + exact_bf16", {"data": 8}, "data", None),
+}
 FREE = ("parameter", "constant", "bitcast", "tuple", "get-tuple-element")
 
 
@@ -58,7 +68,19 @@ def run(options) -> dict:
     """Compiles every case for both platforms, or with ``--mesh`` a model's step for many chips."""
     if options.mesh:
         return on_mesh(options.mesh, options.model)
-    rows, missed = [], []
+    rows, planned, offloaded, missed = [], [], [], []
+    for row in run_in_environment("tpu", "plan"):
+        planned.append(row)
+        error = row["arguments"] / row["planned"] - 1
+        missed += [f"{row['case']}: arguments {error:+.2%} from the plan's"] * (abs(error) > 0.01)
+        missed += [f"{row['case']}: {row['temporaries']} temporaries"] * (
+            not row["gathered"] and row["temporaries"] > 0
+        )
+        print(f"aot: TPU v5e, plan: {row['case']:24} {error:+.2%}, temporaries {row['temporaries']:,}", flush=True)
+    for row in run_in_environment("tpu", "offload"):
+        offloaded.append(row)
+        missed += [f"offload {row['format']}: {row}"] * (abs(row["on host"] / row["state"] - 1) > 0.01)
+        print(f"aot: TPU v5e, state in host memory, bytes per parameter: {row}", flush=True)
     for platform in PACKAGES:
         for row in run_in_environment(platform, platform):
             rows.append(row)
@@ -69,7 +91,7 @@ def run(options) -> dict:
             print(f"aot: {row['target']:8}{row['case']:28}{shape:12}", *values, *over, sep="  ", flush=True)
     if missed:
         raise SystemExit("aot: bars missed: " + "; ".join(missed))
-    return {"per parameter": rows}
+    return {"per parameter": rows, "plan, bytes on a device": planned, "offload, bytes per parameter": offloaded}
 
 
 def run_in_environment(platform, *arguments):
@@ -228,6 +250,81 @@ def compile_on_mesh(topology, model):
         print(json.dumps(row), flush=True)
 
 
+def compare_with_plan():
+    """Prints a line of JSON for each of `PLACEMENTS`: a donated step's bytes on a TPU v5e, and `jadam.plan`'s."""
+    import numpy as np
+    from jax.experimental import topologies
+
+    import jadam
+    from jadam._diagnostics import plan as planning
+    from jadam.sharding import shard_largest_dim, zero1
+
+    devices = np.array(topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices)
+    for name, (how, shape, axis, params_axis) in PLACEMENTS.items():
+        dtype, tx = planning.CONFIGURATIONS[how]
+        shapes = planning.shapes_of("llama-7b", dtype)
+        shapes["layers"] = shapes["layers"][:LAYERS]
+        n = math.prod(shape.values())
+        mesh = jax.sharding.Mesh(devices[:n].reshape(tuple(shape.values())), tuple(shape))
+        params = shard_largest_dim(shapes, mesh, params_axis)
+        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        if n == 1:
+            state = jax.eval_shape(tx.init, params)
+            state = jax.tree.map(lambda x, s=whole: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state)
+        else:
+            tx = zero1(tx, params, mesh, axis)
+            state = tx.layout.state
+        step = jax.jit(lambda params, state, grads, tx=tx: jadam.step(tx, grads, state, params), donate_argnums=(0, 1))
+        memory = step.lower(params, state, params).compile().memory_analysis()
+        planned = planning.plan(planning.CONFIGURATIONS[how][1], shapes, shape, axis, params_axis)
+        row = {
+            "case": name,
+            "format": how,
+            "mesh": shape,
+            "arguments": memory.argument_size_in_bytes,
+            "planned": planned.total,
+            "parameters": planned.parameters,
+            "gathered": planned.gathered,
+            "temporaries": memory.temp_size_in_bytes,
+        }
+        print(json.dumps(row), flush=True)
+
+
+def offload():
+    """Prints a line of JSON for every format: a step whose state is in host memory before and after it."""
+    from jax.experimental.layout import Format, Layout
+
+    import jadam
+    from jadam._diagnostics import plan as planning
+
+    here = jax.sharding.SingleDeviceSharding(device("tpu"))
+    host = here.with_memory_kind("pinned_host")
+    # libtpu 0.0.42 copies no 8-bit matrix from host memory in its own layout; 0.0.50 does.
+    narrow = Format(Layout((0, 1), ((8, 128), (4, 1))), host)
+    for name, (dtype, tx) in planning.CONFIGURATIONS.items():
+        params = {"w": jax.ShapeDtypeStruct(SHAPES[0], dtype), "b": jax.ShapeDtypeStruct(SHAPES[0][1:], dtype)}
+        state = jax.eval_shape(tx.init, params)
+
+        def step(params, state, grads, tx=tx):
+            state = jax.device_put(state, jax.memory.Space.Device)
+            params, state = jadam.step(tx, grads, state, params)
+            return params, jax.device_put(state, jax.memory.Space.Host)
+
+        on_host = jax.tree.map(lambda x: narrow if x.ndim == 2 and x.dtype.itemsize == 1 else host, state)
+        shardings = {"in_shardings": (here, on_host, here), "out_shardings": (here, on_host)}
+        memory = jax.jit(step, donate_argnums=(0, 1), **shardings).lower(params, state, params).compile()
+        memory = memory.memory_analysis()
+        parameters = sum(x.size for x in jax.tree.leaves(params))
+        row = {
+            "format": name,
+            "state": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)),
+            "on host": memory.host_argument_size_in_bytes,
+            "arguments on device": memory.argument_size_in_bytes,
+            "temporaries": memory.temp_size_in_bytes,
+        }
+        print(json.dumps({k: round(x / parameters, 3) if k != "format" else x for k, x in row.items()}), flush=True)
+
+
 def step_on_mesh(tx, shapes, mesh):
     """Compiled step, and the ranges of its arguments that are parameters, state and gradients."""
     import jadam
@@ -272,4 +369,7 @@ def collectives(text) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:]) if len(sys.argv) == 2 else compile_on_mesh(*sys.argv[1:])
+    if len(sys.argv) == 3:
+        compile_on_mesh(*sys.argv[1:])
+    else:
+        {"plan": compare_with_plan, "offload": offload}.get(sys.argv[1], lambda: main(sys.argv[1]))()

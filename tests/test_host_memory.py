@@ -30,7 +30,9 @@ def test_an_offloaded_state_has_the_same_bits(how, place, programs_compiled):
 
     def train_step(params, state, x, offloaded):
         grads = jax.tree.map(lambda p: jnp.cos(p + x).astype(p.dtype), params)
-        state = jax.device_put(state, jax.memory.Space.Device) if offloaded else state
+        if offloaded:
+            grads, state = jax.lax.optimization_barrier((grads, state))
+            state = jax.device_put(state, jax.memory.Space.Device)
         params, state = jadam.step(tx, grads, state, params)
         return params, jax.device_put(state, jax.memory.Space.Host) if offloaded else state
 

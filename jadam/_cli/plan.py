@@ -8,6 +8,7 @@ from jadam._cli.shapes import read_shapes
 from jadam._diagnostics.describe import table
 from jadam._diagnostics.plan import CONFIGURATIONS, PARTS, cast_shapes, count_devices, draw, plan, shapes_of, unit_of
 
+GATHERED = 1.6  # at most, as compiled for a TPU v5e: `python -m benchmarks aot`
 DEFAULT_OUT = Path("jadam-plan.png")
 
 
@@ -51,6 +52,9 @@ def run(
         cells = [f"{getattr(x, part) / size:.2f}" for part in (*PARTS[:-1], "total")]
         rows.append([name, *cells, f"{x.state * first.devices / x.num_parameters:.2f}"])
     notes = [f"{name}: {path}: {note}" for name, x in plans.items() for path, note in x.notes.items()]
+    gathers = any(x.gathered for x in plans.values())
+    more = f"up to {GATHERED} times the weights, which it gathers" if gathers else "none, where it is one pass"
+    notes.append(f"Temporaries of jadam.step itself: {more}")
     if memory is not None:
         fits = [name for name, x in plans.items() if x.total <= memory * 2**30]
         notes.append(f"Fit into {memory:g} GiB, besides activations: {', '.join(fits) or 'none'}")

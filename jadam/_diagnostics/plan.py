@@ -14,7 +14,7 @@ import optax
 from jax.sharding import AbstractMesh
 
 from jadam._core import checks
-from jadam._core.trees import match_state_to_params, params_tree, params_with_gradients
+from jadam._core.trees import leaf_names, match_state_to_params, params_tree, params_with_gradients
 from jadam._diagnostics.describe import html_table, table
 from jadam._diagnostics.models import MODELS
 from jadam._optimizers.adam import adamw
@@ -38,6 +38,7 @@ class MemoryPlan:
     remainders: int
     other: int
     notes: dict[str, str]  # on parameters with state that is not sharded, or not in the requested format
+    gathered: int = 0  # of `parameters`, those whose state is sharded further: `jadam.step` gathers them
 
     @property
     def state(self) -> int:
@@ -97,6 +98,11 @@ def plan(
     given. The state is sharded by `jadam.sharding.zero1`. Activations are not counted. On the command line,
     ``jadam plan`` does this for well-known models.
 
+    The bytes are those of the arrays. A TPU pads their last two dimensions to tiles, which adds less than 1 % to
+    well-known models. `jadam.step` itself needs no temporaries where it is one pass and the state is sharded as the
+    parameters are, as on one device and with FSDP. Parameters whose state is sharded further, it gathers: ``gathered``
+    bytes, of which XLA holds up to 1.6 times in temporaries on a TPU v5e, and twice on a CPU.
+
     Args:
         tx: any Optax transformation.
         shapes: a tree of arrays or `jax.ShapeDtypeStruct`; gradients are assumed to have the parameters' dtypes.
@@ -107,7 +113,7 @@ def plan(
 
     Returns:
         A `MemoryPlan` with ``num_parameters`` and the bytes of one device: ``parameters``,
-        ``gradients``, ``moments``, ``remainders``, ``other``, ``state``, ``total``. Print it for a table.
+        ``gradients``, ``moments``, ``remainders``, ``other``, ``state``, ``total``, ``gathered``. Print it for a table.
 
     Raises:
         ValueError, TypeError: the same as `jadam.sharding.zero1`.
@@ -133,7 +139,7 @@ def plan(
     checks.check_trainable(trainable, "shapes")
     mesh_axes(axis, mesh)  # raises unless the mesh has them
     params = shard_largest_dim(shapes, mesh, params_axis)
-    notes = {}
+    notes, gathered = {}, 0
     if mesh.size == 1:
         state = jax.eval_shape(tx.init, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trainable))
     else:
@@ -141,6 +147,9 @@ def plan(
         state = sharded.layout.state
         notes = {name: f"state not sharded: {reason}" for name, reason in sharded.undivided.items()}
         notes |= {name: f"moments in float32: {reason}" for name, reason in sharded.widened.items()}
+        split = lambda x: x.state_sharding.shard_shape(x.shape) != x.param_sharding.shard_shape(x.shape)
+        whole = dict(zip(leaf_names(params), jax.tree.leaves(params), strict=True))
+        gathered = sum(_nbytes_per_device(whole[x.name]) for x in sharded.layout.leaves if split(x))
     sizes = dict.fromkeys(PARTS, 0)
     for (name, field), x in zip(match_state_to_params(state, params), jax.tree.leaves(state), strict=True):
         kind = "other" if name is None else "remainders" if field == "remainder" else "moments"
@@ -148,7 +157,11 @@ def plan(
     sizes["parameters"] = sum(map(_nbytes_per_device, jax.tree.leaves(params)))
     sizes["gradients"] = sum(map(_nbytes_per_device, jax.tree.leaves(params_with_gradients(params, trainable)[0])))
     return MemoryPlan(
-        sum(x.size for x in jax.tree.leaves(params)), math.prod(mesh_shape.values()), **sizes, notes=notes
+        sum(x.size for x in jax.tree.leaves(params)),
+        math.prod(mesh_shape.values()),
+        **sizes,
+        notes=notes,
+        gathered=gathered,
     )
 
 
