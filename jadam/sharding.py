@@ -1,4 +1,4 @@
-"""Sharding of the optimizer state over a mesh (ZeRO stage 1), by JAX's own partitioning.
+"""The optimizer state on a mesh: sharded like the parameters, or further over a mesh axis (ZeRO stage 1).
 
 Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", SC 2020, arXiv:1910.02054,
 section 5.1: each device keeps the state of its shard of the parameters. A step reduces the gradients to this shard,
@@ -19,6 +19,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jadam._core import checks
 from jadam._core.trees import leaf_names, match_state_to_params, params_tree, params_with_gradients
+from jadam._fused.shards import axis_names, num_shards, padded
 from jadam._fused.step import step_sharded, update_and_apply
 from jadam._moments.formats import is_placeholder, placeholder
 from jadam._moments.int8 import BLOCK, largest_block
@@ -26,19 +27,19 @@ from jadam._transformation.transformation import CustomUpdateFn, NotFusible, rai
 
 
 @dataclasses.dataclass(eq=False)
-class _Zero1UpdateFn(CustomUpdateFn):
-    """``update`` of `zero1`, with the layout of the state."""
+class _ShardedUpdateFn(CustomUpdateFn):
+    """``update`` of `sharded` and `zero1`, with the layout of the state."""
 
     layout: "Layout" = dataclasses.field(kw_only=True)
 
 
-class Zero1(optax.GradientTransformationExtraArgs):
-    """An Optax transformation whose state is sharded, as `zero1` returns it."""
+class Sharded(optax.GradientTransformationExtraArgs):
+    """An Optax transformation whose state is sharded, as `sharded` and `zero1` return it."""
 
     @property
     def layout(self) -> "Layout":
         """The shardings of parameters and state."""
-        return cast(_Zero1UpdateFn, self.update).layout
+        return cast(_ShardedUpdateFn, self.update).layout
 
     @property
     def shardings(self) -> Any:
@@ -58,7 +59,8 @@ class Zero1(optax.GradientTransformationExtraArgs):
     def __repr__(self):
         leaves = [x for x in self.layout.leaves if x.bytes]
         sharded = sum(not x.reason for x in leaves)
-        lines = [f"zero1: state of {sharded} of {len(leaves)} parameters sharded {self.layout.ways}"]
+        how = f"zero1: state of {sharded} of" if self.layout.ways else "sharded: state of"
+        lines = [f"{how} {len(leaves)} parameters sharded {self.layout.ways or 'as they are'}"]
         lines += [f"  undivided: {name}: {reason}" for name, reason in self.undivided.items()]
         lines += [f"  float32: {name}: {reason}" for name, reason in self.widened.items()]
         return "\n".join(lines)
@@ -79,14 +81,14 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The shardings that `zero1` chose."""
+    """The shardings of parameters and state."""
 
     leaves: tuple[Leaf, ...]  # one per parameter
     state: Any  # `jax.ShapeDtypeStruct` with shardings
-    ways: str  # the number of shards and the mesh axes, such as "8 ways ('data')"
+    ways: str  # the number of shards and the mesh axes of `zero1`, such as "8 ways ('data')"; else ""
 
 
-def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[str]) -> Zero1:
+def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[str]) -> Sharded:
     """Shard the state of ``tx`` over a mesh axis: of ``n`` devices, each keeps an n-th of it.
 
     Moments, scales and remainders are sharded along the first dimension of a parameter that is a multiple of the
@@ -133,6 +135,108 @@ def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[s
             f"axis must have size > 1, got {axis!r} in the mesh {dict(mesh.shape)}. Choose another axis or a larger "
             "mesh; on one device use tx without zero1."
         )
+    return _sharded(tx, params, mesh, axes, "zero1")
+
+
+def sharded(tx: optax.GradientTransformation, params, mesh) -> Sharded:
+    """Declare how the parameters are sharded, so that the state is sharded likewise and `jadam.step` uses its kernels.
+
+    On CPU and GPU, and on a mesh with explicit axes, `jadam.step` finds the shardings itself. On a TPU mesh whose axes
+    are ``Auto``, `jax.jit` does not tell them. With them `jadam.step` takes one pass over memory on each device, also
+    for bfloat16 and int8 moments and with `jadam.exact_bf16`.
+
+    Moments, scales and remainders are sharded like their parameter. int8 block sizes are chosen so that each shard has
+    whole blocks. ``init`` returns a sharded state. The results have the same bits as on one device with the same
+    blocks. Only a global norm may differ, because its sum has another order.
+
+    Args:
+        tx: any Optax transformation, also `jadam.exact_bf16` and chains. `sharded` must be the outermost wrapper.
+        params: parameters, or their shapes and dtypes (`jax.ShapeDtypeStruct`), with a `NamedSharding`. Those without
+            one are taken as replicated.
+        mesh: `jax.sharding.Mesh`, or an `AbstractMesh` to inspect ``shardings`` only.
+
+    Returns:
+        A transformation as `zero1` returns it.
+
+    Raises:
+        ValueError: no parameter has a sharding. In ``init`` and ``update``: other parameters, or a mesh without
+            devices.
+        TypeError: ``tx`` is not a transformation, ``mesh`` is not a mesh, or a parameter is not floating.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jadam
+        >>> mesh = jax.sharding.Mesh(jax.devices(), ("fsdp",))
+        >>> sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+        >>> params = jax.device_put({"kernel": jnp.ones((64, 128))}, sharding)
+        >>> tx = jadam.sharding.sharded(jadam.adamw(1e-3, moments="int8"), params, mesh)
+        >>> tx
+        sharded: state of 1 parameters sharded as they are
+        >>> print(*tx.init(params)[0].mu["kernel"].sharding.spec)
+        fsdp
+    """
+    checks.check_transformation("sharded needs", tx)
+    _check_mesh(mesh)
+    mesh_of(params)
+    return _sharded(tx, params, mesh, (), "sharded")
+
+
+def state_shardings(tx: optax.GradientTransformation, params) -> Any:
+    """Return the shardings of ``tx``'s state: moments, scales and remainders like their parameter, others replicated.
+
+    They are those of ``tx.init(params)`` outside of `jax.jit`. Use them as ``in_shardings`` and ``out_shardings`` of a
+    training step, to restore a checkpoint, or in ``jax.jit(tx.init, out_shardings=...)``. Under `jax.jit`, ``tx.init``
+    does not know the shardings of ``params``: if they cut int8 blocks of 128, use ``sharded(tx, params, mesh).init``.
+
+    Args:
+        tx: any Optax transformation.
+        params: parameters, or their shapes and dtypes (`jax.ShapeDtypeStruct`), with a `NamedSharding` of one mesh.
+            Those without one are taken as replicated.
+
+    Returns:
+        A tree of `jax.sharding.NamedSharding` like the state.
+
+    Raises:
+        ValueError: no parameter has a sharding, or they lie on several meshes.
+        TypeError: ``tx`` is not a transformation, or a parameter is not floating.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jadam
+        >>> mesh = jax.sharding.AbstractMesh((4,), ("fsdp",))
+        >>> sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+        >>> params = {"kernel": jax.ShapeDtypeStruct((64, 128), jnp.float32, sharding=sharding)}
+        >>> print(*jadam.sharding.state_shardings(jadam.adamw(1e-3), params)[0].mu["kernel"].spec)
+        fsdp
+    """
+    checks.check_transformation("state_shardings needs", tx)
+    if isinstance(tx.update, _ShardedUpdateFn):
+        return jax.tree.map(lambda x: x.sharding, tx.update.layout.state)
+    return sharded(tx, params, mesh_of(params)).shardings
+
+
+def mesh_of(params) -> Mesh | AbstractMesh:
+    """The mesh on which parameters lie. Raises unless there is exactly one."""
+    meshes = find_meshes(params)
+    if not meshes:
+        raise ValueError(
+            "params must have a jax.sharding.NamedSharding, got none that has one. Put them on the mesh with "
+            "jax.device_put(params, shardings), or pass jax.ShapeDtypeStruct(shape, dtype, sharding=...)."
+        )
+    if len(meshes) > 1:
+        raise ValueError(
+            f"params must lie on one mesh, got {len(meshes)}: {dict(meshes[0].shape)} and {dict(meshes[1].shape)}. "
+            "Put them on one with jax.device_put."
+        )
+    return meshes[0]
+
+
+def find_meshes(params) -> list[Mesh | AbstractMesh]:
+    """The meshes on which parameters lie."""
+    shardings = [getattr(x, "sharding", None) for x in jax.tree.leaves(params_tree(params))]
+    return list(dict.fromkeys(x.mesh for x in shardings if isinstance(x, NamedSharding)))
+
+
+def _sharded(tx: optax.GradientTransformation, params, mesh, axes: tuple[str, ...], name: str) -> Sharded:
+    """`zero1` over ``axes``, or `sharded` without any. ``name`` is that of the public function."""
     inner_update = update_of(tx)
     params = params_tree(params)
     params = inner_update.without_untrainable(params, params)
@@ -151,22 +255,24 @@ def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[s
         if isinstance(mesh, AbstractMesh) and not all(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree)):
             raise ValueError(
                 "mesh must be a jax.sharding.Mesh for init, update and jadam.step, got an AbstractMesh, which has no "
-                "devices. Call zero1 again with jax.make_mesh(...)."
+                f"devices. Call {name} again with jax.make_mesh(...)."
             )
 
     def check_params_like(tree, what):
-        """Raise unless ``tree`` has the shapes of the parameters given to `zero1`."""
+        """Raise unless ``tree`` has the shapes of the parameters that were given."""
         check_concrete(tree, what)
         shapes, expected = [jnp.shape(x) for x in jax.tree.leaves(tree)], [x.shape for x in layout.leaves]
         if shapes != expected:
             found, wanted = next(pair for pair in itertools.zip_longest(shapes, expected) if pair[0] != pair[1])
             raise ValueError(
-                f"{what} must match the params given to zero1 (number of arrays: {len(expected)}), got {len(shapes)}. "
-                f"First mismatch: shape {found}, expected {wanted}. Call zero1 again for other parameters."
+                f"{what} must match the params given to {name} (number of arrays: {len(expected)}), got {len(shapes)}. "
+                f"First mismatch: shape {found}, expected {wanted}. Call {name} again for other parameters."
             )
 
-    def state_on_mesh(state):
-        """Check the state and move it to the mesh if it is on other devices."""
+    specs = [padded(x.spec, len(leaf.shape)) for x, leaf in zip(state_shardings, layout.leaves, strict=True)]
+
+    def check_state(state):
+        """Raise unless the state has the shapes of the layout, or other ones that it divides."""
         check_concrete(state, "state")
         found, expected = len(jax.tree.leaves(state)), len(state_leaves)
         if found != expected:
@@ -182,7 +288,6 @@ def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[s
                     f"state{jax.tree_util.keystr(path)} must have shape {leaf.shape}, got {jnp.shape(x)}. It belongs "
                     "to another optimizer or to other parameters."
                 ) from None
-        return _to_shardings(state, shardings, keep_on_mesh=True)
 
     def init(params):
         params = inner_update.without_untrainable(params, params)
@@ -197,7 +302,8 @@ def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[s
 
     def update(updates, state, params=None, **extra_args):
         check_params_like(updates, "updates")
-        state = state_on_mesh(state)
+        check_state(state)
+        state = _to_shardings(state, shardings, keep_on_mesh=True)
         updates = _to_shardings(updates, state_shardings)
         if params is not None:
             params, _ = params_with_gradients(params, updates)
@@ -211,17 +317,19 @@ def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[s
         check_params_like(grads, "grads")
         params, merge = params_with_gradients(params, grads)
         check_params_like(params, "params")
-        state = state_on_mesh(state)
-        grads, params = _to_shardings(grads, state_shardings), _to_shardings(params, state_shardings)
+        check_state(state)
+        grads = _to_shardings(grads, state_shardings)
+        # Traced arrays are brought to their shards in step_sharded: a constraint more for each takes time to compile.
+        state = _to_shardings(state, shardings, keep_on_mesh=True, keep_traced=True)
+        params = _to_shardings(params, state_shardings, keep_traced=True)
         try:
-            params, state = step_sharded(
-                tx, grads, state, params, mesh, [x.spec for x in state_shardings], _shard_offset
-            )
+            params, new_state = step_sharded(tx, grads, state, params, mesh, specs)
         except NotFusible:
-            params, state = update_and_apply(tx, grads, state, params)
-        return merge(jax.tree.leaves(_to_shardings(params, param_shardings))), _to_shardings(state, shardings)
+            state, params = _to_shardings(state, shardings), _to_shardings(params, state_shardings)
+            params, new_state = update_and_apply(tx, grads, state, params)
+        return merge(jax.tree.leaves(_to_shardings(params, param_shardings))), _to_shardings(new_state, shardings)
 
-    update_fn = _Zero1UpdateFn(
+    update_fn = _ShardedUpdateFn(
         raise_not_fusible,
         inner=tx,
         step=step,
@@ -230,7 +338,7 @@ def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[s
         function=update,
         layout=layout,
     )
-    return Zero1(init, update_fn)
+    return Sharded(init, update_fn)
 
 
 def shard_largest_dim(shapes, mesh, axis: str | Sequence[str] | None) -> Any:
@@ -270,7 +378,7 @@ def shard_largest_dim(shapes, mesh, axis: str | Sequence[str] | None) -> Any:
         specs = (_add_axes(PartitionSpec(*[None] * len(shape)), k, axes) for k in order)
         valid = (spec for spec in specs if all(_divides(shape, spec, mesh)))
         spec = next(valid, PartitionSpec()) if axes else PartitionSpec()
-        sharding = NamedSharding(mesh, _trimmed(spec))
+        sharding = _named_sharding(mesh, spec, len(shape))
         return jax.ShapeDtypeStruct(shape, jnp.result_type(x), sharding=sharding)
 
     return jax.tree.map(shard, shapes)
@@ -335,11 +443,11 @@ def _layout(tx, params, mesh, axes) -> Layout:
                 return shard((None, None), jax.eval_shape(placeholder, x))
             block = largest_block(leaf.shape[-1], leaf.state_sharding.shard_shape(leaf.shape)[-1])
             spec, shape = leaf.state_sharding.spec, (*x.shape[:-1], -(-leaf.shape[-1] // block))
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, _trimmed(spec)))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=_named_sharding(mesh, spec, len(shape)))
 
     sharded = [shard(match, x) for match, x in zip(match_state_to_params(state, params), states, strict=True)]
-    ways = f"{n} ways ({', '.join(map(repr, axes))})"
-    if all(x.reason for x in leaves.values() if x.bytes):
+    ways = f"{n} ways ({', '.join(map(repr, axes))})" if axes else ""
+    if axes and all(x.reason for x in leaves.values() if x.bytes):
         reasons = "; ".join(f"{x.name}: {x.reason}" for x in list(leaves.values())[:5] if x.bytes)
         raise ValueError(
             f"zero1 cannot shard the state of any parameter {ways}: {reasons or 'there is none'}. Choose another axis, "
@@ -353,7 +461,7 @@ def _param_sharding(x, mesh, path) -> NamedSharding:
     sharding = getattr(x, "sharding", None)
     if not isinstance(sharding, NamedSharding):
         return NamedSharding(mesh, PartitionSpec())
-    own = {name: sharding.mesh.shape[name] for entry in sharding.spec for name in _axis_names(entry)}
+    own = {name: sharding.mesh.shape[name] for entry in sharding.spec for name in axis_names(entry)}
     if not own.items() <= dict(mesh.shape).items():
         raise ValueError(
             f"mesh must have the axes {own} that shard params{path}, got {dict(mesh.shape)}. Pass the parameters' mesh."
@@ -361,38 +469,32 @@ def _param_sharding(x, mesh, path) -> NamedSharding:
     return sharding
 
 
-def _trimmed(spec) -> PartitionSpec:
-    """``spec`` without trailing Nones, as XLA returns it. Otherwise the second step would be compiled again."""
+def _named_sharding(mesh, spec, ndim: int) -> NamedSharding:
+    """The sharding as JAX returns it. Otherwise the second step would be compiled again.
+
+    Its spec has no trailing Nones on an auto mesh, and an entry for each dimension on an explicit one.
+    """
     entries = list(spec)
     while entries and entries[-1] is None:
         entries.pop()
-    return PartitionSpec(*entries)
+    spec = PartitionSpec(*entries)
+    return NamedSharding(mesh, padded(spec, ndim) if mesh.are_all_axes_explicit else spec)
 
 
 def _add_axes(spec, k: int, axes) -> PartitionSpec:
     """``spec`` with ``axes`` added to entry ``k``."""
-    entry = (*_axis_names(spec[k]), *axes)
+    entry = (*axis_names(spec[k]), *axes)
     return PartitionSpec(*spec[:k], entry[0] if len(entry) == 1 else entry, *spec[k + 1 :])
-
-
-def _num_shards(entry, mesh) -> int:
-    """The number of shards along a dimension with this entry of a spec."""
-    return math.prod(mesh.shape[name] for name in _axis_names(entry))
 
 
 def _divides(shape, spec, mesh) -> list[bool]:
     """Whether each dimension divides evenly and is not empty."""
-    return [size > 0 and size % _num_shards(entry, mesh) == 0 for size, entry in zip(shape, spec, strict=True)]
-
-
-def _axis_names(entry) -> tuple[str, ...]:
-    """Return an entry of a PartitionSpec as a tuple of axis names."""
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+    return [size > 0 and size % num_shards(entry, mesh) == 0 for size, entry in zip(shape, spec, strict=True)]
 
 
 def _shard_first_dim(shape, spec, mesh, axes, int8) -> tuple[PartitionSpec, str]:
     """Add ``axes`` to the first dimension that divides evenly. Returns the spec, and the reason if none does."""
-    used = {name for entry in spec for name in _axis_names(entry)}
+    used = {name for entry in spec for name in axis_names(entry)}
     axes = tuple(name for name in axes if name not in used)
     n = math.prod(mesh.shape[name] for name in axes)
     reason = f"no dimension of {shape} is a multiple of {n}"
@@ -400,7 +502,7 @@ def _shard_first_dim(shape, spec, mesh, axes, int8) -> tuple[PartitionSpec, str]
         return spec, ""
     for k, size in enumerate(shape):
         new = _add_axes(spec, k, axes)
-        length = size // _num_shards(new[k], mesh)
+        length = size // num_shards(new[k], mesh)
         if not _divides(shape, new, mesh)[k]:
             continue
         if int8 and k == len(shape) - 1 and largest_block(size, length) is None:
@@ -415,16 +517,17 @@ def _shard_first_dim(shape, spec, mesh, axes, int8) -> tuple[PartitionSpec, str]
 _NO_BLOCK = "which no int8 block of 32 to 128 divides"
 
 
-def _to_shardings(tree, shardings, *, keep_on_mesh: bool = False):
+def _to_shardings(tree, shardings, *, keep_on_mesh: bool = False, keep_traced: bool = False):
     """Move the leaves of ``tree`` to ``shardings``, or constrain them in a traced function.
 
-    ``keep_on_mesh`` leaves arrays that are already on the mesh's devices as they are.
+    ``keep_on_mesh`` leaves arrays that are already on the mesh's devices as they are, and ``keep_traced`` traced ones.
     """
 
     def move(x, sharding):
         """Move one array unless it may stay."""
-        concrete = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
-        keep = keep_on_mesh and concrete and x.sharding.device_set == sharding.device_set
+        if isinstance(x, jax.core.Tracer):
+            return x if keep_traced else _to_sharding(x, sharding)
+        keep = keep_on_mesh and isinstance(x, jax.Array) and x.sharding.device_set == sharding.device_set
         return x if keep else _to_sharding(x, sharding)
 
     leaves, structure = jax.tree.flatten(tree)
@@ -438,15 +541,3 @@ def _to_sharding(x, sharding: NamedSharding):
     if jax.sharding.AxisType.Explicit in sharding.mesh.axis_types:
         return jax.sharding.reshard(x, sharding)
     return jax.lax.with_sharding_constraint(x, sharding)
-
-
-def _shard_offset(shape, spec, mesh) -> jax.Array:
-    """In `jax.shard_map`: the index in the global array of the first element of this device's shard, modulo 2**32."""
-    offset, stride = jnp.uint32(0), 1
-    for size, entry in reversed(list(zip(shape, spec, strict=True))):
-        names = _axis_names(entry)
-        if names:
-            length = size // _num_shards(entry, mesh)
-            offset += jax.lax.axis_index(names).astype(jnp.uint32) * jnp.uint32(length * stride & 0xFFFFFFFF)
-        stride *= size
-    return offset

@@ -43,7 +43,7 @@ from jadam._checkpoints.convert import has_moments
 from jadam._core import checks
 from jadam._core.files import atomic_replace
 from jadam._core.numerics import at_least_float32
-from jadam._core.trees import find_states
+from jadam._core.trees import find_states, leaf_name
 from jadam._moments import formats
 from jadam._transformation.transformation import ScheduledBetasState
 
@@ -330,7 +330,7 @@ def _encode(leaf: _Leaf, entries, count: int) -> list[jax.Array]:
     to_jax = lambda key: np.array(entries[key].transpose(leaf.layout))  # a copy: on a CPU JAX may alias NumPy's memory
     moments = [_put_like(to_jax(key), leaf.arrays[0]) for key in leaf.moments]
     count_before = jnp.asarray(max(count - 1, 0), jnp.uint32)
-    random = formats.random_bits(moments[0].shape, formats.leaf_salt(leaf.path), count_before)
+    random = formats.random_bits(moments[0].shape, formats.leaf_salt(leaf_name(leaf.path)), count_before)
     new = leaf.format.encode(moments, leaf.stored, random)
     return [_cast_like(x, old) for x, old in zip((*new, *leaf.arrays[len(new) :]), leaf.arrays, strict=True)]
 

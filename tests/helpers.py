@@ -43,8 +43,13 @@ def parametrize(name: str, values: Mapping | Iterable, default: Collection[str])
     return parametrize_grid({name: values}, default)
 
 
-def parametrize_grid(axes: Mapping[str, Mapping | Iterable], default: Collection[str]):
-    """The same over the product of ``axes``, ``{name: values}``. An id joins the ids of its values with ``-``."""
+def parametrize_grid(
+    axes: Mapping[str, Mapping | Iterable], default: Collection[str], otherwise: pytest.MarkDecorator = pytest.mark.slow
+):
+    """The same over the product of ``axes``, ``{name: values}``. An id joins the ids of its values with ``-``.
+
+    ``otherwise`` is the mark of other rows.
+    """
     by_id = [_by_id(values) for values in axes.values()]
     products = {"-".join(ids): ids for ids in itertools.product(*by_id)}
     if unknown := set(default) - set(products):
@@ -53,7 +58,7 @@ def parametrize_grid(axes: Mapping[str, Mapping | Iterable], default: Collection
         pytest.param(
             *(values[x] for values, x in zip(by_id, ids, strict=True)),
             id=row,
-            marks=() if row in default else pytest.mark.slow,
+            marks=() if row in default else otherwise,
         )
         for row, ids in products.items()
     ]

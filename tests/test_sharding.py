@@ -1,6 +1,7 @@
-"""`jadam.sharding.zero1` on eight virtual devices: an eighth of the state on each, and the bits of one device."""
+"""`jadam.sharding` on eight virtual devices: an eighth of the state on each, and the bits of one device."""
 
 import functools
+import importlib
 import re
 
 import helpers
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from helpers import CPU, FORMATS, MESH, assert_equal, parametrize, zip_leaves
@@ -17,7 +19,7 @@ from optax import contrib
 
 import jadam
 import jadam.flax
-from jadam.sharding import zero1
+from jadam.sharding import sharded, state_shardings, zero1
 
 WHOLE = NamedSharding(MESH, P())
 
@@ -253,6 +255,84 @@ def test_extra_arguments_reach_the_optimizer():
     updates, _ = jax.jit(tx.update)(p, tx.init(p), p, value=1.0)
     expected, _ = jax.jit(plateau.update)(p, plateau.init(p), p, value=1.0)
     assert_equal(updates, expected)
+
+
+FSDP = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+SPECS = {"kernel": P("fsdp", "tensor"), "stacked": P(None, "fsdp", "tensor"), "columns": P(None, ("fsdp", "tensor"))}
+SPECS |= {"bias": P("tensor"), "scale": P()}
+
+
+def on_fsdp(dtype=jnp.float32, seed=0):
+    """Parameters on a mesh of two axes."""
+    normal = functools.partial(helpers.normal, seed=seed, dtype=dtype)
+    p = {"kernel": normal(64, 512), "stacked": normal(3, 16, 512), "columns": normal(64, 768), "bias": normal(64)}
+    return jax.device_put(p | {"scale": normal(3)}, {k: NamedSharding(FSDP, spec) for k, spec in SPECS.items()})
+
+
+@pytest.mark.parametrize("moments", FORMATS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_sharded_like_the_parameters(moments, dtype):
+    """`sharded`: the state lies where the parameters do, with blocks that fit; the bits of one device."""
+    p, g = on_fsdp(dtype), on_fsdp(dtype, seed=1)
+    tx = jadam.adamw(1e-2, moments=moments)
+    tx = jadam.exact_bf16(tx) if dtype == jnp.bfloat16 else tx
+    on_mesh = sharded(tx, p, FSDP)
+    assert repr(on_mesh) == "sharded: state of 5 parameters sharded as they are"
+    assert on_mesh.undivided == on_mesh.widened == {}
+    state = on_mesh.init(p)
+    assert jax.tree.map(lambda x: x.sharding, state) == on_mesh.shardings == state_shardings(tx, p)
+    for x, shape in zip_leaves(state, jax.eval_shape(tx.init, p)):
+        assert x.dtype == shape.dtype
+    step = jax.jit(functools.partial(jadam.step, on_mesh), donate_argnums=(1, 2))
+    host = jax.device_get((p, state, g))
+    got = step(g, *jax.device_put((state, p), jax.tree.map(lambda x: x.sharding, (state, p))))
+    assert_equal(jax.device_get(got), jax.device_get(jax.jit(functools.partial(jadam.step, tx))(host[2], *host[1::-1])))
+    assert jax.tree.map(lambda x: x.sharding, got) == (jax.tree.map(lambda x: x.sharding, p), on_mesh.shardings)
+
+
+def test_sharded_refuses_parameters_without_shardings():
+    with pytest.raises(ValueError, match=r"params must have a jax\.sharding\.NamedSharding, got none that has one"):
+        sharded(jadam.adamw(1e-3), params(), MESH)
+    two = {"a": on_fsdp()["kernel"], "b": jax.device_put(np.ones(8, np.float32), WHOLE)}
+    with pytest.raises(
+        ValueError, match=r"params must lie on one mesh, got 2: {'fsdp': 4, 'tensor': 2} and {'data': 8}"
+    ):
+        state_shardings(jadam.adamw(1e-3), two)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_describe_tells_which_shards_a_kernel_updates(platform, monkeypatch):
+    describe = importlib.import_module("jadam._diagnostics.describe")
+    monkeypatch.setattr(describe, "platform_of", lambda device: platform)
+    p, tx = {k: x for k, x in on_fsdp().items() if k != "stacked"}, jadam.adamw(1e-2, moments="int8")
+    described = [jadam.describe(x, p) for x in (tx, sharded(tx, p, FSDP), zero1(tx, p, FSDP, "fsdp"))]
+    assert [x.one_pass for x in described] == [platform == "cpu", True, True]
+    if platform == "tpu":
+        assert "except ['columns'] (on several devices it needs jadam.sharding.sharded) and 1 more" in described[0].step
+    bytes = [sum(x.nbytes for x in jax.tree.leaves(s)) for s in (tx.init(p), sharded(tx, p, FSDP).init(p))]
+    assert [x.bytes for x in described[:2]] == bytes
+
+
+@pytest.mark.parametrize("moments", ["bfloat16", "int8"])
+def test_orbax_from_eight_devices_to_four_and_one(moments, tmp_path):
+    """Saved on eight devices, restored on four and on one; the next step has the same bits."""
+    tx, p, g = jadam.exact_bf16(jadam.adamw(1e-2, moments=moments)), on_fsdp(jnp.bfloat16), on_fsdp(jnp.bfloat16, 1)
+    step = jax.jit(functools.partial(jadam.step, tx))
+    p, state = step(g, tx.init(p), p)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "saved", (p, state))
+    expected = jax.device_get(step(g, state, p))
+    for devices in (4, 1):
+        mesh = jax.make_mesh((devices, 1), ("fsdp", "tensor"), devices=jax.devices()[:devices])
+        there = lambda x, mesh=mesh: NamedSharding(mesh, getattr(x.sharding, "spec", P()))
+        like = jax.tree.map(
+            lambda x, there=there: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there(x)), (p, state)
+        )
+        with ocp.StandardCheckpointer() as checkpointer:
+            restored = checkpointer.restore(tmp_path / "saved", like)
+        assert_equal(jax.tree.map(np.asarray, restored), jax.tree.map(np.asarray, (p, state)))
+        grads = jax.device_put(jax.device_get(g), jax.tree.map(there, g))
+        assert_equal(jax.device_get(step(grads, *restored[::-1])), expected)
 
 
 def test_abstract_mesh():

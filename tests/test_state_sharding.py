@@ -190,6 +190,7 @@ def assert_finite(tree):
         "map_params-average_params",
         "map_params_init-frozen_exact_bf16_int8",
     ],
+    otherwise=pytest.mark.nightly,
 )
 def test_linen_and_optax(recipe, tx):
     params, param_shardings, state_shardings = recipe(tx, linen_params(dtypes(tx)))
@@ -305,6 +306,7 @@ def nnx_step(model, optimizer):
 @parametrize_grid(
     {"recipe": NNX_RECIPES, "tx": TRANSFORMATIONS},
     default=["named_sharding-exact_bf16_int8", "eager-by_path", "explicit-int8"],
+    otherwise=pytest.mark.nightly,
 )
 def test_nnx(recipe, tx):
     make, mesh = recipe

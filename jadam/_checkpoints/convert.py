@@ -11,7 +11,7 @@ import optax
 
 from jadam._core import checks
 from jadam._core.numerics import at_least_float32
-from jadam._core.trees import without_metadata
+from jadam._core.trees import leaf_name, without_metadata
 from jadam._moments import formats
 from jadam._moments.formats import FormatChoice
 from jadam._moments.int8 import Int8Version1
@@ -98,7 +98,7 @@ def _convert(state, to: FormatChoice):
         checks.check_codes_not_cast(path, stored[0].dtype, not all(map(formats.is_placeholder, unused)))
         moments = old.decode(stored, at_least_float32(*stored) if old.name == "float32" else jnp.float32)
         new = select(path, stored[0])
-        random = formats.random_bits(stored[0].shape, formats.leaf_salt(path), state.count)
+        random = formats.random_bits(stored[0].shape, formats.leaf_salt(leaf_name(path)), state.count)
         empty = new.init(stored[0] if old.name != "float32" else moments[0], len(names))
         converted = new.encode(moments, empty, random)
         return *converted, *(formats.placeholder(stored[0]) for _ in range(num_arrays - len(converted)))

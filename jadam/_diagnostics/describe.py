@@ -17,12 +17,13 @@ import optax
 
 from jadam._core import checks
 from jadam._core.trees import find_states, leaf_names, match_state_to_params, params_tree, state_tree
-from jadam._fused import pallas
+from jadam._fused import pallas, partitioning
 from jadam._fused.backends import Backend, backends, platform_of
 from jadam._fused.step import why_leaves_not_fused, why_not_fused
 from jadam._moments.formats import FORMATS
 from jadam._transformation.transformation import QuantizedAdamState, update_of
 from jadam._wrappers.exact_bf16 import ExactBF16State
+from jadam.sharding import Sharded, find_meshes, sharded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,9 +173,13 @@ def describe(state_or_tx: optax.OptState | optax.GradientTransformation, params:
     tx = cast(optax.GradientTransformation, state_or_tx)
     trainable = update_of(tx).without_untrainable(params, params)
     checks.check_arrays(trainable, "params")
+    shardings_known = True
+    if not isinstance(tx, Sharded) and len(meshes := find_meshes(trainable)) == 1 and meshes[0].size > 1:
+        shardings_known = meshes[0].are_all_axes_explicit or platform_of(jax.devices()[0]) in partitioning.PLATFORMS
+        tx = sharded(tx, trainable, meshes[0])
     found = []
     # Inside the trace, where the state's leaves are tracers: a user's pytree classes may not accept ShapeDtypeStructs.
-    jax.eval_shape(lambda traced: found.append(_describe(tx, tx.init(traced), trainable)), trainable)
+    jax.eval_shape(lambda traced: found.append(_describe(tx, tx.init(traced), trainable, shardings_known)), trainable)
     described = iter(found[0].leaves)
     frozen = lambda name, p: Leaf(name, jnp.shape(p), checks.dtype_of(p), "none", 0, "jadam.FROZEN")
     leaves, structure = jax.tree.flatten(params)
@@ -183,8 +188,11 @@ def describe(state_or_tx: optax.OptState | optax.GradientTransformation, params:
     return dataclasses.replace(found[0], leaves=tuple(leaves))
 
 
-def _describe(tx, state, params) -> Description:
-    """Describe ``state``; ``tx`` is None if only the state is known."""
+def _describe(tx, state, params, shardings_known=True) -> Description:
+    """Describe ``state``; ``tx`` is None if only the state is known.
+
+    ``shardings_known``: whether `jadam.step` knows the shardings of parameters on a mesh.
+    """
     checks.check_arrays(state, "state_or_tx")
     named = list(zip(leaf_names(params), jax.tree.leaves(params), strict=True))
     moments: dict[str, list] = {name: [] for name, _ in named}
@@ -197,7 +205,7 @@ def _describe(tx, state, params) -> Description:
             nbytes[name] += _nbytes(x)
             moments[name] += [x] if field in ("mu", "nu", "mu_scale", "nu_scale") else []
     quantized = bool(find_states(state, QuantizedAdamState))
-    groups, one_pass, step = _describe_step(tx, state, params, [name for name, _ in named])
+    groups, one_pass, step = _describe_step(tx, state, params, [name for name, _ in named], shardings_known)
     exact = find_states(state, ExactBF16State)
     if exact and named and not any(x.dtype == jnp.int16 for x in jax.tree.leaves([x.remainder for x in exact])):
         step += "; exact_bf16 changes nothing, because no parameter is bfloat16"
@@ -206,19 +214,21 @@ def _describe(tx, state, params) -> Description:
     return Description(leaves, other_bytes, one_pass, step)
 
 
-def _describe_step(tx, state, params, names) -> tuple[list[Any], bool | None, str]:
+def _describe_step(tx, state, params, names, shardings_known) -> tuple[list[Any], bool | None, str]:
     """Each leaf's rule of `jadam.by_path` or None, then ``one_pass`` and ``step`` of the `Description`."""
     no_groups = [None] * len(names)
     if tx is None:
         return no_groups, None, "pass tx instead of state to see whether the step is fused"
-    tx = tx if update_of(tx).step is None else update_of(tx).inner  # zero1, whose shards are fused like the inner tx
+    shard_shapes = None
+    if isinstance(tx, Sharded):
+        shard_shapes = [leaf.state_sharding.shard_shape(leaf.shape) for leaf in tx.layout.leaves]
+        tx = update_of(tx).inner
     if (reason := why_not_fused(tx, params, state, params)) is not None:
         return no_groups, False, f"not fused: {reason}"
     platform = platform_of(jax.devices()[0])
     backend = backends().get(platform, Backend(None, "no kernel"))
-    groups, reasons = (
-        zip(*why_leaves_not_fused(platform, tx, params, state, params), strict=True) if names else ((), ())
-    )
+    found = why_leaves_not_fused(platform, tx, params, state, params, shard_shapes, shardings_known)
+    groups, reasons = zip(*found, strict=True) if names else ((), ())
     if backend.kernel is None and platform not in pallas.PLATFORMS:
         return list(groups), False, f"not fused on {platform}: {backend.reason}"
     unfused = [f"{name} ({reason})" for name, reason in zip(names, reasons, strict=True) if reason is not None]

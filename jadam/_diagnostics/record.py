@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from jadam._core import checks
+from jadam._core.meshes import call_with_auto_axes
 from jadam._core.numerics import apply_updates
 from jadam._core.trees import find_states, leaf_names, params_with_gradients
 from jadam._diagnostics.describe import html_table
@@ -25,7 +26,6 @@ from jadam._diagnostics.statistics import (
     measure,
     steps_taken,
     to_rows,
-    with_auto_axes,
 )
 from jadam._transformation.transformation import CustomUpdateFn, LeafwiseUpdate, Transformation
 
@@ -172,7 +172,6 @@ def record(
 def _after_step(tx, every, sample, state, params):
     """The state with a new record of it and of the new parameters, if the step count is a multiple of ``every``."""
 
-    @with_auto_axes
     def write_record(inner, params, steps, values):
         """The ring's ``steps`` and ``values`` after this step."""
         is_due = lambda carry: (carry[0] == 0) & (steps_taken(inner) % every == 0)
@@ -192,7 +191,8 @@ def _after_step(tx, every, sample, state, params):
         return jax.lax.while_loop(is_due, write, (jnp.int32(0), steps, values))[1:]
 
     inner, ring, params = *jax.lax.stop_gradient(state), jax.lax.stop_gradient(params)
-    return RecordState(state.inner_state, Ring(*write_record(inner, params, ring.steps, ring.values), ring.names))
+    steps, values = call_with_auto_axes(write_record, inner, params, ring.steps, ring.values)
+    return RecordState(state.inner_state, Ring(steps, values, ring.names))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -19,6 +19,7 @@ import optax
 from jadam._checkpoints.convert import has_moments
 from jadam._core import checks
 from jadam._core.bf16 import join
+from jadam._core.meshes import call_with_auto_axes
 from jadam._core.numerics import Beta, CurrentCorrection, at_least_float32, divide, real, sqrt
 from jadam._core.trees import find_states, leaf_names, params_tree, state_tree
 from jadam._diagnostics.describe import html_table, table
@@ -221,25 +222,8 @@ def measure(tx: Transformation, sample, state, params, updates=None) -> tuple[li
         return jax.tree.map(lambda x: x.astype(jnp.float32), measures)
 
     with jax.numpy_dtype_promotion("standard"):  # complex numbers are divided by real ones
-        measures = with_auto_axes(compute)(state, params, updates)
+        measures = call_with_auto_axes(compute, state, params, updates)
     return names, measures
-
-
-def with_auto_axes(f):
-    """``f`` with `jax.sharding.AxisType.Explicit` axes of its inputs' mesh made Auto, and results replicated.
-
-    With explicit axes JAX cannot infer the sharding of sums, or of arrays gathered from several shardings.
-    """
-
-    def wrapped(*args) -> Any:
-        meshes = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(args)]
-        mesh = next((mesh for mesh in meshes if mesh.explicit_axes), None)
-        if mesh is None:
-            return f(*args)
-        replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        return jax.sharding.auto_axes(f, axes=mesh.explicit_axes, out_sharding=replicated)(*args)
-
-    return wrapped
 
 
 def unwrap(tx) -> Transformation:

@@ -1,6 +1,8 @@
 """Which kernel `jadam.step` uses on each platform, and why."""
 
 import dataclasses
+import functools
+import logging
 import os
 
 
@@ -61,3 +63,9 @@ def kernels_disabled() -> bool:
     if value not in ("", "xla"):
         raise ValueError(f"JADAM_KERNELS must be unset or 'xla', got {value!r}. Unset it.")
     return value == "xla"
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Log a message the first time."""
+    logging.getLogger("jadam").warning(message)

@@ -18,7 +18,7 @@ import numpy as np
 
 from jadam._core.numerics import dither_of_block
 from jadam._fused.backends import backends
-from jadam._moments.int8 import BLOCK, block_length, dequantize, quantize
+from jadam._moments.int8 import BLOCK, dequantize, quantize
 from jadam._transformation.transformation import Hyperparams, LeafUpdate, Shard, update_leaf
 
 PLATFORMS = ("cuda", "tpu")
@@ -91,7 +91,7 @@ def why_several_passes(platform: str, leaf_update: LeafUpdate, g, p) -> str | No
 
 def _block_size(leaf_update: LeafUpdate, p) -> int:
     """The length of int8 blocks; for other formats a tile width."""
-    return block_length(leaf_update.stored) if leaf_update.format.name == "int8" else min(BLOCK, p.shape[-1])
+    return leaf_update.block or min(BLOCK, p.shape[-1])
 
 
 def _arrays(leaf_update: LeafUpdate, g, p):

@@ -9,7 +9,6 @@ and everything under `jax.vmap` and differentiation.
 from __future__ import annotations
 
 import functools
-import logging
 from typing import Any
 
 import jax
@@ -22,13 +21,16 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import PartitionSpec
 
 from jadam._core import checks
+from jadam._core.meshes import call_with_auto_axes, explicit_mesh
 from jadam._core.numerics import apply_updates
 from jadam._core.trees import leaf_names, params_with_gradients
-from jadam._fused import pallas
-from jadam._fused.backends import backends, kernels_disabled, platform_of
+from jadam._fused import pallas, partitioning, shards
+from jadam._fused.backends import backends, kernels_disabled, platform_of, warn_once
 from jadam._fused.cpu import kernel as cpu
+from jadam._moments.int8 import Int8CutBlocks
 from jadam._transformation.transformation import (
     ConcreteCount,
+    LeafUpdate,
     NotFusible,
     Operands,
     as_state_arrays,
@@ -53,8 +55,14 @@ def step(
     several passes, such as for int8 moments. XLA does leaves that no kernel supports. For any other transformation
     `step` calls ``tx.update`` and `optax.apply_updates`. `jadam.describe` shows what is fused, and the reason if not.
 
-    On several devices the kernels run with `jadam.sharding.zero1` and inside `jax.shard_map`. Otherwise XLA does the
-    step and partitions it.
+    On several devices each device updates its shards in the same way: on CPU and GPU under plain `jax.jit`, and on any
+    platform on a mesh with explicit axes, with `jadam.sharding.sharded` or `zero1`, and inside `jax.shard_map`. On a
+    TPU mesh whose axes are ``Auto``, XLA does the step and partitions it, unless `jadam.sharding.sharded` declares the
+    shardings. Where parameters and state are sharded alike, nothing is sent between devices.
+
+    The state may be in host memory between steps, not within. Before `step` and in the same jitted function, call
+    ``state = jax.device_put(state, jax.memory.Space.Device)``, and after it ``jax.device_put(state,
+    jax.memory.Space.Host)``.
 
     Args:
         tx: any Optax transformation. Transformations that need extra arguments are not supported.
@@ -69,7 +77,8 @@ def step(
         notebook, has lost both: keep a copy, or do not donate.
 
     Raises:
-        ValueError: arrays are on different devices, or were donated to an earlier step; and what ``tx.update`` raises.
+        ValueError: arrays are on different devices, or were donated to an earlier step; the state is in host memory;
+            and what ``tx.update`` raises.
         TypeError: a leaf is not an array; and what ``tx.update`` raises.
 
     Example:
@@ -102,15 +111,48 @@ def step(
         leaf_updates, rebuild_state = update.leafwise(grads, state, params)
     except NotFusible:
         return update_and_apply(tx, grads, state, all_params)
-    settings, operands = pack(leaf_updates)
     leaves, structure = jax.tree.flatten(params)
-    arrays, treedef = jax.tree.flatten((operands, jax.tree.leaves(grads), leaves))
-    leaves, arrays = _unflatten_results(treedef, step_p.bind(*arrays, settings=settings, treedef=treedef))
+    mesh = explicit_mesh(leaves)
+    if mesh is None:
+        arrays, static = _flatten_arguments(leaf_updates, jax.tree.leaves(grads), leaves)
+        leaves, arrays = _unflatten_results(static["treedef"], step_p.bind(*arrays, **static))
+    else:
+        leaves, arrays = _step_on_explicit_mesh(leaf_updates, jax.tree.leaves(grads), leaves, mesh)
     untouched = [x.frozen and x.remainder is None for x in leaf_updates]
     leaves = [old if keep else new for keep, old, new in zip(untouched, jax.tree.leaves(params), leaves, strict=True)]
     # checkify looks for NaN only after primitives that it knows, such as mul. XLA removes this product with 1.
     leaves = [jax.lax.mul(p, np.ones([], p.dtype)) if isinstance(p, jax.core.Tracer) else p for p in leaves]
     return merge(leaves), _after_step(update, rebuild_state(arrays), structure.unflatten(leaves))
+
+
+def _step_on_explicit_mesh(leaf_updates, grads: list, params: list, mesh) -> tuple[list, list[tuple]]:
+    """Return the new parameters and each leaf's new state arrays, on a mesh of which some or all axes are explicit."""
+    if mesh.are_all_axes_explicit:
+        specs = [shards.spec_of_leaf(x, p, mesh) for x, p in zip(leaf_updates, params, strict=True)]
+        return _step_on_mesh(leaf_updates, grads, params, mesh, specs)
+    settings, operands = pack(leaf_updates)
+    return _step_with_auto_axes(settings, operands, grads, params)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _step_with_auto_axes(settings, operands, grads, params):
+    """Bind the primitive, for which all axes of the mesh are made ``Auto``."""
+    like = params, list(map(as_state_arrays, operands.leaf_arrays))
+    run = lambda operands, grads, params: _bind(unpack(settings, operands), grads, params)
+    return call_with_auto_axes(run, operands, grads, params, like=like)
+
+
+def _bind(leaf_updates: list[LeafUpdate], grads: list, params: list) -> tuple[list, list[tuple]]:
+    """Bind the primitive. Returns the new parameters and each leaf's new state arrays."""
+    arrays, static = _flatten_arguments(leaf_updates, grads, params)
+    return _unflatten_results(static["treedef"], step_p.bind(*arrays, **static))
+
+
+def _flatten_arguments(leaf_updates: list[LeafUpdate], grads: list, params: list) -> tuple[list, dict[str, Any]]:
+    """The arrays and the static parameters of the primitive."""
+    settings, operands = pack(leaf_updates)
+    arrays, treedef = jax.tree.flatten((operands, grads, params))
+    return arrays, {"settings": settings, "treedef": treedef}
 
 
 def _unflatten_results(treedef, arrays) -> tuple[list, list[tuple]]:
@@ -154,21 +196,32 @@ def _with_concrete_counts(state):
     return jax.tree.map(lambda x: np.zeros([], x.dtype).view(ConcreteCount) if is_count(x) else x, state)
 
 
-def why_leaves_not_fused(platform, tx, grads, state, params) -> list[tuple[str, str | None]]:
+def why_leaves_not_fused(
+    platform, tx, grads, state, params, shard_shapes=None, shardings_known=True
+) -> list[tuple[str, str | None]]:
     """Return for each leaf its `jadam.by_path` rule and why it is not fused on ``platform``; both may be None.
 
-    The CPU kernel is assumed to be available.
+    The CPU kernel is assumed to be available. On a mesh, ``shard_shapes`` has the shape of each leaf's shards, and
+    ``shardings_known`` tells whether `step` knows them when it is lowered.
     """
     found = []
-    unsupported_reason = (
-        cpu.unsupported_reason if platform == "cpu" else functools.partial(pallas.why_several_passes, platform)
-    )
+
+    def unsupported_reason(leaf_update, g, p):
+        """Return why a leaf, or its shard, is not updated in one pass."""
+        if platform == "cpu":
+            return cpu.unsupported_reason(leaf_update, g, p)
+        if not shardings_known and not pallas.fused_by_xla(platform, leaf_update):
+            return "on several devices it needs jadam.sharding.sharded"
+        return pallas.why_several_passes(platform, leaf_update, g, p)
 
     def find_reasons(grads, state, params):
         """Append every leaf's group and reason to ``found``."""
         leaf_updates = update_of(tx).leafwise(grads, _with_concrete_counts(state), params).leaf_updates
-        for leaf_update, g, p in zip(leaf_updates, jax.tree.leaves(grads), jax.tree.leaves(params), strict=True):
-            found.append((leaf_update.group, None if leaf_update.frozen else unsupported_reason(leaf_update, g, p)))
+        leaves = jax.tree.leaves(params)
+        shapes = [p.shape for p in leaves] if shard_shapes is None else shard_shapes
+        for leaf_update, g, p, shape in zip(leaf_updates, jax.tree.leaves(grads), leaves, shapes, strict=True):
+            arrays = shards.shard_avals(leaf_update, g, p, shape)
+            found.append((leaf_update.group, None if leaf_update.frozen else unsupported_reason(*arrays)))
 
     jax.eval_shape(find_reasons, grads, state, params)
     return found
@@ -179,7 +232,7 @@ def _after_step(update, state, params):
     return state if update.after_step is None else update.after_step(state, params)
 
 
-def step_sharded(tx, grads, state, params, mesh, specs, shard_offset):
+def step_sharded(tx, grads, state, params, mesh, specs):
     """`step` on a mesh, where each device updates its shard of every leaf.
 
     The leaf updates are made from global arrays, so that a norm is that of all gradients.
@@ -187,41 +240,81 @@ def step_sharded(tx, grads, state, params, mesh, specs, shard_offset):
     Args:
         tx, grads, state, params: as for `step`, global arrays.
         mesh: `jax.sharding.Mesh`.
-        specs: a `PartitionSpec` per leaf.
-        shard_offset: ``shard_offset(shape, spec, mesh)``, called in `jax.shard_map`, returns the index of the shard's
-            first element in the global array.
+        specs: a `PartitionSpec` per leaf, with an entry for each dimension.
     """
     update = update_of(tx)
     leaf_updates, rebuild_state = update.leafwise(grads, state, params)
     leaves, structure = jax.tree.flatten(params)
-    settings, operands = pack(leaf_updates, [p.shape for p in leaves])
-    leaves, arrays = _step_shards(settings, mesh, tuple(specs), shard_offset, operands, jax.tree.leaves(grads), leaves)
+    leaves, arrays = _step_on_mesh(leaf_updates, jax.tree.leaves(grads), leaves, mesh, specs)
     params = structure.unflatten(leaves)
     return params, _after_step(update, rebuild_state(arrays), params)
 
 
+def _step_on_mesh(leaf_updates, grads: list, params: list, mesh, specs) -> tuple[list, list[tuple]]:
+    """Update every device's shards. Returns the new parameters and each leaf's new state arrays."""
+    cut = [shards.cuts_blocks(x, p.shape, spec, mesh) for x, p, spec in zip(leaf_updates, params, specs, strict=True)]
+    for leaf_update, p, spec, is_cut in zip(leaf_updates, params, specs, cut, strict=True):
+        if is_cut:
+            partitioning.warn_of_cut_blocks(leaf_update.name, p.shape, spec)
+    settings, operands = pack(leaf_updates)
+    return _step_shards(settings, mesh, tuple(specs), tuple(cut), operands, grads, params)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _step_shards(settings, mesh, specs, shard_offset, operands, grads, params):
-    """Run the primitive on every shard, in `jax.shard_map`."""
-    specs = list(specs)
+def _step_shards(settings, mesh, specs, cut, operands, grads, params):
+    """Update every device's shards in `jax.shard_map`."""
+    shapes, specs = [p.shape for p in params], list(specs)
+    blocks = [leaf_update.block for leaf_update in unpack(settings, operands)]
+    of_scales = [PartitionSpec(*spec[:-1], None) if is_cut else spec for spec, is_cut in zip(specs, cut, strict=True)]
+    of_state = list(map(shards.leaf_arrays_of, operands.leaf_arrays, blocks, specs, of_scales))
 
     def body(operands, grads, params):
-        """One device's shards: the primitive, told where they begin in the global arrays."""
-        offsets = [shard_offset(shape, spec, mesh) for shape, spec in zip(settings.global_shapes, specs, strict=True)]
-        arrays, treedef = jax.tree.flatten((operands._replace(offsets=offsets), grads, params))
-        return _unflatten_results(treedef, step_p.bind(*arrays, settings=settings, treedef=treedef))
+        """The step on the shards of one device."""
+        rows = zip(unpack(settings, operands), shapes, specs, blocks, cut, strict=True)
+        leaf_updates = [shards.with_shard(x, mesh, *where) for x, *where in rows]
+        return _step_shards_of_device(leaf_updates, grads, params)
 
-    owned_specs = [
-        jax.tree.map(lambda _, spec=spec: spec, x) for x, spec in zip(operands.leaf_arrays, specs, strict=True)
-    ]
-    operand_specs = Operands(jax.tree.map(lambda _: PartitionSpec(), operands.scalars), owned_specs, None)
-    return jax.shard_map(
+    of_operands = Operands(jax.tree.map(lambda _: PartitionSpec(), operands.scalars), of_state, None)
+    run = jax.shard_map(
         body,
         mesh=mesh,
-        in_specs=(operand_specs, specs, specs),
-        out_specs=(specs, list(map(as_state_arrays, owned_specs))),
+        in_specs=(of_operands, specs, specs),
+        out_specs=(specs, list(map(as_state_arrays, of_state))),
         check_vma=False,
-    )(operands, grads, params)
+    )
+    if not mesh.are_all_axes_explicit:
+        return run(operands, grads, params)
+    to_specs = lambda arrays, specs: jax.tree.map(lambda x, spec: _reshard(x, mesh, spec), arrays, specs)
+    of_params, of_arrays = jax.tree.map(
+        lambda x: jax.typeof(x).sharding.spec, (params, list(map(as_state_arrays, operands.leaf_arrays)))
+    )
+    operands = operands._replace(leaf_arrays=to_specs(operands.leaf_arrays, of_state))
+    params, arrays = run(operands, to_specs(grads, specs), to_specs(params, specs))
+    return to_specs(params, of_params), to_specs(arrays, of_arrays)
+
+
+def _reshard(x, mesh, spec):
+    """``x`` resharded on an explicit mesh."""
+    return jax.sharding.reshard(x, jax.sharding.NamedSharding(mesh, spec))
+
+
+def _step_shards_of_device(leaf_updates, grads, params):
+    """Update the shards of one device: by the primitive, or by XLA where they cut int8 blocks.
+
+    Returns:
+        The new parameters, and each leaf's new state arrays.
+    """
+    results: list = [None] * len(params)
+    whole = []
+    for i, (leaf_update, g, p) in enumerate(zip(leaf_updates, grads, params, strict=True)):
+        if isinstance(leaf_update.format, Int8CutBlocks):
+            results[i] = update_leaf(leaf_update, g, p)
+        else:
+            whole.append(i)
+    new = _bind(*([column[i] for i in whole] for column in (leaf_updates, grads, params)))
+    for i, *result in zip(whole, *new, strict=True):
+        results[i] = result
+    return [p for p, _ in results], [x for _, x in results]
 
 
 KERNELS: dict[str, Any] = {  # run_kernel(leaf_updates, grads, params) returns None for the leaves left to XLA
@@ -229,11 +322,21 @@ KERNELS: dict[str, Any] = {  # run_kernel(leaf_updates, grads, params) returns N
     **{platform: functools.partial(pallas.run_kernel, platform) for platform in pallas.PLATFORMS},
 }
 
+
+def _why_no_kernel(platform, leaf_update, g, p) -> str | None:
+    """Return why the kernel of ``platform`` does not run for a leaf, or None."""
+    if platform == "cpu":
+        return cpu.unsupported_reason(leaf_update, g, p)
+    if pallas.fused_by_xla(platform, leaf_update):
+        return "XLA takes one pass"
+    return pallas.why_several_passes(platform, leaf_update, g, p)
+
+
 step_p = Primitive("jadam_step")
 step_p.multiple_results = True
 
 
-def _step_leaves(*arrays, settings, treedef, platform):
+def _step_leaves(*arrays, settings, treedef, platform, num_devices=1):
     """Implementation of the primitive: the platform's kernel for the leaves that it supports, XLA for the others."""
     operands, grads, params = treedef.unflatten(arrays)
     leaf_updates = unpack(settings, operands)
@@ -241,21 +344,25 @@ def _step_leaves(*arrays, settings, treedef, platform):
     traced = any(isinstance(x, jax.core.Tracer) for x in arrays)
     has_kernel = platform in KERNELS and backends()[platform].kernel is not None
     if traced and platform == "cpu" and not has_kernel and not kernels_disabled():
-        _warn_once(backends()["cpu"].reason)
+        reason = backends()["cpu"].reason
+        warn_once(f"jadam.step takes about 1.7 times as long on this CPU without its kernel: {reason}")
     use_kernel = traced and has_kernel and all(map(checks.has_constant_shape, params))  # symbolic in `jax.export`
-    results: list = KERNELS[platform](leaf_updates, grads, params) if use_kernel else [None] * len(leaf_updates)
+    results: list = [None] * len(leaf_updates)
+    if use_kernel and num_devices > 1:
+        results = partitioning.run_kernel(
+            functools.partial(_why_no_kernel, platform),
+            _step_shards_of_device,
+            num_devices,
+            leaf_updates,
+            grads,
+            params,
+        )
+    elif use_kernel:
+        results = KERNELS[platform](leaf_updates, grads, params)
     for i, (leaf_update, g, p) in enumerate(zip(leaf_updates, grads, params, strict=True)):
         if results[i] is None:
             results[i] = update_leaf(leaf_update, g, p)
     return jax.tree.leaves(([p for p, _ in results], [arrays for _, arrays in results]))
-
-
-@functools.cache
-def _warn_once(reason):
-    """Log why a CPU has no kernel, the first time that it matters."""
-    logging.getLogger("jadam").warning(
-        "jadam.step takes about 1.7 times as long on this CPU without its kernel: %s", reason
-    )
 
 
 _step_leaves_by_xla = functools.partial(_step_leaves, platform=None)
@@ -309,9 +416,28 @@ def _with_varying_axes(avals, results):
 
 
 def _lower(ctx, *arrays, settings, treedef, platform):
-    """Lower to the platform's kernel where arrays are unsharded, else to XLA operations."""
-    function = functools.partial(_step_leaves, platform=platform if _is_unsharded(ctx) else None)
+    """Lower to the platform's kernel, partitioned if arrays may be sharded, else to XLA operations."""
+    function = functools.partial(_step_leaves, platform=platform)
+    if not _is_unsharded(ctx):
+        reason = partitioning.why_not_partitioned(ctx, platform)
+        if not (platform in KERNELS and backends()[platform].kernel):
+            function = _step_leaves_by_xla
+        elif reason is None:
+            function = functools.partial(function, num_devices=ctx.module_context.axis_context.num_devices)
+            ctx = partitioning.with_devices(ctx)
+        else:
+            _warn_of_several_passes(reason, unpack(settings, treedef.unflatten(arrays)[0]))
+            function = _step_leaves_by_xla
     return mlir.lower_fun(function, multiple_results=True)(ctx, *arrays, settings=settings, treedef=treedef)
+
+
+def _warn_of_several_passes(reason, leaf_updates) -> None:
+    """Log once that XLA takes several passes over narrow moments and remainders, because no kernel serves."""
+    if any(x.format.name != "float32" or x.remainder is not None for x in leaf_updates):
+        warn_once(
+            "jadam.step takes several passes over memory for narrow moments and bfloat16 weights on several devices: "
+            f"{reason}. Use jadam.sharding.sharded(tx, params, mesh), or a mesh with explicit axes."
+        )
 
 
 def _is_unsharded(ctx) -> bool:

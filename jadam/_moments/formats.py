@@ -191,9 +191,9 @@ def random_bits(shape, salt: int, count, index=None) -> Random:
     return Random(linear_index(shape) if index is None else index, salt, count.astype(jnp.uint32))
 
 
-def leaf_salt(path) -> int:
-    """A 32-bit hash of the leaf's name, which distinguishes its random bits from other leaves'."""
-    return zlib.crc32(leaf_name(path).encode())
+def leaf_salt(name: str) -> int:
+    """A 32-bit hash of a leaf's name, which distinguishes its random bits from other leaves'."""
+    return zlib.crc32(name.encode())
 
 
 VERSION = 2  # of the layout of codes and scales in a saved state

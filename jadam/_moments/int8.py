@@ -28,6 +28,9 @@ the bias over many steps see `jadam._core.numerics.dither`. With rounding to nea
 zero would never reach 0.
 """
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.core
 import jax.numpy as jnp
@@ -60,21 +63,40 @@ def quantize(m, v, random, axis=-1):
     A block with a non-finite value gets NaN scales, since integer codes cannot hold it. A block with all ratios below
     `MIN_R_SCALE` gets ratios of 0.
     """
+    r = _ratio(m, v)
+    scales = _scales(*(jnp.max(x, axis=axis, keepdims=True) for x in _magnitudes(r, v)))
+    return *_codes(r, v, *scales, random), *scales
+
+
+def _ratio(m, v):
+    """``m / sqrt(v)``, and 0 where both are 0."""
     s = jnp.sqrt(v)
-    r = jnp.where(s > 0, m / jnp.where(s > 0, s, 1), m * 0)
-    # positive floats are ordered as their bits are, and NaN is the largest
-    r_max, v_max = (jnp.max(_bits(jnp.abs(x)).astype(jnp.int32), axis=axis, keepdims=True) for x in (r, v))
+    return jnp.where(s > 0, m / jnp.where(s > 0, s, 1), m * 0)
+
+
+def _magnitudes(r, v):
+    """int32 numbers in the order of ``|r|`` and of ``v``: positive floats are ordered as their bits, NaN is largest."""
+    return _bits(jnp.abs(r)).astype(jnp.int32), _bits(jnp.abs(v)).astype(jnp.int32)
+
+
+def _scales(r_max, v_max):
+    """The scales of blocks with these largest `_magnitudes`."""
     finite = jnp.maximum(r_max, v_max) < _INFINITY
     r_scale, v_scale = (_float(x.astype(jnp.uint32)) for x in (r_max, v_max))
     r_scale = jnp.where(finite, jnp.where(r_scale < MIN_R_SCALE, 0, r_scale), jnp.nan)
     v_scale = jnp.where(finite, jnp.where(v_scale < MIN_V_SCALE, 0, v_scale), jnp.nan)
+    return r_scale, v_scale
+
+
+def _codes(r, v, r_scale, v_scale, random):
+    """The codes of ``r, v`` with these scales, which broadcast against them."""
     x = jnp.abs(r) * jnp.where(r_scale > 0, BELOW_R_TOP / jnp.where(r_scale > 0, r_scale, 1), 0) + 2
     rq = ((_bits(x) + (random & 0x1FFFF)) >> 17 & 0x7F).astype(jnp.int32)
     y = v * jnp.where(v_scale > 0, ENCODED_V_TOP / jnp.where(v_scale > 0, v_scale, 1), 0) + np.float32(2.0**-62)
     y = _float((_bits(y) >> 3) + jnp.uint32(0x3B700000)) + (_float(random >> 9 | jnp.uint32(0x3F800000)) - 1)
     vq = jnp.where(y < 255, y, 255).astype(jnp.int32)
     rq = jnp.where(r < 0, rq - 128, rq)  # sign and magnitude
-    return rq.astype(jnp.int8), vq.astype(jnp.uint8), r_scale, v_scale
+    return rq.astype(jnp.int8), vq.astype(jnp.uint8)
 
 
 def _bits(x):
@@ -93,6 +115,14 @@ class Int8:
     name = "int8"
     stochastic = True
     dequantize = staticmethod(dequantize)
+
+    def __init__(self, block: int | None = None):
+        """``block`` is the block length of a shard, which its shape does not tell. Default: that of a whole array."""
+        self.block = block
+
+    def block_length(self, stored) -> int:
+        """The length of the blocks. The last block of an axis may be shorter."""
+        return self.block or _block_length(stored[0].shape[-1], stored[2].shape[-1])
 
     @staticmethod
     def check(betas: dict | None) -> None:
@@ -149,13 +179,13 @@ class Int8:
 
     def decode(self, stored, dtype):
         rq, vq, r_scale, v_scale = stored
-        n, block = rq.shape[-1], block_length(stored)
+        n, block = rq.shape[-1], self.block_length(stored)
         m, v = self.dequantize(_to_blocks(rq, block), _to_blocks(vq, block), r_scale[..., None], v_scale[..., None])
         return tuple(_from_blocks(x, n).astype(dtype) for x in (m, v))
 
     def encode(self, moments, stored, random):
         n = moments[0].shape[-1]
-        block = block_length(stored)
+        block = self.block_length(stored)
         moments = jax.lax.stop_gradient(
             tuple(moments)
         )  # codes have no derivative, and that of the scales alone would be wrong
@@ -180,8 +210,50 @@ class Int8Version1(Int8):
     dequantize = staticmethod(_dequantize_version_1)
 
 
-def block_length(stored) -> int:
-    return _block_length(stored[0].shape[-1], stored[2].shape[-1])
+class Int8CutBlocks(Int8):
+    """`Int8` of a shard that does not hold whole blocks along the last axis. Each device has the scales of whole rows.
+
+    The largest values of a block are found across devices. No kernel does this.
+    """
+
+    def __init__(self, block: int, length: int, first_column: jax.Array, max_across_row: Callable[..., jax.Array]):
+        """Describe a shard.
+
+        Args:
+            block: the block length.
+            length: the length of the last axis of the whole array. The last shard may be padded.
+            first_column: the shard's first index along this axis.
+            max_across_row: the elementwise maximum over the devices that hold the same rows.
+        """
+        self.block, self.length = block, length
+        self.first_column, self.max_across_row = first_column, max_across_row
+
+    def decode(self, stored, dtype):
+        rq, vq, *scales = stored
+        _, blocks, _ = self._place(rq)
+        return tuple(x.astype(dtype) for x in dequantize(rq, vq, *(jnp.take(x, blocks, axis=-1) for x in scales)))
+
+    def encode(self, moments, stored, random):
+        m, v = moments
+        column, blocks, lane = self._place(m)
+        r, zeros = _ratio(m, v), jnp.zeros(stored[2].shape, jnp.int32)
+        magnitudes = (jnp.where(column < self.length, x, 0) for x in _magnitudes(r, v))
+        r_max, v_max = (self.max_across_row(zeros.at[..., blocks].max(x)) for x in magnitudes)
+        scales = _scales(r_max, v_max)
+        bits = dither_of_block(random.index - lane, lane, random.salt, random.count)
+        r_scale, v_scale = (jnp.take(x, blocks, axis=-1) for x in scales)
+        return *_codes(r, v, r_scale, v_scale, bits), *scales
+
+    def _place(self, x):
+        """Each column's index in the whole array, its block, and its place in the block."""
+        column = self.first_column.astype(jnp.uint32) + jnp.arange(x.shape[-1], dtype=jnp.uint32)
+        return column, (column // jnp.uint32(self.block)).astype(jnp.int32), column % jnp.uint32(self.block)
+
+
+@functools.cache
+def int8_of_shards(block: int) -> Int8:
+    """`Int8` with this block length: the same object for each, since it is a static argument of `jax.jit`."""
+    return Int8(block)
 
 
 def _block_length(n: int, num_blocks: int) -> int:

@@ -16,12 +16,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.core
+import jax.extend.core  # before a step is traced: JAX traces again once this is loaded
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from jadam._core import checks
 from jadam._core.bf16 import join, remainder_of, split, update_to
+from jadam._core.meshes import call_with_auto_axes, explicit_mesh
 from jadam._core.numerics import (
     Beta,
     Scalar,
@@ -36,6 +38,7 @@ from jadam._core.numerics import (
 )
 from jadam._core.trees import beside_params, leaf_name, leaf_names, params_with_gradients
 from jadam._moments import formats
+from jadam._moments.int8 import Int8
 
 
 @jax.tree_util.register_pytree_node_class
@@ -193,11 +196,17 @@ class LeafUpdate(NamedTuple):
     shard: Shard | None = None  # set if the leaf is a shard of a larger array
     index: Any = None  # linear index of each element in the global array, if precomputed
     group: Any = None  # the leaf's group in `jadam.by_path`
+    name: str = ""  # of the parameter, for messages
 
     @property
     def frozen(self) -> bool:
         """Whether the leaf has `FROZEN_RULE`: its parameter stays as it is."""
         return self.rule == FROZEN_RULE  # by value: a copied transformation holds a copy
+
+    @property
+    def block(self) -> int | None:
+        """The length of its int8 blocks; None for other formats."""
+        return self.format.block_length(self.stored) if isinstance(self.format, Int8) else None
 
     def update(self, g, p):
         """Return ``(u, stored)``: the update of the parameter ``p``, and the new moments in their format."""
@@ -265,26 +274,29 @@ LEAVES_PER_PROGRAM = 32  # an eager update compiles at most this many leaves int
 LEAF_SCALARS = ("minus_lr", "weight_decay", "bound", "norm", "max_norm", "count")
 
 
-def pack(leaf_updates: list[LeafUpdate], global_shapes=None) -> tuple[Settings, Operands]:
-    """Split leaf updates into hashable settings and arrays. Pass ``global_shapes`` if the leaves become shards."""
+def pack(leaf_updates: list[LeafUpdate]) -> tuple[Settings, Operands]:
+    """Split leaf updates into hashable settings and arrays. All leaves are shards, or none is."""
     distinct = {id(leaf.hyperparams): leaf.hyperparams for leaf in leaf_updates}
     order = {key: i for i, key in enumerate(distinct)}
     own_scalars = [[getattr(leaf, name) for name in LEAF_SCALARS] for leaf in leaf_updates]
     values, treedef = jax.tree.flatten((list(distinct.values()), own_scalars))
     scalars = {id(x): x for x in values}
     place = {key: i for i, key in enumerate(scalars)}
-    removed = {"hyperparams": None, "stored": (), "remainder": None, "group": None, **dict.fromkeys(LEAF_SCALARS)}
+    shards = [leaf.shard for leaf in leaf_updates if leaf.shard is not None]
+    removed = dict.fromkeys(("hyperparams", "remainder", "shard", "group", *LEAF_SCALARS)) | {"stored": ()}
     settings = Settings(
-        leaf_updates=tuple(  # an unused salt is 0, so that equal leaves have equal settings
-            leaf._replace(salt=leaf.salt if leaf.format.stochastic else 0, **removed) for leaf in leaf_updates
+        leaf_updates=tuple(  # without an unused salt and name, so that equal leaves have equal settings
+            leaf._replace(**({} if leaf.format.stochastic else {"salt": 0, "name": ""}), **removed)
+            for leaf in leaf_updates
         ),
         hyperparams_index=tuple(order[id(leaf.hyperparams)] for leaf in leaf_updates),
         scalar_index=tuple(place[id(x)] for x in values),
         scalars_treedef=treedef,
-        global_shapes=None if global_shapes is None else tuple(global_shapes),
+        global_shapes=tuple(shard.global_shape for shard in shards) or None,
     )
     arrays = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in scalars.values()]
-    return settings, Operands(arrays, [(leaf.stored, leaf.remainder) for leaf in leaf_updates])
+    offsets = [shard.offset for shard in shards] or None
+    return settings, Operands(arrays, [(leaf.stored, leaf.remainder) for leaf in leaf_updates], offsets)
 
 
 def unpack(settings: Settings, operands: Operands) -> list[LeafUpdate]:
@@ -329,6 +341,12 @@ def _compute_updates(settings, operands, grads, params) -> tuple[list[jax.Array]
         updates.append(u)
         new_arrays.append(new)
     return updates, new_arrays
+
+
+def _compute_updates_with_auto_axes(settings, operands, grads, params):
+    """`_compute_updates` on a mesh with explicit axes. A parameter's update is sharded like its gradient."""
+    like = grads, list(map(as_state_arrays, operands.leaf_arrays))
+    return call_with_auto_axes(functools.partial(_compute_updates, settings), operands, grads, params, like=like)
 
 
 class LeafwiseUpdate(NamedTuple):
@@ -423,7 +441,8 @@ class UpdateFn:
         updates, new_arrays = [None] * len(leaf_updates), [None] * len(leaf_updates)
         for group in _group_by_program(leaf_updates, grads, traced):
             own_grads, own_params = [grads[i] for i in group], [params[i] for i in group]
-            results = _compute_updates(*pack([leaf_updates[i] for i in group]), own_grads, own_params)
+            run = _compute_updates if explicit_mesh(own_grads) is None else _compute_updates_with_auto_axes
+            results = run(*pack([leaf_updates[i] for i in group]), own_grads, own_params)
             for i, u, new in zip(group, *results, strict=True):
                 updates[i], new_arrays[i] = u, new
         return structure.unflatten(updates), rebuild_state(new_arrays)
@@ -474,7 +493,7 @@ def update_of(tx: optax.GradientTransformation) -> UpdateFn:
 
 
 class Transformation(optax.GradientTransformationExtraArgs):
-    """An Optax transformation that `jadam.step` may fuse by its ``leafwise``. `Clip` and `Zero1` are not one."""
+    """An Optax transformation that `jadam.step` may fuse by its ``leafwise``. `Clip` and `Sharded` are not one."""
 
     update: UpdateFn  # pyright: ignore[reportIncompatibleVariableOverride]
 
@@ -578,9 +597,8 @@ def scale_by_rule(
             own, unused = stored[: (n := format.num_arrays(len(rule.moment_names)))], stored[n:]
             checks.check_codes_not_cast(path, own[0].dtype, not all(map(formats.is_placeholder, unused)))
             dtype = at_least_float32(g, *own)
-            return LeafUpdate(
-                rule, checked_hyperparams(real(dtype), format), dtype, format, own, formats.leaf_salt(path), count
-            )
+            hp, name = checked_hyperparams(real(dtype), format), leaf_name(path)
+            return LeafUpdate(rule, hp, dtype, format, own, formats.leaf_salt(name), count, name=name)
 
         def rebuild_state(state_arrays):
             """The new state, with these arrays."""

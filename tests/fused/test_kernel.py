@@ -22,8 +22,8 @@ from programs import kernel as program
 from properties import SEEDS, parts, property_test
 
 import jadam
-from jadam import sharding
 from jadam._core.numerics import linear_index
+from jadam._fused import shards
 from jadam._transformation.transformation import Shard
 
 pytestmark = needs_kernel
@@ -260,7 +260,7 @@ def test_shard_offsets_of_huge_arrays(size):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     first = jax.jit(
         jax.shard_map(
-            lambda: sharding._shard_offset((size, 3), P("x", None), mesh)[None],
+            lambda: shards.shard_offset((size, 3), P("x", None), mesh)[None],
             mesh=mesh,
             in_specs=(),
             out_specs=P("x"),

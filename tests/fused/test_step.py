@@ -31,7 +31,6 @@ from helpers import (
     unwrap_exact_bf16,
     zip_leaves,
 )
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jadam
@@ -357,24 +356,6 @@ def test_chain_equals_optax_chain():
 
 
 # -- several devices, other platforms ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("moments", ["float32", "int8"])
-def test_sharded(moments):
-    """No all-gather, no kernel outside of shard_map, the same shardings and result."""
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    on = lambda spec: NamedSharding(mesh, spec)
-    tx = make_optimizer("adam", moments)
-    params, grads = (jax.device_put(np.asarray(random_tree(seed)["a"])[:32, :256], on(P("x"))) for seed in range(2))
-    state = tx.init(params)
-    step = jitted_steps(tx)[0].lower(grads, state, params).compile()
-    text = step.as_text()
-    assert "all-gather" not in text
-    assert "jadam_step" not in text
-    new, new_state = step(grads, state, params)
-    assert new.sharding.is_equivalent_to(params.sharding, 2)
-    whole = jax.tree.map(np.asarray, (grads, state, params))
-    assert_steps_agree((new, new_state), jitted_steps(tx)[1](*whole), (whole[2], whole[1]))
 
 
 @needs_kernel

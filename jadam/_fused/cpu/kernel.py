@@ -14,7 +14,6 @@ import numpy as np
 from jadam._fused.cpu import extension
 from jadam._fused.cpu.extension import Library
 from jadam._moments.formats import FORMATS
-from jadam._moments.int8 import block_length
 from jadam._transformation.transformation import LeafUpdate
 
 LEAVES_PER_CALL = 16  # XLA's compile time grows with the square of a call's aliases
@@ -72,7 +71,7 @@ def _call(scalars, leaf_updates, grads, params, rows):
                 "clipping": (leaf_update.bound is not None) + 2 * (leaf_update.norm is not None),
                 "scalars": row,
                 "salt": leaf_update.salt,
-                "block": block_length(leaf_update.stored) if leaf_update.format.name == "int8" else 0,
+                "block": leaf_update.block or 0,
                 "run": run,
                 "digits": len(outer),
             }
