@@ -232,6 +232,9 @@ def _after_step(update, state, params):
     return state if update.after_step is None else update.after_step(state, params)
 
 
+LEAVES_PER_SHARD_MAP = 64  # Shardy takes time quadratic in the arrays of a jax.shard_map
+
+
 def step_sharded(tx, grads, state, params, mesh, specs):
     """`step` on a mesh, where each device updates its shard of every leaf.
 
@@ -256,8 +259,15 @@ def _step_on_mesh(leaf_updates, grads: list, params: list, mesh, specs) -> tuple
     for leaf_update, p, spec, is_cut in zip(leaf_updates, params, specs, cut, strict=True):
         if is_cut:
             partitioning.warn_of_cut_blocks(leaf_update.name, p.shape, spec)
-    settings, operands = pack(leaf_updates)
-    return _step_shards(settings, mesh, tuple(specs), tuple(cut), operands, grads, params)
+    new_params, new_arrays = [], []
+    for start in range(0, len(params), LEAVES_PER_SHARD_MAP):
+        part = slice(start, start + LEAVES_PER_SHARD_MAP)
+        settings, operands = pack(leaf_updates[part])
+        static = settings, mesh, tuple(specs[part]), tuple(cut[part])
+        results = _step_shards(*static, operands, grads[part], params[part])
+        new_params += results[0]
+        new_arrays += results[1]
+    return new_params, new_arrays
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
