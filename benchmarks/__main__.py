@@ -15,7 +15,7 @@ import optax
 
 import jadam
 
-NAMES = ["accuracy", "aot", "claims", "core", "lean", "mutation", "record", "speed"]
+NAMES = ["accuracy", "aot", "claims", "core", "lean", "mesh", "mutation", "record", "speed"]
 RESULTS = Path(__file__).parent / "results"
 
 
