@@ -1,8 +1,8 @@
 """How long a step of 1,000 leaves takes to trace, lower and compile for eight devices, beside Optax's.
 
-Each program is compiled in processes of its own, which take turns; the median of the ratios to Optax's in the same round
-is printed. A leaf has 64x128 elements. With "fsdp" parameters and state are sharded alike; with "zero1" the parameters
-are replicated, and Optax's state is sharded by ``out_shardings``.
+Each program is compiled in processes of its own, which take turns; the median of the ratios to Optax's in the same
+round is printed. A leaf has 64x128 elements. With "fsdp" parameters and state are sharded alike; with "zero1" the
+parameters are replicated, and Optax's state is sharded by ``out_shardings``.
 """
 
 import json

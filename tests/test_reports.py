@@ -21,7 +21,7 @@ from helpers import MESH, assert_equal
 
 import jadam
 import jadam.flax
-from jadam._fused import backends, step
+from jadam._fused import backends, primitive
 from jadam._fused.backends import Backend
 
 # ---------------------------------------------------------------- copies
@@ -165,7 +165,7 @@ def test_moments_of_a_cast_state_are_not_converted():
 def test_a_cpu_without_its_kernel_warns_once(monkeypatch, caplog):
     backends.warn_once.cache_clear()
     without = dict.fromkeys(("cpu", "cuda", "tpu"), Backend(None, "no extension was built"))
-    monkeypatch.setattr(step, "backends", lambda: without)
+    monkeypatch.setattr(primitive, "backends", lambda: without)
     params = jnp.ones(5)
     for rate in (0.1, 0.2):
         tx = jadam.chain(jadam.clip(rate), jadam.adam(rate))
