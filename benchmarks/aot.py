@@ -103,7 +103,7 @@ def print_row(row) -> list[str]:
     over = [k for k, bar in row["bars"].items() if row[k] > bar]
     values = (f"{row['kernels']} large kernels", f"{row['bytes']:6.2f} bytes", f"{row['temporaries']:.4f} temp")
     shape = "x".join(map(str, row["shape"]))
-    print(f"aot: {row['target']:8}{row['case']:36}{shape:12}", *values, *over, sep="  ", flush=True)
+    print(f"aot: {row['target']:8}{row['case']:48}{shape:14}", *values, *over, sep="  ", flush=True)
     return [f"{row['target']}, {row['case']}, {row['shape']}: {k} {row[k]}" for k in over]
 
 
