@@ -18,6 +18,7 @@ import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jadam._core import checks
+from jadam._core.meshes import mesh_of
 from jadam._core.trees import leaf_names, match_state_to_params, params_tree, params_with_gradients
 from jadam._fused.shards import axis_names, num_shards, padded
 from jadam._fused.step import step_sharded, update_and_apply
@@ -47,8 +48,13 @@ class Sharded(optax.GradientTransformationExtraArgs):
         return jax.tree.map(lambda x: x.sharding, self.layout.state)
 
     @property
+    def abstract_state(self) -> Any:
+        """The shapes, dtypes and shardings of the state, a tree of `jax.ShapeDtypeStruct`, to restore a checkpoint."""
+        return self.layout.state
+
+    @property
     def undivided(self) -> dict[str, str]:
-        """The parameters whose state is not sharded over the axis, and why not."""
+        """The parameters whose state `zero1` does not shard over its axis, and why not."""
         return {x.name: x.reason for x in self.layout.leaves if x.reason}
 
     @property
@@ -59,8 +65,9 @@ class Sharded(optax.GradientTransformationExtraArgs):
     def __repr__(self):
         leaves = [x for x in self.layout.leaves if x.bytes]
         sharded = sum(not x.reason for x in leaves)
-        how = f"zero1: state of {sharded} of" if self.layout.ways else "sharded: state of"
-        lines = [f"{how} {len(leaves)} parameters sharded {self.layout.ways or 'as they are'}"]
+        lines = ["sharded: the state of each parameter is sharded as it is"]
+        if self.layout.ways:
+            lines = [f"zero1: state of {sharded} of {len(leaves)} parameters sharded {self.layout.ways}"]
         lines += [f"  undivided: {name}: {reason}" for name, reason in self.undivided.items()]
         lines += [f"  float32: {name}: {reason}" for name, reason in self.widened.items()]
         return "\n".join(lines)
@@ -139,14 +146,14 @@ def zero1(tx: optax.GradientTransformation, params, mesh, axis: str | Sequence[s
 
 
 def sharded(tx: optax.GradientTransformation, params, mesh) -> Sharded:
-    """Declare how the parameters are sharded, so that the state is sharded likewise and `jadam.step` uses its kernels.
+    """Declare how the parameters are sharded. The state is sharded likewise, also by ``init`` within `jax.jit`.
 
-    On CPU and GPU, and on a mesh with explicit axes, `jadam.step` finds the shardings itself. On a TPU mesh whose axes
-    are ``Auto``, `jax.jit` does not tell them. With them `jadam.step` takes one pass over memory on each device, also
-    for bfloat16 and int8 moments and with `jadam.exact_bf16`.
+    It is needed in two cases. On a TPU mesh whose axes are ``Auto``, `jadam.step` cannot find the shardings itself, and
+    takes several passes over memory for bfloat16 and int8 moments and with `jadam.exact_bf16`. On any platform,
+    ``tx.init`` within `jax.jit` cannot fit int8 blocks to parameters whose last axis is sharded.
 
     Moments, scales and remainders are sharded like their parameter. int8 block sizes are chosen so that each shard has
-    whole blocks. ``init`` returns a sharded state. The results have the same bits as on one device with the same
+    whole blocks. The results have the same bits as on one device with the same
     blocks. Only a global norm may differ, because its sum has another order.
 
     Args:
@@ -170,7 +177,7 @@ def sharded(tx: optax.GradientTransformation, params, mesh) -> Sharded:
         >>> params = jax.device_put({"kernel": jnp.ones((64, 128))}, sharding)
         >>> tx = jadam.sharding.sharded(jadam.adamw(1e-3, moments="int8"), params, mesh)
         >>> tx
-        sharded: state of 1 parameters sharded as they are
+        sharded: the state of each parameter is sharded as it is
         >>> print(*tx.init(params)[0].mu["kernel"].sharding.spec)
         fsdp
     """
@@ -190,7 +197,7 @@ def state_shardings(tx: optax.GradientTransformation, params) -> Any:
     Args:
         tx: any Optax transformation.
         params: parameters, or their shapes and dtypes (`jax.ShapeDtypeStruct`), with a `NamedSharding` of one mesh.
-            Those without one are taken as replicated.
+            Those without one are taken as replicated. Not used for a ``tx`` that `sharded` or `zero1` returned.
 
     Returns:
         A tree of `jax.sharding.NamedSharding` like the state.
@@ -204,35 +211,13 @@ def state_shardings(tx: optax.GradientTransformation, params) -> Any:
         >>> mesh = jax.sharding.AbstractMesh((4,), ("fsdp",))
         >>> sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
         >>> params = {"kernel": jax.ShapeDtypeStruct((64, 128), jnp.float32, sharding=sharding)}
-        >>> print(*jadam.sharding.state_shardings(jadam.adamw(1e-3), params)[0].mu["kernel"].spec)
-        fsdp
+        >>> jadam.sharding.state_shardings(jadam.adamw(1e-3), params)[0].mu["kernel"].spec[0]
+        'fsdp'
     """
     checks.check_transformation("state_shardings needs", tx)
-    if isinstance(tx.update, _ShardedUpdateFn):
-        return jax.tree.map(lambda x: x.sharding, tx.update.layout.state)
+    if isinstance(tx, Sharded):
+        return tx.shardings
     return sharded(tx, params, mesh_of(params)).shardings
-
-
-def mesh_of(params) -> Mesh | AbstractMesh:
-    """The mesh on which parameters lie. Raises unless there is exactly one."""
-    meshes = find_meshes(params)
-    if not meshes:
-        raise ValueError(
-            "params must have a jax.sharding.NamedSharding, got none that has one. Put them on the mesh with "
-            "jax.device_put(params, shardings), or pass jax.ShapeDtypeStruct(shape, dtype, sharding=...)."
-        )
-    if len(meshes) > 1:
-        raise ValueError(
-            f"params must lie on one mesh, got {len(meshes)}: {dict(meshes[0].shape)} and {dict(meshes[1].shape)}. "
-            "Put them on one with jax.device_put."
-        )
-    return meshes[0]
-
-
-def find_meshes(params) -> list[Mesh | AbstractMesh]:
-    """The meshes on which parameters lie."""
-    shardings = [getattr(x, "sharding", None) for x in jax.tree.leaves(params_tree(params))]
-    return list(dict.fromkeys(x.mesh for x in shardings if isinstance(x, NamedSharding)))
 
 
 def _sharded(tx: optax.GradientTransformation, params, mesh, axes: tuple[str, ...], name: str) -> Sharded:
@@ -421,7 +406,7 @@ def _layout(tx, params, mesh, axes) -> Layout:
         param_sharding = _param_sharding(x, mesh, name)
         shardable = [s for s in param_states[name] if s.shape == p.shape]
         int8 = any(s.dtype == jnp.uint8 for s in shardable)
-        param_spec = PartitionSpec(*param_sharding.spec, *[None] * (len(p.shape) - len(param_sharding.spec)))
+        param_spec = padded(param_sharding.spec, len(p.shape))
         widened = ""
         if int8 and largest_block(p.shape[-1], length := param_sharding.shard_shape(p.shape)[-1]) is None:
             int8, widened = False, f"its own sharding cuts its last dimension into shards of {length}, {_NO_BLOCK}"

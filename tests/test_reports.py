@@ -163,7 +163,7 @@ def test_moments_of_a_cast_state_are_not_converted():
 
 
 def test_a_cpu_without_its_kernel_warns_once(monkeypatch, caplog):
-    backends.warn_once.cache_clear()
+    backends._warned.clear()
     without = dict.fromkeys(("cpu", "cuda", "tpu"), Backend(None, "no extension was built"))
     monkeypatch.setattr(primitive, "backends", lambda: without)
     params = jnp.ones(5)
@@ -173,7 +173,7 @@ def test_a_cpu_without_its_kernel_warns_once(monkeypatch, caplog):
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert record.message.endswith("without its kernel: no extension was built")
-    backends.warn_once.cache_clear()
+    backends._warned.clear()
 
 
 # ---------------------------------------------------------------- Flax's objects in place of states and parameters

@@ -277,7 +277,7 @@ def test_sharded_like_the_parameters(moments, dtype):
     tx = jadam.adamw(1e-2, moments=moments)
     tx = jadam.exact_bf16(tx) if dtype == jnp.bfloat16 else tx
     on_mesh = sharded(tx, p, FSDP)
-    assert repr(on_mesh) == "sharded: state of 5 parameters sharded as they are"
+    assert repr(on_mesh) == "sharded: the state of each parameter is sharded as it is"
     assert on_mesh.undivided == on_mesh.widened == {}
     state = on_mesh.init(p)
     assert jax.tree.map(lambda x: x.sharding, state) == on_mesh.shardings == state_shardings(tx, p)
@@ -336,7 +336,7 @@ def test_orbax_from_eight_devices_to_four_and_one(moments, tmp_path):
 
 
 def test_abstract_mesh():
-    mesh = jax.sharding.AbstractMesh((256,), ("data",))
+    mesh = jax.sharding.AbstractMesh((256,), ("data",), axis_types=(AxisType.Auto,))
     shapes = {"w": jax.ShapeDtypeStruct((4096, 50257), jnp.bfloat16)}
     divided = zero1(jadam.exact_bf16(jadam.adamw(1e-3, moments="int8")), shapes, mesh, "data")
     assert divided.shardings.remainder["w"].spec == P("data")

@@ -8,7 +8,8 @@ from jadam._cli.shapes import read_shapes
 from jadam._diagnostics.describe import table
 from jadam._diagnostics.plan import CONFIGURATIONS, PARTS, cast_shapes, count_devices, draw, plan, shapes_of, unit_of
 
-GATHERED = 1.6  # at most, as compiled for a TPU v5e: `python -m benchmarks aot`
+# Temporaries of `jadam.step` over the bytes that it gathers, at most, on a TPU v5e: `python -m benchmarks aot`.
+TEMPORARIES_PER_GATHERED_BYTE = 1.6
 DEFAULT_OUT = Path("jadam-plan.png")
 
 
@@ -52,11 +53,12 @@ def run(
         cells = [f"{getattr(x, part) / size:.2f}" for part in (*PARTS[:-1], "total")]
         rows.append([name, *cells, f"{x.state * first.devices / x.num_parameters:.2f}"])
     notes = [f"{name}: {path}: {note}" for name, x in plans.items() for path, note in x.notes.items()]
-    gathers = any(x.gathered for x in plans.values())
-    more = f"up to {GATHERED} times the weights, which it gathers" if gathers else "none, where it is one pass"
+    temporaries = {name: TEMPORARIES_PER_GATHERED_BYTE * x.gathered for name, x in plans.items()}
+    most = max(temporaries.values()) / size
+    more = f"up to {most:.2f} {unit}, as it gathers weights" if most else "none, where it is one pass"
     notes.append(f"Temporaries of jadam.step itself: {more}")
     if memory is not None:
-        fits = [name for name, x in plans.items() if x.total <= memory * 2**30]
+        fits = [name for name, x in plans.items() if x.total + temporaries[name] <= memory * 2**30]
         notes.append(f"Fit into {memory:g} GiB, besides activations: {', '.join(fits) or 'none'}")
     units = f"{unit} per device; bytes/param is of the optimizer's state"
     print(title, units, "", table(rows), "", *notes, sep="\n", flush=True)

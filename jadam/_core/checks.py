@@ -321,11 +321,11 @@ def is_in_device_memory(x) -> bool:
         return True
     if isinstance(x, jax.core.Tracer):
         return getattr(aval, "memory_space", None) is not _HOST
-    return x.sharding.memory_kind != "pinned_host"  # the type of what only out_shardings moved says device memory
+    return x.sharding.memory_kind != "pinned_host"  # not x.aval: out_shardings move an array without a change of type
 
 
 def check_in_device_memory(tree, what: str) -> None:
-    """Raise if an array is in host memory, as an offloaded state is between steps. JAX computes with none that is."""
+    """Raise if an array is in host memory, as an offloaded state is between steps. JAX does not compute there."""
     for path, _ in _first_failure(is_in_device_memory, tree):
         raise ValueError(
             f"{what}{path} must be in device memory, got memory kind 'pinned_host'. Move it, under jit "

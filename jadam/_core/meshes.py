@@ -1,10 +1,12 @@
-"""Meshes with explicit axes, where the types of arrays say how they are sharded."""
+"""Meshes on which arrays lie. Over explicit axes, the types of arrays say how they are sharded."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from jadam._core.trees import params_tree
 
 
 def explicit_mesh(arrays):
@@ -26,3 +28,25 @@ def call_with_auto_axes(f: Callable[..., Any], *args, like=None) -> Any:
     if like is not None:
         shardings = jax.tree.map(lambda x: NamedSharding(mesh, jax.typeof(x).sharding.spec), like)
     return jax.sharding.auto_axes(f, axes=mesh.explicit_axes, out_sharding=shardings)(*args)
+
+
+def mesh_of(params) -> Mesh | AbstractMesh:
+    """The mesh on which parameters lie. Raises unless there is exactly one."""
+    meshes = find_meshes(params)
+    if not meshes:
+        raise ValueError(
+            "params must have a jax.sharding.NamedSharding, got none that has one. Put them on the mesh with "
+            "jax.device_put(params, shardings), or pass jax.ShapeDtypeStruct(shape, dtype, sharding=...)."
+        )
+    if len(meshes) > 1:
+        raise ValueError(
+            f"params must lie on one mesh, got {len(meshes)}: {dict(meshes[0].shape)} and {dict(meshes[1].shape)}. "
+            "Put them on one with jax.device_put."
+        )
+    return meshes[0]
+
+
+def find_meshes(params) -> list[Mesh | AbstractMesh]:
+    """The meshes on which parameters lie."""
+    shardings = [getattr(x, "sharding", None) for x in jax.tree.leaves(params_tree(params))]
+    return list(dict.fromkeys(x.mesh for x in shardings if isinstance(x, NamedSharding)))

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 from jadam._core import checks
+from jadam._core.meshes import find_meshes
 from jadam._core.trees import find_states, leaf_names, match_state_to_params, params_tree, state_tree
 from jadam._fused import pallas, partitioning
 from jadam._fused.backends import Backend, backends, platform_of
@@ -23,7 +24,7 @@ from jadam._fused.step import why_leaves_not_fused, why_not_fused
 from jadam._moments.formats import FORMATS
 from jadam._transformation.transformation import QuantizedAdamState, update_of
 from jadam._wrappers.exact_bf16 import ExactBF16State
-from jadam.sharding import Sharded, find_meshes, sharded
+from jadam.sharding import Sharded, sharded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,10 +174,15 @@ def describe(state_or_tx: optax.OptState | optax.GradientTransformation, params:
     tx = cast(optax.GradientTransformation, state_or_tx)
     trainable = update_of(tx).without_untrainable(params, params)
     checks.check_arrays(trainable, "params")
-    shardings_known = True
+    shardings_known, advice = True, ""
     if not isinstance(tx, Sharded) and len(meshes := find_meshes(trainable)) == 1 and meshes[0].size > 1:
         shardings_known = meshes[0].are_all_axes_explicit or platform_of(jax.devices()[0]) in partitioning.PLATFORMS
+        init = tx.init
         tx = sharded(tx, trainable, meshes[0])
+        if [x.shape for x in jax.tree.leaves(jax.eval_shape(init, trainable))] != [
+            x.shape for x in jax.tree.leaves(tx.abstract_state)
+        ]:
+            advice = "; call tx.init outside of jit, or use jadam.sharding.sharded, so that int8 blocks fit the shards"
     found = []
     # Inside the trace, where the state's leaves are tracers: a user's pytree classes may not accept ShapeDtypeStructs.
     jax.eval_shape(lambda traced: found.append(_describe(tx, tx.init(traced), trainable, shardings_known)), trainable)
@@ -185,7 +191,7 @@ def describe(state_or_tx: optax.OptState | optax.GradientTransformation, params:
     leaves, structure = jax.tree.flatten(params)
     rows = zip(leaf_names(params), leaves, structure.flatten_up_to(trainable), strict=True)
     leaves = [frozen(name, p) if x is None else next(described) for name, p, x in rows if checks.is_array(p)]
-    return dataclasses.replace(found[0], leaves=tuple(leaves))
+    return dataclasses.replace(found[0], leaves=tuple(leaves), step=found[0].step + advice)
 
 
 def _describe(tx, state, params, shardings_known=True) -> Description:

@@ -1,7 +1,6 @@
 """Which kernel `jadam.step` uses on each platform, and why."""
 
 import dataclasses
-import functools
 import logging
 import os
 
@@ -65,7 +64,11 @@ def kernels_disabled() -> bool:
     return value == "xla"
 
 
-@functools.cache
-def warn_once(message: str) -> None:
-    """Log a message the first time."""
-    logging.getLogger("jadam").warning(message)
+_warned = set()
+
+
+def warn_once(message: str, key: str | None = None) -> None:
+    """Log a message, the first time with this ``key``. Default: the message."""
+    if (key or message) not in _warned:
+        _warned.add(key or message)
+        logging.getLogger("jadam").warning(message)

@@ -33,9 +33,13 @@ def _step_with_auto_axes(settings, operands, grads, params):
 def step_on_mesh(leaf_updates, grads: list, params: list, mesh, specs) -> tuple[list, list[tuple]]:
     """Update every device's shards. Returns the new parameters and each leaf's new state arrays."""
     cut = [shards.cuts_blocks(x, p.shape, spec, mesh) for x, p, spec in zip(leaf_updates, params, specs, strict=True)]
-    for leaf_update, p, spec, is_cut in zip(leaf_updates, params, specs, cut, strict=True):
-        if is_cut:
-            partitioning.warn_of_cut_blocks(leaf_update.name, p.shape, spec)
+    partitioning.warn_of_cut_blocks(
+        [
+            (leaf_update.name, p.shape, NamedSharding(mesh, spec).shard_shape(p.shape))
+            for leaf_update, p, spec, is_cut in zip(leaf_updates, params, specs, cut, strict=True)
+            if is_cut
+        ]
+    )
     new_params, new_arrays = [], []
     for start in range(0, len(params), LEAVES_PER_SHARD_MAP):
         part = slice(start, start + LEAVES_PER_SHARD_MAP)

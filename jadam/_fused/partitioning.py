@@ -26,7 +26,7 @@ from jadam._transformation.transformation import LeafUpdate, Operands, Shard, as
 
 PLATFORMS = ("cpu", "cuda")  # TPU: https://github.com/jax-ml/jax/issues/38196
 AXIS = "devices"  # of the mesh of all devices, in which the program of one device runs
-LEAVES_PER_CALL = 16
+LEAVES_PER_CALL = 16  # as many as a kernel takes on a CPU
 
 
 def why_not_partitioned(ctx, platform: str) -> str | None:
@@ -43,15 +43,20 @@ def why_not_partitioned(ctx, platform: str) -> str | None:
     return None
 
 
-def warn_of_cut_blocks(name: str, shape, shards) -> None:
-    """Log once that int8 blocks of a leaf are cut by its ``shards``."""
-    warn_once(
-        f"jadam.step is slow for {name}: its shards, {shards} of {shape}, cut its int8 blocks. Make the state with "
-        "jadam.sharding.sharded(tx, params, mesh), or with tx.init outside of jit, which fit the blocks to the shards."
-    )
+def warn_of_cut_blocks(cut: list) -> None:
+    """Log once that shards cut int8 blocks. ``cut`` has the name, shape and shard shape of each such leaf."""
+    if cut:
+        (name, shape, shard_shape), *others = cut
+        more = f" and {len(others)} more" if others else ""
+        warn_once(
+            f"jadam.step is slow for {name}{more}: its shards, {shard_shape} of {shape}, cut its int8 blocks. Make the "
+            "state with jadam.sharding.sharded(tx, params, mesh), or with tx.init outside of jit, which fit the blocks "
+            "to the shards.",
+            key="cut blocks",
+        )
 
 
-def with_devices(ctx):
+def with_stand_in_devices(ctx):
     """The context of a lowering rule with stand-ins for its devices."""
     axis_context = ctx.module_context.axis_context
     devices = tuple(jax.devices()[:1]) * axis_context.num_devices
@@ -59,18 +64,19 @@ def with_devices(ctx):
     return ctx.replace(module_context=ctx.module_context.replace(axis_context=axis_context))
 
 
-def run_kernel(
-    unsupported_reason, step_shards, num_devices, leaf_updates: list[LeafUpdate], grads, params
+def update_partitioned(
+    has_kernel, step_shards, num_devices, leaf_updates: list[LeafUpdate], grads, params
 ) -> list[tuple | None]:
-    """Return the new parameter and the new state arrays of each leaf, or None where the kernel does not support it.
+    """Return the new parameter and the new state arrays of each leaf, or None where no kernel supports it.
 
     Args:
-        unsupported_reason: ``unsupported_reason(leaf_update, g, p)``, why the kernel does not support a leaf, or None.
+        has_kernel: ``has_kernel(leaf_update, g, p)``, whether a kernel may support shards of a leaf.
         step_shards: ``step_shards(leaf_updates, grads, params)`` updates the shards of one device.
+        num_devices: the number of devices.
         leaf_updates, grads, params: of all leaves, global arrays.
     """
     results: list = [None] * len(leaf_updates)
-    supported = [i for i, x in enumerate(zip(leaf_updates, grads, params, strict=True)) if not unsupported_reason(*x)]
+    supported = [i for i, x in enumerate(zip(leaf_updates, grads, params, strict=True)) if has_kernel(*x)]
     for start in range(0, len(supported), LEAVES_PER_CALL):
         group = supported[start : start + LEAVES_PER_CALL]
         columns = ([column[i] for i in group] for column in (leaf_updates, grads, params))
@@ -113,17 +119,21 @@ def _partitioned(step_shards, num_devices, leaf_updates: list[LeafUpdate], grads
         leaf_args, _, param_args = treedef.unflatten(array_args)
         tilings = [_choose_tiling(*x) for x in zip(leaf_args, param_args, strict=True)]
         cut = [block is not None and x.cuts(block) for x, block in zip(tilings, blocks, strict=True)]
-        for name, tiling, is_cut in zip(names, tilings, cut, strict=True):
-            if is_cut:
-                warn_of_cut_blocks(name, tiling.shape, tiling.shard_shape)
+        warn_of_cut_blocks(
+            [(name, x.shape, x.shard_shape) for name, x, is_cut in zip(names, tilings, cut, strict=True) if is_cut]
+        )
 
         def update_shards(scalars, *arrays):
             """The program of one device."""
+            AbstractMesh((), ())
+            ):  # not that of the user, which may have explicit axes
             leaf_arrays, grads, params = treedef.unflatten(arrays)
             leaf_updates = unpack(settings, Operands(scalars[1:], leaf_arrays))
             device = jax.lax.axis_index(AXIS)
             for i, (tiling, block, is_cut) in enumerate(zip(tilings, blocks, cut, strict=True)):
-                leaf_update = leaf_updates[i]._replace(shard=Shard(jnp.asarray(tiling.offsets)[device], tiling.shape))
+                leaf_update = leaf_updates[i]._replace(
+                    shard=Shard(jnp.asarray(tiling.offsets)[device], tiling.shape)
+                )
                 if block is not None and is_cut:
                     first_column = jnp.asarray(tiling.first_columns)[device]
                     max_across_row = functools.partial(jax.lax.pmax, axis_name=AXIS, axis_index_groups=tiling.rows)
@@ -178,11 +188,9 @@ def _digest(settings, blocks) -> np.ndarray:
 
     XLA's cache of compiled programs sees the operands of a partitioned call, but not this program.
     """
-    leaves = [
-        (x.rule.native, x.format.name, str(x.dtype), x.salt, [getattr(x, name) is None for name in x._fields])
-        for x in settings.leaf_updates
-    ]
-    text = repr((leaves, blocks, settings[1:]))
+    rules = [(x.rule.function.__module__, x.rule.function.__qualname__) for x in settings.leaf_updates]
+    leaves = [(x.format.name, str(x.dtype), x.salt) for x in settings.leaf_updates]
+    text = repr((rules, leaves, blocks, settings[1:]))  # the tree of the scalars tells which operations there are
     return np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint32)
 
 
@@ -208,7 +216,7 @@ class _Tiling:
         """Whether a shard does not hold whole blocks of the last dimension."""
         return self.dims[-1] > 1 and (self.shape[-1] % self.dims[-1] != 0 or self.shard_shape[-1] % block != 0)
 
-    def _first(self, strides) -> np.ndarray:
+    def _first_index(self, strides) -> np.ndarray:
         """For each device: its shard's first index along each dimension, times ``strides``, summed modulo 2**32."""
         of_shards = np.zeros(self.dims, np.uint64)
         for place, n, stride in zip(np.indices(self.dims, np.uint64), self.shard_shape, strides, strict=True):
@@ -220,12 +228,12 @@ class _Tiling:
     @property
     def offsets(self) -> np.ndarray:
         """The index of the first element of each device's shard in the whole array."""
-        return self._first([math.prod(self.shape[axis + 1 :]) for axis in range(len(self.shape))])
+        return self._first_index([math.prod(self.shape[axis + 1 :]) for axis in range(len(self.shape))])
 
     @property
     def first_columns(self) -> np.ndarray:
         """The first index of each device's shard along the last dimension."""
-        return self._first([*[0] * (len(self.shape) - 1), 1])
+        return self._first_index([*[0] * (len(self.shape) - 1), 1])
 
     @property
     def rows(self) -> list[list[int]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.core
+import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -72,13 +73,16 @@ KERNELS: dict[str, Any] = {  # run_kernel(leaf_updates, grads, params) returns N
 }
 
 
-def _why_no_kernel(platform, leaf_update, g, p) -> str | None:
-    """Return why the kernel of ``platform`` does not run for a leaf, or None."""
+def _is_active(platform) -> bool:
+    """Whether kernels are used on ``platform``."""
+    return platform in KERNELS and backends()[platform].kernel is not None
+
+
+def _has_kernel(platform, leaf_update, g, p) -> bool:
+    """Whether there is a kernel for shards of a leaf, of whatever size."""
     if platform == "cpu":
-        return cpu.unsupported_reason(leaf_update, g, p)
-    if pallas.fused_by_xla(platform, leaf_update):
-        return "XLA takes one pass"
-    return pallas.why_several_passes(platform, leaf_update, g, p)
+        return cpu.unsupported_reason(leaf_update, g, p) is None
+    return not pallas.fused_by_xla(platform, leaf_update) and leaf_update.dtype == np.float32
 
 
 step_p = Primitive("jadam_step")
@@ -91,21 +95,16 @@ def _step_leaves(*arrays, settings, treedef, platform, num_devices=1):
     leaf_updates = unpack(settings, operands)
     # Arrays are concrete only under jax_debug_nans, which runs this op by op to find the one that made a NaN.
     traced = any(isinstance(x, jax.core.Tracer) for x in arrays)
-    has_kernel = platform in KERNELS and backends()[platform].kernel is not None
-    if traced and platform == "cpu" and not has_kernel and not kernels_disabled():
+    if traced and platform == "cpu" and not _is_active(platform) and not kernels_disabled():
         reason = backends()["cpu"].reason
         warn_once(f"jadam.step takes about 1.7 times as long on this CPU without its kernel: {reason}")
-    use_kernel = traced and has_kernel and all(map(checks.has_constant_shape, params))  # symbolic in `jax.export`
+    use_kernel = (
+        traced and _is_active(platform) and all(map(checks.has_constant_shape, params))
+    )  # symbolic in `jax.export`
     results: list = [None] * len(leaf_updates)
     if use_kernel and num_devices > 1:
-        results = partitioning.run_kernel(
-            functools.partial(_why_no_kernel, platform),
-            step_shards,
-            num_devices,
-            leaf_updates,
-            grads,
-            params,
-        )
+        own = functools.partial(_has_kernel, platform)
+        results = partitioning.update_partitioned(own, step_shards, num_devices, leaf_updates, grads, params)
     elif use_kernel:
         results = KERNELS[platform](leaf_updates, grads, params)
     for i, (leaf_update, g, p) in enumerate(zip(leaf_updates, grads, params, strict=True)):
@@ -168,15 +167,13 @@ def _lower(ctx, *arrays, settings, treedef, platform):
     """Lower to the platform's kernel, partitioned if arrays may be sharded, else to XLA operations."""
     function = functools.partial(_step_leaves, platform=platform)
     if not _is_unsharded(ctx):
-        reason = partitioning.why_not_partitioned(ctx, platform)
-        if not (platform in KERNELS and backends()[platform].kernel):
-            function = _step_leaves_by_xla
-        elif reason is None:
-            function = functools.partial(function, num_devices=ctx.module_context.axis_context.num_devices)
-            ctx = partitioning.with_devices(ctx)
-        else:
+        function = _step_leaves_by_xla
+        if _is_active(platform) and (reason := partitioning.why_not_partitioned(ctx, platform)) is not None:
             _warn_of_several_passes(reason, unpack(settings, treedef.unflatten(arrays)[0]))
-            function = _step_leaves_by_xla
+        elif _is_active(platform):
+            num_devices = ctx.module_context.axis_context.num_devices
+            function = functools.partial(_step_leaves, platform=platform, num_devices=num_devices)
+            ctx = partitioning.with_stand_in_devices(ctx)
     return mlir.lower_fun(function, multiple_results=True)(ctx, *arrays, settings=settings, treedef=treedef)
 
 

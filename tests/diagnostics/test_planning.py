@@ -121,7 +121,7 @@ def test_without_matplotlib_there_is_a_table_and_no_plot(tmp_path, capsys, monke
         "GiB per device; bytes/param is of the optimizer's state",
         "format",
         *planning.CONFIGURATIONS,
-        "Temporaries of jadam.step itself: up to 1.6 times the weights, which it gathers",
+        "Temporaries of jadam.step itself: up to 0.74 GiB, as it gathers weights",
     ]
     assert last == "No plot written: matplotlib is not installed; run: pip install matplotlib"
     assert main(["plan", "--out", "plot.png"]) == 2

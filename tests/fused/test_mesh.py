@@ -205,10 +205,10 @@ CUT = {"w": ((64, 768), P(None, ("fsdp", "tensor")))}  # 96 columns for each dev
 @pytest.fixture
 def warnings(caplog):
     """Messages of jadam's logger in this test."""
-    backends.warn_once.cache_clear()
+    backends._warned.clear()
     with caplog.at_level(logging.WARNING, "jadam"):
         yield lambda: [x.getMessage() for x in caplog.records if x.name == "jadam"]
-    backends.warn_once.cache_clear()
+    backends._warned.clear()
 
 
 @pytest.mark.parametrize("axes", MESHES)
@@ -274,7 +274,7 @@ def test_two_meshes():
 
 def test_an_abstract_mesh(warnings):
     """Lowered without devices, for a platform with and one without custom partitioning."""
-    mesh, tx = AbstractMesh((4, 2), ("fsdp", "tensor")), make_tx("int8")
+    mesh, tx = AbstractMesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2), make_tx("int8")
     aval = lambda shape, spec: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
     params = {name: aval(*x) for name, x in SMALL.items()}
     shapes = jax.eval_shape(tx.init, {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in params.items()})
