@@ -247,7 +247,9 @@ class Int8CutBlocks(Int8):
     def _place(self, x):
         """Each column's index in the whole array, its block, and its place in the block."""
         column = self.first_column.astype(jnp.uint32) + jnp.arange(x.shape[-1], dtype=jnp.uint32)
-        return column, (column // jnp.uint32(self.block)).astype(jnp.int32), column % jnp.uint32(self.block)
+        as_row = lambda a: a.reshape((1,) * (x.ndim - 1) + a.shape)  # jax_numpy_rank_promotion may forbid others
+        blocks = (column // jnp.uint32(self.block)).astype(jnp.int32)
+        return as_row(column), blocks, as_row(column % jnp.uint32(self.block))
 
 
 @functools.cache

@@ -213,6 +213,7 @@ def warnings(caplog):
 
 @pytest.mark.parametrize("axes", MESHES)
 @pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.usefixtures("strict")
 def test_cut_blocks(axes, exact, warnings):
     """A state whose blocks the shards cut: the values of one device, nothing gathered, a warning with the remedy."""
     tx, params, mesh = make_tx("int8", exact), make_params(CUT, exact), MESHES[axes]
