@@ -50,3 +50,13 @@ def find_meshes(params) -> list[Mesh | AbstractMesh]:
     """The meshes on which parameters lie."""
     shardings = [getattr(x, "sharding", None) for x in jax.tree.leaves(params_tree(params))]
     return list(dict.fromkeys(x.mesh for x in shardings if isinstance(x, NamedSharding)))
+
+
+def in_no_mesh(f: Callable[..., Any]) -> Callable[..., Any]:
+    """``f``, traced outside of the mesh that `jax.set_mesh` has set."""
+
+    def wrapper(*args):
+        with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+            return f(*args)
+
+    return wrapper

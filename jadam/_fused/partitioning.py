@@ -19,6 +19,7 @@ import numpy as np
 from jax.experimental.custom_partitioning import ArrayMapping, CompoundFactor, SdyShardingRule, custom_partitioning
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
+from jadam._core.meshes import in_no_mesh
 from jadam._fused.backends import warn_once
 from jadam._fused.shards import leaf_arrays_of
 from jadam._moments.int8 import Int8CutBlocks, int8_of_shards
@@ -125,15 +126,11 @@ def _partitioned(step_shards, num_devices, leaf_updates: list[LeafUpdate], grads
 
         def update_shards(scalars, *arrays):
             """The program of one device."""
-            AbstractMesh((), ())
-            ):  # not that of the user, which may have explicit axes
             leaf_arrays, grads, params = treedef.unflatten(arrays)
             leaf_updates = unpack(settings, Operands(scalars[1:], leaf_arrays))
             device = jax.lax.axis_index(AXIS)
             for i, (tiling, block, is_cut) in enumerate(zip(tilings, blocks, cut, strict=True)):
-                leaf_update = leaf_updates[i]._replace(
-                    shard=Shard(jnp.asarray(tiling.offsets)[device], tiling.shape)
-                )
+                leaf_update = leaf_updates[i]._replace(shard=Shard(jnp.asarray(tiling.offsets)[device], tiling.shape))
                 if block is not None and is_cut:
                     first_column = jnp.asarray(tiling.first_columns)[device]
                     max_across_row = functools.partial(jax.lax.pmax, axis_name=AXIS, axis_index_groups=tiling.rows)
@@ -152,7 +149,7 @@ def _partitioned(step_shards, num_devices, leaf_updates: list[LeafUpdate], grads
         of_state = list(map(leaf_arrays_of, places, blocks, of_params, of_scales))
         return (
             flat_mesh,
-            update_shards,
+            in_no_mesh(update_shards),
             _flat(of_params, map(as_state_arrays, of_state)),
             ([replicated] * len(scalar_args), *_flat(of_state, of_params, of_params)),
         )
