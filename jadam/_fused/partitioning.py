@@ -57,12 +57,30 @@ def warn_of_cut_blocks(cut: list) -> None:
         )
 
 
+class _NotPickled:
+    """Keeps an object alive, which is left out when a compiled program is pickled."""
+
+    def __init__(self, kept):
+        """``kept`` is the object."""
+        self.kept = kept
+
+    def __reduce__(self):
+        """Pickle any other object."""
+        return object, ()
+
+
 def with_stand_in_devices(ctx):
-    """The context of a lowering rule with stand-ins for its devices."""
+    """The context of a lowering rule with stand-ins for its devices.
+
+    The compiled program keeps what `custom_partitioning` needs while XLA compiles, which cannot be pickled. So that
+    `jax.experimental.serialize_executable` can save the program, this is not pickled.
+    """
     axis_context = ctx.module_context.axis_context
     devices = tuple(jax.devices()[:1]) * axis_context.num_devices
     axis_context = dataclasses.replace(axis_context, device_assignment=devices)
-    return ctx.replace(module_context=ctx.module_context.replace(axis_context=axis_context))
+    keepalives: list = []
+    ctx.module_context.add_keepalive(_NotPickled(keepalives))
+    return ctx.replace(module_context=ctx.module_context.replace(axis_context=axis_context, keepalives=keepalives))
 
 
 def update_partitioned(

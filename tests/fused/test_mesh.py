@@ -22,7 +22,7 @@ from helpers import (
     zip_leaves,
 )
 from jax import export
-from jax.experimental import checkify
+from jax.experimental import checkify, serialize_executable
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -384,6 +384,17 @@ def test_checkify():
     params = on_mesh({"w": normal(64, 1024).at[40, 3].set(jnp.nan), "b": normal(64)}, SMALL, mesh)
     error, _ = jax.jit(checkify.checkify(make_step(tx), checkify.nan_checks))(params, tx.init(params), params)
     assert "nan" in error.get()
+
+
+def test_serialized_executable():
+    """A compiled program is saved and loaded: what custom partitioning needed to compile it is left out."""
+    tx, mesh = make_tx("int8"), MESHES["auto"]
+    params = on_mesh(make_params(SMALL), SMALL, mesh)
+    state = jax.device_put(tx.init(params), state_shardings(tx, params))
+    compiled = jax.jit(make_step(tx)).lower(params, state, params).compile()
+    again = serialize_executable.deserialize_and_load(*serialize_executable.serialize(compiled))
+    assert kernels(again) == [2]
+    assert_equal(jax.device_get(again(params, state, params)), jax.device_get(compiled(params, state, params)))
 
 
 CACHE = """
