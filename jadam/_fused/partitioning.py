@@ -19,6 +19,7 @@ import numpy as np
 from jax.experimental.custom_partitioning import ArrayMapping, CompoundFactor, SdyShardingRule, custom_partitioning
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
+import jadam
 from jadam._core.meshes import in_no_mesh
 from jadam._fused.backends import warn_once
 from jadam._fused.shards import leaf_arrays_of
@@ -201,11 +202,14 @@ def _factors(prefix: str, shape, block: int | None, num_devices: int):
 def _digest(settings, blocks) -> np.ndarray:
     """A hash of all that the program of one device depends on beside its arguments.
 
-    XLA's cache of compiled programs sees the operands of a partitioned call, but not this program.
+    XLA's cache of compiled programs sees the operands of a partitioned call, but not this program. The program of
+    another version of jadam may not fit this version's kernel.
     """
     rules = [(x.rule.function.__module__, x.rule.function.__qualname__) for x in settings.leaf_updates]
     leaves = [(x.format.name, str(x.dtype), x.salt) for x in settings.leaf_updates]
-    text = repr((rules, leaves, blocks, settings[1:]))  # the tree of the scalars tells which operations there are
+    text = repr(
+        (jadam.__version__, rules, leaves, blocks, settings[1:])
+    )  # the tree of the scalars tells which operations there are
     return np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint32)
 
 

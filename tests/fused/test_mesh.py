@@ -397,6 +397,20 @@ def test_serialized_executable():
     assert_equal(jax.device_get(again(params, state, params)), jax.device_get(compiled(params, state, params)))
 
 
+def test_cache_keys_differ_between_versions(monkeypatch):
+    """A program that another version compiled may call its kernel with other arguments."""
+    tx, mesh = make_tx("int8"), MESHES["auto"]
+    params = on_mesh(make_params(SMALL), SMALL, mesh)
+    state = tx.init(params)
+    # The pointer to the callback, which differs each time, is left out of the key.
+    text = lambda: jax.jit(make_step(tx)).lower(params, state, params).as_text()
+    lowered = lambda: re.sub(r'backend_config = "\d+"', "", text())
+    before = lowered()
+    assert lowered() == before
+    monkeypatch.setattr(jadam, "__version__", "0.0.1")
+    assert lowered() != before
+
+
 CACHE = """
 import sys
 import jax, numpy as np, jadam
