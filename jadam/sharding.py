@@ -15,7 +15,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import optax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jadam._core import checks
 from jadam._core.meshes import mesh_of
@@ -523,6 +523,17 @@ def _to_sharding(x, sharding: NamedSharding):
     """Move ``x`` to a sharding, traced or not."""
     if not isinstance(x, jax.core.Tracer):
         return jax.device_put(x, sharding)
-    if jax.sharding.AxisType.Explicit in sharding.mesh.axis_types:
-        return jax.sharding.reshard(x, sharding)
-    return jax.lax.with_sharding_constraint(x, sharding)
+    mesh = sharding.mesh
+    explicit = [name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit]
+    if not explicit:
+        return jax.lax.with_sharding_constraint(x, sharding)
+    x = jax.sharding.reshard(x, NamedSharding(mesh, _with_axes(sharding.spec, explicit)))
+    if mesh.are_all_axes_explicit:
+        return x
+    auto = set(mesh.axis_names).difference(explicit)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _with_axes(sharding.spec, auto)))
+
+
+def _with_axes(spec, axes) -> PartitionSpec:
+    """``spec`` with only these axes of the mesh."""
+    return PartitionSpec(*(tuple(name for name in axis_names(entry) if name in axes) or None for entry in spec))

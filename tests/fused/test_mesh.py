@@ -28,7 +28,7 @@ from jax.sharding import PartitionSpec as P
 
 import jadam
 from jadam._fused import backends
-from jadam.sharding import sharded, state_shardings
+from jadam.sharding import sharded, state_shardings, zero1
 
 pytestmark = needs_kernel
 
@@ -334,6 +334,24 @@ def test_mixed_axes():
         got = step(params, state, params)
         assert jax.typeof(got[0]["w"]).sharding.spec == jax.typeof(params["w"]).sharding.spec
     assert_equal(jax.device_get(got), jax.device_get(expected))
+
+
+@pytest.mark.parametrize("declare", [sharded, functools.partial(zero1, axis="tensor")], ids=["sharded", "zero1"])
+def test_declared_on_mixed_axes(declare):
+    """`sharded` and `zero1` on such a mesh, traced: explicit and auto axes need different constraints."""
+    tx, mesh = make_tx("int8"), make_mesh(AxisType.Explicit, AxisType.Auto)
+    params = make_params(SMALL)
+    expected = jax.jit(make_step(tx))(params, tx.init(params), params)
+    with jax.set_mesh(mesh):
+        params = on_mesh(params, SMALL, mesh)
+        tx = declare(tx, params, mesh=mesh)
+        state = tx.init(params)
+        step = jax.jit(make_step(tx))
+        assert kernels(step.lower(params, state, params).compile()) == [2]
+        new_params, new_state = step(params, state, params)
+        for p, new in zip_leaves((params, state), (new_params, new_state)):
+            assert new.sharding.is_equivalent_to(p.sharding, p.ndim)
+    assert_equal(jax.device_get((new_params, new_state)), jax.device_get(expected))
 
 
 def test_shard_map_over_one_of_two_axes():
