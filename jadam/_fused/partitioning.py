@@ -49,7 +49,7 @@ def warn_of_cut_blocks(cut: list) -> None:
     """Log once that shards cut int8 blocks. ``cut`` has the name, shape and shard shape of each such leaf."""
     if cut:
         (name, shape, shard_shape), *others = cut
-        more = f" and {len(others)} more" if others else ""
+        more = " and others" if others else ""
         warn_once(
             f"jadam.step is slow for {name}{more}: its shards, {shard_shape} of {shape}, cut its int8 blocks. Make the "
             "state with jadam.sharding.sharded(tx, params, mesh), or with tx.init outside of jit, which fit the blocks "
