@@ -44,21 +44,21 @@ def parametrize(name: str, values: Mapping | Iterable, default: Collection[str])
 
 
 def parametrize_grid(
-    axes: Mapping[str, Mapping | Iterable], default: Collection[str], otherwise: pytest.MarkDecorator = pytest.mark.slow
+    axes: Mapping[str, Mapping | Iterable], default: Collection[str], slow: Collection[str] | None = None
 ):
     """The same over the product of ``axes``, ``{name: values}``. An id joins the ids of its values with ``-``.
 
-    ``otherwise`` is the mark of other rows.
+    If ``slow`` is given, only these other rows are `slow`, and the rest are `nightly`.
     """
     by_id = [_by_id(values) for values in axes.values()]
     products = {"-".join(ids): ids for ids in itertools.product(*by_id)}
-    if unknown := set(default) - set(products):
+    if unknown := {*default, *(slow or ())} - set(products):
         raise ValueError(f"default must hold ids of the grid, got {sorted(unknown)}; there are {sorted(products)}")
     params = [
         pytest.param(
             *(values[x] for values, x in zip(by_id, ids, strict=True)),
             id=row,
-            marks=() if row in default else otherwise,
+            marks=() if row in default else pytest.mark.slow if slow is None or row in slow else pytest.mark.nightly,
         )
         for row, ids in products.items()
     ]

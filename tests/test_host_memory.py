@@ -53,9 +53,14 @@ def test_an_offloaded_state_has_the_same_bits(how, place, programs_compiled):
     assert_equal(jax.device_get(found), jax.device_get(expected))
 
 
-@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
-@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
-@pytest.mark.parametrize("how", ["float32", "exact_bf16", "chain", "by_path"])
+@parametrize_grid(
+    {
+        "how": ["float32", "exact_bf16", "chain", "by_path"],
+        "jitted": {"eager": False, "jit": True},
+        "place": PLACES,
+    },
+    default=["float32-eager-one", "exact_bf16-jit-eight", "chain-jit-one", "by_path-eager-eight"],
+)
 def test_a_state_that_is_not_moved_is_an_error(how, jitted, place):
     """The first array of the state in host memory is named."""
     more = {"chain": jadam.chain(jadam.clip(1.0), jadam.adam(1e-2)), "by_path": jadam.by_path([("", {})], 1e-2)}

@@ -12,7 +12,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
-from helpers import CPU, FORMATS, MESH, assert_equal, parametrize, zip_leaves
+from helpers import CPU, FORMATS, MESH, assert_equal, parametrize, parametrize_grid, zip_leaves
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from optax import contrib
@@ -269,8 +269,10 @@ def on_fsdp(dtype=jnp.float32, seed=0):
     return jax.device_put(p | {"scale": normal(3)}, {k: NamedSharding(FSDP, spec) for k, spec in SPECS.items()})
 
 
-@pytest.mark.parametrize("moments", FORMATS)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@parametrize_grid(
+    {"moments": FORMATS, "dtype": {"float32 weights": jnp.float32, "bf16 weights": jnp.bfloat16}},
+    default=["float32-float32 weights", "int8-bf16 weights"],
+)
 def test_sharded_like_the_parameters(moments, dtype):
     """`sharded`: the state lies where the parameters do, with blocks that fit; the bits of one device."""
     p, g = on_fsdp(dtype), on_fsdp(dtype, seed=1)
@@ -313,7 +315,7 @@ def test_describe_tells_which_shards_a_kernel_updates(platform, monkeypatch):
     assert [x.bytes for x in described[:2]] == bytes
 
 
-@pytest.mark.parametrize("moments", ["bfloat16", "int8"])
+@parametrize("moments", ["bfloat16", "int8"], default=["int8"])
 def test_orbax_from_eight_devices_to_four_and_one(moments, tmp_path):
     """Saved on eight devices, restored on four and on one; the next step has the same bits."""
     tx, p, g = jadam.exact_bf16(jadam.adamw(1e-2, moments=moments)), on_fsdp(jnp.bfloat16), on_fsdp(jnp.bfloat16, 1)

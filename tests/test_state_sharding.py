@@ -181,16 +181,13 @@ def assert_finite(tree):
 
 @parametrize_grid(
     {"recipe": RECIPES, "tx": TRANSFORMATIONS},
-    default=[
+    default=["spec-by_path", "TrainState-int8", "map_params-int8"],
+    slow=[
         "sharding-exact_bf16_int8",
         "sharding-average_params",
-        "spec-by_path",
-        "TrainState-int8",
-        "map_params-int8",
         "map_params-average_params",
         "map_params_init-frozen_exact_bf16_int8",
     ],
-    otherwise=pytest.mark.nightly,
 )
 def test_linen_and_optax(recipe, tx):
     params, param_shardings, state_shardings = recipe(tx, linen_params(dtypes(tx)))
@@ -229,7 +226,7 @@ def boxed_as_earlier(state, params):
 @parametrize(
     "tx",
     {name: TRANSFORMATIONS[name] for name in ("int8", "exact_bf16_int8", "by_path_int8", "average_params", "record")},
-    default=["exact_bf16_int8", "average_params"],
+    default=["average_params"],
 )
 def test_states_of_earlier_versions(tx):
     """A state with boxes around all of its arrays takes the same step and keeps its structure."""
@@ -305,8 +302,8 @@ def nnx_step(model, optimizer):
 
 @parametrize_grid(
     {"recipe": NNX_RECIPES, "tx": TRANSFORMATIONS},
-    default=["named_sharding-exact_bf16_int8", "eager-by_path", "explicit-int8"],
-    otherwise=pytest.mark.nightly,
+    default=["eager-by_path", "explicit-int8"],
+    slow=["named_sharding-exact_bf16_int8", "constraint-exact_bf16_int8", "eager-int8"],
 )
 def test_nnx(recipe, tx):
     make, mesh = recipe

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import CPU
+from helpers import CPU, parametrize
 from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
@@ -58,7 +58,7 @@ PLACEMENTS = {  # format, mesh, axis of the state, axes of the parameters
 }
 
 
-@pytest.mark.parametrize("name", PLACEMENTS)
+@parametrize("name", [*PLACEMENTS], default=["FSDP, exact_bf16", "FSDP x TP, int8", "zero1"])
 def test_plan_is_what_xla_counts(name):
     """The bytes of a donated step's arguments, and its temporaries, as the compiler has them. A CPU pads nothing."""
     how, mesh_shape, axis, params_axis = PLACEMENTS[name]

@@ -82,13 +82,15 @@ PARTS = [  # platform, moments, whether there is a remainder, shape of the whole
     ("tpu", "int8", True, (2, 4, 64, 256), (0, 2, 32, 128), (2, 2, 32, 128)),  # leading axes are merged to rows
     ("tpu", "bfloat16", False, (5, 40, 24, 384), (1, 8, 8, 128), (3, 17, 16, 256)),  # a loop over leading axes
     pytest.param("tpu", "int8", False, (3, 4, 24, 384), (1, 2, 8, 128), (2, 2, 16, 256), marks=pytest.mark.slow),
-    pytest.param("tpu", "int8", False, (40, 200, 300), (8, 50, 0), (16, 135, 300), marks=pytest.mark.slow),
-    pytest.param("tpu", "int8", False, (4, 512, 64), (2, 128, 0), (2, 300, 64), marks=pytest.mark.slow),  # transposed
+    pytest.param("tpu", "int8", False, (40, 200, 300), (8, 50, 0), (16, 135, 300), marks=pytest.mark.nightly),
+    pytest.param(
+        "tpu", "int8", False, (4, 512, 64), (2, 128, 0), (2, 300, 64), marks=pytest.mark.nightly
+    ),  # transposed
     pytest.param("tpu", "int8", False, (3, 256, 4, 64), (1, 0, 2, 0), (2, 256, 2, 64), marks=pytest.mark.slow),
-    pytest.param("tpu", "int8", False, (256, 128, 4), (0, 64, 0), (256, 64, 4), marks=pytest.mark.slow),
-    pytest.param("tpu", "bfloat16", True, (256, 128, 4), (0, 64, 1), (256, 64, 3), marks=pytest.mark.slow),
+    pytest.param("tpu", "int8", False, (256, 128, 4), (0, 64, 0), (256, 64, 4), marks=pytest.mark.nightly),
+    pytest.param("tpu", "bfloat16", True, (256, 128, 4), (0, 64, 1), (256, 64, 3), marks=pytest.mark.nightly),
     pytest.param("tpu", "bfloat16", False, (2, 4, 64, 256), (0, 2, 32, 128), (2, 2, 32, 128), marks=pytest.mark.slow),
-    pytest.param("tpu", "float32", True, (9, 7, 5, 3, 4), (1, 2, 0, 1, 1), (8, 4, 5, 1, 3), marks=pytest.mark.slow),
+    pytest.param("tpu", "float32", True, (9, 7, 5, 3, 4), (1, 2, 0, 1, 1), (8, 4, 5, 1, 3), marks=pytest.mark.nightly),
     pytest.param("tpu", "bfloat16", True, (8192,), (2048,), (3072,), marks=pytest.mark.slow),
 ]
 
