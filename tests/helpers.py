@@ -35,12 +35,12 @@ needs_kernel = pytest.mark.skipif(CPU.kernel is None, reason=f"no CPU kernel: {C
 # ---------------------------------------------------------------- parametrization
 
 
-def parametrize(name: str, values: Mapping | Iterable, default: Collection[str]):
+def parametrize(name: str, values: Mapping | Iterable, default: Collection[str], slow: Collection[str] | None = None):
     """``pytest.mark.parametrize(name, values)``, where only the ids in ``default`` run by default; others are `slow`.
 
     A value's id is its key in a mapping, else its ``__name__`` or its ``str``.
     """
-    return parametrize_grid({name: values}, default)
+    return parametrize_grid({name: values}, default, slow)
 
 
 def parametrize_grid(

@@ -21,7 +21,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.skipif(bool(host_offload_reason()), reason=host_offload_reason())
-@parametrize_grid({"how": OPTIMIZERS, "place": PLACES}, default=["float32-one", "exact_bf16-one", "exact_bf16-eight"])
+@parametrize_grid({"how": OPTIMIZERS, "place": PLACES}, default=["float32-one", "exact_bf16-eight"], slow=[])
 def test_an_offloaded_state_has_the_same_bits(how, place, programs_compiled):
     """Four donated steps, compiled once; what comes back is in host memory again, the parameters are not."""
     tx, dtype = how
@@ -60,6 +60,7 @@ def test_an_offloaded_state_has_the_same_bits(how, place, programs_compiled):
         "place": PLACES,
     },
     default=["float32-eager-one", "exact_bf16-jit-eight", "chain-jit-one", "by_path-eager-eight"],
+    slow=[],
 )
 def test_a_state_that_is_not_moved_is_an_error(how, jitted, place):
     """The first array of the state in host memory is named."""

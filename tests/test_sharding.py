@@ -272,6 +272,7 @@ def on_fsdp(dtype=jnp.float32, seed=0):
 @parametrize_grid(
     {"moments": FORMATS, "dtype": {"float32 weights": jnp.float32, "bf16 weights": jnp.bfloat16}},
     default=["float32-float32 weights", "int8-bf16 weights"],
+    slow=[],
 )
 def test_sharded_like_the_parameters(moments, dtype):
     """`sharded`: the state lies where the parameters do, with blocks that fit; the bits of one device."""
@@ -315,7 +316,7 @@ def test_describe_tells_which_shards_a_kernel_updates(platform, monkeypatch):
     assert [x.bytes for x in described[:2]] == bytes
 
 
-@parametrize("moments", ["bfloat16", "int8"], default=["int8"])
+@parametrize("moments", ["bfloat16", "int8"], default=["int8"], slow=[])
 def test_orbax_from_eight_devices_to_four_and_one(moments, tmp_path):
     """Saved on eight devices, restored on four and on one; the next step has the same bits."""
     tx, p, g = jadam.exact_bf16(jadam.adamw(1e-2, moments=moments)), on_fsdp(jnp.bfloat16), on_fsdp(jnp.bfloat16, 1)

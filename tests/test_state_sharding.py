@@ -182,12 +182,7 @@ def assert_finite(tree):
 @parametrize_grid(
     {"recipe": RECIPES, "tx": TRANSFORMATIONS},
     default=["spec-by_path", "TrainState-int8", "map_params-int8"],
-    slow=[
-        "sharding-exact_bf16_int8",
-        "sharding-average_params",
-        "map_params-average_params",
-        "map_params_init-frozen_exact_bf16_int8",
-    ],
+    slow=[],
 )
 def test_linen_and_optax(recipe, tx):
     params, param_shardings, state_shardings = recipe(tx, linen_params(dtypes(tx)))
@@ -227,6 +222,7 @@ def boxed_as_earlier(state, params):
     "tx",
     {name: TRANSFORMATIONS[name] for name in ("int8", "exact_bf16_int8", "by_path_int8", "average_params", "record")},
     default=["average_params"],
+    slow=["exact_bf16_int8"],
 )
 def test_states_of_earlier_versions(tx):
     """A state with boxes around all of its arrays takes the same step and keeps its structure."""
@@ -303,7 +299,7 @@ def nnx_step(model, optimizer):
 @parametrize_grid(
     {"recipe": NNX_RECIPES, "tx": TRANSFORMATIONS},
     default=["eager-by_path", "explicit-int8"],
-    slow=["named_sharding-exact_bf16_int8", "constraint-exact_bf16_int8", "eager-int8"],
+    slow=[],
 )
 def test_nnx(recipe, tx):
     make, mesh = recipe

@@ -58,7 +58,7 @@ PLACEMENTS = {  # format, mesh, axis of the state, axes of the parameters
 }
 
 
-@parametrize("name", [*PLACEMENTS], default=["FSDP, exact_bf16", "FSDP x TP, int8", "zero1"])
+@parametrize("name", [*PLACEMENTS], default=["FSDP, exact_bf16", "FSDP x TP, int8", "zero1"], slow=["one device, int8"])
 def test_plan_is_what_xla_counts(name):
     """The bytes of a donated step's arguments, and its temporaries, as the compiler has them. A CPU pads nothing."""
     how, mesh_shape, axis, params_axis = PLACEMENTS[name]

@@ -141,7 +141,7 @@ def test_one_pass_over_every_shard(moments, exact, axes, how):
     assert_equal(jax.device_get(got), one_device(moments, exact))
 
 
-@parametrize("where", ["eager init", "init under jit", "replicated"], default=["init under jit"])
+@parametrize("where", ["eager init", "init under jit", "replicated"], default=["init under jit"], slow=[])
 def test_states_from_any_init(where):
     """A state that is less sharded than the parameters follows them: parameters and gradients are not gathered."""
     tx, mesh = make_tx("int8"), MESHES["auto"]
@@ -180,7 +180,7 @@ def test_gradient_accumulation_and_out_shardings():
     assert jitted._cache_size() == 1
 
 
-@parametrize_grid({"moments": ["float32", "int8"], "mesh": MESHES}, default=["int8-auto", "float32-explicit"])
+@parametrize_grid({"moments": ["float32", "int8"], "mesh": MESHES}, default=["int8-auto", "float32-explicit"], slow=[])
 def test_zero_by_hand(moments, mesh):
     """Parameters replicated, state sharded by the user: only the new parameters are gathered."""
     tx = make_tx(moments)
@@ -219,6 +219,7 @@ def warnings(caplog):
 @parametrize_grid(
     {"mesh": MESHES, "exact": {"float32 weights": False, "bf16 weights": True}},
     default=["auto-bf16 weights", "explicit-float32 weights"],
+    slow=[],
 )
 @pytest.mark.usefixtures("strict")
 def test_cut_blocks(mesh, exact, warnings):
