@@ -65,7 +65,7 @@ class Sharded(optax.GradientTransformationExtraArgs):
     def __repr__(self):
         leaves = [x for x in self.layout.leaves if x.bytes]
         sharded = sum(not x.reason for x in leaves)
-        lines = ["sharded: the state of each parameter is sharded as it is"]
+        lines = ["sharded: the state has the shardings of the parameters"]
         if self.layout.ways:
             lines = [f"zero1: state of {sharded} of {len(leaves)} parameters sharded {self.layout.ways}"]
         lines += [f"  undivided: {name}: {reason}" for name, reason in self.undivided.items()]
@@ -177,7 +177,7 @@ def sharded(tx: optax.GradientTransformation, params, mesh) -> Sharded:
         >>> params = jax.device_put({"kernel": jnp.ones((64, 128))}, sharding)
         >>> tx = jadam.sharding.sharded(jadam.adamw(1e-3, moments="int8"), params, mesh)
         >>> tx
-        sharded: the state of each parameter is sharded as it is
+        sharded: the state has the shardings of the parameters
         >>> print(*tx.init(params)[0].mu["kernel"].sharding.spec)
         fsdp
     """

@@ -280,7 +280,7 @@ def test_sharded_like_the_parameters(moments, dtype):
     tx = jadam.adamw(1e-2, moments=moments)
     tx = jadam.exact_bf16(tx) if dtype == jnp.bfloat16 else tx
     on_mesh = sharded(tx, p, FSDP)
-    assert repr(on_mesh) == "sharded: the state of each parameter is sharded as it is"
+    assert repr(on_mesh) == "sharded: the state has the shardings of the parameters"
     assert on_mesh.undivided == on_mesh.widened == {}
     state = on_mesh.init(p)
     assert jax.tree.map(lambda x: x.sharding, state) == on_mesh.shardings == state_shardings(tx, p)

@@ -99,9 +99,9 @@ def plan(
     ``jadam plan`` does this for well-known models.
 
     The bytes are those of the arrays. A TPU pads their last two dimensions to tiles, which adds less than 1 % to
-    well-known models. `jadam.step` itself needs no temporaries where it is one pass and the state is sharded as the
-    parameters are, as on one device and with FSDP. Parameters whose state is sharded further, it gathers: ``gathered``
-    bytes, of which XLA holds up to 1.6 times in temporaries on a TPU v5e, and twice on a CPU.
+    well-known models. `jadam.step` itself needs no temporaries where it takes one pass and the state is sharded as the
+    parameters are, as on one device and with FSDP. If the state is sharded further, the step gathers the parameters.
+    ``gathered`` is their size. The temporaries are up to 1.6 times as large on a TPU v5e, and twice on a CPU.
 
     Args:
         tx: any Optax transformation.

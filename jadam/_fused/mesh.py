@@ -14,7 +14,7 @@ LEAVES_PER_SHARD_MAP = 64  # Shardy takes time quadratic in the arrays of a jax.
 
 
 def step_on_explicit_mesh(leaf_updates, grads: list, params: list, mesh) -> tuple[list, list[tuple]]:
-    """Return the new parameters and each leaf's new state arrays, on a mesh of which some or all axes are explicit."""
+    """Update leaves on a mesh with explicit axes. Returns the new parameters and each leaf's new state arrays."""
     if mesh.are_all_axes_explicit:
         specs = [shards.spec_of_leaf(x, p, mesh) for x, p in zip(leaf_updates, params, strict=True)]
         return step_on_mesh(leaf_updates, grads, params, mesh, specs)

@@ -4,8 +4,8 @@ XLA's partitioner cannot look into a kernel. `jax.experimental.custom_partitioni
 arrays may be sharded, and asks back for the program of one device when all shardings are known. The rule: a parameter,
 its gradient and its state arrays are sharded alike, and int8 scales as the blocks are. Scalars are replicated.
 
-A traced program may hold `custom_partitioning` only if it has a single mesh with concrete devices. Here it is called
-when the primitive is lowered, with stand-ins for the devices, of which only the number matters. So neither limit holds.
+JAX refuses `custom_partitioning` in a traced program with two meshes, or with a mesh without devices. Here it is called
+when the primitive is lowered. JAX then needs only the number of devices, and gets stand-ins for them.
 """
 
 import dataclasses
