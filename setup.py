@@ -12,7 +12,8 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 FUSED = Path("jadam", "_fused")
-SOURCES = [FUSED / name for name in ("cpu/cpu.cc", "native/formats.h", "native/portable.h", "native/rules.h")]
+SOURCES = [FUSED / name for name in ("cpu/cpu.cc", "cuda/cuda.cc")]
+HEADERS = [FUSED / "cuda/table.h", *(FUSED / f"native/{x}.h" for x in ("formats", "leaves", "portable", "rules"))]
 WITHOUT = """jadam: the CPU's kernel was not built: {error}
 jadam works without it. XLA takes two passes over memory where the kernel takes one: about 1.7 times as long.
 With a C++17 compiler (g++, clang++ or MSVC): pip install --force-reinstall --no-deps --no-cache-dir jadam"""
@@ -29,7 +30,7 @@ class Build(build_ext):
     """Builds a shared library that `ctypes` loads, named alike for every Python."""
 
     def get_ext_filename(self, fullname):
-        """``_cpu.so``, without the tag of an interpreter."""
+        """``_native.so``, without the tag of an interpreter."""
         return str(Path(*fullname.split("."))) + (".dll" if sys.platform == "win32" else ".so")
 
     def get_export_symbols(self, ext):
@@ -76,11 +77,11 @@ setup(
     cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
     ext_modules=[
         Extension(
-            "jadam._fused.cpu._cpu",
-            [str(SOURCES[0])],
-            depends=list(map(str, SOURCES)),
-            include_dirs=[str(FUSED / "native"), str(FUSED / "cpu" / "third_party")],
-            define_macros=[("JADAM_SOURCE", f"{zlib.crc32(b''.join(x.read_bytes() for x in SOURCES))}u")],
+            "jadam._fused.native._native",
+            list(map(str, SOURCES)),
+            depends=list(map(str, HEADERS)),
+            include_dirs=[str(FUSED / "native"), str(FUSED / "native" / "third_party")],
+            define_macros=[("JADAM_SOURCE", f"{zlib.crc32(b''.join(x.read_bytes() for x in SOURCES + HEADERS))}u")],
             extra_compile_args=flags,
             extra_link_args=link,
             language="c++",

@@ -1,4 +1,4 @@
-"""Calls the CPU kernel's FFI handler through ctypes, with chosen buffer addresses, sizes and thread pool.
+"""Calls the FFI handlers of the CPU and of CUDA through ctypes, with chosen buffer addresses, sizes and thread pool.
 
 The structs mirror XLA's stable C API, ``xla/ffi/api/c_api.h``.
 """
@@ -19,9 +19,11 @@ DTYPE_CODES = {
     **{"float16": 10, "float32": 11, "float64": 12, "complex64": 15, "bfloat16": 16, "complex128": 18},
     **{"float8_e5m2": 19, "int4": 21},
 }
-EXECUTE = 3  # XLA_FFI_ExecutionStage_EXECUTE
+INITIALIZE, EXECUTE = 2, 3  # XLA_FFI_ExecutionStage
 FUNCTIONS = 18  # number of functions in `XLA_FFI_Api`; the indices below are in its order
-ERROR_CREATE, ERROR_MESSAGE, ERROR_DESTROY, SCHEDULE, NUM_THREADS = 0, 1, 2, 11, 12
+ERROR_CREATE, ERROR_MESSAGE, ERROR_DESTROY, STREAM, SCHEDULE, NUM_THREADS, DEVICE = 0, 1, 2, 4, 11, 12, 17
+HANDLERS = {"cpu": {EXECUTE: "jadam_step"}, "cuda": {INITIALIZE: "jadam_cuda_initialize", EXECUTE: "jadam_cuda_step"}}
+NO_DEVICE = 1000  # the ordinal of a device that is not there
 
 
 def struct(name, **fields):
@@ -46,6 +48,8 @@ CreateErrorArgs = struct("CreateErrorArgs", text=c_char_p, code=c_int)
 ErrorArgs = struct("ErrorArgs", error=c_void_p, text=c_char_p)
 ScheduleArgs = struct("ScheduleArgs", context=c_void_p, run=c_void_p, data=c_void_p)
 NumThreadsArgs = struct("NumThreadsArgs", context=c_void_p, number=POINTER(c_int64))
+StreamArgs = struct("StreamArgs", context=c_void_p, stream=c_void_p)
+DeviceArgs = struct("DeviceArgs", context=c_void_p, ordinal=c_int)
 
 
 class ByteSpan(Structure):
@@ -65,7 +69,9 @@ class Buffer(NamedTuple):
 def library():
     """The active extension as a ctypes library."""
     found = ctypes.CDLL(jadam.backends()["cpu"].reason)
-    found.jadam_step.restype = c_void_p
+    for names in HANDLERS.values():
+        for name in names.values():
+            getattr(found, name).restype = c_void_p
     return found
 
 
@@ -149,11 +155,18 @@ def mixed_radix(i, strides) -> int:
     return index
 
 
-def call(inputs, outputs, leaves, digits=(), pool=None) -> str | None:
-    """Calls the handler and returns its error or None. ``inputs`` begin with scalars and count.
+def call(inputs, outputs, leaves, digits=(), pool=None, platform="cpu", device=NO_DEVICE) -> str | None:
+    """Calls a platform's handlers and returns the first error or None. ``inputs`` begin with scalars and count.
 
-    Call ``pool.after`` afterwards.
+    Call ``pool.after`` afterwards. CUDA's need `emulated.kernels`.
     """
+    return call_with_attributes(inputs, outputs, attributes(leaves, digits), pool, platform, device)
+
+
+def call_with_attributes(
+    inputs, outputs, attributes, pool=None, platform="cpu", device=NO_DEVICE, stages=None
+) -> str | None:
+    """As `call`, of these stages. Default: all."""
     pool = pool or Inline()
     errors: dict[int, bytes] = {}
 
@@ -175,17 +188,25 @@ def call(inputs, outputs, leaves, digits=(), pool=None) -> str | None:
     def number(args):
         args.contents.number[0] = pool.threads
 
+    def stream(args):
+        args.contents.stream = None
+
+    def ordinal(args):
+        args.contents.ordinal = device
+
     functions = {
         ERROR_CREATE: CFUNCTYPE(c_void_p, POINTER(CreateErrorArgs))(create),
         ERROR_MESSAGE: CFUNCTYPE(None, POINTER(ErrorArgs))(message),
         ERROR_DESTROY: CFUNCTYPE(None, POINTER(ErrorArgs))(lambda args: None),
         SCHEDULE: CFUNCTYPE(c_void_p, POINTER(ScheduleArgs))(schedule),
         NUM_THREADS: CFUNCTYPE(c_void_p, POINTER(NumThreadsArgs))(number),
+        STREAM: CFUNCTYPE(c_void_p, POINTER(StreamArgs))(stream),
+        DEVICE: CFUNCTYPE(c_void_p, POINTER(DeviceArgs))(ordinal),
     }
     api = Api(ctypes.sizeof(Api))
     for place, function in functions.items():
         api.functions[place] = ctypes.cast(function, c_void_p)
-    attributes_by_name = sorted(attributes(leaves, digits).items())  # XLA sorts them too
+    attributes_by_name = sorted(attributes.items())  # XLA sorts them too
     arrays = [Array(DTYPE_CODES["int64"], x.size, x.ctypes.data) for _, x in attributes_by_name]
     names = [ByteSpan(name.encode(), len(name)) for name, _ in attributes_by_name]
     args, keep_args = pack_buffers(inputs)
@@ -198,10 +219,14 @@ def call(inputs, outputs, leaves, digits=(), pool=None) -> str | None:
         void_pointers(list(map(pointer, names))),
         void_pointers(list(map(pointer, arrays))),
     )
-    frame = CallFrame(CallFrame.future.offset, None, pointer(api), None, EXECUTE, args, rets, attrs, None)
-    error = library().jadam_step(byref(frame))
+    for stage in stages or HANDLERS[platform]:
+        name = HANDLERS[platform][stage]
+        frame = CallFrame(CallFrame.future.offset, None, pointer(api), None, stage, args, rets, attrs, None)
+        error = getattr(library(), name)(byref(frame))
+        if error is not None:
+            return errors[error].decode()
     del keep_args, keep_rets
-    return None if error is None else errors[error].decode()
+    return None
 
 
 def pack_buffers(buffers):

@@ -7,6 +7,7 @@ import itertools
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
@@ -250,16 +251,16 @@ ULPS = 4 if "portable" in str(CPU.kernel) else 2
 RSQRT_ERROR = 8e-7  # of the kernel's 1 / sqrt(v) of int8 moments, see portable.h and test_error_of_rsqrt
 
 
-def assert_steps_agree(new, expected, old, int8=False):
+def assert_steps_agree(new, expected, old, int8=False, ulps=ULPS):
     """Compares two results ``(params, state)`` of a step from ``old``.
 
-    Tolerance of a stored float32: `ULPS` of max(|old|, |increment|); for parameters 5e-7 * max(1, |update|) more. With
-    ``int8`` moments, the scale of m / sqrt(v) has two more roundings, and both have `RSQRT_ERROR`.
+    Tolerance of a stored float32: ``ulps`` of max(|old|, |increment|); for parameters 5e-7 * max(1, |update|) more.
+    With ``int8`` moments, the scale of m / sqrt(v) has two more roundings, and both have `RSQRT_ERROR`.
     bfloat16 moments, remainders and int8 codes are equal, except where a rounding threshold lies between the results.
     """
     new, expected, old = jax.device_get((new, expected, old))
     assert jax.tree.structure(new) == jax.tree.structure(expected)
-    stored, update = (2 * ULPS * 2.0**-23 + RSQRT_ERROR, 5e-7 + RSQRT_ERROR) if int8 else (ULPS * 2.0**-23, 5e-7)
+    stored, update = (2 * ulps * 2.0**-23 + RSQRT_ERROR, 5e-7 + RSQRT_ERROR) if int8 else (ulps * 2.0**-23, 5e-7)
     for is_param, parts in enumerate(zip(new[::-1], expected[::-1], old[::-1], strict=True)):
         for a, b, c in zip_leaves(*parts):
             assert (a.shape, a.dtype) == (b.shape, b.dtype)
@@ -275,3 +276,19 @@ def assert_steps_agree(new, expected, old, int8=False):
                 np.max(np.abs(a - b) / close * (a != b)),
                 a.shape,
             )
+
+
+def run_program(program, *args, timeout, **env):
+    """Last line printed by a module of ``programs/``. A crash fails the test and names the call that caused it."""
+    command = [sys.executable, "-W", "error", program.__file__, *map(str, args)]
+    done = subprocess.run(
+        command,
+        env=subprocess_env(**env),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    lines = done.stdout.splitlines() or [""]
+    assert done.returncode == 0, f"exit {done.returncode} in {program.__file__} {lines[-1]}\n{done.stderr}"
+    return lines[-1]

@@ -18,8 +18,8 @@ import optax
 from jadam._core import checks
 from jadam._core.meshes import find_meshes
 from jadam._core.trees import find_states, leaf_names, match_state_to_params, params_tree, state_tree
-from jadam._fused import pallas, partitioning
-from jadam._fused.backends import Backend, backends, platform_of
+from jadam._fused import partitioning
+from jadam._fused.backends import FUSED_BY_XLA, Backend, backends, platform_of
 from jadam._fused.step import why_leaves_not_fused, why_not_fused
 from jadam._moments.formats import FORMATS
 from jadam._transformation.transformation import QuantizedAdamState, update_of
@@ -235,7 +235,7 @@ def _describe_step(tx, state, params, names, shardings_known) -> tuple[list[Any]
     backend = backends().get(platform, Backend(None, "no kernel"))
     found = why_leaves_not_fused(platform, tx, params, state, params, shard_shapes, shardings_known)
     groups, reasons = zip(*found, strict=True) if names else ((), ())
-    if backend.kernel is None and platform not in pallas.PLATFORMS:
+    if backend.kernel is None and platform not in FUSED_BY_XLA:
         return list(groups), False, f"not fused on {platform}: {backend.reason}"
     unfused = [f"{name} ({reason})" for name, reason in zip(names, reasons, strict=True) if reason is not None]
     exception = f", except {unfused[0]}" if unfused else ""

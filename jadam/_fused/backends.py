@@ -4,6 +4,8 @@ import dataclasses
 import logging
 import os
 
+FUSED_BY_XLA = ("cuda", "tpu")  # where XLA takes one pass over float32 leaves
+
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
@@ -22,7 +24,8 @@ class Backend:
 def backends() -> dict[str, Backend]:
     """Return the kernel that `jadam.step` uses on each platform, and the reason.
 
-    The environment variable ``JADAM_KERNELS=xla`` turns all kernels off. It is read when a step is compiled.
+    On a machine with an NVIDIA GPU this starts JAX's backends, to know the GPU. The environment variable
+    ``JADAM_KERNELS=xla`` turns all kernels off. It is read when a step is compiled.
 
     Returns:
         A dict with the keys ``"cpu"``, ``"cuda"`` and ``"tpu"``. Each value has ``kernel``, a name or None for XLA,
@@ -36,15 +39,16 @@ def backends() -> dict[str, Backend]:
         >>> sorted(jadam.backends())
         ['cpu', 'cuda', 'tpu']
     """
-    from jadam._fused.cpu import kernel as cpu
+    from jadam._fused.cuda import kernel as cuda
+    from jadam._fused.native import call
 
     if kernels_disabled():
         return dict.fromkeys(("cpu", "cuda", "tpu"), Backend(None, "JADAM_KERNELS=xla"))
-    library = cpu.load()
+    library = call.load()
     kernel = None if library.instructions is None else f"FFI, {library.instructions}"
     return {
         "cpu": Backend(kernel, library.reason),
-        "cuda": Backend("Pallas, Triton", "for int8 moments; XLA fuses the rest"),
+        "cuda": cuda.backend(),
         "tpu": Backend("Pallas, Mosaic", "for int8 and bfloat16 moments and bfloat16 weights; XLA fuses the rest"),
     }
 

@@ -1,12 +1,12 @@
-"""Pallas kernels for GPU and TPU: `update_leaf` on tiles, where XLA needs more than one pass over memory.
+"""Pallas kernel for TPUs: `update_leaf` on tiles, where XLA needs more than one pass over memory.
 
 XLA needs several passes for int8 moments: a block can be rounded only when its maximum is known, so XLA stores the
-moments in between. On a TPU it also needs several for bfloat16 moments and remainders: it makes one fusion per output
-array and recomputes the step in each. XLA does float32 in one pass on both, and bfloat16 on a GPU.
+moments in between. It also needs several for bfloat16 moments and remainders: it makes one fusion per output array and
+recomputes the step in each. XLA does float32 in one pass.
 
-Limits: float32 arithmetic and at most 2**31 elements. On a GPU (Triton) leaves are flattened and may have any rank. On
-a TPU (Mosaic) vectors must have a multiple of 1024 elements, and int8 blocks must be 128 long or the whole last axis.
-Mosaic gets a leaf in XLA's layout, its axes in the order that needs the least padding, and scales always transposed.
+Limits: float32 arithmetic and at most 2**31 elements; vectors must have a multiple of 1024 elements, and int8 blocks
+must be 128 long or the whole last axis. Mosaic gets a leaf in XLA's layout, its axes in the order that needs the least
+padding, and scales always transposed.
 """
 
 import math
@@ -21,8 +21,6 @@ from jadam._fused.backends import backends
 from jadam._moments.int8 import BLOCK, dequantize, quantize
 from jadam._transformation.transformation import Hyperparams, LeafUpdate, Shard, update_leaf
 
-PLATFORMS = ("cuda", "tpu")
-BLOCKS_PER_PROGRAM = 8  # blocks per program; 8 float32 scales fill one 32-byte sector
 BLOCKS_PER_TILE = 8  # blocks per tile along the blocked axis; a tile of scales has 8 sublanes
 TPU_LANES, TPU_SUBLANES = 128, 32  # of an int8 tile; other tiles have fewer sublanes
 TILE = BLOCKS_PER_TILE * BLOCK * TPU_LANES  # elements that a program on a TPU updates
@@ -50,41 +48,37 @@ class Int8Tile:
         return quantize(m, v, dither_of_block(random.index, lane, random.salt, random.count), axis=self.axis)
 
 
-def run_kernel(platform: str, leaf_updates: list[LeafUpdate], grads, params, interpret=False) -> list[tuple | None]:
+def run_kernel(leaf_updates: list[LeafUpdate], grads, params, interpret=False) -> list[tuple | None]:
     """Return the new parameter and the new state arrays of each leaf, or None where XLA does it."""
-    call = {"cuda": _on_gpu, "tpu": _on_tpu}[platform]
 
     def run_leaf(leaf_update, g, p):
         """Return the new parameter and new state arrays of a leaf, or None if the kernel does not run for it."""
-        if fused_by_xla(platform, leaf_update) or why_several_passes(platform, leaf_update, g, p):
+        if fused_by_xla(leaf_update) or why_several_passes(leaf_update, g, p):
             return None
-        p, *stored = call(leaf_update, g, p, interpret)
+        p, *stored = _on_tpu(leaf_update, g, p, interpret)
         return p, tuple(stored)
 
     return list(map(run_leaf, leaf_updates, grads, params))
 
 
-def fused_by_xla(platform: str, leaf_update: LeafUpdate) -> bool:
+def fused_by_xla(leaf_update: LeafUpdate) -> bool:
     """Whether XLA takes at most one pass over the leaf."""
-    if leaf_update.frozen:
-        return True
-    has_bfloat16 = leaf_update.format.name == "bfloat16" or leaf_update.remainder is not None
-    return leaf_update.format.name != "int8" and not (platform == "tpu" and has_bfloat16)
+    return leaf_update.frozen or (leaf_update.format.name == "float32" and leaf_update.remainder is None)
 
 
-def why_several_passes(platform: str, leaf_update: LeafUpdate, g, p) -> str | None:
+def why_several_passes(leaf_update: LeafUpdate, g, p) -> str | None:
     """Return why the step takes more than one pass over a leaf, or None: XLA or the kernel does it in one."""
-    if fused_by_xla(platform, leaf_update):
+    if fused_by_xla(leaf_update):
         return None
-    if (backend := backends()[platform]).kernel is None:
+    if (backend := backends()["tpu"]).kernel is None:
         return backend.reason
     if leaf_update.dtype != np.float32:
         return f"no kernel for {leaf_update.dtype}"
     if not 0 < p.size <= 2**31:
         return "no elements" if not p.size else "more than 2**31 elements"
-    if platform == "tpu" and p.ndim < 2 and p.size % 1024:
+    if p.ndim < 2 and p.size % 1024:
         return f"the TPU kernel needs 2 dimensions or a multiple of 1024 elements, got shape {p.shape}"
-    if platform == "tpu" and _block_size(leaf_update, p) not in (BLOCK, p.shape[-1]):
+    if _block_size(leaf_update, p) not in (BLOCK, p.shape[-1]):
         return f"the TPU kernel needs int8 blocks of {BLOCK}, got {_block_size(leaf_update, p)}"
     return None
 
@@ -157,53 +151,6 @@ def _update_tile(leaf_update: LeafUpdate, arrays, scales, inside) -> tuple[Any, 
     remainder = None if leaf_update.remainder is None else others.pop(0)
     p, stored = update_leaf(leaf_update._replace(remainder=remainder, stored=(*others, *scales)), g, p)
     return (p, *stored)
-
-
-def _on_gpu(leaf_update: LeafUpdate, g, p, interpret):
-    """Update a leaf on a GPU: arrays are flat; a program takes `BLOCKS_PER_PROGRAM` blocks, the rows of its tile."""
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import triton
-
-    scalars, with_scalars = _pack_scalars(leaf_update)
-    arrays, scales = _arrays(leaf_update, g, p)
-    shard = _shard(leaf_update, p)
-    n, block = p.shape[-1], _block_size(leaf_update, p)
-    blocks = -(-n // block)
-    total = p.size // n * blocks
-    tile = (BLOCKS_PER_PROGRAM, 1 << (block - 1).bit_length())  # Triton needs powers of two
-
-    def body(scalars, count_and_offset, *refs):
-        b = pl.program_id(0) * BLOCKS_PER_PROGRAM + jax.lax.broadcasted_iota(jnp.int32, (BLOCKS_PER_PROGRAM, 1), 0)
-        lane = jax.lax.broadcasted_iota(jnp.int32, tile, 1)
-        row, column = b // blocks, b % blocks * block
-        element = row * n + column + lane
-        inside = (b < total) & (lane < block) & (column + lane < n)
-        indices = [(element, inside)] * len(arrays) + [(b, b < total)] * len(scales)
-        zero = lambda ref: jnp.zeros([], ref.dtype)
-        old = [triton.load(ref.at[i], mask=m, other=zero(ref)) for ref, (i, m) in zip(refs, indices, strict=False)]
-        tile_update = with_scalars(
-            lambda k: scalars[k],
-            count=count_and_offset[0].astype(jnp.uint32),
-            index=count_and_offset[1].astype(jnp.uint32)
-            + _index(row, shard.strides(p.shape, range(p.ndim - 1)))
-            + column.astype(jnp.uint32),
-            format=Int8Tile(1),
-        )
-        new = _update_tile(tile_update, old[: len(arrays)], old[len(arrays) :], inside)
-        for ref, x, (i, m) in zip(refs[len(indices) :], new, indices[1:], strict=True):
-            triton.store(ref.at[i], x, mask=m)
-
-    flat = [x.reshape(-1) for x in (*arrays, *scales)]
-    new = pl.pallas_call(
-        body,
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in flat[1:]],
-        grid=-(-total // BLOCKS_PER_PROGRAM),
-        input_output_aliases={i + 2: i - 1 for i in range(1, len(flat))},
-        compiler_params=triton.CompilerParams(num_warps=4, num_stages=1),
-        interpret=interpret,
-        name="jadam_step",
-    )(scalars, _count_and_offset(leaf_update, shard), *flat)
-    return [x.reshape(old.shape) for x, old in zip(new, (*arrays[1:], *scales), strict=True)]
 
 
 class View(NamedTuple):

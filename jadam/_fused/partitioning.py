@@ -85,18 +85,18 @@ def with_stand_in_devices(ctx):
 
 
 def update_partitioned(
-    has_kernel, step_shards, num_devices, leaf_updates: list[LeafUpdate], grads, params
+    has_kernel: list[bool], step_shards, num_devices, leaf_updates: list[LeafUpdate], grads, params
 ) -> list[tuple | None]:
     """Return the new parameter and the new state arrays of each leaf, or None where no kernel supports it.
 
     Args:
-        has_kernel: ``has_kernel(leaf_update, g, p)``, whether a kernel may support shards of a leaf.
+        has_kernel: for each leaf, whether a kernel supports it.
         step_shards: ``step_shards(leaf_updates, grads, params)`` updates the shards of one device.
         num_devices: the number of devices.
         leaf_updates, grads, params: of all leaves, global arrays.
     """
     results: list = [None] * len(leaf_updates)
-    supported = [i for i, x in enumerate(zip(leaf_updates, grads, params, strict=True)) if has_kernel(*x)]
+    supported = [i for i, own in enumerate(has_kernel) if own]
     for start in range(0, len(supported), LEAVES_PER_CALL):
         group = supported[start : start + LEAVES_PER_CALL]
         columns = ([column[i] for i in group] for column in (leaf_updates, grads, params))

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.core
-import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -19,6 +18,8 @@ from jadam._core import checks
 from jadam._fused import pallas, partitioning
 from jadam._fused.backends import backends, kernels_disabled, platform_of, warn_once
 from jadam._fused.cpu import kernel as cpu
+from jadam._fused.cuda import kernel as cuda
+from jadam._fused.native import call
 from jadam._moments.int8 import Int8CutBlocks
 from jadam._transformation.transformation import LeafUpdate, as_state_arrays, pack, unpack, update_leaf
 
@@ -69,20 +70,14 @@ def step_shards(leaf_updates, grads, params):
 
 KERNELS: dict[str, Any] = {  # run_kernel(leaf_updates, grads, params) returns None for the leaves left to XLA
     "cpu": cpu.run_kernel,
-    **{platform: functools.partial(pallas.run_kernel, platform) for platform in pallas.PLATFORMS},
+    "cuda": cuda.run_kernel,
+    "tpu": pallas.run_kernel,
 }
 
 
 def _is_active(platform) -> bool:
     """Whether kernels are used on ``platform``."""
     return platform in KERNELS and backends()[platform].kernel is not None
-
-
-def _has_kernel(platform, leaf_update, g, p) -> bool:
-    """Whether there is a kernel for shards of a leaf, of whatever size."""
-    if platform == "cpu":
-        return cpu.unsupported_reason(leaf_update, g, p) is None
-    return not pallas.fused_by_xla(platform, leaf_update) and leaf_update.dtype == np.float32
 
 
 step_p = Primitive("jadam_step")
@@ -103,7 +98,7 @@ def _step_leaves(*arrays, settings, treedef, platform, num_devices=1):
     )  # symbolic in `jax.export`
     results: list = [None] * len(leaf_updates)
     if use_kernel and num_devices > 1:
-        own = functools.partial(_has_kernel, platform)
+        own = [call.unsupported_reason(*x) is None for x in zip(leaf_updates, grads, params, strict=True)]
         results = partitioning.update_partitioned(own, step_shards, num_devices, leaf_updates, grads, params)
     elif use_kernel:
         results = KERNELS[platform](leaf_updates, grads, params)

@@ -17,8 +17,9 @@ from jadam._core.meshes import explicit_mesh
 from jadam._core.numerics import apply_updates
 from jadam._core.trees import leaf_names, params_with_gradients
 from jadam._fused import pallas, shards
-from jadam._fused.cpu import kernel as cpu
+from jadam._fused.cuda import kernel as cuda
 from jadam._fused.mesh import step_on_explicit_mesh, step_on_mesh
+from jadam._fused.native import call
 from jadam._fused.primitive import flatten_arguments, step_p, unflatten_results
 from jadam._transformation.transformation import ConcreteCount, NotFusible, pack, raise_not_fusible, update_of
 
@@ -32,9 +33,10 @@ def step(
     ``tx.update`` and `optax.apply_updates` take at least two passes.
 
     jadam's optimizers are fused into one pass, also inside `jadam.chain` and `jadam.exact_bf16`. On a CPU a compiled
-    kernel does this, see `jadam.backends`. On GPU and TPU XLA does it for float32, and a Pallas kernel where XLA needs
-    several passes, such as for int8 moments. XLA does leaves that no kernel supports. For any other transformation
-    `step` calls ``tx.update`` and `optax.apply_updates`. `jadam.describe` shows what is fused, and the reason if not.
+    kernel does this, and on an NVIDIA GPU a kernel that updates many leaves in one launch, see `jadam.backends`. On a
+    TPU XLA does it for float32, and a Pallas kernel where XLA needs several passes, such as for int8 moments. XLA does
+    leaves that no kernel supports. For any other transformation `step` calls ``tx.update`` and `optax.apply_updates`.
+    `jadam.describe` shows what is fused, and the reason if not.
 
     On several devices each device updates its shards in the same way: on CPU and GPU under plain `jax.jit`, and on any
     platform on a mesh with explicit axes, with `jadam.sharding.sharded` or `zero1`, and inside `jax.shard_map`. On a
@@ -148,10 +150,12 @@ def why_leaves_not_fused(
     def unsupported_reason(leaf_update, g, p):
         """Return why a leaf, or its shard, is not updated in one pass."""
         if platform == "cpu":
-            return cpu.unsupported_reason(leaf_update, g, p)
-        if not shardings_known and not pallas.fused_by_xla(platform, leaf_update):
+            return call.unsupported_reason(leaf_update, g, p)
+        if platform == "cuda":
+            return cuda.why_several_passes(leaf_update, g, p)
+        if not shardings_known and not pallas.fused_by_xla(leaf_update):
             return "on several devices it needs jadam.sharding.sharded"
-        return pallas.why_several_passes(platform, leaf_update, g, p)
+        return pallas.why_several_passes(leaf_update, g, p)
 
     def find_reasons(grads, state, params):
         """Append every leaf's group and reason to ``found``."""

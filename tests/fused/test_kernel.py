@@ -4,7 +4,6 @@ import ctypes
 import json
 import platform
 import struct
-import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import CPU, FORMATS, assert_equal, needs_kernel, parametrize, subprocess_env
+from helpers import CPU, FORMATS, assert_equal, needs_kernel, parametrize, run_program
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 from programs import kernel as program
@@ -29,22 +28,6 @@ from jadam._transformation.transformation import Shard
 pytestmark = needs_kernel
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads ELF, /proc or maps memory as Linux does")
 nightly = pytest.mark.nightly
-
-
-def run_program(*args, timeout, **env):
-    """Last line printed by `programs/kernel.py`. A crash fails the test and names the call that caused it."""
-    command = [sys.executable, "-W", "error", program.__file__, *map(str, args)]
-    done = subprocess.run(
-        command,
-        env=subprocess_env(**env),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-    lines = done.stdout.splitlines() or [""]
-    assert done.returncode == 0, f"exit {done.returncode} in {program.__file__} {lines[-1]}\n{done.stderr}"
-    return lines[-1]
 
 
 # -- valid and invalid calls -------------------------------------------------------------------------------------------
@@ -61,7 +44,7 @@ def run_program(*args, timeout, **env):
 )
 def test_every_call_is_right_or_an_error(calls, calls_by_xla, messages):
     """Buffers are aligned only to their element size. Nothing beyond them is read or written."""
-    all_counts = json.loads(run_program("fuzz", calls, calls_by_xla, timeout=60 + calls + calls_by_xla))
+    all_counts = json.loads(run_program(program, "fuzz", calls, calls_by_xla, timeout=60 + calls + calls_by_xla))
     for counts, n in zip(all_counts, (calls, calls_by_xla), strict=True):
         codes, apart, right, other = (counts.pop(key, 0) for key in ("codes", "codes apart", "right", "other scalars"))
         assert right + other + sum(counts.values()) == n
@@ -164,14 +147,14 @@ def test_forked_children():
     A forked child cannot compute with JAX, because it has no copy of JAX's threads: any jitted function hangs. The
     handler does not hang: it never waits for a task that no thread has started.
     """
-    assert run_program("forked", "int8", "few", timeout=120) == "forked"
+    assert run_program(program, "forked", "int8", "few", timeout=120) == "forked"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_children_of_other_start_methods(method):
     """Children train to the same bits as their parent did before."""
-    assert run_program(method, *program.TRAINED, timeout=120) == method
+    assert run_program(program, method, *program.TRAINED, timeout=120) == method
 
 
 # -- long runs ---------------------------------------------------------------------------------------------------------
@@ -182,7 +165,9 @@ def test_children_of_other_start_methods(method):
 @pytest.mark.parametrize("name", program.TRAINED)
 def test_memory_is_flat(name):
     """Resident memory grows by less than 1 % in 20,000 steps: some 120 bytes a step."""
-    sooner, later = map(int, run_program("memory", name, 2_000, 22_000, timeout=300, MALLOC_ARENA_MAX="1").split())
+    sooner, later = map(
+        int, run_program(program, "memory", name, 2_000, 22_000, timeout=300, MALLOC_ARENA_MAX="1").split()
+    )
     assert later < 1.01 * sooner, (sooner, later)
 
 
@@ -302,7 +287,7 @@ def test_more_than_2_to_the_32_elements(format, shape):
 @pytest.mark.nightly
 def test_step_of_more_than_2_to_the_31_elements():
     """Through `jadam.step` and XLA. Needs 14 GB for the results; the inputs take little memory, as above."""
-    assert run_program("huge", timeout=1800) == "huge"
+    assert run_program(program, "huge", timeout=1800) == "huge"
 
 
 # -- build flags -------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import warnings
 from collections import Counter
 from typing import NamedTuple
 
+import emulated
 import handler
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,7 @@ import jadam
 from jadam import _optimizers
 from jadam._core.numerics import constant_beta
 from jadam._fused.cpu import kernel as cpu
+from jadam._fused.native import call as native_call
 from jadam._fused.pallas import Int8Tile
 from jadam._moments import formats
 from jadam._transformation.transformation import Hyperparams, LeafUpdate, Rule, Shard, update_leaf
@@ -40,7 +42,7 @@ NATIVE = {
     for rule in vars(importlib.import_module(module.name)).values()
     if isinstance(rule, Rule)
 }
-RULES, FORMATS = [NATIVE[name] for name in cpu.load().rules], list(cpu.load().formats)
+RULES, FORMATS = [NATIVE[name] for name in native_call.load().rules], list(native_call.load().formats)
 SIZES = [0, 1, 2, 3, 5, 7, 97, 251, 509, 1021, *(n + i for n in (32, 128, 256, 512, 1024) for i in (-1, 0, 1))]
 BLOCKS = [1, 2, 3, 31, 32, 64, 97, 127, 128, 129, 255, 256, 511, 512]
 EDGES = [
@@ -130,7 +132,7 @@ def random_hyperparams(rng):
 
 def scalars_row(step):
     unused = {"rule": None, "dtype": None, "format": None, "stored": (), "salt": 0, "count": None}
-    return np.asarray(cpu._scalar_row(LeafUpdate(**unused, **step)))
+    return np.asarray(native_call._scalar_row(LeafUpdate(**unused, **step)))
 
 
 def random_shape(rng, min_rank, max_size):
@@ -149,11 +151,11 @@ def random_floats(rng, shape, special):
     return np.where(rng.random(shape) < 0.02 * special, rng.choice(SPECIAL, shape), x).astype(np.float32)
 
 
-def random_leaf(rng, rows):
+def random_leaf(rng, rows, blocks):
     """Settings, inputs and outputs of a random leaf; ``rows`` is the number of rows of scalars."""
     format = FORMATS[rng.integers(3)]
     rule = int(rng.choice([i for i, rule in enumerate(RULES) if rule.int8 or format != "int8"]))
-    block = int(rng.choice(BLOCKS)) if format == "int8" else int(rng.choice(EDGES))  # ignored
+    block = int(rng.choice(blocks)) if format == "int8" else int(rng.choice(EDGES))  # ignored
     shape = random_shape(rng, format == "int8", ROWS if format == "int8" and block < 100 else ROWS * 100)
     if format == "int8" and np.prod(shape[:-1]) * num_blocks(shape, block) > ROWS:
         shape = shape[-1:] if num_blocks(shape[-1:], block) <= ROWS else (1,)
@@ -207,9 +209,9 @@ def num_blocks(shape, block):
     return -(-shape[-1] // block)
 
 
-def random_call(rng):
+def random_call(rng, blocks=BLOCKS):
     steps = [random_hyperparams(rng) for _ in range(rng.integers(1, 3))]
-    several = [random_leaf(rng, len(steps)) for _ in range(rng.integers(1, 4))]
+    several = [random_leaf(rng, len(steps), blocks) for _ in range(rng.integers(1, 4))]
     leaves, digits = ([x for leaf in several for x in leaf[i]] for i in range(2))
     scalars = np.stack([scalars_row(x) for x in steps])
     count = rng.integers(0, 2**32, 1 + len(several), np.uint32)
@@ -461,13 +463,13 @@ def check_outputs(call, wanted, counts):
 # -- the two ways to call ----------------------------------------------------------------------------------------------
 
 
-def call_directly(call, rng):
+def call_directly(call, rng, call_handler=handler.call):
     """Calls through ctypes and returns the error, if any. Bytes outside of the outputs must not change."""
     blocks = [*call.inputs, *call.outputs]
     memory = {x.memory.ctypes.data: x.memory for x in blocks}
     before = {address: x.copy() for address, x in memory.items()}
     pool = [handler.Inline, handler.Full, handler.Late, handler.Threads][rng.integers(4)]()
-    error = handler.call(
+    error = call_handler(
         [x.buffer for x in call.inputs], [x.buffer for x in call.outputs], call.leaves, call.digits, pool
     )
     pool.after()
@@ -498,9 +500,14 @@ def call_by_xla(call, rng):
     return None
 
 
-def fuzz_once(seed, way, mistakes, counts):
+def call_emulated(call, rng):
+    """Calls CUDA's handlers, with the emulated kernel."""
+    return call_directly(call, rng, emulated.run_call)
+
+
+def fuzz_once(seed, way, mistakes, counts, blocks):
     rng = np.random.default_rng(seed)
-    call = random_call(rng)
+    call = random_call(rng, blocks)
     scalars = call.inputs[0].values.copy()
     wrong = rng.integers(0, 3)
     for _ in range(wrong):
@@ -519,11 +526,11 @@ def fuzz_once(seed, way, mistakes, counts):
         counts[re.sub(r"leaf \d: ", "", error.splitlines()[0])] += 1
 
 
-def fuzz(way, mistakes, first, n):
+def fuzz(way, mistakes, first, n, blocks=BLOCKS):
     counts = Counter()
     for seed in range(first, first + n):
         print(f"{way.__name__} {seed} 1", flush=True)  # the last line names the call that crashed
-        fuzz_once(seed, way, mistakes, counts)
+        fuzz_once(seed, way, mistakes, counts, blocks)
     return {k: int(v) for k, v in counts.items()}
 
 
@@ -533,6 +540,10 @@ def fuzz_directly(first, n):
 
 def fuzz_by_xla(first, n):
     return fuzz(call_by_xla, MISTAKES, first, n)
+
+
+def fuzz_emulated(first, n):
+    return fuzz(call_emulated, MISTAKES_IN_MEMORY, first, n, [x for x in BLOCKS if x <= 128])
 
 
 # -- training in this process, and in children -------------------------------------------------------------------------
@@ -695,12 +706,16 @@ def step_huge_leaf():
 
 if __name__ == "__main__":
     faulthandler.enable()
-    assert cpu.load()[0] is not None, cpu.load()[1]
+    assert native_call.load()[0] is not None, native_call.load()[1]
     match sys.argv[1:]:
         case "fuzz", n, n_by_xla:
             print(json.dumps([fuzz_directly(0, int(n)), fuzz_by_xla(0, int(n_by_xla))]))
         case "call_directly", first, n:
             print(fuzz_directly(int(first), int(n)))
+        case "fuzz_cuda", n:
+            print(json.dumps(fuzz_emulated(0, int(n))))
+        case "call_emulated", first, n:
+            print(fuzz_emulated(int(first), int(n)))
         case "call_by_xla", first, n:
             print(fuzz_by_xla(int(first), int(n)))
         case "memory", name, *ends:

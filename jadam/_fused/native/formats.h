@@ -4,6 +4,7 @@
 #define JADAM_FORMATS_H_
 
 #include "portable.h"
+#include "rules.h"
 
 namespace jadam {
 
@@ -63,9 +64,9 @@ constexpr float kEncodedVTop = 4.0f * kVTop;  // in `quantize_v`, so that dividi
 constexpr float kBelowRTop = kRTop * (1.0f - 0x1p-22f);  // so that rounding errors do not take 2 + |r| to 8
 constexpr float kMinRScale = 1e-30f, kMinVScale = 0x1p-126f;  // smaller scales become 0
 
-// m and v from their codes. r_step is the block's scale of r divided by kRTop, v_step that of v by kVTop.
-JADAM_INLINE void dequantize(i8 rq, u8 vq, float r_step, float v_step, float& m, float& v) {
-  v = v_step * float_from_bits((float_bits(static_cast<float>(static_cast<i32>(vq))) << 3) + 0x23800000u);
+// m and v from their codes; v's is given as a float. r_step is the block's scale of r divided by kRTop, v_step that of v by kVTop.
+JADAM_INLINE void dequantize(i8 rq, float vq, float r_step, float v_step, float& m, float& v) {
+  v = v_step * float_from_bits((float_bits(vq) << 3) + 0x23800000u);
   const u32 code = static_cast<u32>(static_cast<i32>(rq));
   const float r = float_from_bits((code & 0x7Fu) << 17 | 0x40000000u) - 2.0f;
   m = float_from_bits(float_bits(r * (r_step * sqrt_of(v))) ^ (code & 0x80000000u));
@@ -97,7 +98,21 @@ JADAM_INLINE u32 quantize_v(float v, float v_inverse_step, u32 random) {
   const float uniform = float_from_bits(random >> 9 | 0x3F800000u) - 1.0f;
   const float code = float_from_bits((float_bits(y) >> 3) + 0x3B700000u) + uniform;  // positive, even if y is NaN
   const i32 bits = min_int(static_cast<i32>(float_bits(code)), static_cast<i32>(float_bits(255.0f)));  // 255 for NaN
-  return static_cast<u32>(static_cast<i32>(float_from_bits(static_cast<u32>(bits))));
+  return truncate(float_from_bits(static_cast<u32>(bits)));
+}
+
+// The new parameter of an element with int8 moments, and the new r and v, from its codes and its block's steps.
+template <class Rule, bool kCommonScalars>
+JADAM_INLINE float update_int8(const Scalars& s, bool weight_decay, float g, float p, i8 rq, float vq, float r_step,
+                               float v_step, float& r, float& v) {
+  Moments x{};
+  dequantize(rq, vq, r_step, v_step, x.m, x.v);
+  Rule::template update_moments<kCommonScalars>(s, g, x);
+  const float rsqrt_v = rsqrt_of(x.v);
+  const float u = Rule::template direction<kCommonScalars>(s, g, x, x.v * rsqrt_v);
+  r = ratio(x.m, x.v, rsqrt_v);
+  v = x.v;
+  return new_parameter(s, weight_decay, p, u);
 }
 
 }  // namespace jadam

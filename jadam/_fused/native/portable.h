@@ -22,12 +22,20 @@ using u8 = unsigned char;
 using u16 = unsigned short;
 using u32 = unsigned int;
 
+constexpr float kLowestFinite = -3.402823466e+38f;
+constexpr u32 kInfinity = 0x7F800000u, kNaN = 0x7FC00000u, kAbsMask = 0x7FFFFFFFu;  // bit patterns of float32
+
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__)
 JADAM_INLINE u32 float_bits(float x) { return __float_as_uint(x); }
 JADAM_INLINE float float_from_bits(u32 x) { return __uint_as_float(x); }
-JADAM_INLINE float sqrt_of(float x) { return __fsqrt_rn(x); }
+JADAM_INLINE float sqrt_of(float x) { return sqrtf(x); }
 JADAM_INLINE float abs_of(float x) { return fabsf(x); }
-JADAM_INLINE float rsqrt_of(float x) { return x == 0.0f ? 0.0f : rsqrtf(x); }  // finite, as below
+// Finite for 0 as below, and not 0 for infinity: x * rsqrt_of(x) is sqrt(x) for both.
+JADAM_INLINE float rsqrt_of(float x) { return rsqrtf(fminf(fmaxf(x, 0x1p-126f), -kLowestFinite)); }
+// A GPU converts between integers and floats as slowly as it takes roots. At 2**23 a float's last bit is 1.
+// Byte k of x.
+JADAM_INLINE float float_from_byte(u32 x, int k) { return __uint_as_float(__byte_perm(x, 0x4B000000u, 0x7440u + k)) - 8388608.0f; }
+JADAM_INLINE u32 truncate(float x) { return __float_as_uint(__fadd_rd(x, 8388608.0f)) & 0x7FFFFFu; }
 #else
 #if !defined(__GNUC__)
 #define __builtin_memcpy memcpy
@@ -44,6 +52,8 @@ JADAM_INLINE u32 float_bits(float x) { return bit_cast<u32>(x); }
 JADAM_INLINE float float_from_bits(u32 x) { return bit_cast<float>(x); }
 JADAM_INLINE float sqrt_of(float x) { return __builtin_sqrtf(x); }
 JADAM_INLINE float abs_of(float x) { return __builtin_fabsf(x); }
+JADAM_INLINE float float_from_byte(u32 x, int k) { return static_cast<float>(static_cast<i32>(x >> 8 * k & 0xFFu)); }
+JADAM_INLINE u32 truncate(float x) { return static_cast<u32>(static_cast<i32>(x)); }  // 0 <= x < 2**23
 
 // 1 / sqrt(x) for x > 0 with a relative error below 8e-7, faster than a root and a division: an estimate from the bits,
 // and two Newton steps whose constants centre the error (Walczyk, Moroz & Cieslinski 2021). Finite for 0 and denormals.
@@ -54,9 +64,6 @@ JADAM_INLINE float rsqrt_of(float x) {
   return y * (1.5000006f - x * y * (0.5f * y));
 }
 #endif
-
-constexpr float kLowestFinite = -3.402823466e+38f;
-constexpr u32 kInfinity = 0x7F800000u, kNaN = 0x7FC00000u, kAbsMask = 0x7FFFFFFFu;  // bit patterns of float32
 
 JADAM_INLINE i32 max_int(i32 x, i32 y) { return x < y ? y : x; }
 JADAM_INLINE i32 min_int(i32 x, i32 y) { return x < y ? x : y; }

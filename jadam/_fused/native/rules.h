@@ -46,12 +46,30 @@ JADAM_INLINE float ema(float b, float one_minus_b, float average, float x) {
 // if the compiler contracts it to a fused multiply-add. Neither must be lost.
 JADAM_INLINE float maximum(float x, float y) { return !(x >= kLowestFinite) || x > y ? x : y; }
 
+enum Clipping { kBound = 1, kNorm = 2, kClippings = 4 };  // bits: the gradient is clipped by value, by norm
+
+JADAM_INLINE float clip_to_bound(const Scalars& s, float g) {
+  g = g > s.bound ? s.bound : g;
+  return g < -s.bound ? -s.bound : g;
+}
+
+// `norm` and `max_norm` are both 1 where the norm of all gradients is within the limit.
+JADAM_INLINE float clip_by_norm(const Scalars& s, float g) { return g / s.norm * s.max_norm; }
+
+JADAM_INLINE float new_parameter(const Scalars& s, bool weight_decay, float p, float u) {
+  if (weight_decay) u = u + s.weight_decay * p;
+  return p + s.minus_lr * u;
+}
+
 // The moments of one element.
 struct Moments {
   float m, v, v_max;
 };
 
-// kCommonScalars: b1 and b2 are at least 1/2, eps_root is 0 and eps is above 0, which saves work per element.
+// What most steps have, and saves work per element: the `kCommonScalars` of the rules.
+JADAM_INLINE bool has_common_scalars(const Scalars& s) {
+  return s.b1 >= 0.5f && s.b2 >= 0.5f && s.eps_root == 0.0f && s.eps > 0.0f;
+}
 
 // Adam (Kingma & Ba 2015, Algorithm 1). kNesterov: NAdam. kRectified: RAdam.
 template <bool kNesterov, bool kRectified>
@@ -140,10 +158,27 @@ struct AMSGradMaxOfV : AMSGradRule<true> {
   static constexpr const char* name() { return "amsgrad_max_of_v"; }
 };
 
+// The new parameter; updates the moments.
+template <class Rule, bool kCommonScalars>
+JADAM_INLINE float update(const Scalars& s, bool weight_decay, float g, float p, Moments& x) {
+  Rule::template update_moments<kCommonScalars>(s, g, x);
+  return new_parameter(s, weight_decay, p, Rule::template direction<kCommonScalars>(s, g, x, sqrt_of(x.v)));
+}
+
+template <int number, class First, class... R>
+struct Nth : Nth<number - 1, R...> {};
+template <class First, class... R>
+struct Nth<0, First, R...> {
+  using Type = First;
+};
+
 // A list of rules; a rule's number is its position.
 template <class... R>
 struct List {
   static constexpr int kCount = sizeof...(R);
+
+  template <int number>
+  using At = typename Nth<number, R...>::Type;
 
   // Calls f(R{}) for the rule R with this number.
   template <class F>

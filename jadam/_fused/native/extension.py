@@ -1,7 +1,8 @@
-"""Finds the extension built from ``cpu.cc`` and registers its FFI handler.
+"""Finds the extension built from ``cpu.cc`` and ``cuda.cc`` and registers its FFI handlers.
 
 JAX calls `initialize` when it starts, because ``pyproject.toml`` names this module as an entry point ``jax_plugins``. A
-process can then run a step that another one has compiled or exported. So this module imports little and never raises.
+process can then run a step that another one has compiled or exported. So this module imports little, opens no library
+of CUDA's, and never raises.
 """
 
 import ctypes
@@ -13,18 +14,35 @@ from typing import NamedTuple
 
 import jax.ffi
 
-EXTENSION = "_cpu.dll" if sys.platform == "win32" else "_cpu.so"
-SOURCES = ("cpu/cpu.cc", "native/formats.h", "native/portable.h", "native/rules.h")  # below jadam/_fused
+EXTENSION = "_native.dll" if sys.platform == "win32" else "_native.so"
+SOURCES = (  # below jadam/_fused
+    *("cpu/cpu.cc", "cuda/cuda.cc", "cuda/table.h"),
+    *("native/formats.h", "native/leaves.h", "native/portable.h", "native/rules.h"),
+)
 
 
 class Library(NamedTuple):
     """The extension, and the order of its rules, scalars and formats."""
 
-    instructions: str | None  # the instruction set it uses, None if it is not available
+    instructions: str | None  # the CPU's instruction set it uses, None if it is not available
     reason: str  # its path, or why it is not available
     rules: tuple[str, ...] = ()
     scalars: tuple[str, ...] = ()
     formats: tuple[str, ...] = ()
+
+
+# ``Resolve`` of cuda.cc: stream, variant, kernel, error, size of error
+RESOLVE = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int32), ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t
+)
+
+
+@RESOLVE
+def _resolve(*arguments):
+    """Finds or compiles a CUDA kernel, when a program that needs it is initialized."""
+    from jadam._fused.cuda import driver
+
+    return driver.resolve_for_handler(*arguments)
 
 
 @functools.cache
@@ -37,7 +55,7 @@ def load() -> Library:
     here = Path(__file__).parent
     checksum = zlib.crc32(b"".join((here.parent / name).read_bytes() for name in SOURCES))
     stale = None
-    for path in (folder / EXTENSION for folder in (here, *(Path(x) / "jadam" / "_fused" / "cpu" for x in sys.path))):
+    for path in (folder / EXTENSION for folder in (here, *(Path(x) / "jadam" / "_fused" / "native" for x in sys.path))):
         if not path.is_file():
             continue
         try:
@@ -51,6 +69,10 @@ def load() -> Library:
             tuple(_text(library, name)) for name in ("instructions", "rules", "scalars", "formats")
         )
         jax.ffi.register_ffi_target("jadam_step", jax.ffi.pycapsule(library.jadam_step), platform="cpu")
+        library.jadam_cuda_set_resolve(_resolve)
+        on_cuda = {"initialize": library.jadam_cuda_initialize, "execute": library.jadam_cuda_step}
+        on_cuda = {stage: jax.ffi.pycapsule(handler) for stage, handler in on_cuda.items()}
+        jax.ffi.register_ffi_target("jadam_step", on_cuda, platform="CUDA")
         return Library(instructions[0], str(path), rules, scalars, formats)
     if stale is not None:
         return Library(None, f"{stale} was built from other sources; reinstall jadam")

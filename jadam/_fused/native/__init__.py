@@ -1,0 +1,1 @@
+"""The extension: element functions, and what the kernels of the CPU and of CUDA share."""
