@@ -15,7 +15,7 @@ import optax
 
 import jadam
 
-NAMES = ["accuracy", "aot", "claims", "core", "lean", "mesh", "mutation", "record", "speed"]
+NAMES = ["accuracy", "aot", "claims", "core", "gpu", "lean", "mesh", "mutation", "record", "speed"]
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -51,6 +51,9 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="aot: matrices only, compared with the committed results")
     parser.add_argument("--against", metavar="COMMIT", help="core: the commit to compare with")
     parser.add_argument("--torch-python", help="a Python interpreter with PyTorch, to compare with")
+    parser.add_argument("--minutes", type=float, default=5.0, help="gpu: the run ends within this time; default: 5")
+    parser.add_argument("--cpu", action="store_true", help="gpu: run on a CPU, with small sizes")
+    parser.add_argument("--out", metavar="FILE", help="gpu: the results; default: benchmarks/results/gpu-CARD.json")
     options = parser.parse_args()
     if unknown := set(options.names) - set(NAMES):
         parser.error(f"no benchmark named {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")

@@ -14,7 +14,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import optax
-from rich.progress import track
 
 import jadam
 
@@ -79,6 +78,8 @@ def with_torch(python):
 
 def run(options) -> dict:
     """The table of errors."""
+    from rich.progress import track  # which `benchmarks.gpu` does without
+
     sides = {"jadam": with_optax_api(jadam.scale_by_adam), "optax": with_optax_api(optax.scale_by_adam)}
     sides["floor"] = lambda g, b2: exact(g, b2, np.float32)
     if options.torch_python:

@@ -1,0 +1,435 @@
+"""Correctness and speed on one GPU: ``python -m benchmarks gpu``, within ``--minutes`` (5), without network.
+
+It needs JAX and Optax; PyTorch, bitsandbytes and flashoptim-jax are compared with if they are installed. In this order:
+
+* the card, its driver, versions, the kernels that serve, and the bandwidth of ``x + 1`` in place;
+* `jadam.step` for every rule and format against XLA on the card, against the CPU, and against float64;
+* times of all sides for GPT-2's 148 leaves, one leaf of 2^27, and others;
+* a loop of steps as a CUDA graph, and ``compute-sanitizer`` over a short run, in child processes.
+
+What fails is printed with its error's first line and left out; the results file is written anew after every case. What
+does not fit into the time is named at the end. The exit status is 1 if a check fails. ``--cpu`` runs the same code on
+a CPU with small sizes.
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+
+import jadam
+from benchmarks import gpu_checks, gpu_sides
+from benchmarks.gpu_sides import SIDES, first_line
+
+HERE = Path(__file__).resolve().parent
+SHARE_OF_CHECKS = 0.4  # of the time; checks that do not fit come again at the end
+MARGIN = 0.04  # of the time, for the plot and for what cannot be interrupted
+PACKAGES = (
+    *("jax", "jaxlib", "optax", "numpy", "jax-cuda12-plugin", "jax-cuda13-plugin"),
+    *("nvidia-cuda-nvrtc-cu12", "nvidia-cuda-nvrtc", "torch", "bitsandbytes", "flashoptim-jax"),
+)
+GRAPHS = {  # XLA's flags; it calls a CUDA graph a command buffer, and by default wants five operations in one
+    "graph of the loop's body": "--xla_gpu_graph_min_graph_size=1",
+    "no graph": "--xla_gpu_enable_command_buffer=",
+    "graph of the whole loop": "--xla_gpu_graph_min_graph_size=1 "
+    "--xla_gpu_enable_command_buffer=FUSION,CUBLAS,CUDNN,CUSTOM_CALL,WHILE",
+}
+TOOLS = ("memcheck", "racecheck")
+
+
+class Bench:
+    """The results so far, their file, and the time left."""
+
+    def __init__(self, device, small: bool, out: Path, minutes: float):
+        self.device, self.small, self.out = device, small, out
+        self.seconds = 60 * minutes * (1 - MARGIN)
+        self.end = time.monotonic() + self.seconds
+        self.result: dict = {"checks": {}, "cases": {}, "CUDA graph": {}, "compute-sanitizer": {}}
+        self.failed: list[str] = []
+        self.left_out: list[str] = []
+        self.pace: dict[str, float] = {}  # seconds to compile a side, per leaf
+
+    def left(self) -> float:
+        """Seconds left."""
+        return self.end - time.monotonic()
+
+    def write(self) -> None:
+        """Replaces the results file."""
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        new = self.out.with_suffix(".new")
+        new.write_text(json.dumps({**self.result, "left out": self.left_out}, indent=1) + "\n")
+        new.replace(self.out)
+
+    def error(self, what: str, error: BaseException) -> None:
+        """Prints and records what failed."""
+        print(f"gpu: {what} failed: {first_line(error)}", flush=True)
+        self.result.setdefault("errors", {})[what] = first_line(error)
+
+
+def find_device(options):
+    """The device, or None without a GPU: then prints so."""
+    if options.cpu:
+        return jax.devices("cpu")[0]
+    try:
+        return jax.devices("gpu")[0]
+    except RuntimeError as error:
+        print(f"gpu: skipped, JAX finds no GPU ({first_line(error)}). Install jax[cuda12] or jax[cuda13]; or --cpu.")
+        return None
+
+
+def run(options) -> dict:
+    """Runs everything. Writes its results itself, after every case."""
+    if options.minutes <= 0:
+        raise SystemExit(f"gpu: --minutes must be > 0, got {options.minutes:g}")
+    device = find_device(options)
+    if device is None:
+        return {}
+    jax.config.update("jax_enable_compilation_cache", False)  # compile times are measured
+    card = re.sub(r"[^a-z0-9]+", "-", device.device_kind.lower()).strip("-") or "unknown"
+    default = Path(tempfile.gettempdir()) / "gpu-cpu.json" if options.cpu else HERE / "results" / f"gpu-{card}.json"
+    bench = Bench(device, options.cpu, Path(options.out or default), options.minutes)
+    with jax.default_device(device):
+        try:
+            header(bench, options)
+            later = check(bench, gpu_checks.checks(bench.small), bench.seconds * (1 - SHARE_OF_CHECKS))
+            sets = gpu_sides.parameter_sets(bench.small)
+            first = list(sets)[:2]
+            for name in first:
+                measure(bench, name, sets[name])
+            graphs(bench)
+            for name in sets:
+                if name not in first:
+                    measure(bench, name, sets[name])
+            sanitize(bench)
+            later = check(bench, later, 0)
+            bench.left_out += [f"check of {x.name}" for x in later]
+        finally:
+            bench.write()
+            summary(bench)
+    print(f"gpu: written to {bench.out}")
+    if bench.failed:
+        raise SystemExit(f"gpu: {len(bench.failed)} checks failed: {'; '.join(bench.failed)}")
+    return {}
+
+
+# ---------------------------------------------------------------- what it runs on
+
+
+def header(bench, options) -> None:
+    """Prints and records card, driver, versions, kernels and bandwidth."""
+    from benchmarks.__main__ import machine
+
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    facts = {
+        "command": f"python -m benchmarks gpu --minutes {options.minutes:g}" + " --cpu" * options.cpu,
+        **machine(),
+        "card": bench.device.device_kind,
+        "driver": driver(),
+        "platform": " ".join(str(getattr(bench.device.client, "platform_version", "")).split()),
+        "versions": versions,
+        "backends": {name: str(backend) for name, backend in jadam.backends().items()},
+    }
+    bench.result = {**facts, **bench.result}
+    for name in ("card", "driver", "platform", "versions", "backends"):
+        print(f"gpu: {name}: {facts[name]}", flush=True)
+    try:
+        rate, elements = gpu_sides.copy_bandwidth(2**18 if bench.small else 2**27)
+        bench.result["copy, GB/s"] = round(rate / 1e9, 2)
+        print(f"gpu: x + 1 in place over {elements} float32 numbers: {rate / 1e9:.0f} GB/s", flush=True)
+    except Exception as error:
+        bench.error("copy bandwidth", error)
+    bench.write()
+
+
+def driver() -> str:
+    """What nvidia-smi says of the driver, clocks and power limit; or why it says nothing."""
+    query = "--query-gpu=name,driver_version,clocks.max.sm,clocks.max.mem,power.limit"
+    try:
+        command = ["nvidia-smi", query, "--format=csv,noheader"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        return "; ".join(done.stdout.split("\n")).strip("; ")
+    except (OSError, subprocess.SubprocessError) as error:
+        return first_line(error)
+
+
+# ---------------------------------------------------------------- correctness
+
+
+def check(bench, checks, reserve) -> list:
+    """Runs checks while more than ``reserve`` seconds are left; returns the others."""
+    try:
+        cpu = jax.devices("cpu")[0]
+    except RuntimeError as error:  # JAX_PLATFORMS without cpu
+        cpu = None
+        print(f"gpu: not compared with the CPU: {first_line(error)}")
+    longest = 0.0
+    for i, one in enumerate(checks):
+        if bench.left() < reserve + longest:
+            return checks[i:]
+        start = time.monotonic()
+        try:
+            rows = one.run(device=bench.device, cpu=cpu)
+        except Exception as error:
+            bench.error(f"check of {one.name}", error)
+            bench.failed.append(one.name)
+            continue
+        finally:
+            longest = max(longest, time.monotonic() - start)
+        report(bench, one.name, rows)
+    return []
+
+
+def report(bench, name, rows) -> None:
+    """Prints a check: its largest numbers beside what is allowed, and every row that fails."""
+    bench.result["checks"][name] = [
+        {"row": row.name, "measured": row.measured, "allowed": row.allowed, "ok": not row.failures, "note": row.note}
+        for row in rows
+    ]
+    bench.write()
+    failing = [row for row in rows if row.failures]
+    text = []
+    for key in dict.fromkeys(key for row in rows for key in row.measured):
+        largest = max(row.measured.get(key, 0) for row in rows)
+        bound = next((row.allowed[key] for row in rows if key in row.allowed), None)
+        if largest or len(rows[0].measured) == 1:
+            text.append(f"{key} {largest:.3g}" + (f" (<= {bound:.3g})" if bound is not None else ""))
+    note = f" [{rows[0].note}]" if rows and rows[0].note else ""
+    print(f"gpu: {'FAIL' if failing else 'pass'}: {name}{note}: {', '.join(text) or 'equal'}", flush=True)
+    for row in failing:
+        bench.failed.append(f"{name}, {row.name}")
+        for key in row.failures:
+            print(f"gpu:   FAIL: {row.name}: {key} {row.measured[key]:.4g} > {row.allowed[key]:.4g}", flush=True)
+
+
+# ---------------------------------------------------------------- speed
+
+
+def measure(bench, case, shapes) -> None:
+    """Compiles and times the sides of a case."""
+    wanted = gpu_sides.MANY_LEAVES if case.endswith("leaves of 32x32") else tuple(SIDES)
+    sides, grads, longest = {}, {}, 0.0
+    for name in wanted:
+        make, dtype = SIDES[name]
+        start = time.monotonic()
+        if bench.left() < max(2.0, bench.pace.get(name, longest / len(shapes)) * len(shapes)):
+            bench.left_out.append(f"{case}: {name}")
+            continue
+        try:
+            if dtype not in grads:
+                grads[dtype] = gpu_sides.gradients(shapes, dtype)
+            sides[name] = make(grads[dtype])
+        except ImportError as error:
+            missing(bench, name, error)
+        except Exception as error:
+            bench.error(f"{case}: {name}", error)
+        else:
+            seconds = time.monotonic() - start
+            longest = max(longest, seconds)
+            bench.pace[name] = min(seconds / len(shapes), bench.pace.get(name, seconds))
+    rows = {}
+    facts = {name: {**side.facts, "bytes": side.bytes} for name, side in sides.items()}
+    times = gpu_sides.time_sides(sides, lambda name, error: bench.error(f"{case}: {name}", error), bench.left)
+    bandwidth = 1e9 * bench.result.get("copy, GB/s", float("nan"))
+    for name, row in times.items():
+        ms = row.get("in a loop, ms", row.get("a call, ms"))
+        share = facts[name]["bytes"] / (bandwidth * ms / 1e3)
+        rows[name] = {**row, **facts[name], **({"share of copy": round(share, 3)} if share == share else {})}
+    if rows:
+        bench.result["cases"][case] = {"leaves": len(shapes), "sides": rows}
+        bench.write()
+        text = ", ".join(f"{name} {x.get('in a loop, ms') or x['a call, ms']:.3g}" for name, x in rows.items())
+        print(f"gpu: {case}, ms: {text}", flush=True)
+    if "torch" in sys.modules:
+        with contextlib.suppress(Exception):
+            sys.modules["torch"].cuda.empty_cache()
+
+
+def missing(bench, name, error) -> None:
+    """Prints once that a side's package is not installed."""
+    known = bench.result.setdefault("not installed", {})
+    if name not in known:
+        known[name] = first_line(error)
+        print(f"gpu: {name} left out: {first_line(error)}", flush=True)
+
+
+# ---------------------------------------------------------------- child processes
+
+
+def child(bench, *arguments, before=(), seconds=None, **env):
+    """A finished process of `gpu_sides`; ``before`` is put before Python."""
+    more = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | ({"JAX_PLATFORMS": "cpu"} if bench.small else {}) | env
+    command = [*before, sys.executable, "-m", "benchmarks.gpu_sides", *arguments]
+    limit = min(seconds or bench.left(), bench.left())
+    return subprocess.run(
+        command, cwd=HERE.parent, env={**os.environ, **more}, capture_output=True, text=True, timeout=limit, check=False
+    )
+
+
+def graphs(bench) -> None:
+    """Times a loop of steps of GPT-2 with and without CUDA graphs."""
+    longest = 0.0
+    for name, flags in list(GRAPHS.items())[: 1 if bench.small else None]:
+        start = time.monotonic()
+        if bench.left() < max(5.0, longest):
+            bench.left_out.append(name)
+            continue
+        with tempfile.TemporaryDirectory() as dump:
+            flags = " ".join([os.environ.get("XLA_FLAGS", ""), flags, f"--xla_dump_to={dump}"]).strip()
+            flags += " --xla_dump_hlo_module_re=.*loop.*"
+            try:
+                done = child(bench, "graph", "small" if bench.small else "whole", dump, XLA_FLAGS=flags)
+                rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+                if not rows:
+                    raise RuntimeError(last_line(done))
+            except Exception as error:
+                bench.error(name, error)
+                continue
+            finally:
+                longest = max(longest, time.monotonic() - start)
+        bench.result["CUDA graph"][name] = rows
+        bench.write()
+        for row in rows:
+            graph = row.get("graph") or "the dump does not tell whether XLA makes a graph"
+            what = row.get("error") or f"{row['in a loop, ms']:.4f} ms, {graph}"
+            print(f"gpu: {name}: GPT-2, {row['side']}: {what}", flush=True)
+
+
+def sanitizer() -> str | None:
+    """Path of ``compute-sanitizer``, also in a CUDA toolkit or a wheel of NVIDIA's."""
+    folders = [Path("/usr/local/cuda/bin"), Path("/usr/local/cuda/compute-sanitizer")]
+    for entry in sys.path:
+        folders += Path(entry, "nvidia").glob("*/bin") if entry else ()
+        folders += Path(entry, "nvidia").glob("*/compute-sanitizer") if entry else ()
+    return shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), *map(str, folders)]))
+
+
+def sanitize(bench) -> None:
+    """Runs ``compute-sanitizer`` over two steps in every format."""
+    path = None if bench.small else sanitizer()
+    if path is None:
+        why = "no device code on a CPU" if bench.small else "compute-sanitizer is not installed"
+        print(f"gpu: memcheck and racecheck left out: {why}", flush=True)
+        bench.result["compute-sanitizer"] = why
+        return
+    for tool in TOOLS:
+        if bench.left() < 10:
+            bench.left_out.append(tool)
+            continue
+        before = [path, "--tool", tool, "--error-exitcode", "9"]
+        try:  # XLA's own allocator would hide a wrong access within its pool
+            done = child(bench, "short", before=before, seconds=90, XLA_PYTHON_CLIENT_ALLOCATOR="platform")
+            if done.returncode not in (0, 9):
+                raise RuntimeError(last_line(done))
+        except Exception as error:
+            bench.error(tool, error)
+            continue
+        found = [x.strip("= ") for x in done.stdout.splitlines() if "SUMMARY" in x or "Error" in x or "Invalid" in x]
+        ok = done.returncode == 0
+        bench.result["compute-sanitizer"][tool] = {"ok": ok, "output": found[-20:]}
+        bench.failed += [] if ok else [tool]
+        print(f"gpu: {'pass' if ok else 'FAIL'}: {tool}: {found[-1] if found else 'no summary'}", flush=True)
+        bench.write()
+
+
+def last_line(done) -> str:
+    """Exit code and last line of a process."""
+    lines = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()
+    return f"exit {done.returncode}: {lines[-1]}"
+
+
+# ---------------------------------------------------------------- results
+
+
+COLUMNS = {  # of the results: header and format in the table
+    "in a loop, ms": ("loop ms", "{:.4f}"),
+    "a call, ms": ("call ms", "{:.4f}"),
+    "share of copy": ("of copy", "{:.2f}"),
+    "compile, s": ("compile s", "{:.2f}"),
+    "kernels": ("kernels", "{}"),
+    "custom calls": ("custom", "{}"),
+    "temporaries, bytes per parameter": ("temp B", "{:.3f}"),
+}
+
+
+def summary(bench) -> None:
+    """Prints the tables and what was left out, and draws the plot."""
+    for case, found in bench.result["cases"].items():
+        rows = [
+            [name, *("-" if row.get(x) is None else form.format(row[x]) for x, (_, form) in COLUMNS.items())]
+            for name, row in found["sides"].items()
+        ]
+        print_table(case, ["", *(x for x, _ in COLUMNS.values())], rows)
+    checks = bench.result["checks"].values()
+    number, wrong = sum(map(len, checks)), sum(not row["ok"] for rows in checks for row in rows)
+    print(f"gpu: {number} comparisons, {wrong} failed", flush=True)
+    if bench.left_out:
+        print(f"gpu: left out, out of time: {'; '.join(bench.left_out)}", flush=True)
+    if bench.result["cases"]:
+        try:
+            draw(bench.result, bench.out.with_suffix(".png"))
+        except ImportError as error:
+            print(f"gpu: no plot: {first_line(error)}", flush=True)
+        except Exception as error:
+            bench.error("plot", error)
+
+
+def print_table(title, header, rows) -> None:
+    """Prints a table, by rich if it is installed."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        print(f"\n{title}")
+        for row in (header, *rows):
+            print("  ".join(x.ljust(n) for x, n in zip(row, widths, strict=True)))
+        return
+    table = Table(*header, title=title)
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    console.width = max(console.width, 100)
+    console.print(table)
+
+
+def draw(result, path: Path) -> None:
+    """Draws each side's time in a loop, and the time that its bytes take at the bandwidth of a copy."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    cases = result["cases"]
+    columns = min(3, len(cases))
+    rows = -(-len(cases) // columns)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(6 * columns, 4 * rows), layout="constrained", squeeze=False)
+    for axis in axes.flat[len(cases) :]:
+        axis.set_axis_off()
+    for axis, (case, found) in zip(axes.flat, cases.items(), strict=False):
+        names = list(found["sides"])
+        sides = found["sides"].values()
+        in_loop = ["in a loop, ms" in x for x in sides]
+        ms = [x.get("in a loop, ms", x.get("a call, ms")) for x in sides]
+        labels = [name if loop else f"{name} (calls)" for name, loop in zip(names, in_loop, strict=True)]
+        axis.barh(labels, ms, color="#0072b2")
+        if "copy, GB/s" in result:
+            limits = [x["bytes"] / result["copy, GB/s"] / 1e6 for x in sides]
+            axis.plot(limits, labels, "|", color="#e69f00", ms=14, mew=2, label="its bytes, copied")
+            axis.legend(loc="lower right")
+        axis.set(title=case, xlabel="milliseconds a step")
+        axis.invert_yaxis()
+    figure.suptitle(f"{result['card']}, {result['date']}, jax {result['jax']}")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
