@@ -8,19 +8,22 @@ It needs JAX and Optax; PyTorch, bitsandbytes and flashoptim-jax are compared wi
 * a loop of steps as a CUDA graph, and ``compute-sanitizer`` over a short run, in child processes.
 
 What fails is printed with its error's first line and left out; the results file is written anew after every case. What
-does not fit into the time is named at the end. The exit status is 1 if a check fails. ``--cpu`` runs the same code on
-a CPU with small sizes.
+does not fit into the time, as earlier cases tell, is left out and named at the end; a watchdog ends a run that hangs.
+The exit status is 1 if a check fails. ``--cpu`` runs the same code on a CPU with small sizes.
 """
 
 import contextlib
 import importlib.metadata
 import json
+import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -32,6 +35,7 @@ from benchmarks.gpu_sides import SIDES, first_line
 
 HERE = Path(__file__).resolve().parent
 SHARE_OF_CHECKS = 0.4  # of the time; checks that do not fit come again at the end
+UNKNOWN = 4.0  # seconds that the first case of a kind may take, which nothing tells
 MARGIN = 0.04  # of the time, for the plot and for what cannot be interrupted
 PACKAGES = (
     *("jax", "jaxlib", "optax", "numpy", "jax-cuda12-plugin", "jax-cuda13-plugin"),
@@ -53,6 +57,8 @@ class Bench:
         self.device, self.small, self.out = device, small, out
         self.seconds = 60 * minutes * (1 - MARGIN)
         self.end = time.monotonic() + self.seconds
+        self.watchdog = threading.Timer(60 * minutes, self.stop)
+        self.watchdog.daemon = True
         self.result: dict = {"checks": {}, "cases": {}, "CUDA graph": {}, "compute-sanitizer": {}}
         self.failed: list[str] = []
         self.left_out: list[str] = []
@@ -68,6 +74,11 @@ class Bench:
         new = self.out.with_suffix(".new")
         new.write_text(json.dumps({**self.result, "left out": self.left_out}, indent=1) + "\n")
         new.replace(self.out)
+
+    def stop(self) -> None:
+        """Ends the process: something took longer than expected, and cannot be interrupted."""
+        print(f"gpu: stopped, out of time; see {self.out}", flush=True)
+        os._exit(1 if self.failed else 0)
 
     def error(self, what: str, error: BaseException) -> None:
         """Prints and records what failed."""
@@ -97,6 +108,7 @@ def run(options) -> dict:
     card = re.sub(r"[^a-z0-9]+", "-", device.device_kind.lower()).strip("-") or "unknown"
     default = Path(tempfile.gettempdir()) / "gpu-cpu.json" if options.cpu else HERE / "results" / f"gpu-{card}.json"
     bench = Bench(device, options.cpu, Path(options.out or default), options.minutes)
+    bench.watchdog.start()
     with jax.default_device(device):
         try:
             header(bench, options)
@@ -115,6 +127,7 @@ def run(options) -> dict:
         finally:
             bench.write()
             summary(bench)
+            bench.watchdog.cancel()
     print(f"gpu: written to {bench.out}")
     if bench.failed:
         raise SystemExit(f"gpu: {len(bench.failed)} checks failed: {'; '.join(bench.failed)}")
@@ -174,7 +187,7 @@ def check(bench, checks, reserve) -> list:
     except RuntimeError as error:  # JAX_PLATFORMS without cpu
         cpu = None
         print(f"gpu: not compared with the CPU: {first_line(error)}")
-    longest = 0.0
+    longest = UNKNOWN
     for i, one in enumerate(checks):
         if bench.left() < reserve + longest:
             return checks[i:]
@@ -193,8 +206,10 @@ def check(bench, checks, reserve) -> list:
 
 def report(bench, name, rows) -> None:
     """Prints a check: its largest numbers beside what is allowed, and every row that fails."""
+    short = lambda numbers, row: {key: float(f"{numbers[key]:.4g}") for key in row.measured if key in numbers}
     bench.result["checks"][name] = [
-        {"row": row.name, "measured": row.measured, "allowed": row.allowed, "ok": not row.failures, "note": row.note}
+        {"row": row.name, "ok": not row.failures, "note": row.note}
+        | {"measured": short(row.measured, row), "allowed": short(row.allowed, row)}
         for row in rows
     ]
     bench.write()
@@ -223,7 +238,7 @@ def measure(bench, case, shapes) -> None:
     for name in wanted:
         make, dtype = SIDES[name]
         start = time.monotonic()
-        if bench.left() < max(2.0, bench.pace.get(name, longest / len(shapes)) * len(shapes)):
+        if bench.left() < max(UNKNOWN, 2 * bench.pace.get(name, longest / len(shapes)) * len(shapes)):
             bench.left_out.append(f"{case}: {name}")
             continue
         try:
@@ -267,22 +282,26 @@ def missing(bench, name, error) -> None:
 # ---------------------------------------------------------------- child processes
 
 
-def child(bench, *arguments, before=(), seconds=None, **env):
+def child(bench, *arguments, before=(), seconds=math.inf, **env):
     """A finished process of `gpu_sides`; ``before`` is put before Python."""
     more = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | ({"JAX_PLATFORMS": "cpu"} if bench.small else {}) | env
     command = [*before, sys.executable, "-m", "benchmarks.gpu_sides", *arguments]
-    limit = min(seconds or bench.left(), bench.left())
-    return subprocess.run(
-        command, cwd=HERE.parent, env={**os.environ, **more}, capture_output=True, text=True, timeout=limit, check=False
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen(command, cwd=HERE.parent, env={**os.environ, **more}, **pipes) as process:
+        try:
+            out, errors = process.communicate(timeout=min(seconds, bench.left()))
+        except BaseException:  # compute-sanitizer has a child of its own
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, out, errors)
 
 
 def graphs(bench) -> None:
     """Times a loop of steps of GPT-2 with and without CUDA graphs."""
-    longest = 0.0
+    longest = UNKNOWN
     for name, flags in list(GRAPHS.items())[: 1 if bench.small else None]:
         start = time.monotonic()
-        if bench.left() < max(5.0, longest):
+        if bench.left() < longest:
             bench.left_out.append(name)
             continue
         with tempfile.TemporaryDirectory() as dump:
