@@ -15,7 +15,7 @@ import optax
 
 import jadam
 
-NAMES = ["accuracy", "aot", "claims", "core", "gpu", "lean", "mesh", "mutation", "record", "speed"]
+NAMES = ["accuracy", "aot", "claims", "core", "cuda", "gpu", "lean", "mesh", "mutation", "record", "speed"]
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -48,7 +48,7 @@ def main() -> int:
         "--mesh", type=aot_mesh, help="aot: compile a step of --model for a TPU topology, e.g. v5e:16x16"
     )
     parser.add_argument("--model", default="llama-70b", help="aot --mesh: a model that `jadam plan` knows")
-    parser.add_argument("--quick", action="store_true", help="aot: matrices only, compared with the committed results")
+    parser.add_argument("--quick", action="store_true", help="aot, cuda: the essential rows; writes nothing")
     parser.add_argument("--against", metavar="COMMIT", help="core: the commit to compare with")
     parser.add_argument("--torch-python", help="a Python interpreter with PyTorch, to compare with")
     parser.add_argument("--minutes", type=float, default=5.0, help="gpu: the run ends within this time; default: 5")

@@ -27,6 +27,12 @@ PACKAGES = {
         *("jax==0.10.2", "optax==0.2.8", "lazy-loader==0.6", "jax-cuda12-plugin==0.10.2", "jax-cuda12-pjrt==0.10.2"),
         "nvidia-cuda-nvcc-cu12",  # for ptxas
     ],
+    "nvrtc": [
+        "lazy-loader==0.6",
+        "nvidia-cuda-nvrtc-cu12==12.9.*",
+        "nvidia-cuda-nvrtc==13.*",
+        "nvidia-cuda-nvdisasm==13.*",
+    ],
 }
 TARGETS = {"tpu": "TPU v5e", "cuda": "H100"}
 SHAPES = [(4096, 4096), (131072, 4096), (262144, 512), (768, 50257), (300, 1000), (1000000, 16)]
@@ -88,7 +94,7 @@ def run(options) -> dict:
         offloaded.append(row)
         missed += [f"offload {row['format']}: {row}"] * (abs(row["on host"] / row["state"] - 1) > 0.01)
         print(f"aot: TPU v5e, state in host memory, bytes per parameter: {row}", flush=True)
-    for platform in PACKAGES:
+    for platform in TARGETS:
         for row in run_in_environment(platform, platform):
             rows.append(row)
             missed += print_row(row)
@@ -104,7 +110,7 @@ def check_quickly() -> dict:
     """Compiles the matrices only, and compares with the committed results. Writes nothing."""
     known = json.loads((HERE / "results" / "aot.json").read_text())["per parameter"]
     missed = []
-    for platform in PACKAGES:
+    for platform in TARGETS:
         for row in run_in_environment(platform, f"{platform} quick"):
             missed += print_row(row)
             if row not in known:
@@ -123,13 +129,13 @@ def print_row(row) -> list[str]:
     return [f"{row['target']}, {row['case']}, {row['shape']}: {k} {row[k]}" for k in over]
 
 
-def run_in_environment(platform, *arguments):
-    """Runs this file in a platform's environment; yields the JSON lines it prints."""
+def run_in_environment(platform, *arguments, module="benchmarks.aot"):
+    """Runs a module in a platform's environment; yields the JSON lines it prints."""
     python = environment(platform)
     search = os.pathsep.join([os.environ.get("PATH", ""), *map(str, python.parent.parent.rglob("cuda_nvcc/bin"))])
     quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_STDERR_LOG_LEVEL": "3", "TF_CPP_MIN_LOG_LEVEL": "3"}
     env = {**os.environ, **quiet, "JAX_PLATFORMS": "cpu", "PATH": search, "PYTHONPATH": str(HERE.parent)}
-    command = [python, "-m", "benchmarks.aot", *arguments]
+    command = [python, "-m", module, *arguments]
     found = False
     with tempfile.TemporaryFile("w+") as errors:
         child = subprocess.Popen(command, cwd=HERE.parent, env=env, stdout=subprocess.PIPE, stderr=errors, text=True)

@@ -2,11 +2,13 @@
 
 import functools
 import json
+import re
 
 import emulated
 import handler
 import helpers
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -25,6 +27,7 @@ from programs import kernel as program
 
 import jadam
 from jadam._core.bf16 import join
+from jadam._fused.cuda import driver
 from jadam._fused.cuda import kernel as cuda
 from jadam._fused.native import call
 from jadam._transformation.transformation import Shard, as_state_arrays, update_leaf
@@ -245,6 +248,33 @@ def test_execute_needs_initialize():
     attributes = handler.attributes([0, 0, 0, 0, 0, 0, 12, 0])
     error = handler.call_with_attributes(buffers, buffers[3:], attributes, None, "cuda", 77, [handler.EXECUTE])
     assert error == "jadam: a program was executed before it was initialized"
+
+
+def test_a_program_without_the_driver_says_so(monkeypatch):
+    """As where a program runs that was compiled or exported elsewhere."""
+    monkeypatch.setattr(driver, "LIBRARY", "no such library")
+    driver._library.cache_clear()
+    g = np.ones(12, np.float32)
+    arrays = [np.ones((1, len(call.SCALARS)), np.float32), np.zeros(2, np.uint32), g, g.copy(), g.copy(), g.copy()]
+    buffers = [handler.Buffer(x.ctypes.data, x.shape, str(x.dtype)) for x in arrays]
+    error = handler.call(buffers, buffers[3:], [0, 0, 0, 0, 0, 0, 12, 0], platform="cuda", device=78)
+    driver._library.cache_clear()
+    assert error.startswith("jadam: the CUDA kernel cannot run: the NVIDIA driver does not load (no such library: ")
+    assert error.endswith(": install it. Or compile the step with JADAM_KERNELS=xla in the environment.")
+
+
+def test_large_leaves_without_int8_are_left_to_xla(monkeypatch):
+    monkeypatch.setattr(cuda, "XLA_SIZE", 1000)
+    params = random_tree(0, shapes={"a": (10, 99), "b": (10, 100), "c": (8, 128)})
+    taken = {}
+    for moments in ("float32", "bfloat16", "int8"):
+        tx = make_optimizer("adam", moments)
+        step = jax.jit(functools.partial(jadam.step, tx))
+        allow = [jax.export.DisabledSafetyCheck.custom_call("jadam_step")]
+        exported = jax.export.export(step, platforms=["cuda"], disabled_checks=allow)(params, tx.init(params), params)
+        (kernel_call,) = re.findall(r"@jadam_step\((.*?)\)", exported.mlir_module())
+        taken[moments] = kernel_call.count("%") - 2  # without scalars and count
+    assert taken == {"float32": 4, "bfloat16": 4, "int8": 3 * 6}  # one leaf of three; all
 
 
 @pytest.mark.parametrize(

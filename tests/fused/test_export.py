@@ -66,6 +66,43 @@ def test_in_a_process_that_has_not_lowered_a_step(first, saved):
     assert run_python(LOAD.format(first=first), saved) == "[]\n"
 
 
+# What opening a library of CUDA's looks like. jadam's own sources are in a folder of this name.
+WATCH = """
+import sys
+opened = []
+def watch(event, arguments):
+    name = str(arguments[0]) if arguments and event in ("open", "ctypes.dlopen") else ""
+    if any(x in name for x in ("libcuda", "nvrtc.so", "nvrtc-builtins", "/nvidia/", "/usr/local/cuda", "/dev/nvidia")):
+        opened.append(name)
+sys.addaudithook(watch)
+"""
+ON_CUDA = """
+import functools, os, sys
+import jax, jadam, jax.numpy as jnp
+from jax import export
+allow = [export.DisabledSafetyCheck.custom_call("jadam_step")]
+for moments in ("float32", "bfloat16", "int8"):
+    for wrap, dtype in ((lambda tx: tx, jnp.float32), (jadam.exact_bf16, jnp.bfloat16)):
+        tx, params = wrap(jadam.adamw(0.1, moments=moments)), jax.ShapeDtypeStruct((64, 256), dtype)
+        step, args = functools.partial(jadam.step, tx), (params, jax.eval_shape(tx.init, params), params)
+        for platforms in (["cuda"], ["cpu", "cuda", "tpu"]):
+            text = export.export(jax.jit(step), platforms=platforms, disabled_checks=allow)(*args).mlir_module()
+            assert text.count("@jadam_step") == (1 if len(platforms) == 1 else 2), (moments, platforms)
+os.environ["JADAM_KERNELS"] = "xla"
+assert "jadam_step" not in export.export(jax.jit(lambda *args: step(*args)), platforms=["cuda"])(*args).mlir_module()
+maps = open("/proc/self/maps").read() if sys.platform == "linux" else ""
+print(opened, "libcuda" in maps, "nvrtc" in maps)
+"""
+
+
+@needs_kernel
+def test_for_a_gpu_that_is_not_there(tmp_path):
+    """Every format is exported with the kernel, and no library of CUDA's is opened."""
+    program = WATCH + ON_CUDA
+    command = [sys.executable, "-c", program]
+    assert check_output(command, cwd=tmp_path, env=subprocess_env(XLA_FLAGS="")) == "[] False False\n"
+
+
 SYMBOLIC = {
     "adam": lambda: jadam.adam(0.1),
     "bfloat16": lambda: jadam.amsgrad(0.1, moments="bfloat16"),

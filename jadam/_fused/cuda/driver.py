@@ -159,8 +159,8 @@ def resolve_for_handler(stream, variant, resolved, error, error_size) -> int:
         Resolved.from_address(resolved).values = resolve(stream, Variant(*variant[: len(Variant._fields)]))
         return 0
     except BaseException as reason:
-        text = f"jadam's CUDA kernel cannot run: {str(reason) or type(reason).__name__}. "
-        text += "Without it: compile the step with JADAM_KERNELS=xla in the environment."
+        text = f"the CUDA kernel cannot run: {str(reason) or type(reason).__name__}. "
+        text += "Or compile the step with JADAM_KERNELS=xla in the environment."
         if error_size:
             encoded = text.encode()[: error_size - 1].decode(errors="ignore").encode() + b"\0"  # whole characters
             ctypes.memmove(error, encoded, len(encoded))

@@ -7,7 +7,7 @@
 
 #include "table.h"
 
-// `python -m benchmarks cubins` counts the instructions of most steps: without those for cases that are rare.
+// `python -m benchmarks cuda` counts the instructions of most steps: without those for cases that are rare.
 #if defined(JADAM_COUNT_USUAL)
 #define JADAM_USUALLY(value, condition) value
 #else
@@ -396,7 +396,8 @@ __device__ __forceinline__ void step_program(const Table& table, const float* sc
 #if defined(JADAM_RULE)
 #define JADAM_JOIN(rule, format, weights, gradients) jadam_##rule##_##format##_##weights##_##gradients
 #define JADAM_KERNEL(rule, format, weights, gradients) JADAM_JOIN(rule, format, weights, gradients)
-extern "C" __global__ void __launch_bounds__(jadam::kThreads)
+// 3: of this many programs on a multiprocessor, whose loads are enough to keep memory busy, none need spill registers.
+extern "C" __global__ void __launch_bounds__(jadam::kThreads, 3)
     JADAM_KERNEL(JADAM_RULE, JADAM_FORMAT, JADAM_BFLOAT16_WEIGHTS, JADAM_BFLOAT16_GRADIENTS)(
         const __grid_constant__ jadam::Table table, const float* scalars, const unsigned* count_and_offsets) {
   jadam::step_program<jadam::Rules::At<JADAM_RULE>, JADAM_FORMAT, JADAM_BFLOAT16_WEIGHTS, JADAM_BFLOAT16_GRADIENTS>(

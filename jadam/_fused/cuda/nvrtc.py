@@ -136,7 +136,8 @@ def _installed(newest_major: int | None) -> tuple[tuple[Nvrtc, ...], str]:
         except (OSError, AttributeError, Unavailable) as error:
             if Path(path).is_file():
                 failed = failed or f"{path} does not load ({error})"
-    return tuple(sorted(found, key=lambda x: x.version, reverse=True)), failed
+    unique = {x.version: x for x in reversed(found)}  # the loader may find one that was found in a wheel
+    return tuple(sorted(unique.values(), key=lambda x: x.version, reverse=True)), failed
 
 
 def _candidates() -> Iterator[str]:

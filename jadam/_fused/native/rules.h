@@ -99,21 +99,21 @@ struct AdamRule {
 };
 
 struct Adam : AdamRule<false, false> {
-  static constexpr const char* name() { return "adam"; }
+  static JADAM_INLINE constexpr const char* name() { return "adam"; }
 };
 struct NAdam : AdamRule<true, false> {
-  static constexpr const char* name() { return "nadam"; }
+  static JADAM_INLINE constexpr const char* name() { return "nadam"; }
 };
 struct RAdam : AdamRule<false, true> {
-  static constexpr const char* name() { return "radam"; }
+  static JADAM_INLINE constexpr const char* name() { return "radam"; }
 };
 struct NesterovRAdam : AdamRule<true, true> {
-  static constexpr const char* name() { return "nesterov_radam"; }
+  static JADAM_INLINE constexpr const char* name() { return "nesterov_radam"; }
 };
 
 // AdaMax (Kingma & Ba 2015, Algorithm 2).
 struct AdaMax {
-  static constexpr const char* name() { return "adamax"; }
+  static JADAM_INLINE constexpr const char* name() { return "adamax"; }
   static constexpr int kMoments = 2;
   static constexpr bool kInt8 = false;
 
@@ -152,10 +152,10 @@ struct AMSGradRule {
 };
 
 struct AMSGrad : AMSGradRule<false> {
-  static constexpr const char* name() { return "amsgrad"; }
+  static JADAM_INLINE constexpr const char* name() { return "amsgrad"; }
 };
 struct AMSGradMaxOfV : AMSGradRule<true> {
-  static constexpr const char* name() { return "amsgrad_max_of_v"; }
+  static JADAM_INLINE constexpr const char* name() { return "amsgrad_max_of_v"; }
 };
 
 // The new parameter; updates the moments.
