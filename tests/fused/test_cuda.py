@@ -27,7 +27,7 @@ from programs import kernel as program
 
 import jadam
 from jadam._core.bf16 import join
-from jadam._fused.cuda import driver
+from jadam._fused.cuda import driver, nvrtc
 from jadam._fused.cuda import kernel as cuda
 from jadam._fused.native import call
 from jadam._transformation.transformation import Shard, as_state_arrays, update_leaf
@@ -263,9 +263,23 @@ def test_a_program_without_the_driver_says_so(monkeypatch):
     assert error.endswith(": install it. Or compile the step with JADAM_KERNELS=xla in the environment.")
 
 
+@pytest.mark.parametrize("number", [70, 80, 90, 100, 120])
+def test_nvrtc_compiles_the_kernel(number):
+    """``python -m benchmarks cuda`` compiles every variant, also with the NVRTC of CUDA 13."""
+    found = [x for x in nvrtc._installed(None)[0] if x.version[0] == 12]
+    if not found:
+        pytest.skip("NVRTC is not installed: pip install nvidia-cuda-nvrtc-cu12")
+    for variant in (nvrtc.Variant(0, 0, 0, 0), nvrtc.Variant(1, 2, 1, 1), nvrtc.Variant(3, 1, 0, 1)):
+        options = nvrtc.options(variant, f"sm_{number}")
+        code, log = nvrtc.compile_source(found[0], (*options, "--ptxas-options=-v"))
+        assert variant.name.encode() in code
+        spilled = sum(map(int, re.findall(r"(\d+) bytes spill", log)))
+        assert spilled <= (0 if number in (80, 90) else 256), log  # bytes, stored and loaded
+
+
 def test_large_leaves_without_int8_are_left_to_xla(monkeypatch):
-    monkeypatch.setattr(cuda, "XLA_SIZE", 1000)
-    params = random_tree(0, shapes={"a": (10, 99), "b": (10, 100), "c": (8, 128)})
+    monkeypatch.setattr(cuda, "XLA_SIZE", 6000)
+    params = random_tree(0, shapes={"a": (60, 99), "b": (60, 100), "c": (60, 128)})
     taken = {}
     for moments in ("float32", "bfloat16", "int8"):
         tx = make_optimizer("adam", moments)

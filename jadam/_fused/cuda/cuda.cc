@@ -82,17 +82,31 @@ class Kernels {
   std::map<std::pair<int32_t, int32_t>, Kernel> kernels_;
 };
 
-// XLA may capture the first execution of a program in a CUDA graph, when no kernel can be loaded.
+// Loads the kernels that a program needs. XLA may capture its first execution in a CUDA graph, when none can be loaded.
+// It calls this before every execution. `step` checks the arguments.
 ffi::Error initialize(void* stream, int32_t device, const Call& call) {
-  std::vector<LeafArguments> leaves;
-  std::string error = read_leaves(call, kMaxBlock, leaves, /*check_overlap=*/false);
-  if (!error.empty()) return ffi::Error::InvalidArgument(std::move(error));
+  const auto invalid = [] { return ffi::Error::InvalidArgument("jadam: wrong rules, formats or number of buffers"); };
   int32_t last = -1;
-  for (const LeafArguments& leaf : leaves) {
+  size_t arg = 0;
+  for (size_t i = 0; i < call.rule.size(); ++i) {
+    LeafArguments leaf{};
+    leaf.rule = call.rule[i];
+    leaf.format = i < call.format.size() ? call.format[i] : -1;
+    const auto g = call.args.get<ffi::AnyBuffer>(arg), p = call.args.get<ffi::AnyBuffer>(arg + 1);
+    bool exists = false;
+    Rules::visit(leaf.rule, [&](auto rule) {
+      leaf.moments = decltype(rule)::kMoments;
+      exists = leaf.format >= 0 && leaf.format < kFormats && (leaf.format != kInt8 || decltype(rule)::kInt8);
+    });
+    exists = exists && leaf.rule < Rules::kCount;  // `visit` takes an int
+    if (!exists || !g.has_value() || !p.has_value()) return invalid();
+    leaf.g_is_bfloat16 = g->element_type() == ffi::DataType::BF16;
+    leaf.p_is_bfloat16 = p->element_type() == ffi::DataType::BF16;
+    arg += 2 + leaf.p_is_bfloat16 + leaf.moments + (leaf.format == kInt8 ? 2 : 0);
     const Variant variant(leaf);
     if (variant.number() == last) continue;
     last = variant.number();
-    error = Kernels::of_process().load(device, variant, stream);
+    std::string error = Kernels::of_process().load(device, variant, stream);
     if (!error.empty()) return ffi::Error(ffi::ErrorCode::kFailedPrecondition, std::move(error));
   }
   return ffi::Error::Success();
@@ -151,20 +165,19 @@ std::string beyond_limits(const LeafArguments& leaf) {
   return "";
 }
 
-// The buffers that the kernel updates in place, with the inputs whose values they must have first.
-struct InPlace {
-  const void* from;
-  void* to;
-  int64_t bytes;
-};
-std::vector<InPlace> buffers_of(const LeafArguments& leaf) {
-  const bool int8 = leaf.format == kInt8;
-  const int64_t stored = int8 ? 1 : leaf.format == kBFloat16 ? 2 : 4;
-  std::vector<InPlace> buffers = {{leaf.p, leaf.p_out, leaf.n * (leaf.p_is_bfloat16 ? 2 : 4)},
-                                  {leaf.remainder, leaf.remainder_out, leaf.n * 2}};
-  for (int64_t k = 0; k < leaf.moments; ++k) buffers.push_back({leaf.m[k], leaf.m_out[k], leaf.n * stored});
-  for (int k = 0; int8 && k < 2; ++k) buffers.push_back({leaf.scale[k], leaf.scale_out[k], leaf.num_blocks() * 4});
-  return buffers;
+// Copies the inputs whose outputs are other buffers there, because the kernel updates in place. 0, or a CUDA error.
+int copy_inputs(const LeafArguments& leaf, Copy copy, void* stream) {
+  int result = 0;
+  const auto copy_one = [&](const void* from, void* to, int64_t bytes) {
+    if (from == to || result != 0) return;
+    result = copy(reinterpret_cast<uintptr_t>(to), reinterpret_cast<uintptr_t>(from), static_cast<size_t>(bytes), stream);
+  };
+  copy_one(leaf.p, leaf.p_out, leaf.n * (leaf.p_is_bfloat16 ? 2 : 4));
+  copy_one(leaf.remainder, leaf.remainder_out, leaf.n * 2);
+  const int64_t stored = leaf.format == kInt8 ? 1 : leaf.format == kBFloat16 ? 2 : 4;
+  for (int64_t k = 0; k < leaf.moments; ++k) copy_one(leaf.m[k], leaf.m_out[k], leaf.n * stored);
+  for (int k = 0; k < 2; ++k) copy_one(leaf.scale[k], leaf.scale_out[k], leaf.num_blocks() * 4);  // null without int8
+  return result;
 }
 
 ffi::Error failed(const char* function, int result) {
@@ -206,12 +219,7 @@ ffi::Error step(void* stream, int32_t device, const Call& call) {
       if (done[i] || Variant(leaf).number() != variant.number()) continue;
       done[i] = true;
       if (leaf.n == 0) continue;
-      for (const InPlace& x : buffers_of(leaf)) {
-        if (x.from == x.to) continue;
-        const int result = kernel->copy(reinterpret_cast<uintptr_t>(x.to), reinterpret_cast<uintptr_t>(x.from),
-                                        static_cast<size_t>(x.bytes), stream);
-        if (result != 0) return failed("cuMemcpyDtoDAsync", result);
-      }
+      if (const int result = copy_inputs(leaf, kernel->copy, stream)) return failed("cuMemcpyDtoDAsync", result);
       const int64_t more = programs_of(leaf);
       if (more >> 31) return ffi::Error::InvalidArgument("jadam: leaf " + std::to_string(i) + " is too large");
       if (table.leaves == kMaxLeaves || digits + leaf.digits > kMaxDigits || (programs + more) >> 31) {

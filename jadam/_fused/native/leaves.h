@@ -81,21 +81,22 @@ struct LeafArguments {
   int64_t num_blocks() const { return row ? n / row * blocks : 0; }
 };
 
-// The addresses of a buffer.
+// The addresses of a buffer, or of an input and the output that is the same buffer.
 struct Range {
   uintptr_t begin, end;
-  int64_t pair;  // the same for an input and the output that may alias it; -1 for gradients
   bool output;
 };
 
 // Reads and checks the buffers of a call, one after the other.
 struct Reader {
+  using Shape = ffi::AnyBuffer::Dimensions;
+
   const ffi::RemainingArgs& args;
   const ffi::RemainingRets& rets;
   int64_t max_block;        // elements of an int8 block
   size_t arg = 0, ret = 0;  // the next input and output
   int64_t leaf = 0;         // for error messages
-  int64_t input_pair = 0;   // `Range::pair` of the input being read
+  size_t alias = 0;         // the range of the input that the next output may alias
   std::string error = {};   // the first error
   std::vector<Range> ranges = {};
 
@@ -105,31 +106,42 @@ struct Reader {
 
   // The next input, of one of two dtypes and n elements (any number if n < 0). Null after an error.
   const void* input(const char* what, ffi::DataType dtype, ffi::DataType other, int64_t n, ffi::DataType* found,
-                    std::vector<int64_t>* shape) {
+                    Shape* shape) {
     auto buffer = args.get<ffi::AnyBuffer>(arg++);
     if (!buffer.has_value()) return fail(what, "is missing"), nullptr;
-    return check(what, *buffer, dtype, other, n, found, shape, false);
+    if (found != nullptr) *found = buffer->element_type();
+    if (shape != nullptr) *shape = buffer->dimensions();
+    return check(what, *buffer, dtype, other, n, false);
   }
 
   void* output(const char* what, ffi::DataType dtype, int64_t n) {
     auto buffer = rets.get<ffi::AnyBuffer>(ret++);
     if (!buffer.has_value()) return fail(what, "is missing"), nullptr;
-    return check(what, **buffer, dtype, dtype, n, nullptr, nullptr, true);
+    return check(what, **buffer, dtype, dtype, n, true);
   }
 
   void* check(const char* what, const ffi::AnyBuffer& buffer, ffi::DataType dtype, ffi::DataType other, int64_t n,
-              ffi::DataType* found, std::vector<int64_t>* shape, bool output) {
-    if (buffer.element_type() != dtype && buffer.element_type() != other) fail(what, "has the wrong dtype");
-    if (n >= 0 && static_cast<int64_t>(buffer.element_count()) != n) fail(what, "has the wrong size");
-    if (buffer.untyped_data() == nullptr && buffer.element_count() != 0) fail(what, "has no data");
+              bool output) {
+    const ffi::DataType type = buffer.element_type();
+    const int64_t count = static_cast<int64_t>(buffer.element_count());
+    if (type != dtype && type != other) fail(what, "has the wrong dtype");
+    if (n >= 0 && count != n) fail(what, "has the wrong size");
+    if (buffer.untyped_data() == nullptr && count != 0) fail(what, "has no data");
     const uintptr_t begin = reinterpret_cast<uintptr_t>(buffer.untyped_data());
-    if (error.empty() && begin % ffi::ByteWidth(buffer.element_type())) fail(what, "is not aligned");
-    if (found != nullptr) *found = buffer.element_type();
-    if (shape != nullptr) shape->assign(buffer.dimensions().begin(), buffer.dimensions().end());
-    if (buffer.element_count() != 0) {
-      ranges.push_back({begin, begin + buffer.size_bytes(), static_cast<int64_t>(output ? ret : input_pair), output});
-    }
+    if (error.empty() && begin % ffi::ByteWidth(type)) fail(what, "is not aligned");
+    if (count != 0) add_range(begin, begin + buffer.size_bytes(), output);
     return buffer.untyped_data();
+  }
+
+  void add_range(uintptr_t begin, uintptr_t end, bool output) {
+    if (output && alias < ranges.size()) {
+      Range& input = ranges[alias++];
+      if (!input.output && input.begin == begin && input.end == end) {
+        input.output = true;
+        return;
+      }
+    }
+    ranges.push_back({begin, end, output});
   }
 };
 
@@ -138,17 +150,15 @@ struct Reader {
 inline void read_leaf(Reader& reader, LeafArguments& leaf) {
   using D = ffi::DataType;
   D g = D::F32, p = D::F32;
-  std::vector<int64_t> shape;
+  Reader::Shape shape;
   const auto in = [&](const char* what, D dtype, int64_t n) {
-    reader.input_pair++;
     return reader.input(what, dtype, dtype, n, nullptr, nullptr);
   };
-  reader.input_pair = -1;
+  reader.alias = reader.ranges.size() + 1;  // that of p
   leaf.g = reader.input("gradient", D::F32, D::BF16, -1, &g, &shape);
   int64_t n = 1;
   for (int64_t x : shape) n *= x;
   leaf.n = n;
-  reader.input_pair = static_cast<int64_t>(reader.ret) + 1;
   leaf.p = reader.input("parameter", D::F32, D::BF16, n, &p, nullptr);
   leaf.g_is_bfloat16 = g == D::BF16;
   leaf.p_is_bfloat16 = p == D::BF16;
@@ -163,7 +173,7 @@ inline void read_leaf(Reader& reader, LeafArguments& leaf) {
   for (int64_t k = 0; k < leaf.moments; ++k) leaf.m[k] = in("moment", int8 ? (k ? D::U8 : D::S8) : stored, n);
   if (int8) {
     if (!int8_allowed) reader.fail("rule", "does not support int8 moments");
-    if (shape.empty()) return reader.fail("gradient", "is a scalar, int8 needs an axis");
+    if (shape.size() == 0) return reader.fail("gradient", "is a scalar, int8 needs an axis");
     leaf.row = shape.back();
     if (leaf.block < 1 || leaf.block > reader.max_block) return reader.fail("block", "is out of range");
     leaf.blocks = leaf.row / leaf.block + (leaf.row % leaf.block != 0);
@@ -180,19 +190,14 @@ inline void read_leaf(Reader& reader, LeafArguments& leaf) {
   for (int64_t k = 0; k < leaf.moments; ++k) leaf.m_out[k] = reader.output("new moment", stored, n);
 }
 
-// Whether an output overlaps another buffer, other than as an exact alias of its own input.
+// Whether an output overlaps another buffer, other than as its own input.
 inline bool overlap(std::vector<Range>& ranges) {
   std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
-  uintptr_t before = 0, end = 0, written_end = 0;  // end of all ranges but the last, of all, and of the outputs
-  const Range* last = nullptr;
+  uintptr_t end = 0, written_end = 0;  // of all ranges so far, and of the outputs
   for (const Range& x : ranges) {
-    const bool alias = last != nullptr && last->begin == x.begin && last->end == x.end && last->output != x.output &&
-                      last->pair == x.pair;
-    if (x.begin < (alias ? before : x.output ? end : written_end)) return true;
-    before = end;
+    if (x.begin < (x.output ? end : written_end)) return true;
     end = std::max(end, x.end);
     if (x.output) written_end = std::max(written_end, x.end);
-    last = &x;
   }
   return false;
 }
@@ -218,7 +223,7 @@ inline bool counts_elements(const LeafArguments& leaf) {
 
 // Reads the leaves, which derive from `LeafArguments`. Returns what is wrong with the call, or "".
 template <class Leaf>
-std::string read_leaves(const Call& call, int64_t max_block, std::vector<Leaf>& leaves, bool check_overlap = true) {
+std::string read_leaves(const Call& call, int64_t max_block, std::vector<Leaf>& leaves) {
   leaves.resize(call.rule.size());
   for (const Int64s& x :
        {call.format, call.clipping, call.scalars, call.salt, call.block, call.run, call.digits}) {
@@ -261,7 +266,7 @@ std::string read_leaves(const Call& call, int64_t max_block, std::vector<Leaf>& 
   }
   if (digit != all_digits) return "jadam: too many digits";
   if (reader.arg != call.args.size() || reader.ret != call.rets.size()) return "jadam: too many buffers";
-  if (check_overlap && overlap(reader.ranges)) return "jadam: an output overlaps another buffer";
+  if (overlap(reader.ranges)) return "jadam: an output overlaps another buffer";
   return "";
 }
 
