@@ -29,7 +29,7 @@ import jadam
 from jadam._core.bf16 import join
 from jadam._fused.cuda import driver, nvrtc
 from jadam._fused.cuda import kernel as cuda
-from jadam._fused.native import call
+from jadam._fused.native import call, extension
 from jadam._transformation.transformation import Shard, as_state_arrays, update_leaf
 
 pytestmark = needs_kernel
@@ -246,6 +246,30 @@ def test_execute_needs_initialize():
     attributes = handler.attributes([0, 0, 0, 0, 0, 0, 12, 0])
     error = handler.call_with_attributes(buffers, buffers[3:], attributes, None, "cuda", 77, [handler.EXECUTE])
     assert error == "jadam: a program was executed before it was initialized"
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+@pytest.mark.parametrize("place", [0, 1])
+def test_outputs_do_not_overlap_scalars(platform, place):
+    """CUDA's kernel reads the scalars and the step count while it writes."""
+    arrays = [np.ones((1, len(call.SCALARS)), np.float32), np.zeros(2, np.uint32), *np.ones((4, 2), np.float32)]
+    buffers = [handler.Buffer(x.ctypes.data, x.shape, str(x.dtype)) for x in arrays]
+    outputs = [buffers[place]._replace(shape=(2,), dtype="float32"), *buffers[4:]]
+    run_call = emulated.run_call if platform == "cuda" else handler.call
+    assert run_call(buffers, outputs, [0, 0, 0, 0, 0, 0, 2, 0]) == "jadam: an output overlaps another buffer"
+
+
+def test_a_resolver_that_fails_silently():
+    """As a callback does that Python cannot run: an exception in it cannot pass through C++, and 0 is returned."""
+    arrays = [np.ones((1, len(call.SCALARS)), np.float32), np.zeros(2, np.uint32), *np.ones((4, 2), np.float32)]
+    buffers = [handler.Buffer(x.ctypes.data, x.shape, str(x.dtype)) for x in arrays]
+    library, silent = handler.library(), extension.RESOLVE(lambda *_: 0)
+    library.jadam_cuda_set_resolve(silent)
+    try:
+        error = handler.call(buffers, buffers[3:], [0, 0, 0, 0, 0, 0, 2, 0], platform="cuda", device=79)
+    finally:
+        library.jadam_cuda_set_resolve(extension._resolve)
+    assert error == "jadam: Python did not give the CUDA kernel"
 
 
 def test_a_program_without_the_driver_says_so(monkeypatch):

@@ -71,8 +71,11 @@ class Kernels {
     Kernel kernel;
     char error[1024] = "";
     if (resolve(stream, &variant, &kernel, error, sizeof(error)) != 0) return std::string("jadam: ") + error;
+    if (kernel.kernel == nullptr || kernel.launch == nullptr || kernel.copy == nullptr) {
+      return "jadam: Python did not give the CUDA kernel";  // a callback that raises prints the error and returns 0
+    }
     std::lock_guard<std::mutex> lock(mutex_);  // not while Python runs
-    kernels_[{device, variant.number()}] = kernel;
+    kernels_.emplace(std::make_pair(device, variant.number()), kernel);  // keeps one that another thread may be using
     return "";
   }
 
@@ -98,7 +101,7 @@ ffi::Error initialize(void* stream, int32_t device, const Call& call) {
       leaf.moments = decltype(rule)::kMoments;
       exists = leaf.format >= 0 && leaf.format < kFormats && (leaf.format != kInt8 || decltype(rule)::kInt8);
     });
-    exists = exists && leaf.rule < Rules::kCount;  // `visit` takes an int
+    exists = exists && leaf.rule >= 0 && leaf.rule < Rules::kCount;  // `visit` takes an int
     if (!exists || !g.has_value() || !p.has_value()) return invalid();
     leaf.g_is_bfloat16 = g->element_type() == ffi::DataType::BF16;
     leaf.p_is_bfloat16 = p->element_type() == ffi::DataType::BF16;
@@ -162,6 +165,7 @@ std::string beyond_limits(const LeafArguments& leaf) {
   if (leaf.digits > kMaxDigits) return "has too many digits";
   if (leaf.digits > 0 && leaf.n >> 32) return "has 2**32 elements or more, and digits";
   if (leaf.format == kInt8 && leaf.num_blocks() >> 31) return "has 2**31 int8 blocks or more";
+  if (programs_of(leaf) >> 31) return "is too large";
   return "";
 }
 
@@ -221,7 +225,6 @@ ffi::Error step(void* stream, int32_t device, const Call& call) {
       if (leaf.n == 0) continue;
       if (const int result = copy_inputs(leaf, kernel->copy, stream)) return failed("cuMemcpyDtoDAsync", result);
       const int64_t more = programs_of(leaf);
-      if (more >> 31) return ffi::Error::InvalidArgument("jadam: leaf " + std::to_string(i) + " is too large");
       if (table.leaves == kMaxLeaves || digits + leaf.digits > kMaxDigits || (programs + more) >> 31) {
         if (const int result = launch()) return failed("cuLaunchKernel", result);
       }

@@ -240,7 +240,11 @@ std::string read_leaves(const Call& call, int64_t max_block, std::vector<Leaf>& 
     return "jadam: count must be uint32, the step count and one offset per leaf";
   }
   Reader reader{call.args, call.rets, max_block};
-  reader.ranges.reserve(call.args.size() + call.rets.size());
+  reader.ranges.reserve(2 + call.args.size() + call.rets.size());
+  for (const ffi::AnyBuffer* x : {&call.scalar_rows, &call.count_and_offsets}) {  // read while outputs are written
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(x->untyped_data());
+    if (x->element_count() != 0) reader.add_range(begin, begin + x->size_bytes(), false);
+  }
   const int64_t rows = call.scalar_rows.element_count() / kScalars;
   int64_t digit = 0;
   for (size_t i = 0; i < leaves.size(); ++i) {
