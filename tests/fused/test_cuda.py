@@ -1,8 +1,11 @@
 """The CUDA kernel, compiled by the host's compiler, against the CPU's kernel and XLA; see `emulated`."""
 
+import ctypes
 import functools
 import json
+import platform
 import re
+import shutil
 
 import emulated
 import handler
@@ -105,6 +108,34 @@ def test_awkward_shapes(moments):
     state = jitted_steps(tx)[0](random_leaves(1), tx.init(params), params)[1]
     results = [f(random_leaves(2), state, params) for f in (functools.partial(emulated_step, tx), jitted_steps(tx)[0])]
     assert_steps_agree(*results, (params, state), moments == "int8")
+
+
+FAST_DIVISION = """
+#include <cmath>
+#include <cstring>
+#define inline __attribute__((noinline))  // or the compiler would simplify 1 / sqrt(x) twice to 1 / x
+#include "shim.h"
+#undef inline
+#include "formats.h"
+int lane;  // never used
+const int* exchange(int) { return nullptr; }
+extern "C" float v_inverse_step_of(float scale) { return jadam::v_inverse_step_of(scale); }
+"""
+
+
+def test_fast_division_by_large_scales(tmp_path):
+    """The GPU's fast division gives 0 for divisors above 2**126, and so does that of -mrecip on x86."""
+    if platform.machine() != "x86_64" or shutil.which("g++") is None:
+        pytest.skip("-mrecip is an option of g++ for x86")
+    (tmp_path / "fast.cc").write_text(FAST_DIVISION)
+    flags = ["-std=c++17", "-O2", "-ffast-math", "-mrecip", "-shared", "-fPIC", "-D__CUDA_ARCH__=900"]
+    flags += [f"-I{emulated.HERE}", f"-I{emulated.FUSED / 'native'}", "-o", "fast.so", "fast.cc"]
+    helpers.check_output(["g++", *flags], cwd=tmp_path)
+    step = ctypes.CDLL(str(tmp_path / "fast.so")).v_inverse_step_of
+    step.argtypes, step.restype = [ctypes.c_float], ctypes.c_float
+    for scale in (2.0**-126, 1e-20, 1.0, 8e37, 1e38, 3.2e38):
+        assert step(scale) == pytest.approx(3.875 / scale, rel=1e-6)  # rsqrt, twice, and two products
+    assert step(0.0) == 0.0
 
 
 def test_int8_codes_apart():
@@ -248,22 +279,23 @@ def test_execute_needs_initialize():
     assert error == "jadam: a program was executed before it was initialized"
 
 
-@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
 @pytest.mark.parametrize("place", [0, 1])
-def test_outputs_do_not_overlap_scalars(platform, place):
+def test_outputs_do_not_overlap_scalars(name, place):
     """CUDA's kernel reads the scalars and the step count while it writes."""
     arrays = [np.ones((1, len(call.SCALARS)), np.float32), np.zeros(2, np.uint32), *np.ones((4, 2), np.float32)]
     buffers = [handler.Buffer(x.ctypes.data, x.shape, str(x.dtype)) for x in arrays]
     outputs = [buffers[place]._replace(shape=(2,), dtype="float32"), *buffers[4:]]
-    run_call = emulated.run_call if platform == "cuda" else handler.call
+    run_call = emulated.run_call if name == "cuda" else handler.call
     assert run_call(buffers, outputs, [0, 0, 0, 0, 0, 0, 2, 0]) == "jadam: an output overlaps another buffer"
 
 
-def test_a_resolver_that_fails_silently():
-    """As a callback does that Python cannot run: an exception in it cannot pass through C++, and 0 is returned."""
+@pytest.mark.parametrize("result", [0, 77])
+def test_a_resolver_that_fails_silently(result):
+    """As a callback does that raises: the exception cannot pass through C++, and the result is any number."""
     arrays = [np.ones((1, len(call.SCALARS)), np.float32), np.zeros(2, np.uint32), *np.ones((4, 2), np.float32)]
     buffers = [handler.Buffer(x.ctypes.data, x.shape, str(x.dtype)) for x in arrays]
-    library, silent = handler.library(), extension.RESOLVE(lambda *_: 0)
+    library, silent = handler.library(), extension.RESOLVE(lambda *_: result)
     library.jadam_cuda_set_resolve(silent)
     try:
         error = handler.call(buffers, buffers[3:], [0, 0, 0, 0, 0, 0, 2, 0], platform="cuda", device=79)

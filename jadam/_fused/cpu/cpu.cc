@@ -178,7 +178,7 @@ constexpr Lanes kLanes;
 // Writes the codes of n elements from their r and v. `random` is `Dither::block` of their block.
 INLINE void quantize_block(i8* rq, u8* vq, const float* r, const float* v, float r_scale, float v_scale, u32 random,
                            int64_t n) {
-  const float r_inverse_step = inverse_step(kBelowRTop, r_scale), v_inverse_step = inverse_step(kEncodedVTop, v_scale);
+  const float r_inverse_step = r_inverse_step_of(r_scale), v_inverse_step = v_inverse_step_of(v_scale);
   alignas(64) u32 new_r[kTile], new_v[kTile];  // converting to 8 bits in the same loop would slow it down
   INDEPENDENT for (int64_t i = 0; i < n; ++i) {
     const u32 bits = random + kLanes.of[i];

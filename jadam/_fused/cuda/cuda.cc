@@ -70,9 +70,10 @@ class Kernels {
     if (resolve == nullptr) return "jadam: the CUDA kernels need the Python package jadam in this process";
     Kernel kernel;
     char error[1024] = "";
-    if (resolve(stream, &variant, &kernel, error, sizeof(error)) != 0) return std::string("jadam: ") + error;
-    if (kernel.kernel == nullptr || kernel.launch == nullptr || kernel.copy == nullptr) {
-      return "jadam: Python did not give the CUDA kernel";  // a callback that raises prints the error and returns 0
+    const int failed = resolve(stream, &variant, &kernel, error, sizeof(error));
+    if (failed && error[0] != 0) return std::string("jadam: ") + error;
+    if (failed || kernel.kernel == nullptr || kernel.launch == nullptr || kernel.copy == nullptr) {
+      return "jadam: Python did not give the CUDA kernel";  // a callback that raises prints the error, returns anything
     }
     std::lock_guard<std::mutex> lock(mutex_);  // not while Python runs
     kernels_.emplace(std::make_pair(device, variant.number()), kernel);  // keeps one that another thread may be using

@@ -320,7 +320,7 @@ struct Int8Quad {
       v_max = max_int(v_max, static_cast<i32>(float_bits(v[j]) & kAbsMask));
     }
     scales(warp_max(r_max), warp_max(v_max), r_scale, v_scale);
-    const float r_inverse_step = inverse_step(kBelowRTop, r_scale), v_inverse_step = inverse_step(kEncodedVTop, v_scale);
+    const float r_inverse_step = r_inverse_step_of(r_scale), v_inverse_step = v_inverse_step_of(v_scale);
     const Dither dither(step.leaf.salt, 0, step.count);
     const u32 random = Dither::lane(dither.block(global_index(step.table, step.leaf, step.offset, first)),
                                     threadIdx.x % kWarp * kQuad);

@@ -84,7 +84,9 @@ JADAM_INLINE void scales(i32 r_max, i32 v_max, float& r_scale, float& v_scale) {
   v_scale = !finite ? float_from_bits(kNaN) : v < kMinVScale ? 0.0f : v;
 }
 
-JADAM_INLINE float inverse_step(float top, float scale) { return scale > 0.0f ? top / scale : 0.0f; }
+// For `quantize_r` and `quantize_v`. v may be as large as a square is.
+JADAM_INLINE float r_inverse_step_of(float scale) { return scale > 0.0f ? kBelowRTop / scale : 0.0f; }
+JADAM_INLINE float v_inverse_step_of(float scale) { return scale > 0.0f ? divide_by_large(kEncodedVTop, scale) : 0.0f; }
 
 // The code of r, rounded stochastically: its sign, the last bit of the exponent of 2 + |r|, and 6 bits of the mantissa.
 JADAM_INLINE u32 quantize_r(float r, float r_inverse_step, u32 random) {
