@@ -14,8 +14,8 @@ from setuptools.command.build_ext import build_ext
 FUSED = Path("jadam", "_fused")
 SOURCES = [FUSED / name for name in ("cpu/cpu.cc", "cuda/cuda.cc")]
 HEADERS = [FUSED / "cuda/table.h", *(FUSED / f"native/{x}.h" for x in ("formats", "leaves", "portable", "rules"))]
-WITHOUT = """jadam: the CPU's kernel was not built: {error}
-jadam works without it. XLA takes two passes over memory where the kernel takes one: about 1.7 times as long.
+WITHOUT = """jadam: the kernels for CPUs and NVIDIA GPUs were not built: {error}
+jadam works without them. On a CPU XLA takes two passes over memory instead of one: about 1.7 times as long.
 With a C++17 compiler (g++, clang++ or MSVC): pip install --force-reinstall --no-deps --no-cache-dir jadam"""
 
 

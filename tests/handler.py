@@ -158,7 +158,7 @@ def mixed_radix(i, strides) -> int:
 def call(inputs, outputs, leaves, digits=(), pool=None, platform="cpu", device=NO_DEVICE) -> str | None:
     """Calls a platform's handlers and returns the first error or None. ``inputs`` begin with scalars and count.
 
-    Call ``pool.after`` afterwards. CUDA's need `emulated.kernels`.
+    Call ``pool.after`` afterwards. For CUDA call `emulated.run_call` instead.
     """
     return call_with_attributes(inputs, outputs, attributes(leaves, digits), pool, platform, device)
 

@@ -24,8 +24,8 @@ class Backend:
 def backends() -> dict[str, Backend]:
     """Return the kernel that `jadam.step` uses on each platform, and the reason.
 
-    On a machine with an NVIDIA GPU this starts JAX's backends, to know the GPU. The environment variable
-    ``JADAM_KERNELS=xla`` turns all kernels off. It is read when a step is compiled.
+    This starts JAX's backends, to look for NVIDIA GPUs: call `jax.distributed.initialize` first. The environment
+    variable ``JADAM_KERNELS=xla`` turns all kernels off. It is read when a step is compiled.
 
     Returns:
         A dict with the keys ``"cpu"``, ``"cuda"`` and ``"tpu"``. Each value has ``kernel``, a name or None for XLA,

@@ -90,13 +90,13 @@ def update_partitioned(
     """Return the new parameter and the new state arrays of each leaf, or None where no kernel supports it.
 
     Args:
-        has_kernel: for each leaf, whether a kernel supports it.
+        has_kernel: whether a kernel supports each leaf.
         step_shards: ``step_shards(leaf_updates, grads, params)`` updates the shards of one device.
         num_devices: the number of devices.
         leaf_updates, grads, params: of all leaves, global arrays.
     """
     results: list = [None] * len(leaf_updates)
-    supported = [i for i, own in enumerate(has_kernel) if own]
+    supported = [i for i, has in enumerate(has_kernel) if has]
     for start in range(0, len(supported), LEAVES_PER_CALL):
         group = supported[start : start + LEAVES_PER_CALL]
         columns = ([column[i] for i in group] for column in (leaf_updates, grads, params))

@@ -98,8 +98,8 @@ def _step_leaves(*arrays, settings, treedef, platform, num_devices=1):
     )  # symbolic in `jax.export`
     results: list = [None] * len(leaf_updates)
     if use_kernel and num_devices > 1:
-        own = [call.unsupported_reason(*x) is None for x in zip(leaf_updates, grads, params, strict=True)]
-        results = partitioning.update_partitioned(own, step_shards, num_devices, leaf_updates, grads, params)
+        has_kernel = [call.unsupported_reason(*x) is None for x in zip(leaf_updates, grads, params, strict=True)]
+        results = partitioning.update_partitioned(has_kernel, step_shards, num_devices, leaf_updates, grads, params)
     elif use_kernel:
         results = KERNELS[platform](leaf_updates, grads, params)
     for i, (leaf_update, g, p) in enumerate(zip(leaf_updates, grads, params, strict=True)):

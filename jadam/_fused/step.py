@@ -32,10 +32,10 @@ def step(
     Adam's cost is memory traffic: at best 28 bytes per float32 parameter, each read or written once. On a CPU,
     ``tx.update`` and `optax.apply_updates` take at least two passes.
 
-    jadam's optimizers are fused into one pass, also inside `jadam.chain` and `jadam.exact_bf16`. On a CPU a compiled
-    kernel does this, and on an NVIDIA GPU a kernel that updates many leaves in one launch, see `jadam.backends`. On a
-    TPU XLA does it for float32, and a Pallas kernel where XLA needs several passes, such as for int8 moments. XLA does
-    leaves that no kernel supports. For any other transformation `step` calls ``tx.update`` and `optax.apply_updates`.
+    jadam's optimizers are fused into one pass, also inside `jadam.chain` and `jadam.exact_bf16`. On CPUs and NVIDIA
+    GPUs a compiled kernel does this, on a GPU for many leaves in one launch; see `jadam.backends`. On a TPU XLA does it
+    for float32, and a Pallas kernel where XLA needs several passes, such as for int8 moments. XLA does leaves that no
+    kernel supports. For any other transformation `step` calls ``tx.update`` and `optax.apply_updates`.
     `jadam.describe` shows what is fused, and the reason if not.
 
     On several devices each device updates its shards in the same way: on CPU and GPU under plain `jax.jit`, and on any
@@ -142,7 +142,7 @@ def why_leaves_not_fused(
 ) -> list[tuple[str, str | None]]:
     """Return for each leaf its `jadam.by_path` rule and why it is not fused on ``platform``; both may be None.
 
-    The CPU kernel is assumed to be available. On a mesh, ``shard_shapes`` has the shape of each leaf's shards, and
+    On a CPU the kernel is assumed to be available. On a mesh, ``shard_shapes`` has the shape of each leaf's shards, and
     ``shardings_known`` tells whether `step` knows them when it is lowered.
     """
     found = []

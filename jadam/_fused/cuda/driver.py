@@ -1,4 +1,4 @@
-"""Loads compiled kernels through the CUDA driver, for the handler in ``cuda.cc``.
+"""Loads kernels through the CUDA driver, for the handler in ``cuda.cc``.
 
 Importing this module opens no library.
 """
@@ -46,9 +46,7 @@ def version() -> int:
 
 
 def resolve(stream: int | None, variant: Variant) -> tuple[int, int, int]:
-    """Load a kernel into the context of a stream.
-
-    A launch of it within a stream capture then has nothing left to load.
+    """Load a kernel into the context of a stream, completely: a launch may be captured, and a capture cannot load.
 
     Args:
         stream: a CUstream; the null stream's context is the current one.
@@ -125,7 +123,7 @@ _lock = threading.Lock()
 
 
 def _kernel(variant: Variant, capability: tuple[int, int]) -> ctypes.c_void_p:
-    """The CUkernel of a variant. It serves in every context of a device that runs its machine code."""
+    """The CUkernel of a variant. It is valid in the contexts of all devices with this architecture."""
     key = variant, nvrtc.choose(capability, version())[1]
     code = nvrtc.cubin(variant, capability, version())
     with _lock:
@@ -137,7 +135,7 @@ def _kernel(variant: Variant, capability: tuple[int, int]) -> ctypes.c_void_p:
         return _kernels[key][0]
 
 
-# ---------------------------------------------------------------- for cuda.cc
+# -- for cuda.cc -------------------------------------------------------------------------------------------------------
 
 
 class Resolved(ctypes.Structure):
@@ -147,7 +145,7 @@ class Resolved(ctypes.Structure):
 
 
 def resolve_for_handler(stream, variant, resolved, error, error_size) -> int:
-    """`resolve` for C++: 0, or 1 and the reason as a string in ``error``. An exception cannot pass through C++.
+    """Call `resolve` for C++, which exceptions cannot cross. Return 0, or 1 and write the reason to ``error``.
 
     Args:
         stream: as for `resolve`.

@@ -1,4 +1,4 @@
-"""The CUDA kernel of ``kernel.cu``: which leaves it updates, and where it serves."""
+"""The CUDA kernel of ``kernel.cu``: which leaves it updates, and on which machines."""
 
 import functools
 
@@ -8,17 +8,17 @@ from jadam._fused.backends import Backend, backends, platform_of
 from jadam._fused.native import call
 from jadam._transformation.transformation import LeafUpdate
 
-LEAVES_PER_CALL = 32  # as many as one launch updates
-# Elements from which XLA updates a leaf whose moments are not int8. At 2**27 float32 elements on an H200 it took 0.913
-# ms, a prototype of the kernel 0.958. For all of GPT-2 small, whose largest leaf has 2**25.2, 1.25 and 1.04 ms.
+LEAVES_PER_CALL = 32  # the most that one launch updates
+# XLA updates leaves of at least this many elements, except int8 ones. On an H200 a float32 leaf of 2**27 elements took
+# XLA 0.913 ms and a prototype of the kernel 0.958 ms. GPT-2 small, with leaves up to 2**25.2, took 1.25 and 1.04 ms.
 XLA_SIZE = 2**26
 
 
 def run_kernel(leaf_updates: list[LeafUpdate], grads, params) -> list[tuple | None]:
     """Return the new parameter and the new state arrays of each leaf, or None where XLA does it."""
     columns = leaf_updates, grads, params
-    left = [_left_to_xla(*x) or unsupported_reason(*x) for x in zip(*columns, strict=True)]
-    supported = [i for i, reason in enumerate(left) if not reason]
+    rows = enumerate(zip(*columns, strict=True))
+    supported = [i for i, x in rows if not _is_faster_by_xla(*x) and not unsupported_reason(*x)]
     return call.update_leaves(*columns, supported, LEAVES_PER_CALL)
 
 
@@ -36,25 +36,25 @@ def why_several_passes(leaf_update: LeafUpdate, g, p) -> str | None:
     return None if leaf_update.format.name != "int8" else unsupported_reason(leaf_update, g, p)
 
 
-def _left_to_xla(leaf_update: LeafUpdate, g, p) -> bool:
-    """Whether XLA is faster: see `XLA_SIZE`."""
+def _is_faster_by_xla(leaf_update: LeafUpdate, g, p) -> bool:
+    """Whether XLA is faster than the kernel, see `XLA_SIZE`."""
     return leaf_update.format.name != "int8" and p.size >= XLA_SIZE
 
 
 def backend() -> Backend:
-    """The kernel, or why XLA serves."""
+    """The kernel, or the reason why XLA does the step."""
     library = call.load()
     if library.instructions is None:
         return Backend(None, library.reason)
     capabilities = _compute_capabilities()
     if not capabilities:
-        return Backend("FFI, NVRTC", "compiled on the GPU's machine; there is none here")
+        return Backend("FFI, NVRTC", "this process has no NVIDIA GPU; compiled where the program runs")
     return _backend_of(capabilities)
 
 
 @functools.cache
 def _backend_of(capabilities) -> Backend:
-    """The kernel for GPUs of these compute capabilities, or why XLA serves."""
+    """The kernel for GPUs of these compute capabilities, or the reason why XLA does the step."""
     from jadam._fused.cuda import driver, nvrtc
 
     reason = driver.why_not(capabilities)
@@ -62,7 +62,7 @@ def _backend_of(capabilities) -> Backend:
 
 
 def _compute_capabilities() -> tuple[tuple[int, int], ...]:
-    """The compute capabilities of this process's NVIDIA GPUs, none if there are none."""
+    """The compute capabilities of this process's NVIDIA GPUs; empty without one."""
     try:
         devices = [x for x in jax.local_devices(backend="gpu") if platform_of(x) == "cuda"]
     except RuntimeError:  # JAX has no such backend here

@@ -24,9 +24,9 @@ SOURCES = ("cuda/kernel.cu", "cuda/table.h", "native/portable.h", "native/format
 SONAMES = ("libnvrtc.so.13", "libnvrtc.so.12")  # as the system's loader finds them
 TOOLKITS = (sys.prefix, "/usr/local/cuda")  # besides $CUDA_HOME and $CUDA_PATH; a conda environment is one
 OLDEST = 70  # sm_70, Volta
-TEGRA = (72, 87, 101, 110)  # on chips with a CPU: their machine code runs on no other, and no other's on them
+TEGRA = (72, 87, 101, 110)  # GPUs on one chip with a CPU. They share no machine code with other architectures.
 INT8 = 2
-# The arithmetic of the int8 format is approximate by design: its codes have 8 bits. Instructions bound it, not memory.
+# Instructions bound the int8 kernel, not memory, and its 8-bit codes are coarser than the fast functions' errors.
 INT8_OPTIONS = ("-use_fast_math",)
 LOG_LINES = 3
 
@@ -34,7 +34,7 @@ log = logging.getLogger("jadam")
 
 
 class Unavailable(Exception):
-    """Says why the CUDA kernel cannot be used, and what to install."""
+    """The reason why the CUDA kernel cannot be used, and what to install."""
 
 
 class Variant(NamedTuple):
@@ -47,17 +47,17 @@ class Variant(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Its entry point."""
+        """The kernel's name in the machine code."""
         return "_".join(("jadam", *map(str, self)))
 
     @property
     def defines(self) -> tuple[str, ...]:
-        """What ``kernel.cu`` compiles to this variant with."""
+        """The macros that select this variant in ``kernel.cu``."""
         return tuple(f"-DJADAM_{name.upper()}={value}" for name, value in self._asdict().items())
 
 
 class Nvrtc(NamedTuple):
-    """NVRTC as it was found."""
+    """A loaded NVRTC."""
 
     library: ctypes.CDLL
     version: tuple[int, int]
@@ -67,7 +67,7 @@ class Nvrtc(NamedTuple):
         return f"NVRTC {self.version[0]}.{self.version[1]} ({self.path})"
 
 
-# ---------------------------------------------------------------- the library
+# -- the library -------------------------------------------------------------------------------------------------------
 
 
 def find(driver_version: int | None = None) -> Nvrtc:
@@ -123,7 +123,7 @@ def architecture(nvrtc: Nvrtc, capability: tuple[int, int]) -> str:
 
 @functools.cache
 def _installed(newest_major: int | None) -> tuple[tuple[Nvrtc, ...], str]:
-    """Every NVRTC up to a major version, newest first, and why another one cannot be used or ""."""
+    """Every NVRTC up to a major version, newest first, and why another cannot be used, or ""."""
     found, failed = [], ""
     for path in dict.fromkeys(_candidates()):
         major = int(path.rpartition(".")[2])
@@ -156,7 +156,7 @@ def _open(path: str) -> Nvrtc:
     major, minor = ctypes.c_int(), ctypes.c_int()
     nvrtc = Nvrtc(library, (int(path.rpartition(".")[2]), 0), path)
     _call(nvrtc, "nvrtcVersion", ctypes.byref(major), ctypes.byref(minor))
-    with contextlib.suppress(OSError):  # that of the wheel of 13.0 does not find it otherwise
+    with contextlib.suppress(OSError):  # NVRTC 13.0 from a wheel does not find it
         ctypes.CDLL(str(Path(path).with_name(f"libnvrtc-builtins.so.{major.value}.{minor.value}")))
     return Nvrtc(library, (major.value, minor.value), path)
 
@@ -192,7 +192,7 @@ def _remedy(driver_version: int | None) -> str:
     return "pip install nvidia-cuda-nvrtc, or reinstall jax[cuda13]"
 
 
-# ---------------------------------------------------------------- compilation
+# -- compilation -------------------------------------------------------------------------------------------------------
 
 
 def options(variant: Variant, architecture: str) -> tuple[str, ...]:
@@ -200,7 +200,7 @@ def options(variant: Variant, architecture: str) -> tuple[str, ...]:
     return (
         "-std=c++17",
         f"-arch={architecture}",
-        "-modify-stack-limit=false",  # it is the whole process's
+        "-modify-stack-limit=false",  # NVRTC would change the limit of the whole process
         *variant.defines,
         *(INT8_OPTIONS if variant.format == INT8 else ()),
     )
@@ -221,7 +221,7 @@ def compile_source(nvrtc: Nvrtc, options: tuple[str, ...]) -> tuple[bytes, str]:
     Raises:
         Unavailable: it does not compile. The text has the first lines of NVRTC's log.
     """
-    names = [os.path.basename(name).encode() for name in SOURCES]  # `#include "rules.h"`: there is no other path
+    names = [os.path.basename(name).encode() for name in SOURCES]  # `#include "rules.h"` has no folder
     source, *headers = _sources()
     program = ctypes.c_void_p()
     arguments = len(headers), _strings(headers), _strings(names[1:])
@@ -240,7 +240,7 @@ def compile_source(nvrtc: Nvrtc, options: tuple[str, ...]) -> tuple[bytes, str]:
 
 
 def _read(nvrtc: Nvrtc, program: ctypes.c_void_p, what: str) -> bytes:
-    """A result of a program."""
+    """The log or the machine code of a program."""
     size = ctypes.c_size_t()
     _call(nvrtc, f"nvrtcGet{what}Size", program, ctypes.byref(size))
     buffer = ctypes.create_string_buffer(size.value)
@@ -256,7 +256,7 @@ def _sources() -> list[bytes]:
     return [(FUSED / name).read_bytes() for name in SOURCES]
 
 
-# ---------------------------------------------------------------- cache
+# -- cache -------------------------------------------------------------------------------------------------------------
 
 _cubins: dict[tuple, bytes] = {}
 _locks: dict[tuple, threading.Lock] = {}
@@ -275,7 +275,7 @@ def cubin(variant: Variant, capability: tuple[int, int], driver_version: int | N
     """
     nvrtc, architecture = choose(capability, driver_version)
     key = nvrtc.path, variant, architecture
-    with _locks.setdefault(key, threading.Lock()):  # the other threads wait for the one that compiles
+    with _locks.setdefault(key, threading.Lock()):  # one thread compiles, others wait
         if key not in _cubins:
             _cubins[key] = _from_disk_or_compiled(nvrtc, variant, architecture)
         return _cubins[key]
@@ -297,8 +297,8 @@ def _from_disk_or_compiled(nvrtc: Nvrtc, variant: Variant, architecture: str) ->
 def cache_folder() -> Path | None:
     """Return the folder of the compiled kernels, made if needed, or None if there can be none.
 
-    It is ``$XDG_CACHE_HOME/jadam/cubin``, by default ``~/.cache/jadam/cubin``, on Windows in ``%LOCALAPPDATA%``. One
-    that others may write to is not used, since a GPU would execute what they put there.
+    It is ``$XDG_CACHE_HOME/jadam/cubin``, by default ``~/.cache/jadam/cubin``, on Windows in ``%LOCALAPPDATA%``. A
+    folder that others may write to is not used: the GPU executes what it contains.
     """
     base = Path(os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME", ""))
     try:

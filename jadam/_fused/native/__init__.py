@@ -1,1 +1,1 @@
-"""The extension: element functions, and what the kernels of the CPU and of CUDA share."""
+"""The compiled extension, and the code that the CPU kernel and the CUDA kernel share."""

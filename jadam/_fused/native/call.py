@@ -1,4 +1,4 @@
-"""Calls a kernel of the extension on groups of leaves: the CPU's or CUDA's, which have the same arguments.
+"""Calls the extension on groups of leaves. The CPU kernel and the CUDA kernel take the same arguments.
 
 `unsupported_reason` lists what the kernels support. XLA does the other leaves.
 """

@@ -1,8 +1,8 @@
 """Finds the extension built from ``cpu.cc`` and ``cuda.cc`` and registers its FFI handlers.
 
 JAX calls `initialize` when it starts, because ``pyproject.toml`` names this module as an entry point ``jax_plugins``. A
-process can then run a step that another one has compiled or exported. So this module imports little, opens no library
-of CUDA's, and never raises.
+process can then run a step that another one has compiled or exported. So this module imports little, opens no CUDA
+library, and never raises.
 """
 
 import ctypes
@@ -24,14 +24,14 @@ SOURCES = (  # below jadam/_fused
 class Library(NamedTuple):
     """The extension, and the order of its rules, scalars and formats."""
 
-    instructions: str | None  # the CPU's instruction set it uses, None if it is not available
+    instructions: str | None  # of the CPU kernel: its instruction set. None if the extension is not available
     reason: str  # its path, or why it is not available
     rules: tuple[str, ...] = ()
     scalars: tuple[str, ...] = ()
     formats: tuple[str, ...] = ()
 
 
-# ``Resolve`` of cuda.cc: stream, variant, kernel, error, size of error
+# The type ``Resolve`` of cuda.cc: stream, variant, kernel, error, size of error.
 RESOLVE = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int32), ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t
 )
@@ -39,7 +39,7 @@ RESOLVE = ctypes.CFUNCTYPE(
 
 @RESOLVE
 def _resolve(*arguments):
-    """Finds or compiles a CUDA kernel, when a program that needs it is initialized."""
+    """Load a CUDA kernel; the handler calls this when XLA initializes a program."""
     from jadam._fused.cuda import driver
 
     return driver.resolve_for_handler(*arguments)
@@ -47,7 +47,7 @@ def _resolve(*arguments):
 
 @functools.cache
 def load() -> Library:
-    """Load the extension and register its FFI handler.
+    """Load the extension and register its FFI handlers.
 
     It is searched beside this file, then in every ``jadam`` on `sys.path`, because a clone's source folder hides the
     installed package.
@@ -70,9 +70,9 @@ def load() -> Library:
         )
         jax.ffi.register_ffi_target("jadam_step", jax.ffi.pycapsule(library.jadam_step), platform="cpu")
         library.jadam_cuda_set_resolve(_resolve)
-        on_cuda = {"initialize": library.jadam_cuda_initialize, "execute": library.jadam_cuda_step}
-        on_cuda = {stage: jax.ffi.pycapsule(handler) for stage, handler in on_cuda.items()}
-        jax.ffi.register_ffi_target("jadam_step", on_cuda, platform="CUDA")
+        stages = {"initialize": library.jadam_cuda_initialize, "execute": library.jadam_cuda_step}
+        handlers = {stage: jax.ffi.pycapsule(handler) for stage, handler in stages.items()}
+        jax.ffi.register_ffi_target("jadam_step", handlers, platform="CUDA")
         return Library(instructions[0], str(path), rules, scalars, formats)
     if stale is not None:
         return Library(None, f"{stale} was built from other sources; reinstall jadam")
@@ -87,5 +87,5 @@ def _text(library, name: str) -> list[str]:
 
 
 def initialize() -> None:
-    """Register the handler. For JAX."""
+    """Register the handlers. For JAX."""
     load()
