@@ -1,5 +1,5 @@
-// What kernel.cu needs of CUDA, for the host's compiler. A warp's lanes run one after the other, up to the next function
-// in which they exchange values; see emulator.cc.
+// What kernel.cu needs of CUDA, for the host's compiler. A warp's lanes run one after the other, up to the next
+// function in which they exchange values; see emulator.cc.
 
 #ifndef JADAM_SHIM_H_
 #define JADAM_SHIM_H_

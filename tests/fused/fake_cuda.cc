@@ -1,5 +1,5 @@
-// Stand-ins for NVRTC and for the CUDA driver, with the functions that jadam calls.
-// -DARCHITECTURES=75,80 -DMAJOR=12 -DMINOR=9 builds NVRTC; without them it is the driver, and -DLOAD gives it cuFuncLoad.
+// Stand-ins for NVRTC and for the CUDA driver, with the functions that jadam calls. -DARCHITECTURES=75,80 -DMAJOR=12
+// -DMINOR=9 builds NVRTC; without them it is the driver, and -DLOAD gives it cuFuncLoad.
 
 #include <atomic>
 #include <chrono>

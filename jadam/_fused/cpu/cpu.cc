@@ -1,8 +1,9 @@
 // The CPU kernel: an XLA FFI handler that updates a group of leaves in one pass over memory.
 //
-// Rules are in rules.h and storage formats in formats.h; leaves.h checks the arguments. This file has tiles and threads.
-// A leaf is updated in tiles that fit the L1 cache: load, decode, apply the rule, update the parameter, encode, store.
-// Each is a loop over the tile that the compiler vectorises, so rules, formats and dtypes need no combined loops.
+// Rules are in rules.h and storage formats in formats.h. leaves.h reads and checks the arguments. This file has tiles
+// and threads. A leaf is updated in tiles that fit the L1 cache: load, decode, apply the rule, update the parameter,
+// encode, store. Each is a loop over the tile that the compiler vectorises, so rules, formats and dtypes need no
+// combined loops.
 
 #include <algorithm>
 #include <atomic>

@@ -1,7 +1,7 @@
-// The FFI handlers for CUDA: give the kernel of kernel.cu a table of leaves, and launch it.
+// The FFI handlers for CUDA: they launch the kernel of kernel.cu with a table of leaves.
 //
-// They are plain C++ and open no library: Python finds or compiles a kernel, and gives it with the driver's functions,
-// when XLA initializes a program that needs it. See driver.py.
+// They are plain C++ and open no library. When XLA initializes a program, they get its kernels and the driver's
+// functions from Python; see driver.py.
 
 #include <atomic>
 #include <cstdint>
@@ -43,7 +43,7 @@ struct Variant {
   int32_t number() const { return ((rule * kFormats + format) * 2 + bfloat16_weights) * 2 + bfloat16_gradients; }
 };
 
-// Python's `resolve` of driver.py: 0, or an error with its text.
+// `resolve_for_handler` of driver.py. Returns 0, or writes the text of an error.
 using Resolve = int (*)(void* stream, const Variant* variant, Kernel* kernel, char* error, size_t error_size);
 
 // The kernels of this process, by device and variant.
@@ -75,7 +75,7 @@ class Kernels {
     if (failed || kernel.kernel == nullptr || kernel.launch == nullptr || kernel.copy == nullptr) {
       return "jadam: Python did not give the CUDA kernel";  // a callback that raises prints the error, returns anything
     }
-    std::lock_guard<std::mutex> lock(mutex_);  // not while Python runs
+    std::lock_guard<std::mutex> lock(mutex_);  // taken after Python has run
     kernels_.emplace(std::make_pair(device, variant.number()), kernel);  // keeps one that another thread may be using
     return "";
   }
@@ -86,8 +86,8 @@ class Kernels {
   std::map<std::pair<int32_t, int32_t>, Kernel> kernels_;
 };
 
-// Loads the kernels that a program needs. XLA may capture its first execution in a CUDA graph, when none can be loaded.
-// It calls this before every execution. `step` checks the arguments.
+// Loads the kernels that a program needs. XLA calls this before every execution, as `step` may run within the capture
+// of a CUDA graph, where nothing can be loaded. Most arguments are checked only by `step`.
 ffi::Error initialize(void* stream, int32_t device, const Call& call) {
   const auto invalid = [] { return ffi::Error::InvalidArgument("jadam: wrong rules, formats or number of buffers"); };
   int32_t last = -1;
@@ -102,7 +102,7 @@ ffi::Error initialize(void* stream, int32_t device, const Call& call) {
       leaf.moments = decltype(rule)::kMoments;
       exists = leaf.format >= 0 && leaf.format < kFormats && (leaf.format != kInt8 || decltype(rule)::kInt8);
     });
-    exists = exists && leaf.rule >= 0 && leaf.rule < Rules::kCount;  // `visit` takes an int
+    exists = exists && leaf.rule >= 0 && leaf.rule < Rules::kCount;  // `visit` truncates it to an int
     if (!exists || !g.has_value() || !p.has_value()) return invalid();
     leaf.g_is_bfloat16 = g->element_type() == ffi::DataType::BF16;
     leaf.p_is_bfloat16 = p->element_type() == ffi::DataType::BF16;
@@ -118,7 +118,7 @@ ffi::Error initialize(void* stream, int32_t device, const Call& call) {
 
 bool is_aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
-// A leaf's entry of a table; its digits follow those that are there.
+// A leaf's entry of a table. `first_digit` is the number of digits that the table has so far.
 Entry entry_of(const LeafArguments& leaf, size_t number, uint32_t first_program, uint8_t first_digit) {
   Entry entry{};
   entry.g = leaf.g;
@@ -126,8 +126,8 @@ Entry entry_of(const LeafArguments& leaf, size_t number, uint32_t first_program,
   entry.remainder = leaf.remainder_out;
   const bool int8 = leaf.format == kInt8;
   const int64_t stored = int8 ? 1 : leaf.format == kBFloat16 ? 2 : 4, weights = leaf.p_is_bfloat16 ? 2 : 4;
-  entry.aligned = is_aligned(leaf.g, kQuad * (leaf.g_is_bfloat16 ? 2 : 4)) && is_aligned(leaf.p_out, kQuad * weights) &&
-                  is_aligned(leaf.remainder_out, kQuad * 2);
+  entry.aligned = is_aligned(leaf.g, kQuad * (leaf.g_is_bfloat16 ? 2 : 4)) &&
+                  is_aligned(leaf.p_out, kQuad * weights) && is_aligned(leaf.remainder_out, kQuad * 2);
   for (int64_t k = 0; k < leaf.moments; ++k) {
     entry.m[k] = leaf.m_out[k];
     entry.aligned = entry.aligned && is_aligned(leaf.m_out[k], kQuad * stored);
@@ -161,7 +161,7 @@ int64_t programs_of(const LeafArguments& leaf) {
   return units / per_program + (units % per_program != 0);
 }
 
-// Limits of `Entry`, "" if a leaf is within.
+// Returns which limit of `Entry` a leaf exceeds, or "".
 std::string beyond_limits(const LeafArguments& leaf) {
   if (leaf.digits > kMaxDigits) return "has too many digits";
   if (leaf.digits > 0 && leaf.n >> 32) return "has 2**32 elements or more, and digits";
@@ -170,12 +170,12 @@ std::string beyond_limits(const LeafArguments& leaf) {
   return "";
 }
 
-// Copies the inputs whose outputs are other buffers there, because the kernel updates in place. 0, or a CUDA error.
+// The kernel updates in place: copies the inputs whose outputs are other buffers. Returns 0, or a CUDA error.
 int copy_inputs(const LeafArguments& leaf, Copy copy, void* stream) {
   int result = 0;
   const auto copy_one = [&](const void* from, void* to, int64_t bytes) {
     if (from == to || result != 0) return;
-    result = copy(reinterpret_cast<uintptr_t>(to), reinterpret_cast<uintptr_t>(from), static_cast<size_t>(bytes), stream);
+    result = copy(reinterpret_cast<uintptr_t>(to), reinterpret_cast<uintptr_t>(from), bytes, stream);
   };
   copy_one(leaf.p, leaf.p_out, leaf.n * (leaf.p_is_bfloat16 ? 2 : 4));
   copy_one(leaf.remainder, leaf.remainder_out, leaf.n * 2);
@@ -243,7 +243,8 @@ ffi::Error step(void* stream, int32_t device, const Call& call) {
 
 template <ffi::ExecutionStage stage>
 auto bind() {
-  return bind_call(ffi::Ffi::Bind<stage>().template Ctx<ffi::PlatformStream<void*>>().template Ctx<ffi::DeviceOrdinal>());
+  return bind_call(
+      ffi::Ffi::Bind<stage>().template Ctx<ffi::PlatformStream<void*>>().template Ctx<ffi::DeviceOrdinal>());
 }
 
 }  // namespace

@@ -1,13 +1,14 @@
 // The CUDA kernel: updates all leaves of a table in one pass over memory.
 //
-// Rules are in rules.h and storage formats in formats.h. NVRTC compiles this file for one rule, format and dtypes of
-// weights and gradients, at run time. A program is 256 threads and updates 2048 elements of one leaf: a thread takes
-// quads of consecutive elements, loads all of them, updates, and stores. With int8 moments a warp takes a block, so that
-// its largest values are found without shared memory.
+// Rules are in rules.h and storage formats in formats.h. NVRTC compiles this file at run time, for one rule, format and
+// dtypes of weights and gradients. A program is a thread block of 256 threads. It updates a part of one leaf in rounds
+// of 2048 elements: each thread loads two quads of consecutive elements, updates them, and stores them. A warp updates
+// one int8 block at a time, so its largest values are found without shared memory.
 
 #include "table.h"
 
-// `python -m benchmarks cuda` counts the instructions of most steps: without those for cases that are rare.
+// JADAM_COUNT_USUAL leaves out the code for rare cases, so that `python -m benchmarks cuda` counts the instructions of
+// the usual one.
 #if defined(JADAM_COUNT_USUAL)
 #define JADAM_USUALLY(value, condition) value
 #else
@@ -37,8 +38,8 @@ union Packed {
   T x[kQuad];
 };
 
-// The quad of a thread: elements base + offset and the n - 1 after it, n <= 4. `base` is the same for a program. If
-// `whole`, n is 4 and the addresses are aligned.
+// The quad of a thread: n <= 4 elements from base + offset on. `base` is the same in the whole program. If `whole`, n
+// is 4 and the addresses are aligned.
 struct Place {
   i64 base;
   u32 offset;
@@ -91,7 +92,7 @@ __device__ __forceinline__ void load_floats(const void* from, const Place& at, f
 // The global index of element i modulo 2**32, which the random bits depend on.
 __device__ __forceinline__ u32 global_index(const Table& table, const Entry& leaf, u32 offset, i64 i) {
   u32 index = static_cast<u32>(i);
-  if (JADAM_USUALLY(false, leaf.digits != 0)) {  // then the leaf has fewer than 2**32 elements
+  if (JADAM_USUALLY(false, leaf.digits != 0)) {  // such a leaf has fewer than 2**32 elements
     u32 rest = index / leaf.run;
     index -= rest * leaf.run;
     for (int k = 0; k < leaf.digits; ++k) {
@@ -115,7 +116,7 @@ __device__ __forceinline__ i32 warp_max(i32 x) {
 #endif
 }
 
-// What a program needs to know of its leaf and step.
+// The leaf of a program, and the step's scalars.
 struct Step {
   const Table& table;
   const Entry& leaf;
@@ -170,7 +171,7 @@ struct Weights {
 
 // A quad with float32 or bfloat16 moments.
 template <class Rule, int kFormat, bool kBFloat16Weights, bool kBFloat16Gradients>
-struct FloatQuad {
+struct Quad {
   Weights<kBFloat16Weights, kBFloat16Gradients> weights;
   float m[Rule::kMoments][kQuad];
   Place at;
@@ -229,15 +230,13 @@ struct FloatQuad {
     u16 x[Rule::kMoments][kQuad];
 #pragma unroll
     for (int i = 0; i < Rule::kMoments; i += 2) {
+      const int odd = i + 1 < Rule::kMoments ? i + 1 : i;  // stays in bounds where no moment is left
       const Dither dither(step.leaf.salt, i, step.count);
 #pragma unroll
       for (int j = 0; j < kQuad; ++j) {
         const u32 hash = dither.hash(index[j]);
         x[i][j] = round_to_bfloat16(m[i][j], dither.even_stream(hash));
-        if (i + 1 < Rule::kMoments) {
-          x[i + 1 < Rule::kMoments ? i + 1 : i][j] =
-              round_to_bfloat16(m[i + 1 < Rule::kMoments ? i + 1 : i][j], dither.odd_stream(hash));
-        }
+        if (odd != i) x[odd][j] = round_to_bfloat16(m[odd][j], dither.odd_stream(hash));
       }
     }
 #pragma unroll
@@ -245,9 +244,9 @@ struct FloatQuad {
   }
 };
 
-// A lane's quad of a warp's int8 block.
-template <class Rule, int kFormat, bool kBFloat16Weights, bool kBFloat16Gradients>
-struct Int8Quad {
+// A quad with int8 moments, of the warp's block.
+template <class Rule, bool kBFloat16Weights, bool kBFloat16Gradients>
+struct Quad<Rule, kInt8, kBFloat16Weights, kBFloat16Gradients> {
   Weights<kBFloat16Weights, kBFloat16Gradients> weights;
   i8 rq[kQuad];
   u8 vq[kQuad];
@@ -344,17 +343,6 @@ struct Int8Quad {
   }
 };
 
-template <bool kInt8Format>
-struct QuadOf {
-  template <class Rule, int kFormat, bool kBFloat16Weights, bool kBFloat16Gradients>
-  using Type = FloatQuad<Rule, kFormat, kBFloat16Weights, kBFloat16Gradients>;
-};
-template <>
-struct QuadOf<true> {
-  template <class Rule, int kFormat, bool kBFloat16Weights, bool kBFloat16Gradients>
-  using Type = Int8Quad<Rule, kFormat, kBFloat16Weights, kBFloat16Gradients>;
-};
-
 // The leaf that this program updates.
 __device__ __forceinline__ const Entry& leaf_of_program(const Table& table) {
   int low = 0, high = table.leaves - 1;
@@ -377,11 +365,10 @@ __device__ __forceinline__ void step_program(const Table& table, const float* sc
                   JADAM_USUALLY(true, has_common_scalars(s)), JADAM_USUALLY(false, s.weight_decay != 0.0f)};
   constexpr u32 kRounds = kFormat == kInt8 ? kInt8Rounds : kFloatRounds;
   const u32 first_round = (blockIdx.x - leaf.first_program) * kRounds;
-  using QuadOfFormat = typename QuadOf<kFormat == kInt8>::template Type<Rule, kFormat, kBFloat16Weights,
-                                                                         kBFloat16Gradients>;
+  using RuleQuad = Quad<Rule, kFormat, kBFloat16Weights, kBFloat16Gradients>;
 #pragma unroll 1
-  for (u32 round = first_round; round < first_round + kRounds && QuadOfFormat::exists_in(leaf, round); ++round) {
-    QuadOfFormat quads[kQuads];
+  for (u32 round = first_round; round < first_round + kRounds && RuleQuad::exists_in(leaf, round); ++round) {
+    RuleQuad quads[kQuads];
 #pragma unroll
     for (int k = 0; k < kQuads; ++k) quads[k].load_all(step, round, k);
 #pragma unroll
@@ -396,7 +383,8 @@ __device__ __forceinline__ void step_program(const Table& table, const float* sc
 #if defined(JADAM_RULE)
 #define JADAM_JOIN(rule, format, weights, gradients) jadam_##rule##_##format##_##weights##_##gradients
 #define JADAM_KERNEL(rule, format, weights, gradients) JADAM_JOIN(rule, format, weights, gradients)
-// 3: of this many programs on a multiprocessor, whose loads are enough to keep memory busy, none need spill registers.
+// With 3 programs on a multiprocessor enough loads are under way to keep the memory busy, and on sm_80 and sm_90 no
+// variant spills registers.
 extern "C" __global__ void __launch_bounds__(jadam::kThreads, 3)
     JADAM_KERNEL(JADAM_RULE, JADAM_FORMAT, JADAM_BFLOAT16_WEIGHTS, JADAM_BFLOAT16_GRADIENTS)(
         const __grid_constant__ jadam::Table table, const float* scalars, const unsigned* count_and_offsets) {

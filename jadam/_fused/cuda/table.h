@@ -9,11 +9,11 @@ namespace jadam {
 
 using i64 = long long;
 
-constexpr int kThreads = 256;  // of a program
-constexpr int kWarp = 32;      // threads in step
-constexpr int kQuad = 4;       // consecutive elements, which a thread loads at once
+constexpr int kThreads = 256;  // of a program, which is a thread block
+constexpr int kWarp = 32;      // threads of a warp
+constexpr int kQuad = 4;       // consecutive elements, loaded at once
 constexpr int kQuads = 2;      // quads that a thread updates in a round
-constexpr int kFloatRounds = 2, kInt8Rounds = 4;  // of a program: about 120 KB
+constexpr int kFloatRounds = 2, kInt8Rounds = 4;  // of a program: it moves about 120 KB
 constexpr int kRoundElements = kThreads * kQuad * kQuads;
 constexpr int kRoundBlocks = kThreads / kWarp * kQuads;  // int8: a warp updates a block at a time
 constexpr int kMaxBlock = kWarp * kQuad;                 // elements of an int8 block
@@ -46,7 +46,7 @@ struct Entry {
   bool contiguous : 1;          // int8: a row is a multiple of the block
 };
 
-// Parameters of a kernel may take 4096 bytes on every driver and GPU.
+// Every driver and GPU allows 4096 bytes of parameters.
 struct Table {
   i32 leaves;
   Digit digits[kMaxDigits];

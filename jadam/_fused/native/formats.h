@@ -64,7 +64,8 @@ constexpr float kEncodedVTop = 4.0f * kVTop;  // in `quantize_v`, so that dividi
 constexpr float kBelowRTop = kRTop * (1.0f - 0x1p-22f);  // so that rounding errors do not take 2 + |r| to 8
 constexpr float kMinRScale = 1e-30f, kMinVScale = 0x1p-126f;  // smaller scales become 0
 
-// m and v from their codes; v's is given as a float. r_step is the block's scale of r divided by kRTop, v_step that of v by kVTop.
+// m and v from the code of r and, as a float, the code of v. r_step is the block's scale of r divided by kRTop, v_step
+// that of v by kVTop.
 JADAM_INLINE void dequantize(i8 rq, float vq, float r_step, float v_step, float& m, float& v) {
   v = v_step * float_from_bits((float_bits(vq) << 3) + 0x23800000u);
   const u32 code = static_cast<u32>(static_cast<i32>(rq));
@@ -103,7 +104,7 @@ JADAM_INLINE u32 quantize_v(float v, float v_inverse_step, u32 random) {
   return truncate(float_from_bits(static_cast<u32>(bits)));
 }
 
-// The new parameter of an element with int8 moments, and the new r and v, from its codes and its block's steps.
+// Returns the new parameter of an element with int8 moments, and sets the new r and v. r_step, v_step: see dequantize.
 template <class Rule, bool kCommonScalars>
 JADAM_INLINE float update_int8(const Scalars& s, bool weight_decay, float g, float p, i8 rq, float vq, float r_step,
                                float v_step, float& r, float& v) {

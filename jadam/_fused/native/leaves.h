@@ -1,4 +1,4 @@
-// A group of leaves, as the arguments of an FFI call give them: reading and checking, for the CPU's handler and CUDA's.
+// Reads and checks the arguments of an FFI call, a group of leaves, for the CPU's handler and CUDA's.
 //
 // Limits: gradients float32 or bfloat16; parameters float32, or bfloat16 with a remainder; moments float32, bfloat16 or
 // (for two moments) int8. An output may be its whole input, but no part of one.
@@ -38,7 +38,7 @@ struct Call {
   ffi::RemainingRets rets;
 };
 
-// A binding followed by the members of `Call`.
+// Appends the members of `Call` to a binding.
 template <class Binding>
 auto bind_call(Binding binding) {
   return std::move(binding)
@@ -145,8 +145,8 @@ struct Reader {
   }
 };
 
-// The inputs of a leaf are g, p, the remainder if any, the moments, and int8 scales. The outputs are the same
-// without g.
+// The inputs of a leaf are g, p, the remainder if any, the moments, and int8 scales. The outputs are the same without
+// g.
 inline void read_leaf(Reader& reader, LeafArguments& leaf) {
   using D = ffi::DataType;
   D g = D::F32, p = D::F32;
@@ -163,31 +163,31 @@ inline void read_leaf(Reader& reader, LeafArguments& leaf) {
   leaf.g_is_bfloat16 = g == D::BF16;
   leaf.p_is_bfloat16 = p == D::BF16;
   if (leaf.p_is_bfloat16) leaf.remainder = static_cast<const int16_t*>(in("remainder", D::S16, n));
-  const D stored = leaf.format == kBFloat16 ? D::BF16 : D::F32;
   const bool int8 = leaf.format == kInt8;
+  const auto stored = [&](int64_t k) {  // the dtype of a moment
+    return int8 ? (k ? D::U8 : D::S8) : leaf.format == kBFloat16 ? D::BF16 : D::F32;
+  };
   bool int8_allowed = false;
   Rules::visit(leaf.rule, [&](auto rule) {
     leaf.moments = decltype(rule)::kMoments;
     int8_allowed = decltype(rule)::kInt8;
   });
-  for (int64_t k = 0; k < leaf.moments; ++k) leaf.m[k] = in("moment", int8 ? (k ? D::U8 : D::S8) : stored, n);
+  for (int64_t k = 0; k < leaf.moments; ++k) leaf.m[k] = in("moment", stored(k), n);
   if (int8) {
     if (!int8_allowed) reader.fail("rule", "does not support int8 moments");
     if (shape.size() == 0) return reader.fail("gradient", "is a scalar, int8 needs an axis");
     leaf.row = shape.back();
     if (leaf.block < 1 || leaf.block > reader.max_block) return reader.fail("block", "is out of range");
     leaf.blocks = leaf.row / leaf.block + (leaf.row % leaf.block != 0);
-    const int64_t count = leaf.num_blocks();
-    for (int k = 0; k < 2; ++k) leaf.scale[k] = static_cast<const float*>(in("scale", D::F32, count));
-    leaf.p_out = reader.output("new parameter", p, n);
-    if (leaf.p_is_bfloat16) leaf.remainder_out = static_cast<int16_t*>(reader.output("new remainder", D::S16, n));
-    for (int k = 0; k < 2; ++k) leaf.m_out[k] = reader.output("new moment", k ? D::U8 : D::S8, n);
-    for (int k = 0; k < 2; ++k) leaf.scale_out[k] = static_cast<float*>(reader.output("new scale", D::F32, count));
-    return;
+    for (auto& scale : leaf.scale) scale = static_cast<const float*>(in("scale", D::F32, leaf.num_blocks()));
   }
   leaf.p_out = reader.output("new parameter", p, n);
   if (leaf.p_is_bfloat16) leaf.remainder_out = static_cast<int16_t*>(reader.output("new remainder", D::S16, n));
-  for (int64_t k = 0; k < leaf.moments; ++k) leaf.m_out[k] = reader.output("new moment", stored, n);
+  for (int64_t k = 0; k < leaf.moments; ++k) leaf.m_out[k] = reader.output("new moment", stored(k), n);
+  if (int8) {
+    const int64_t count = leaf.num_blocks();
+    for (auto& scale : leaf.scale_out) scale = static_cast<float*>(reader.output("new scale", D::F32, count));
+  }
 }
 
 // Whether an output overlaps another buffer, other than as its own input.
@@ -225,8 +225,7 @@ inline bool counts_elements(const LeafArguments& leaf) {
 template <class Leaf>
 std::string read_leaves(const Call& call, int64_t max_block, std::vector<Leaf>& leaves) {
   leaves.resize(call.rule.size());
-  for (const Int64s& x :
-       {call.format, call.clipping, call.scalars, call.salt, call.block, call.run, call.digits}) {
+  for (const Int64s& x : {call.format, call.clipping, call.scalars, call.salt, call.block, call.run, call.digits}) {
     if (x.size() != leaves.size()) return "jadam: each attribute must have one number per leaf";
   }
   const int64_t all_digits = call.digit_sizes.size();

@@ -30,16 +30,18 @@ JADAM_INLINE u32 float_bits(float x) { return __float_as_uint(x); }
 JADAM_INLINE float float_from_bits(u32 x) { return __uint_as_float(x); }
 JADAM_INLINE float sqrt_of(float x) { return sqrtf(x); }
 JADAM_INLINE float abs_of(float x) { return fabsf(x); }
-// Finite for 0 as below, and not 0 for infinity: x * rsqrt_of(x) is sqrt(x) for both.
+// Finite for 0 and positive for infinity, so that x * rsqrt_of(x) is sqrt(x) for both.
 JADAM_INLINE float rsqrt_of(float x) { return rsqrtf(fminf(fmaxf(x, 0x1p-126f), -kLowestFinite)); }
 // x / y for y >= 2**-126. A GPU's fast division gives 0 for y > 2**126.
 JADAM_INLINE float divide_by_large(float x, float y) {
   const float rsqrt_y = rsqrtf(y);
   return x * rsqrt_y * rsqrt_y;
 }
-// A GPU converts between integers and floats as slowly as it takes roots. At 2**23 a float's last bit is 1.
-// Byte k of x.
-JADAM_INLINE float float_from_byte(u32 x, int k) { return __uint_as_float(__byte_perm(x, 0x4B000000u, 0x7440u + k)) - 8388608.0f; }
+// A GPU's conversions between integers and floats are as slow as its roots. The last bit of floats from 2**23 on is
+// worth 1, so adding 2**23 does the same.
+JADAM_INLINE float float_from_byte(u32 x, int k) {
+  return __uint_as_float(__byte_perm(x, 0x4B000000u, 0x7440u + k)) - 8388608.0f;
+}
 JADAM_INLINE u32 truncate(float x) { return __float_as_uint(__fadd_rd(x, 8388608.0f)) & 0x7FFFFFu; }
 #else
 #if !defined(__GNUC__)
@@ -58,6 +60,7 @@ JADAM_INLINE float float_from_bits(u32 x) { return bit_cast<float>(x); }
 JADAM_INLINE float sqrt_of(float x) { return __builtin_sqrtf(x); }
 JADAM_INLINE float abs_of(float x) { return __builtin_fabsf(x); }
 JADAM_INLINE float divide_by_large(float x, float y) { return x / y; }
+// Byte k of x.
 JADAM_INLINE float float_from_byte(u32 x, int k) { return static_cast<float>(static_cast<i32>(x >> 8 * k & 0xFFu)); }
 JADAM_INLINE u32 truncate(float x) { return static_cast<u32>(static_cast<i32>(x)); }  // 0 <= x < 2**23
 

@@ -46,7 +46,7 @@ JADAM_INLINE float ema(float b, float one_minus_b, float average, float x) {
 // if the compiler contracts it to a fused multiply-add. Neither must be lost.
 JADAM_INLINE float maximum(float x, float y) { return !(x >= kLowestFinite) || x > y ? x : y; }
 
-enum Clipping { kBound = 1, kNorm = 2, kClippings = 4 };  // bits: the gradient is clipped by value, by norm
+enum Clipping { kBound = 1, kNorm = 2, kClippings = 4 };  // bits: gradients are clipped by value, by norm
 
 JADAM_INLINE float clip_to_bound(const Scalars& s, float g) {
   g = g > s.bound ? s.bound : g;
@@ -66,7 +66,7 @@ struct Moments {
   float m, v, v_max;
 };
 
-// What most steps have, and saves work per element: the `kCommonScalars` of the rules.
+// Whether the scalars are as in most steps, which saves work per element: `kCommonScalars` of the rules.
 JADAM_INLINE bool has_common_scalars(const Scalars& s) {
   return s.b1 >= 0.5f && s.b2 >= 0.5f && s.eps_root == 0.0f && s.eps > 0.0f;
 }
@@ -158,13 +158,14 @@ struct AMSGradMaxOfV : AMSGradRule<true> {
   static JADAM_INLINE constexpr const char* name() { return "amsgrad_max_of_v"; }
 };
 
-// The new parameter; updates the moments.
+// Updates the moments and returns the new parameter.
 template <class Rule, bool kCommonScalars>
 JADAM_INLINE float update(const Scalars& s, bool weight_decay, float g, float p, Moments& x) {
   Rule::template update_moments<kCommonScalars>(s, g, x);
   return new_parameter(s, weight_decay, p, Rule::template direction<kCommonScalars>(s, g, x, sqrt_of(x.v)));
 }
 
+// The type at a position.
 template <int number, class First, class... R>
 struct Nth : Nth<number - 1, R...> {};
 template <class First, class... R>
