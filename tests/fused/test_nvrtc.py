@@ -42,7 +42,7 @@ HEADERS = {
 }
 
 
-# ---------------------------------------------------------------- stand-ins
+# -- stand-ins ---------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -137,7 +137,7 @@ def calls(cuda):
     return cuda.fake_calls().decode().split("\n")
 
 
-# ---------------------------------------------------------------- finding NVRTC
+# -- finding NVRTC -----------------------------------------------------------------------------------------------------
 
 
 def test_variant():
@@ -224,9 +224,10 @@ def test_damaged_nvrtc(site):
 
 
 @needs_compiler
-def test_architecture(install):
-    install(12), install(13)
-    new, old = nvrtc._installed(None)[0]
+def test_architecture(install, monkeypatch, tmp_path):
+    install(12), install(13), install(12, 4, "70,75,80,90", tmp_path / "toolkit" / "lib64")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "toolkit"))
+    new, old, older = nvrtc._installed(None)[0]
     assert nvrtc.architecture(new, (9, 0)) == "sm_90"
     assert nvrtc.architecture(new, (8, 9)) == "sm_86"  # the newest of the same major version
     assert nvrtc.architecture(new, (12, 1)) == "sm_120"
@@ -239,6 +240,8 @@ def test_architecture(install):
         nvrtc.architecture(new, (7, 0))
     with pytest.raises(Unavailable, match=r"but not for a GPU's 13\.0: pip install --upgrade nvidia-cuda-nvrtc"):
         nvrtc.architecture(old, (13, 0))
+    with pytest.raises(Unavailable, match=r"but not for a GPU's 12\.0: pip install --upgrade nvidia-cuda-nvrtc-cu12"):
+        nvrtc.architecture(older, (12, 0))
     with pytest.raises(Unavailable, match=r"compute capability is 6\.1, and the CUDA kernel needs 7\.0 or newer"):
         nvrtc.architecture(old, (6, 1))
 
@@ -253,7 +256,7 @@ def test_older_nvrtc_serves_an_older_gpu(install):
         nvrtc.choose((14, 0), 13000)
 
 
-# ---------------------------------------------------------------- compilation and cache
+# -- compilation and cache ---------------------------------------------------------------------------------------------
 
 
 @needs_compiler
@@ -471,7 +474,7 @@ def test_processes_at_once(install, site, tmp_path):
     assert hashlib.sha256(contents[32:]).digest() == contents[:32]
 
 
-# ---------------------------------------------------------------- the driver
+# -- the driver --------------------------------------------------------------------------------------------------------
 
 STEPS = (
     "cuStreamGetCtx",
@@ -632,7 +635,7 @@ def test_without_a_driver(monkeypatch):
     assert reason.encode() in resolve(1000, FLOAT32)[2]
 
 
-# ---------------------------------------------------------------- NVRTC itself
+# -- NVRTC itself ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=[12, 13])

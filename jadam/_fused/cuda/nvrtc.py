@@ -28,6 +28,7 @@ TEGRA = (72, 87, 101, 110)  # GPUs on one chip with a CPU. They share no machine
 INT8 = 2
 # Instructions bound the int8 kernel, not memory, and its 8-bit codes are coarser than the fast functions' errors.
 INT8_OPTIONS = ("-use_fast_math",)
+LAST_OF_12 = 12, 9
 LOG_LINES = 3
 
 log = logging.getLogger("jadam")
@@ -115,6 +116,8 @@ def architecture(nvrtc: Nvrtc, capability: tuple[int, int]) -> str:
     if fitting:
         return f"sm_{max(fitting)}"
     package = "nvidia-cuda-nvrtc-cu12" if wanted < min(known) else "--upgrade nvidia-cuda-nvrtc"
+    if nvrtc.version < LAST_OF_12:  # that of CUDA 13 may need a newer driver
+        package = "--upgrade nvidia-cuda-nvrtc-cu12"
     raise Unavailable(
         f"{nvrtc} compiles for compute capabilities from {min(known) / 10} to {max(known) / 10}, but not for a GPU's "
         f"{major}.{minor}: pip install {package}"
