@@ -1,7 +1,5 @@
 """The CPU kernel of ``cpu.cc``."""
 
-import functools
-
 import jax.numpy as jnp
 
 from jadam._fused.native import call
@@ -15,19 +13,18 @@ def run_kernel(leaf_updates: list[LeafUpdate], grads, params) -> list[tuple | No
     """Return the new parameter and the new state arrays of each leaf, or None where the kernel does not support it."""
     columns = leaf_updates, grads, params
     supported = [i for i, x in enumerate(zip(*columns, strict=True)) if not call.unsupported_reason(*x)]
-    more_rows = None
+    unused_rows = None
     if sum(params[i].size for i in supported) >= ASYNC_SIZE:
-        num_calls = len(supported) // LEAVES_PER_CALL
-        more_rows = functools.partial(_with_unused_rows, leaf_updates[supported[0]].count, num_calls)
-    return call.update_leaves(*columns, supported, LEAVES_PER_CALL, more_rows)
+        unused_rows = _unused_rows(leaf_updates[supported[0]].count, len(supported) // LEAVES_PER_CALL)
+    return call.update_leaves(*columns, supported, LEAVES_PER_CALL, unused_rows)
 
 
-def _with_unused_rows(count, num_calls, scalars):
-    """Return ``scalars`` and rows that no leaf uses, in which XLA counts 1500 operations, and 7 more for each call.
+def _unused_rows(count, num_calls):
+    """Return rows of scalars that no leaf uses, in which XLA counts 1500 operations, and 7 more for each call.
 
     XLA executes a program on the calling thread, which has to wait, if it counts fewer than 1000 operations. It counts
     -1 for a call of the kernel. The rows take less than a microsecond.
     """
-    width = scalars.shape[1]
-    unused = jnp.arange((26 + num_calls // 8) * width, dtype=jnp.float32).reshape(-1, width)
-    return jnp.concatenate([scalars, unused * count.astype(jnp.float32)])
+    width = len(call.SCALARS)
+    rows = jnp.arange((26 + num_calls // 8) * width, dtype=jnp.float32).reshape(-1, width)
+    return rows * count.astype(jnp.float32)

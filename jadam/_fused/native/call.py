@@ -18,11 +18,11 @@ from jadam._transformation.transformation import LeafUpdate
 
 
 def update_leaves(
-    leaf_updates: list[LeafUpdate], grads, params, supported: list[int], leaves_per_call: int, more_rows=None
+    leaf_updates: list[LeafUpdate], grads, params, supported: list[int], leaves_per_call: int, unused_rows=None
 ) -> list[tuple | None]:
     """Return the new parameter and the new state arrays of each leaf in ``supported``, and None for the others.
 
-    ``more_rows(scalars)``, if given, returns the rows of scalars with others that no leaf uses.
+    ``unused_rows``, if given, are appended to the rows of scalars.
     """
     results: list = [None] * len(leaf_updates)
     if not supported:
@@ -31,7 +31,7 @@ def update_leaves(
     distinct: dict = {}  # most leaves share their scalars
     rows = {i: distinct.setdefault(key(leaf_updates[i]), (len(distinct), leaf_updates[i]))[0] for i in supported}
     scalars = jnp.stack([_scalar_row(leaf_update) for _, leaf_update in distinct.values()])
-    scalars = scalars if more_rows is None else more_rows(scalars)
+    scalars = scalars if unused_rows is None else jnp.concatenate([scalars, unused_rows])
     for start in range(0, len(supported), leaves_per_call):
         group = supported[start : start + leaves_per_call]
         columns = ([column[i] for i in group] for column in (leaf_updates, grads, params, rows))
