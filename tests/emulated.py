@@ -1,6 +1,6 @@
-"""The CUDA kernel on the CPU: ``emulator/`` compiles the text of ``kernel.cu`` itself, and stands in for the driver.
+"""The CUDA kernel on the CPU: ``emulator/`` compiles the text of ``kernel.cu`` and stands in for the driver.
 
-The handlers of ``cuda.cc`` run as they are. Only a device's functions differ, see ``emulator/shim.h``.
+The handlers of ``cuda.cc`` are the extension's. Only the functions of CUDA are others, see ``emulator/shim.h``.
 """
 
 import ctypes
@@ -27,20 +27,9 @@ FUSED = Path(jadam.__file__).parent / "_fused"
 ARCHITECTURES = (900, 700)  # __CUDA_ARCH__, with and without the warp's maximum as an instruction
 
 
-class Variant(ctypes.Structure):
-    """As in ``cuda.cc``."""
-
-    _fields_ = (("numbers", ctypes.c_int32 * 4),)
-
-
-def library(architecture=ARCHITECTURES[0]) -> ctypes.CDLL:
-    """The emulator."""
-    return _compiled(architecture)
-
-
 @functools.cache
-def _compiled(architecture) -> ctypes.CDLL:
-    """The emulator. With ``JADAM_SANITIZE`` it is compiled with these sanitizers, as setup.py does."""
+def library(architecture) -> ctypes.CDLL:
+    """The emulator of an architecture, compiled with the sanitizers in ``JADAM_SANITIZE``, as in setup.py."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler is here")
@@ -58,16 +47,16 @@ def _compiled(architecture) -> ctypes.CDLL:
     return loaded
 
 
-_variants: list = []  # kernels, which the handler keeps
+_variants: list = []  # what the handler keeps addresses of
 
 
 def _resolve_with(architecture):
-    """``resolve`` of ``driver.py`` with an emulated kernel."""
+    """``resolve_for_handler`` of ``driver.py`` with an emulated kernel: its `Variant`, see ``emulator.cc``."""
 
     @extension.RESOLVE
     def resolve(stream, variant, resolved, error, error_size):
         emulator = library(architecture)
-        _variants.append(Variant((ctypes.c_int32 * 4)(*variant[:4])))
+        _variants.append((ctypes.c_int32 * 4)(*variant[:4]))
         functions = (ctypes.cast(x, ctypes.c_void_p).value for x in (emulator.emulator_launch, emulator.emulator_copy))
         (ctypes.c_void_p * 3).from_address(resolved)[:] = [ctypes.addressof(_variants[-1]), *functions]
         return 0
@@ -78,12 +67,13 @@ def _resolve_with(architecture):
 _resolvers = {architecture: _resolve_with(architecture) for architecture in ARCHITECTURES}
 
 
-def run_call(*arguments, architecture=ARCHITECTURES[0]) -> str | None:
-    """`handler.call` of CUDA's handlers, with emulated kernels. A device's ordinal tells the architecture."""
-    return _call(handler.call, arguments, architecture)
+def run_call(*arguments) -> str | None:
+    """`handler.call` of CUDA's handlers, with emulated kernels."""
+    return _call(handler.call, arguments, ARCHITECTURES[0])
 
 
 def _call(function, arguments, architecture):
+    """Call a function of `handler` for CUDA. Each architecture is a device, as the handler keeps kernels by device."""
     extension_library = handler.library()
     library(architecture)
     extension_library.jadam_cuda_set_resolve(_resolvers[architecture])
@@ -93,7 +83,9 @@ def _call(function, arguments, architecture):
         extension_library.jadam_cuda_set_resolve(extension._resolve)
 
 
-def run_kernel(leaf_updates, grads, params, architecture=ARCHITECTURES[0], donate=True, leaves_per_call=None):
+def run_kernel(
+    leaf_updates, grads, params, architecture=ARCHITECTURES[0], donate=True, leaves_per_call=cuda.LEAVES_PER_CALL
+):
     """`cuda.kernel.run_kernel` with concrete arrays. ``donate``: inputs and outputs are the same buffers."""
 
     def ffi_call(target, outputs, input_output_aliases):
@@ -105,7 +97,7 @@ def run_kernel(leaf_updates, grads, params, architecture=ARCHITECTURES[0], donat
             results = [np.full(x.shape, 77, x.dtype) for x in outputs]
             for i, k in input_output_aliases.items() if donate else ():
                 results[k] = inputs[i]
-            buffers = ([_buffer(x) for x in arrays] for arrays in (inputs, results))
+            buffers = (list(map(buffer, arrays)) for arrays in (inputs, results))
             error = _call(handler.call_with_attributes, (*buffers, attributes), architecture)
             if error is not None:
                 raise ValueError(error)
@@ -113,15 +105,13 @@ def run_kernel(leaf_updates, grads, params, architecture=ARCHITECTURES[0], donat
 
         return run
 
-    patch = pytest.MonkeyPatch()
-    with patch.context() as context:
+    columns = leaf_updates, grads, params
+    supported = [i for i, x in enumerate(zip(*columns, strict=True)) if not call.unsupported_reason(*x)]
+    with pytest.MonkeyPatch.context() as context:
         context.setattr(jax.ffi, "ffi_call", ffi_call)
-        supported = [
-            i for i, x in enumerate(zip(leaf_updates, grads, params, strict=True)) if not call.unsupported_reason(*x)
-        ]
-        n = leaves_per_call or cuda.LEAVES_PER_CALL
-        return call.update_leaves(leaf_updates, grads, params, supported, n)
+        return call.update_leaves(*columns, supported, leaves_per_call)
 
 
-def _buffer(x):
+def buffer(x) -> handler.Buffer:
+    """The memory of a NumPy array, which must be kept alive."""
     return handler.Buffer(x.ctypes.data, x.shape, str(x.dtype))

@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 import jadam
 from jadam._cli.command_line import main
 from jadam._core import numerics
+from jadam._core.bf16 import join
 from jadam._fused import step as _step
 
 ROOT = Path(__file__).parent.parent
@@ -276,6 +277,18 @@ def assert_steps_agree(new, expected, old, int8=False, ulps=ULPS):
                 np.max(np.abs(a - b) / close * (a != b)),
                 a.shape,
             )
+
+
+def cut_part(whole, start, shape, x):
+    """The part of an array of shape ``whole``, or of its int8 scales, that begins at ``start`` and has this shape."""
+    length = -(-whole[-1] // x.shape[-1])  # 1, or that of a block
+    last = slice(start[-1] // length, -(-(start[-1] + shape[-1]) // length))
+    return x[(*(slice(i, i + n) for i, n in zip(start[:-1], shape[:-1], strict=True)), last)]
+
+
+def with_master(has_remainder, p, stored):
+    """A leaf's results with the float32 parameter instead of the rounded one and its remainder."""
+    return (join(p, stored[0]), tuple(stored[1:])) if has_remainder else (p, tuple(stored))
 
 
 def run_program(program, *args, timeout, **env):

@@ -29,7 +29,6 @@ from helpers import (
 from programs import kernel as program
 
 import jadam
-from jadam._core.bf16 import join
 from jadam._fused.cuda import driver, nvrtc
 from jadam._fused.cuda import kernel as cuda
 from jadam._fused.native import call, extension
@@ -172,16 +171,8 @@ def test_a_part_is_that_of_the_whole(moments, has_remainder, whole, start, shape
     dtype = jnp.bfloat16 if has_remainder else np.float32
     shard = Shard(jnp.uint32(np.ravel_multi_index(start, whole)), whole)
 
-    def cut(x):
-        """The part of an array, or of its scales."""
-        length = -(-whole[-1] // x.shape[-1])  # 1, or that of a block
-        last = slice(start[-1] // length, -(-(start[-1] + shape[-1]) // length))
-        return x[(*(slice(i, i + n) for i, n in zip(start[:-1], shape[:-1], strict=True)), last)]
-
-    def with_master(p, stored):
-        """The float32 parameter instead of the rounded one and its remainder."""
-        return (join(p, stored[0]), tuple(stored[1:])) if has_remainder else (p, tuple(stored))
-
+    cut = functools.partial(helpers.cut_part, whole, start, shape)
+    with_master = functools.partial(helpers.with_master, has_remainder)
     params, grads = (helpers.random_tree(seed, dtype, {"a": whole}) for seed in (0, 1))
     _, state = jax.jit(functools.partial(jadam.step, tx))(params, tx.init(params), params)
     (leaf,), g, p = tx.update.leafwise(grads, state, params).leaf_updates, grads["a"], params["a"]
@@ -215,7 +206,7 @@ def test_buffers_that_are_not_donated(moments):
     tx = exact(make_optimizer("adam", moments))
     params, state = jax.jit(functools.partial(jadam.from_float32, tx=tx))(random_tree(0))
     grads = random_tree(1, jnp.bfloat16)
-    copied = emulated.library().emulator_copied_bytes
+    copied = emulated.library(emulated.ARCHITECTURES[0]).emulator_copied_bytes
     before = copied()
     expected = emulated_step(tx, grads, state, params)
     assert copied() == before
@@ -228,7 +219,7 @@ def test_buffers_that_are_not_donated(moments):
 
 def launches(leaf_updates, grads, params, **options):
     """How often the emulated kernel is launched."""
-    count = emulated.library().emulator_launches
+    count = emulated.library(emulated.ARCHITECTURES[0]).emulator_launches
     before = count()
     emulated.run_kernel(leaf_updates, grads, params, **options)
     return count() - before
@@ -253,6 +244,11 @@ def test_one_launch_for_a_group_of_leaves():
     assert launches(many, parts, parts) == -(-n // (56 // digits))  # a table has 56 digits
 
 
+def arrays_of_call(*leaf):
+    """The inputs of a call for one leaf. The outputs are those from the fourth on."""
+    return [np.ones((1, len(call.SCALARS)), np.float32), np.zeros(2, np.uint32), *leaf]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -261,19 +257,16 @@ def test_one_launch_for_a_group_of_leaves():
     ],
 )
 def test_limits_of_the_table(changes, message):
-    g, p, m, v = (np.ones((2, 6), np.float32) for _ in range(4))
-    arrays = [g, p, m, v]
-    if changes["leaves"][1] == 2:
-        arrays = [g, p, m.astype(np.int8), v.astype(np.uint8), *(np.ones((2, 1), np.float32) for _ in range(2))]
-    arrays = [np.ones((1, len(call.SCALARS)), np.float32), np.zeros(2, np.uint32), *arrays]
-    buffers = [handler.Buffer(x.ctypes.data, x.shape, str(x.dtype)) for x in arrays]
+    g, p, m, v = np.ones((4, 2, 6), np.float32)
+    int8 = m.astype(np.int8), v.astype(np.uint8), *np.ones((2, 2, 1), np.float32)
+    arrays = arrays_of_call(g, p, *(int8 if changes["leaves"][1] == 2 else (m, v)))
+    buffers = list(map(emulated.buffer, arrays))
     assert emulated.run_call(buffers, buffers[3:], changes["leaves"], changes.get("digits", ())) == message
 
 
 def test_execute_needs_initialize():
-    g = np.ones(12, np.float32)
-    arrays = [np.ones((1, len(call.SCALARS)), np.float32), np.zeros(2, np.uint32), g, g.copy(), g.copy(), g.copy()]
-    buffers = [handler.Buffer(x.ctypes.data, x.shape, str(x.dtype)) for x in arrays]
+    arrays = arrays_of_call(*np.ones((4, 12), np.float32))
+    buffers = list(map(emulated.buffer, arrays))
     attributes = handler.attributes([0, 0, 0, 0, 0, 0, 12, 0])
     error = handler.call_with_attributes(buffers, buffers[3:], attributes, None, "cuda", 77, [handler.EXECUTE])
     assert error == "jadam: a program was executed before it was initialized"
@@ -308,11 +301,9 @@ def test_a_program_without_the_driver_says_so(monkeypatch):
     """As where a program runs that was compiled or exported elsewhere."""
     monkeypatch.setattr(driver, "LIBRARY", "no such library")
     driver._library.cache_clear()
-    g = np.ones(12, np.float32)
-    arrays = [np.ones((1, len(call.SCALARS)), np.float32), np.zeros(2, np.uint32), g, g.copy(), g.copy(), g.copy()]
-    buffers = [handler.Buffer(x.ctypes.data, x.shape, str(x.dtype)) for x in arrays]
+    arrays = arrays_of_call(*np.ones((4, 12), np.float32))
+    buffers = list(map(emulated.buffer, arrays))
     error = handler.call(buffers, buffers[3:], [0, 0, 0, 0, 0, 0, 12, 0], platform="cuda", device=78)
-    driver._library.cache_clear()
     assert error.startswith("jadam: the CUDA kernel cannot run: the NVIDIA driver does not load (no such library: ")
     assert error.endswith(": install it. Or compile the step with JADAM_KERNELS=xla in the environment.")
 

@@ -12,7 +12,6 @@ import pytest
 from helpers import assert_same_finite, assert_steps_agree, make_optimizer, ones, unwrap_exact_bf16
 
 import jadam
-from jadam._core.bf16 import join
 from jadam._fused import pallas
 from jadam._fused import step as _step
 from jadam._transformation.transformation import Shard, as_state_arrays, update_leaf
@@ -100,15 +99,8 @@ def test_a_part_is_that_of_the_whole(moments, has_remainder, whole, start, shape
     )
     shard = Shard(jnp.uint32(np.ravel_multi_index(start, whole)), whole)
 
-    def cut(x):
-        """The part of an array, or of its scales."""
-        length = -(-whole[-1] // x.shape[-1])  # 1, or that of a block
-        last = slice(start[-1] // length, -(-(start[-1] + shape[-1]) // length))
-        return x[(*(slice(i, i + n) for i, n in zip(start[:-1], shape[:-1], strict=True)), last)]
-
-    def with_master(p, stored):
-        """The float32 parameter instead of the rounded one and its remainder."""
-        return (join(p, stored[0]), tuple(stored[1:])) if has_remainder else (p, tuple(stored))
+    cut = functools.partial(helpers.cut_part, whole, start, shape)
+    with_master = functools.partial(helpers.with_master, has_remainder)
 
     @jax.jit
     def steps(grads, state, params):
