@@ -6,14 +6,13 @@ Importing this module opens no library.
 import contextlib
 import ctypes
 import functools
-import sys
 import threading
 from collections.abc import Iterable, Iterator
 
 from jadam._fused.cuda import nvrtc
 from jadam._fused.cuda.nvrtc import Unavailable, Variant
 
-LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+LIBRARY = "libcuda.so.1"  # JAX has no CUDA on Windows and macOS
 OLDEST = 12000  # CUDA 12.0, the first with cuLibraryLoadData
 COMPUTE_CAPABILITY = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
 NUM_REGS = 4  # CU_FUNC_ATTRIBUTE_NUM_REGS

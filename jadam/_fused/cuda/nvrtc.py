@@ -300,10 +300,10 @@ def _from_disk_or_compiled(nvrtc: Nvrtc, variant: Variant, architecture: str) ->
 def cache_folder() -> Path | None:
     """Return the folder of the compiled kernels, made if needed, or None if there can be none.
 
-    It is ``$XDG_CACHE_HOME/jadam/cubin``, by default ``~/.cache/jadam/cubin``, on Windows in ``%LOCALAPPDATA%``. A
-    folder that others may write to is not used: the GPU executes what it contains.
+    It is ``$XDG_CACHE_HOME/jadam/cubin``, by default ``~/.cache/jadam/cubin``. A folder that others may write to is not
+    used: the GPU executes what it contains.
     """
-    base = Path(os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME", ""))
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
         folder = (base if base.is_absolute() else Path.home() / ".cache") / "jadam" / "cubin"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -311,7 +311,7 @@ def cache_folder() -> Path | None:
     except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home
         log.debug("no cache of compiled kernels: %s", error)
         return None
-    if sys.platform != "win32" and (status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
+    if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         log.debug("no cache of compiled kernels: others may write to %s", folder)
         return None
     return folder
