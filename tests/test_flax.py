@@ -123,7 +123,7 @@ def params_and_state(model, optimizer):
     return copies((nnx.state(model, optimizer.wrt), optimizer.opt_state))
 
 
-@parametrize("name", ALL.keys(), default=["exact_bf16, int8", "optax.chain"])
+@parametrize("name", ALL.keys(), default=["exact_bf16, int8", "optax.chain"], slow=[])
 def test_nnx_agrees_with_flax(name, monkeypatch):
     """One step from the same parameters and state, three times."""
     make = lambda optimizer: (model := Net(dtype_for(name)), optimizer(model, ALL[name](), wrt=nnx.Param))
@@ -302,7 +302,7 @@ def linen_params(dtype=jnp.float32):
     return jax.tree.map(lambda x: jnp.asarray(x, dtype), {"dense": dense, "scale": np.ones(())})
 
 
-@parametrize("name", ALL.keys(), default=["clipped", "optax"])
+@parametrize("name", ALL.keys(), default=["clipped", "optax"], slow=[])
 def test_linen_agrees_with_flax(name, monkeypatch):
     fields = {"apply_fn": None, "params": linen_params(dtype_for(name)), "tx": ALL[name]()}
     state = jadam.flax.TrainState.create(**fields)
@@ -398,7 +398,7 @@ EVERY |= {
 }
 
 
-@parametrize("name", EVERY.keys(), default=["nadamw mixed", "amsgrad mixed", "scheduled betas", "exact_bf16"])
+@parametrize("name", EVERY.keys(), default=["nadamw mixed", "amsgrad mixed", "scheduled betas", "exact_bf16"], slow=[])
 def test_flax_classes(name):
     """NNX's Optimizer and Linen's TrainState train every optimizer to the same bits."""
     tx = EVERY[name]()

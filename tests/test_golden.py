@@ -115,7 +115,7 @@ DEFAULT += ["nadamw, int8", "adamax, float32", "adamw, mask", "by_path", "chain,
 DEFAULT += ["exact_bf16, int8"]
 
 
-@parametrize("name", SAVED_CASES, default=DEFAULT)
+@parametrize("name", SAVED_CASES, default=DEFAULT, slow=[])
 def test_update_and_apply(name):
     """`update_and_apply` under jit, all saved steps at once with `jax.vmap`."""
     saved, case = saved_states(name), cases.CASES[name]
@@ -131,7 +131,7 @@ def test_update_and_apply(name):
     assert check_steps(name, lambda *_: next(results), saved, transitions) == []
 
 
-@parametrize("name", SAVED_CASES, default=["adam, float32"])
+@parametrize("name", SAVED_CASES, default=["adam, float32"], slow=["adam, int8"])
 def test_eager(name):
     """`update_and_apply` without jit, the last step."""
     step = functools.partial(update_and_apply, cases.CASES[name].make())

@@ -238,7 +238,11 @@ EXPLICIT = {
 }
 
 
-@helpers.parametrize_grid({"make": EXPLICIT, "context": {"in set_mesh": True, "bare": False}}, default=["int8-bare"])
+@helpers.parametrize_grid(
+    {"make": EXPLICIT, "context": {"in set_mesh": True, "bare": False}},
+    default=["int8-bare"],
+    slow=["chain-in set_mesh"],
+)
 def test_explicit_axes(make, context):
     """Explicit mesh axes: the statistics and records of one device, and no further compilation."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))

@@ -59,6 +59,10 @@ CASES = {f"{name}-{moments}": (name, moments) for moments, names in MOMENTS.item
         "adam-int8",
         "nadamw, momentum-int8",
     ],
+    slow=[
+        *("adam, eps_root-float32", "adamw, masked-float32", "amsgrad of v-float32", "clip by norm-float32"),
+        *("amsgrad-bfloat16", "adamaxw-bfloat16", "nadam-bfloat16", "adamw, scheduled-int8", "both-int8"),
+    ],
 )
 def test_kernel_matches_update_and_apply(case):
     rule, moments = case

@@ -134,13 +134,17 @@ DEFAULT = [
 
 
 def rows():
-    """One optimizer in each cell of `DEFAULT`. Slow: half of the family in each cell, the other half in the next."""
+    """One optimizer in each cell of `DEFAULT`. Others: half of the family in each cell, the other half in the next.
+
+    A fifth of these are slow, the rest nightly.
+    """
     for wrapper, case, name in DEFAULT:
         yield pytest.param(wrapper, case, (name,), id=f"{wrapper}-{case}-{name}")
     for i, wrapper in enumerate(WRAPPERS):
         for j, case in enumerate(CASES):
             half = tuple(MEMBERS)[(i + j) % 2 :: 2]
-            yield pytest.param(wrapper, case, half, id=f"{wrapper}-{case}", marks=pytest.mark.slow)
+            mark = pytest.mark.slow if (i + 3 * j) % 5 == 0 else pytest.mark.nightly
+            yield pytest.param(wrapper, case, half, id=f"{wrapper}-{case}", marks=mark)
 
 
 def make(whose, name, wrapper, case):
