@@ -30,6 +30,7 @@ SIDES = {  # format, exact_bf16, the most compile time over Optax's
 LAUNCHES = {"GPT-2": 7, "1,000 leaves": 32, "8 GPUs": 2}
 TEMPORARIES = 0.1  # bytes per parameter; scalars and offsets are some
 ARCHITECTURES = {12: (70, 75, 80, 90, 100, 120), 13: (75, 80, 90, 100, 120)}
+INT8_RULES = ("Adam", "NAdam")  # in rules.h
 INSTRUCTIONS, TRANSCENDENTAL = 75, 4  # an element
 ELEMENTS = 8, 32  # of a thread: in a round, and in all of an int8 program's
 
@@ -138,10 +139,12 @@ def kernels(quick: bool):
     """Prints a line of JSON for every architecture: the most registers of a variant, and spills. Then instructions."""
     from jadam._fused.cuda import nvrtc
 
-    variants = list(itertools.starmap(nvrtc.Variant, itertools.product(range(7), range(3), range(2), range(2))))
-    variants = [x for x in variants if x.format != nvrtc.INT8 or x.rule < 2]  # Adam and NAdam
+    listed = re.findall(r"using Rules = List<(.*?)>;", (nvrtc.FUSED / "native" / "rules.h").read_text(), re.S)[0]
+    rules = [x.strip() for x in listed.split(",")]
+    numbers = itertools.product(range(len(rules)), range(3), range(2), range(2))
+    variants = [nvrtc.Variant(*x) for x in numbers if x[1] != nvrtc.INT8 or rules[x[0]] in INT8_RULES]
     for major, architectures in ARCHITECTURES.items():
-        compiler = next(x for x in nvrtc._installed(None)[0] if x.version[0] == major)
+        compiler = next(x for x in nvrtc.installed(None)[0] if x.version[0] == major)
         for number in architectures:
             chosen = variants[::20] if quick and number != 90 else variants
             compile_one = lambda variant, a=f"sm_{number}", n=compiler: usage(nvrtc, n, variant, a)

@@ -90,7 +90,7 @@ def clean(monkeypatch, tmp_path):
 
 
 def _forget():
-    for function in (nvrtc._installed, driver.version, driver._library):
+    for function in (nvrtc.installed, driver.version, driver._library):
         function.cache_clear()
 
 
@@ -227,7 +227,7 @@ def test_damaged_nvrtc(site):
 def test_architecture(install, monkeypatch, tmp_path):
     install(12), install(13), install(12, 4, "70,75,80,90", tmp_path / "toolkit" / "lib64")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "toolkit"))
-    new, old, older = nvrtc._installed(None)[0]
+    new, old, older = nvrtc.installed(None)[0]
     assert nvrtc.architecture(new, (9, 0)) == "sm_90"
     assert nvrtc.architecture(new, (8, 9)) == "sm_86"  # the newest of the same major version
     assert nvrtc.architecture(new, (12, 1)) == "sm_120"
@@ -310,7 +310,7 @@ def test_cache(install, monkeypatch, tmp_path):
     monkeypatch.setattr(jadam, "__version__", "0.0")
     assert compile_again(fake, FLOAT32, (9, 0))[1] == 1
     newer = install(13)
-    nvrtc._installed.cache_clear()
+    nvrtc.installed.cache_clear()
     assert compile_again(newer, FLOAT32, (9, 0))[1] == 1
 
 
@@ -640,7 +640,7 @@ def test_without_a_driver(monkeypatch):
 
 @pytest.fixture(params=[12, 13])
 def real(request):
-    for found in nvrtc._installed(None)[0]:
+    for found in nvrtc.installed(None)[0]:
         if found.version[0] == request.param:
             return found
     package = "nvidia-cuda-nvrtc-cu12" if request.param == 12 else "nvidia-cuda-nvrtc"

@@ -18,7 +18,7 @@ def run_kernel(leaf_updates: list[LeafUpdate], grads, params) -> list[tuple | No
     """Return the new parameter and the new state arrays of each leaf, or None where XLA does it."""
     columns = leaf_updates, grads, params
     rows = enumerate(zip(*columns, strict=True))
-    supported = [i for i, x in rows if not _is_faster_by_xla(*x) and not unsupported_reason(*x)]
+    supported = [i for i, x in rows if not _is_faster_by_xla(*x) and not _beyond_limits(*x)]
     return call.update_leaves(*columns, supported, LEAVES_PER_CALL)
 
 
@@ -26,6 +26,11 @@ def unsupported_reason(leaf_update: LeafUpdate, g, p) -> str | None:
     """Return why the kernel does not support a leaf, or None."""
     if (backend := backends()["cuda"]).kernel is None:
         return backend.reason
+    return _beyond_limits(leaf_update, g, p)
+
+
+def _beyond_limits(leaf_update: LeafUpdate, g, p) -> str | None:
+    """Return why the kernel does not support a leaf, or None, where the kernel is available."""
     if leaf_update.shard is not None and p.size >= 2**32:
         return "shards of 2**32 elements or more"
     return call.unsupported_reason(leaf_update, g, p)

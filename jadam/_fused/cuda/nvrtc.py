@@ -80,7 +80,7 @@ def find(driver_version: int | None = None) -> Nvrtc:
     Raises:
         Unavailable: there is none.
     """
-    found, failed = _installed(_major(driver_version))
+    found, failed = installed(_major(driver_version))
     if found:
         return found[0]
     raise Unavailable(f"{failed or 'NVRTC, which compiles the kernel, is not installed'}: {_remedy(driver_version)}")
@@ -93,7 +93,7 @@ def choose(capability: tuple[int, int], driver_version: int | None = None) -> tu
         Unavailable: there is none. The reason is that of the newest.
     """
     newest = find(driver_version)
-    for nvrtc in _installed(_major(driver_version))[0]:
+    for nvrtc in installed(_major(driver_version))[0]:
         with contextlib.suppress(Unavailable):
             return nvrtc, architecture(nvrtc, capability)
     return newest, architecture(newest, capability)
@@ -125,7 +125,7 @@ def architecture(nvrtc: Nvrtc, capability: tuple[int, int]) -> str:
 
 
 @functools.cache
-def _installed(newest_major: int | None) -> tuple[tuple[Nvrtc, ...], str]:
+def installed(newest_major: int | None) -> tuple[tuple[Nvrtc, ...], str]:
     """Every NVRTC up to a major version, newest first, and why another cannot be used, or ""."""
     found, failed = [], ""
     for path in dict.fromkeys(_candidates()):
