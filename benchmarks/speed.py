@@ -26,6 +26,7 @@ from rich.progress import track
 from rich.table import Table
 
 import jadam
+from benchmarks.gpu_sides import one_pass, update_and_apply
 
 PROCESSES = 5
 ROUNDS = {"2^27": 7, "2^26": 9}  # other cases: 15
@@ -45,21 +46,6 @@ def shapes(case) -> list[tuple[int, ...]]:
         n = int(case[2:])
         return [(2 ** (n // 2), 2 ** (n - n // 2))]
     return {"GPT-2": GPT2, "toy": TOY}.get(case) or [(32, 32)] * int(case.split()[0])
-
-
-def update_and_apply(tx):
-    """Step with ``tx.update`` and `optax.apply_updates`."""
-
-    def step(params, state, grads):
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    return step
-
-
-def one_pass(tx):
-    """Step with `jadam.step`."""
-    return lambda params, state, grads: jadam.step(tx, grads, state, params)
 
 
 def sides():
