@@ -18,7 +18,7 @@ import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jadam._core import checks
-from jadam._core.meshes import mesh_of
+from jadam._core.meshes import mesh_axes, mesh_of
 from jadam._core.trees import leaf_names, match_state_to_params, params_tree, params_with_gradients
 from jadam._fused.shards import axis_names, num_shards, padded
 from jadam._fused.step import step_sharded, update_and_apply
@@ -338,7 +338,7 @@ def shard_largest_dim(shapes, mesh, axis: str | Sequence[str] | None) -> Any:
         axis: a mesh axis, several, or None to replicate all parameters.
 
     Returns:
-        A tree of `jax.ShapeDtypeStruct` with shardings. To move parameters:
+        A tree of `jax.ShapeDtypeStruct` with shardings. Move parameters by
         ``jax.tree.map(lambda p, s: jax.device_put(p, s.sharding), params, ...)``.
 
     Raises:
@@ -374,18 +374,6 @@ def _check_mesh(mesh) -> None:
     if not isinstance(mesh, (Mesh, AbstractMesh)):
         got = checks.short_repr(mesh)
         raise TypeError(f"mesh must be a jax.sharding.Mesh, got {got}. Make one: jax.make_mesh((8,), ('data',)).")
-
-
-def mesh_axes(axis, mesh) -> tuple[str, ...]:
-    """Return ``axis`` as a tuple of axis names; raise unless they are axes of the mesh."""
-    axes = tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
-    if not axes or any(not isinstance(name, str) or name not in mesh.shape for name in axes):
-        raise ValueError(
-            f"axis must be one or several of the mesh axes {tuple(mesh.shape)}, got {checks.short_repr(axis)}."
-        )
-    if len(set(axes)) < len(axes):
-        raise ValueError(f"axis must name each mesh axis once, got {axis!r}.")
-    return axes
 
 
 def _layout(tx, params, mesh, axes) -> Layout:

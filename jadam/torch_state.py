@@ -47,9 +47,11 @@ from jadam._core.trees import find_states, leaf_name
 from jadam._moments import formats
 from jadam._transformation.transformation import ScheduledBetasState
 
-# Layouts: jax_array = torch_array.transpose(layout).
+#: Layout of the weight of a ``torch.nn.Linear``, with ``jax_array = torch_array.transpose(layout)``.
 LINEAR = (1, 0)
+#: Layout of the weight of a ``torch.nn.Conv1d``.
 CONV1D = (2, 1, 0)
+#: Layout of the weight of a ``torch.nn.Conv2d``.
 CONV2D = (2, 3, 1, 0)
 
 _ENTRIES = {"mu": "exp_avg", "nu": "exp_avg_sq", "nu_max": "max_exp_avg_sq"}

@@ -24,7 +24,7 @@ def convert_moments(state, to: FormatChoice) -> Any:
     A restored state of `optax.adam` with 16-bit parameters has 16-bit moments. Convert it once:
     ``convert_moments(state, "float32")``. Narrowing rounds stochastically, without bias, as a step does; widening is
     exact. States of version 1, the first layout of int8 moments, are converted too, from int8 to int8 with a rounding.
-    Orbax restores them into a template whose ``version`` has one element: see README.md, Checkpoints.
+    Orbax restores them into a template whose ``version`` has one element: see "Checkpoints" in the documentation.
 
     Args:
         state: a state of jadam's or Optax's Adam family, or one that contains such states: chains, `jadam.exact_bf16`,

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from jadam._core import checks
 from jadam._core.trees import params_tree
 
 
@@ -60,3 +61,15 @@ def in_no_mesh(f: Callable[..., Any]) -> Callable[..., Any]:
             return f(*args)
 
     return wrapper
+
+
+def mesh_axes(axis, mesh) -> tuple[str, ...]:
+    """Return ``axis`` as a tuple of axis names; raise unless they are axes of the mesh."""
+    axes = tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
+    if not axes or any(not isinstance(name, str) or name not in mesh.shape for name in axes):
+        raise ValueError(
+            f"axis must be one or several of the mesh axes {tuple(mesh.shape)}, got {checks.short_repr(axis)}."
+        )
+    if len(set(axes)) < len(axes):
+        raise ValueError(f"axis must name each mesh axis once, got {axis!r}.")
+    return axes

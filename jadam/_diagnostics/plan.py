@@ -14,13 +14,14 @@ import optax
 from jax.sharding import AbstractMesh
 
 from jadam._core import checks
+from jadam._core.meshes import mesh_axes
 from jadam._core.trees import leaf_names, match_state_to_params, params_tree, params_with_gradients
 from jadam._diagnostics.describe import html_table, table
 from jadam._diagnostics.models import MODELS
 from jadam._optimizers.adam import adamw
 from jadam._transformation.transformation import update_of
 from jadam._wrappers.exact_bf16 import exact_bf16
-from jadam.sharding import mesh_axes, shard_largest_dim, zero1
+from jadam.sharding import shard_largest_dim, zero1
 
 UNITS = {"TiB": 2**40, "GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
 PARTS = ("parameters", "gradients", "moments", "remainders", "other")

@@ -120,12 +120,21 @@ def scale_by_adam(
         u_t &= \hat m_t / (\sqrt{\hat v_t + \texttt{eps\_root}} + \texttt{eps}).
 
     ``eps_root`` (0 in the paper) and ``nesterov`` are additions. Arithmetic is in float32, or in float64 if the
-    gradient or the state is; the README gives the error bound. The range of float32 has two consequences:
+    gradient or the state is; the page "Accuracy" of the documentation has the error. The range of float32 has two
+    consequences:
 
     * :math:`|g|` below about 1e-19 has a square of 0. The update is then at most :math:`\hat m` / ``eps``, or
       :math:`\hat m` if ``eps`` is 0.
     * :math:`|g|` above 1e19 makes ``nu`` infinite. The update is 0 at this step and NaN from the next step on; it is
       NaN at once if ``b2`` is below 1/2.
+
+    ``b1``, ``b2``, ``eps`` and ``eps_root`` may each be
+
+    * a Python number, the most exact choice, because :math:`1-b` is computed in float64;
+    * a schedule of the number of steps taken: :math:`b^t` becomes the product of the betas so far;
+    * a scalar array, float32 or wider, traced or not, as `optax.inject_hyperparams` passes it: :math:`b^t` is the
+      current beta to the power t. A traced value out of range cannot raise an error; it makes the update NaN. So
+      does, for int8, a scheduled or traced pair with ``b1*b1 >= b2``.
 
     Args:
         b1: decay rate of the first moment, in [0, 1).
@@ -143,14 +152,6 @@ def scale_by_adam(
             a string such as ``"['embed']['kernel']"``. The step is computed in float32 from the decoded moments; no
             derivative passes through int8 codes. Some leaves stay float32 in any case: complex and float64 ones; for
             int8 also those with fewer than 2 dimensions, fewer than 4,096 elements or a last axis under 4.
-
-        ``b1``, ``b2``, ``eps`` and ``eps_root`` may each be
-
-        * a Python number, the most exact choice, because :math:`1-b` is computed in float64;
-        * a schedule of the number of steps taken: :math:`b^t` becomes the product of the betas so far;
-        * a scalar array, float32 or wider, traced or not, as `optax.inject_hyperparams` passes it: :math:`b^t` is the
-          current beta to the power t. A traced value out of range cannot raise an error; it makes the update NaN. So
-          does, for int8, a scheduled or traced pair with ``b1*b1 >= b2``.
 
     Returns:
         A transformation with state `optax.ScaleByAdamState`: ``count``, int32, is the number of steps taken and
@@ -201,7 +202,8 @@ def adam(
 ) -> Transformation:
     r"""Adam (Kingma & Ba 2015, Algorithm 1), a drop-in for `optax.adam`: the same arguments, state and checkpoints.
 
-    :math:`\theta_t = \theta_{t-1} - \alpha_t u_t` with :math:`u_t` of `scale_by_adam`.
+    :math:`\theta_t = \theta_{t-1} - \alpha_t u_t` with :math:`u_t` of `scale_by_adam`, which says more about each
+    argument.
 
     Args:
         learning_rate: step size :math:`\alpha` >= 0: a number, or a schedule of the number of steps taken.
@@ -216,8 +218,6 @@ def adam(
         bias_correction: False leaves out both bias corrections.
         moments: storage of the moments: ``"float32"``, ``"bfloat16"`` or ``"int8"``, or a function ``f(path, leaf)``
             that returns one of these.
-
-        `scale_by_adam` says more about each.
 
     Returns:
         A transformation with `optax.adam`'s state: a tuple of `optax.ScaleByAdamState` and the learning rate's.
@@ -283,8 +283,6 @@ def adamw(
         max_lr: None multiplies the decay by the learning rate. A number > 0, the peak of the schedule, makes the decay
             independent of that peak: :math:`(\alpha_t / \texttt{max\_lr}) \lambda`.
 
-        `scale_by_adam` says more about each.
-
     Returns:
         A transformation with `optax.adamw`'s state; ``update`` needs ``params``.
 
@@ -349,8 +347,6 @@ def nadam(
             that returns one of these.
         momentum_decay: :math:`\psi` >= 0 takes PyTorch's momentum schedule; None keeps the momentum at ``b1``.
 
-        `scale_by_adam` says more about each.
-
     Returns:
         A transformation with `optax.nadam`'s state. With ``momentum_decay``, a `ScheduledBetasState` wraps it.
 
@@ -408,8 +404,6 @@ def nadamw(
         momentum_decay: :math:`\psi` >= 0 takes PyTorch's momentum schedule; None keeps the momentum at ``b1``.
         max_lr: None multiplies the decay by the learning rate. A number > 0, the peak of the schedule, makes the decay
             independent of that peak: :math:`(\alpha_t / \texttt{max\_lr}) \lambda`.
-
-        `scale_by_adam` says more about each.
 
     Returns:
         A transformation with `optax.nadamw`'s state; ``update`` needs ``params``.

@@ -35,6 +35,8 @@ from jadam._transformation.transformation import (
 
 
 class _Frozen:
+    """The settings of a parameter that never changes and has no state, for the rules of `jadam.by_path`."""
+
     def __repr__(self):
         return "jadam.FROZEN"
 
@@ -97,8 +99,7 @@ def by_path(
             ``lr_mult`` >= 0, a factor of the learning rate. Or they are `jadam.FROZEN`: the leaf never changes and has
             no state. It may be of any type, such as integers, a random key or a function, and so may its gradient.
             End with ``("", {})`` for all other parameters.
-        learning_rate, b1, b2, eps, eps_root, weight_decay, nesterov, eps_mode, bias_correction, moments, max_lr: see
-            `jadam.adamw`; the defaults for all rules.
+        learning_rate: as in `jadam.adamw`. So are all further arguments; they are the defaults for all rules.
 
     Returns:
         A transformation with state `ByPathState`; ``update`` needs ``params``. Its updates of frozen numbers are
