@@ -179,7 +179,7 @@ def test_a_terminal_shows_progress(tmp_path, monkeypatch):
     assert code == 0
     assert "\x1b[?25l" in output  # the cursor is hidden while it draws
     output = re.sub(r"\x1b\[[?\d;]*[a-zA-Z]", "", output)
-    assert re.search(r"bf16, jadam \(int8\) ━+ 100/100 \d:\d\d:\d\d loss 0\.\d+", output)
+    assert re.search(r"bf16, jadam \(int8\) +━+ 100/100 \d:\d\d:\d\d loss 0\.\d+", output)
     assert re.search(r"time of a step +━+ 4/4", output)
 
 
