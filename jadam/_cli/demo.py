@@ -256,7 +256,7 @@ def draw(runs: list[Run]) -> matplotlib.figure.Figure:
     loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     loss.yaxis.set_major_formatter("{x:g}")
     loss.yaxis.set_minor_locator(NullLocator())
-    loss.legend(title="final loss", loc="upper right", bbox_to_anchor=(1, 0.8))
+    loss.legend(title="final loss", fontsize=9, title_fontsize=9)
     loss.grid(alpha=0.3)
     for x, part in ((0, "weights"), (runs[0].weight_bytes, "optimizer state")):
         memory.text(x, 0, f" {part}", va="center", fontsize=9)
