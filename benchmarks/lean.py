@@ -92,7 +92,7 @@ def wide(params):
 def digits(steps=DIGITS_STEPS, seed=0):
     """``(params, batches, loss, final_loss)`` of the digits; ``final_loss`` is that of the whole training set."""
     data, _ = _demo.load(seed)
-    graph, params = nnx.split(_demo.Classifier(nnx.Rngs(seed)), nnx.Param)
+    graph, params = nnx.split(_demo.Classifier(nnx.Rngs(seed), width=128), nnx.Param)
     images, labels = jnp.asarray(data.images), jnp.asarray(data.labels)
 
     def loss(params, index):

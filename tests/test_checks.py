@@ -1239,7 +1239,7 @@ COMMAND_LINE = [
     (["demo", "--lr", "nan"], f"error: argument --lr: {NUMBER}'nan'; try 1e-3"),
     (["demo", "--lr", "1e400"], f"error: argument --lr: {NUMBER}'1e400'; try 1e-3"),
     (["demo", "--lr", "fast"], f"error: argument --lr: {NUMBER}'fast'; try 1e-3"),
-    (["demo", "--sgd-lr", "0"], f"error: argument --sgd-lr: {NUMBER}'0'; try 1e-3"),
+    (["demo", "--lr", "0"], f"error: argument --lr: {NUMBER}'0'; try 1e-3"),
     (["demo", "--steps", "0"], "error: argument --steps: must be an integer in [1, 1000000], got '0'"),
     (["demo", "--steps", "1e3"], "error: argument --steps: must be an integer in [1, 1000000], got '1e3'"),
     (["demo", "--steps", MANY], f"error: argument --steps: must be an integer in [1, 1000000], got '{MANY}'"),
