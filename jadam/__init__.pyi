@@ -9,10 +9,10 @@ from ._diagnostics.describe import Description as Description
 from ._diagnostics.describe import describe as describe
 from ._diagnostics.plan import MemoryPlan as MemoryPlan
 from ._diagnostics.plan import plan as plan
+from ._diagnostics.plot import plot as plot
 from ._diagnostics.record import History as History
 from ._diagnostics.record import RecordState as RecordState
 from ._diagnostics.record import history as history
-from ._diagnostics.record import plot as plot
 from ._diagnostics.record import record as record
 from ._diagnostics.statistics import Measures as Measures
 from ._diagnostics.statistics import Statistics as Statistics

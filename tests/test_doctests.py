@@ -19,7 +19,7 @@ def has_examples(name):
 
 
 MODULES = [m.name for m in pkgutil.walk_packages(jadam.__path__, "jadam.") if has_examples(m.name)]
-SLOW = {"jadam._checkpoints.convert", "jadam._diagnostics.record"}  # an int8 conversion without jit, and a picture
+SLOW = {"jadam._checkpoints.convert", "jadam._diagnostics.plot"}  # an int8 conversion without jit, and a picture
 FUNCTIONS = [name for name in dir(jadam) if inspect.isfunction(getattr(jadam, name))]
 
 

@@ -1,11 +1,10 @@
-"""Record `jadam.statistics` in the optimizer's state every few steps; read and plot them afterwards."""
+"""Record `jadam.statistics` in the optimizer's state every few steps, and read them afterwards."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import io
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.core
@@ -29,11 +28,7 @@ from jadam._diagnostics.statistics import (
 )
 from jadam._transformation.transformation import CustomUpdateFn, LeafwiseUpdate, Transformation
 
-if TYPE_CHECKING:
-    import matplotlib.figure
-
 COLUMNS = len(SCALARS) + len(QUANTILES)
-MAX_LABEL = 40  # characters of a parameter's name in a plot
 REMEDY_FOR_BARE_STATE = (
     "To add record to a running training: record(tx).init(params)._replace(inner_state=state); with Flax NNX: "
     "optimizer.opt_state = optimizer.opt_state._replace(inner_state=earlier.opt_state)."
@@ -243,7 +238,7 @@ def history(state: optax.OptState) -> History:
 
     Returns:
         A `History`, oldest record first: ``steps``, ``total`` and ``leaves`` are NumPy arrays; ``frame()`` is a pandas
-        frame where pandas is installed; `plot` draws it.
+        frame where pandas is installed; `jadam.plot` draws it.
 
     Raises:
         ValueError: ``state`` has no `RecordState`, or several, or a batched one from `jax.vmap`; or its arrays were
@@ -287,134 +282,3 @@ def history(state: optax.OptState) -> History:
 
     total, *leaves = (columns(values[:, i]) for i in range(values.shape[1]))
     return History(steps, total, dict(zip(names.tobytes().decode().split("\n")[1:], leaves, strict=True)))
-
-
-def plot(history: History) -> matplotlib.figure.Figure:
-    """Plot a `History`: step sizes, signal-to-noise ratio, and each parameter's update-to-parameter ratio.
-
-    A dotted line marks the first record with an update that is not finite. Values that are not finite are not drawn.
-    Where a quantile is 0, its band starts at the smallest positive one.
-
-    Args:
-        history: the result of `history`, with at least one record.
-
-    Returns:
-        A `matplotlib.figure.Figure`; needs matplotlib. A notebook shows it as the last expression of a cell, or by
-        ``display(figure)``.
-
-    Raises:
-        ValueError: there are no records, or no trained parameters.
-        TypeError: ``history`` is not a `History`.
-        ImportError: matplotlib is not installed.
-
-    Example:
-        >>> import jax.numpy as jnp, jadam
-        >>> tx = jadam.record(jadam.adam(0.1), every=1)
-        >>> params = jnp.ones(2)
-        >>> _, state = jadam.step(tx, jnp.ones(2), tx.init(params), params)
-        >>> figure = jadam.plot(jadam.history(state))
-        >>> print([axes.get_xlabel() for axes in figure.axes[:3]])
-        ['step', 'step', 'step']
-    """
-    if not isinstance(history, History):
-        raise TypeError(f"plot needs the result of jadam.history(state), got {type(history).__name__}.")
-    if not len(history.steps):
-        raise ValueError("plot needs a history with at least one record, got none. Train for at least `every` steps.")
-    if not history.leaves:
-        raise ValueError("plot needs a history with at least one trained parameter, got none.")
-    try:
-        from matplotlib.colors import LogNorm
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import FuncFormatter, NullFormatter
-    except ImportError:
-        raise ImportError("plot needs matplotlib: pip install matplotlib.") from None
-
-    class NotebookFigure(Figure):
-        """A figure that notebooks display even without ``%matplotlib inline``."""
-
-        def _repr_png_(self):
-            self.savefig(png := io.BytesIO(), format="png")
-            return png.getvalue()
-
-    plain = FuncFormatter(lambda x, _: f"{x:g}")  # powers of ten need mathtext, which warns in old versions
-    minor = lambda x: plain if x.size and np.nanmax(x) < 10 * np.nanmin(x) else NullFormatter()  # less than a decade
-    names = list(history.leaves)
-    figure = NotebookFigure(figsize=(9, 6 + 0.16 * min(len(names), 40)), layout="constrained")
-    top, bottom = figure.subplots(2, 1, height_ratios=[1, 1 + 0.05 * min(len(names), 40)])
-    grid = top.get_gridspec()
-    top.remove()
-    sizes, snr = (figure.add_subplot(cell) for cell in grid[0].subgridspec(1, 2))
-    blue, orange = "#0072b2", "#d55e00"  # Okabe & Ito's colour-blind-safe palette
-    quantiles = history.total["step_quantiles"].T
-    quantiles = np.where((quantiles > 0) & np.isfinite(quantiles), quantiles, np.nan)  # a log scale has no 0
-    any_finite = np.isfinite(quantiles[2:]).any()
-    for low, high in ((0, 4), (1, 3)) if any_finite else ():
-        no_low = np.isfinite(quantiles[high]) & np.isnan(quantiles[low])
-        quantiles[low, no_low] = np.nanmin(quantiles)
-    marker = lambda x: "o" if np.isfinite(x).sum() == 1 else None  # a line of one point is invisible
-    sizes.fill_between(history.steps, quantiles[0], quantiles[4], color=blue, alpha=0.2, lw=0, label="5 to 95 %")
-    sizes.fill_between(history.steps, quantiles[1], quantiles[3], color=blue, alpha=0.4, lw=0, label="25 to 75 %")
-    sizes.plot(history.steps, quantiles[2], color=blue, marker=marker(quantiles[2]), label="median")
-    sizes.set(
-        xlabel="step", ylabel="|update| per coordinate\n(parameters' unit)", title="step sizes (quantiles within 25 %)"
-    )
-    if any_finite:
-        sizes.set_yscale("log")
-        sizes.yaxis.set_major_formatter(plain)
-        sizes.yaxis.set_minor_formatter(minor(quantiles))
-    not_finite = history.steps[~np.isfinite(history.total["update_rms"])]
-    for axes in (sizes, snr):
-        axes.margins(x=0.03)
-        axes.update_datalim([(step, 1) for step in history.steps[[0, -1]]], updatey=False)
-        if len(not_finite):
-            axes.axvline(not_finite[0], color="0.3", ls=":", label="not finite" if axes is sizes else None)
-    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.22), "frameon": False, "fontsize": "small"}
-    sizes.legend(**below, ncols=3)
-    for name in names:
-        snr.plot(history.steps, history.leaves[name]["snr"], color="0.7", lw=0.7)
-    total = history.total["snr"]
-    snr.plot(history.steps, total, color=orange, marker=marker(total), label="all parameters")
-    snr.plot([], [], color="0.7", lw=0.7, label="each parameter")
-    snr.set(xlabel="step", ylabel="mean |m̂| / √v̂ (no unit)", title="signal-to-noise ratio")
-    snr.set_ylim(0, 1.05 * snr.get_ylim()[1])
-    snr.legend(**below, ncols=2)
-    ratio = np.array([history.leaves[name]["update_ratio"] for name in names]).reshape(len(names), len(history.steps))
-    ratio = np.ma.masked_where(~(np.isfinite(ratio) & (ratio > 0)), ratio)
-    image = bottom.pcolormesh(
-        np.arange(len(history.steps) + 1),
-        np.arange(len(names) + 1),
-        ratio,
-        cmap="cividis",
-        norm=LogNorm() if ratio.count() else None,
-    )
-    ticks = np.unique(np.linspace(0, len(history.steps) - 1, 8).astype(int))
-    bottom.set_xticks(ticks + 0.5, history.steps[ticks])
-    stride = -(-len(names) // 40)
-    shown, families = _drawable(names[::stride])
-    style = {"fontsize": "small", "fontfamily": families, "parse_math": False}
-    bottom.set_yticks(np.arange(0, len(names), stride) + 0.5, shown, **style)
-    bottom.invert_yaxis()
-    bottom.set(xlabel="step", title="update-to-parameter ratio (RMS)")
-    bar = figure.colorbar(image, ax=bottom, label="ratio (no unit)", format=plain)
-    bar.ax.yaxis.set_minor_formatter(minor(ratio.compressed()))
-    return figure
-
-
-def _drawable(names: list[str]) -> tuple[list[str], list[str]]:
-    """The ends of the names, and font families that have their characters.
-
-    A character that no installed font has is escaped.
-    """
-    from matplotlib import font_manager, rcParams
-    from matplotlib.ft2font import FT2Font
-
-    characters = lambda path: set(map(chr, FT2Font(path).get_charmap()))
-    families = list(rcParams["font.family"])
-    missing = set("".join(names)) - characters(font_manager.findfont(font_manager.FontProperties(family=families)))
-    for font in font_manager.fontManager.ttflist if missing else ():
-        if "Last Resort" not in font.name and (found := missing & characters(font.fname)):  # that one draws boxes
-            families.append(font.name)
-            missing -= found
-    escapes = {ord(x): x.encode("ascii", "backslashreplace").decode() for x in missing}
-    names = [name.translate(escapes) for name in names]
-    return [name if len(name) <= MAX_LABEL else f"…{name[1 - MAX_LABEL :]}" for name in names], families

@@ -1,8 +1,10 @@
 """`jadam.record` keeps `jadam.statistics` of the right steps, in a state and program of constant size."""
 
 import functools
+import gc
 import re
 import sys
+import weakref
 
 import helpers
 import jax
@@ -347,7 +349,8 @@ def draw(figure, tmp_path):
 def test_plot_and_table(steps):
     history = random_history(steps)
     figure = jadam.plot(history)
-    low, sizes, snr, bar = figure.axes
+    sizes, snr, low = figure.axes
+    (bar,) = low.child_axes
     assert [axes.get_xlabel() for axes in (low, sizes, snr)] == ["step"] * 3
     assert "parameters' unit" in sizes.get_ylabel()
     assert "no unit" in snr.get_ylabel()
@@ -363,7 +366,7 @@ def test_plot_and_table(steps):
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_plot_marks_the_first_non_finite_record(bad, tmp_path):
     figure = jadam.plot(record_history([[bad if i == 3 else 1] * 6 for i in range(5)]))
-    _, sizes, snr, _ = figure.axes
+    sizes, snr, _ = figure.axes
     for axes in (sizes, snr):
         assert [x for line in axes.lines if line.get_linestyle() == ":" for x in line.get_xdata()] == [4, 4]
     assert "not finite" in [text.get_text() for text in sizes.get_legend().get_texts()]
@@ -378,9 +381,130 @@ def test_plot_shortens_long_names(tmp_path):
     _, state = jadam.step(tx, params, tx.init(params), params)
     figure = jadam.plot(jadam.history(state))
     draw(figure, tmp_path)  # pytest turns the warning that the layout does not fit into an error
-    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    labels = [label.get_text() for label in figure.axes[2].get_yticklabels()]
     assert [len(x) for x in labels] == [40, 40]
     assert labels[0] == f"…{'x' * 37}']"
+
+
+def artists(figure):
+    """The number of axes, and of all that is drawn, once it is."""
+    figure.canvas.draw()
+    return len(figure.axes), len(figure.findobj())
+
+
+def test_a_figure_is_updated():
+    """The plot is that of a new figure, and nothing of the earlier ones is left."""
+    histories = [random_history(steps) for steps in (2, 5)]
+    figure = jadam.plot(histories[0])
+    first = [weakref.ref(axes) for axes in (*figure.axes, *figure.axes[2].child_axes)]
+    assert jadam.plot(histories[1], figure) is figure
+    expected = artists(jadam.plot(histories[1]))
+    assert expected[0] == 3
+    sizes = figure.get_size_inches().tolist()
+    for _ in range(20):
+        jadam.plot(histories[1], figure)
+        assert artists(figure) == expected
+    assert figure.get_size_inches().tolist() == sizes
+    again = jadam.plot(histories[1])
+    assert figure._repr_png_() == again._repr_png_()
+    gc.collect()
+    assert [axes() for axes in first] == [None] * 4
+
+
+@pytest.mark.parametrize("layout", [None, "constrained"])
+def test_a_figure_of_pyplot(layout):
+    import matplotlib.figure
+
+    figure = matplotlib.figure.Figure(figsize=(9, 7.46), layout=layout)
+    figure.add_subplot().plot([1, 2])
+    assert jadam.plot(random_history(3), figure) is figure
+    assert artists(figure) == artists(jadam.plot(random_history(3)))
+    assert figure.get_size_inches().tolist() == [9, 7.46]
+    assert figure.get_layout_engine() is not None  # else labels would overlap
+
+
+def test_subfigures():
+    """One beside another: each is updated, and the other stays."""
+    import matplotlib.figure
+
+    whole = matplotlib.figure.Figure(figsize=(18, 7), layout="constrained")
+    left, right = whole.subfigures(1, 2)
+    assert jadam.plot(random_history(3), left) is left
+    assert jadam.plot(random_history(4), right) is right
+    others = list(right.axes)
+    expected = artists(whole)
+    assert expected[0] == 6
+    for _ in range(3):
+        jadam.plot(random_history(3), left)
+        assert artists(whole) == expected
+    assert all(a is b for a, b in zip(right.axes, others, strict=True))
+
+
+def test_axes_of_the_users_own():
+    """They stay where they are, and the colour bar is drawn once."""
+    import matplotlib.figure
+
+    figure = matplotlib.figure.Figure(figsize=(15, 8), layout="constrained")
+    grid = figure.subplots(2, 3)
+    grid[0, 0].plot([1, 2])
+    history = random_history(4)
+    assert jadam.plot(history, axes=grid[1]) is figure
+    assert list(figure.axes) == list(grid.flat)
+    expected = artists(figure)
+    for _ in range(3):
+        assert jadam.plot(history, axes=list(grid[1])) is figure
+        assert artists(figure) == expected
+    assert [axes.get_title() for axes in grid[1]] == [
+        "step sizes (quantiles within 25 %)",
+        "signal-to-noise ratio",
+        "update-to-parameter ratio (RMS)",
+    ]
+    assert len(grid[0, 0].lines) == 1
+
+
+def test_map_divided_by_the_learning_rate():
+    """The rate is that of the recorded step, which is counted from 0; where it is 0 nothing is drawn."""
+    schedule = lambda count: jnp.where(count == 1, 0.0, 0.1 * 0.5**count)
+    tx = jadam.record(jadam.adam(schedule), every=1)
+    p = {name: 2.0 * jnp.ones(4) for name in "ab"}
+    _, state = trained(tx, p, [{name: np.ones(4, np.float32) for name in p}] * 3)
+    history = jadam.history(state)
+    drawn = lambda **options: jadam.plot(history, **options).axes[2].collections[0].get_array()
+    plain, by_schedule = drawn(), drawn(learning_rate=schedule)
+    np.testing.assert_array_equal(np.ma.getmaskarray(by_schedule), [[False, True, False]] * 2)
+    rates = np.array([0.1, 1, 0.025], np.float32)
+    np.testing.assert_allclose(by_schedule, plain / rates, rtol=2**-22)  # the same quotient, twice rounded
+    np.testing.assert_array_equal(drawn(learning_rate=0.5), plain / np.float32(0.5))
+    bar = jadam.plot(history, learning_rate=0.5).axes[2].child_axes[0]
+    assert bar.get_ylabel() == "ratio / learning rate (no unit)"
+
+
+@pytest.mark.parametrize("names", [["a", "b"], list("abcdefg"), ["a", "b" * 20]], ids=["few", "many", "long"])
+def test_a_few_lines_have_the_names_of_their_parameters(names):
+    tx = jadam.record(jadam.adam(0.1), every=1)
+    p = {name: jnp.ones(3) for name in names}
+    _, state = trained(tx, p, [{name: np.ones(3, np.float32) for name in p}] * 2)
+    _, snr, _ = jadam.plot(jadam.history(state)).axes
+    labels = [text.get_text() for text in snr.get_legend().get_texts()]
+    few = ["['a']", "['b']", "all parameters"]
+    assert labels == (few if names == ["a", "b"] else ["all parameters", "each parameter"])
+
+
+def test_where_to_plot_is_checked():
+    import matplotlib.figure
+
+    history, figure = random_history(1), matplotlib.figure.Figure()
+    axes = figure.subplots(1, 3)
+    with pytest.raises(TypeError, match=r"figure must be a matplotlib Figure or SubFigure, got Axes\. To draw in axes"):
+        jadam.plot(history, axes[0])
+    with pytest.raises(ValueError, match=r"figure or axes must be None, got both\. Pass the one to draw in\."):
+        jadam.plot(history, figure, axes=axes)
+    for wrong, got in ((axes[:2], "Axes, Axes"), (figure, "Figure"), ([], "none"), ([*axes[:2], 3], "Axes, Axes, int")):
+        with pytest.raises(TypeError, match=f"axes must be three matplotlib Axes, for step sizes, .*, got {got}."):
+            jadam.plot(history, axes=wrong)
+    with pytest.raises(ValueError, match=r"learning_rate must be > 0, got 0\."):
+        jadam.plot(history, learning_rate=0)
+    assert len(figure.axes) == 3
 
 
 # Gradients of the six parameters: of 40, 80, ... 240 of 840 coordinates.
@@ -406,7 +530,7 @@ def test_plot_of_degenerate_curves(name, tmp_path):
     }.get(name, [False] * 5)
     figure = jadam.plot(history)
     draw(figure, tmp_path)
-    _, sizes, snr, _ = figure.axes
+    sizes, snr, _ = figure.axes
     for axes in (sizes, snr):
         left, right = axes.get_xlim()
         assert left < 1
