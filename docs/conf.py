@@ -40,6 +40,7 @@ napoleon_use_rtype = False
 napoleon_use_ivar = True
 
 nb_ipywidgets_js = {}  # sliders need a running kernel, not a script from the web
+nb_render_markdown_format = "gfm"  # with tables
 nb_execution_mode = "off"  # notebooks are committed with their outputs, and tests run them
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3

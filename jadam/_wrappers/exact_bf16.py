@@ -74,15 +74,15 @@ def exact_bf16(tx: optax.GradientTransformation) -> ExactBF16:
     A step joins parameters and remainders to masters, runs ``tx`` on them with float32 gradients, and splits the
     result. `optax.apply_updates` then gives the masters rounded to bfloat16. The masters are equal, bit for bit, to
     those of float32 training on the same gradients, with two exceptions: a step so long that the update overflows, as
-    from -3e38 to 3e38, and a step between subnormal numbers, below 1.2e-38. There no update makes
-    `optax.apply_updates` give the rounded master, and the master becomes the parameter that results. With XLA's
+    from -3e38 to 3e38, and a step between subnormal numbers, below 1.2e-38. In these two cases `optax.apply_updates`
+    cannot give the rounded master, so the master is set to the parameter that it gives. With XLA's
     compiler option ``xla_backend_optimization_level=0``, ``update`` on a CPU may be off by a bfloat16 spacing, because
     XLA then computes a master twice, rounded differently; `jadam.step` is not affected.
 
     It must be the outermost wrapper, because a stage after it would change the parameters but not the masters.
     Correct: ``exact_bf16(optax.chain(...))``, ``exact_bf16(optax.apply_if_finite(tx, n))``, and
     ``exact_bf16(optax.MultiSteps(tx, k))``, which accumulates gradients in float32. Wrong:
-    ``optax.MultiSteps(exact_bf16(tx), k)``, which accumulates in bfloat16, and
+    ``optax.MultiSteps(exact_bf16(tx), k)``, which rounds updates to bfloat16, and
     ``optax.chain(exact_bf16(jadam.scale_by_adam()), optax.scale(-1e-3))``, where the masters take the step without the
     scale. `jadam.chain` raises an error for this; `optax.chain` cannot detect it.
 
