@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import sybil.document
 from golden import where
-from helpers import ROOT, host_offload_reason
+from helpers import ROOT, host_offload_reason, parametrize
 from sybil.parsers.markdown import PythonCodeBlockParser
 
 from jadam._cli.command_line import _parser
@@ -42,7 +42,18 @@ def python_blocks(page):
 BLOCKS = {name: example for page in TEXTS for name, example in python_blocks(page).items()}
 
 
-@pytest.mark.parametrize("example", BLOCKS.values(), ids=BLOCKS)
+SLOW = (  # blocks that compile much; README's all run by default
+    "docs/accuracy.md: Does the difference to Optax change my training? 1",
+    "docs/how_to/checkpoints.md: Change the format in a running training, add exact_bf16 or record 1",
+    "docs/how_to/equinox.md: Equinox: bfloat16 weights with int8 moments 1",
+    "docs/how_to/flax_nnx.md: Switch an Optax run to exact_bf16 and int8 1",
+    "docs/how_to/flax_nnx.md: The training loop 1",
+    "docs/how_to/many_devices.md: FSDP with Flax NNX, with checkpoints 1",
+    "docs/quickstart.md: Change one import 1",
+)
+
+
+@parametrize("example", BLOCKS, default=[name for name in BLOCKS if name not in SLOW])
 def test_python_blocks(example, tmp_path, monkeypatch):
     """Each block runs on its own."""
     if "jax.memory.Space.Host" in example.parsed and (reason := host_offload_reason()):
@@ -71,6 +82,8 @@ def is_valid(command: str) -> bool:
     if program == "jadam":
         parser = argparse.ArgumentParser(parents=[_parser()], add_help=False)
         return arguments == ["--version"] or parser.parse_args(arguments).command == arguments[0]
+    if program == "jupyter":
+        return arguments[0] == "lab" and all((ROOT / x).exists() for x in arguments[1:])
     if program == "pytest":
         return all((ROOT / x).exists() for x in arguments if x.startswith("tests/"))
     if program == "python":
