@@ -117,7 +117,7 @@ def _width(text: str) -> int:
 
 def html_table(rows, notes=()) -> str:
     """Format the rows as an HTML table, for notebooks, with ``notes`` as lines below."""
-    cell = lambda tag, x, align: f'<{tag} style="text-align: {align}">{html.escape(x)}</{tag}>'
+    cell = lambda tag, x, align: f'<{tag} style="padding: 2px 5px; text-align: {align}">{html.escape(x)}</{tag}>'
     aligns = ["left" if not _is_number_column(column) else "right" for column in zip(*rows, strict=True)]
     line = lambda tag, row: "<tr>" + "".join(map(cell, [tag] * len(row), row, aligns)) + "</tr>"
     head, *body = rows

@@ -59,7 +59,7 @@ def test_tables():
     assert "&lt;b&gt;" in described
     assert "<b>" not in described
     assert (
-        '<td style="text-align: right">16,896</td>' in described
+        '<td style="padding: 2px 5px; text-align: right">16,896</td>' in described
     )  # 64 * 128 * 2 bytes of codes, 64 * 2 scales of 4 bytes
     planned = jadam.plan(jadam.adam(0.1), params, {"data": 2}, "data")._repr_html_()
     assert planned.count("<tr>") == 7
