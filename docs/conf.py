@@ -16,7 +16,8 @@ version = release = jadam.__version__
 
 # Sphinx reads only what lies below docs.
 NOTEBOOKS = DOCS / "notebooks"
-NOTEBOOKS.mkdir(exist_ok=True)
+shutil.rmtree(NOTEBOOKS, ignore_errors=True)
+NOTEBOOKS.mkdir()
 for notebook in (DOCS.parent / "notebooks").glob("*.ipynb"):
     shutil.copyfile(notebook, NOTEBOOKS / notebook.name)
 
@@ -29,8 +30,8 @@ extensions = [
     "sphinx_copybutton",
 ]
 exclude_patterns = ["_build"]
-nitpicky = True  # a reference to jadam that leads nowhere is an error; other projects are not looked up
-nitpick_ignore_regex = [(r".*", r"(?!jadam).*")]
+nitpicky = True  # a reference that leads nowhere is an error, but for names of other projects
+nitpick_ignore_regex = [(r".*", r"(jax|optax|nnx|torch|pandas|matplotlib|re|train_state)\..*|NamedSharding|AbstractMesh")]
 
 default_role = "py:obj"
 autodoc_typehints = "none"  # docstrings tell types in words

@@ -49,6 +49,7 @@ SLOW = (  # blocks that compile much; README's all run by default
     "docs/how_to/flax_nnx.md: Switch an Optax run to exact_bf16 and int8 1",
     "docs/how_to/flax_nnx.md: The training loop 1",
     "docs/how_to/many_devices.md: FSDP with Flax NNX, with checkpoints 1",
+    "docs/memory.md: How int8 works 1",
     "docs/quickstart.md: Change one import 1",
 )
 
@@ -152,9 +153,11 @@ def test_the_lower_bounds_are_those_of_pyproject(page):
         assert f'"{name}>={version}"' in PYPROJECT
 
 
-def test_one_version():
-    version = importlib.metadata.version("jadam")
-    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+def test_one_version_and_title():
+    version, citation = importlib.metadata.version("jadam"), (ROOT / "CITATION.cff").read_text()
+    title = re.search(r'^title: "(.*)"$', citation, re.MULTILINE)[1]
+    assert f"{{{title}}}" in TEXTS["docs/faq.md"]
+    assert f"\nversion: {version}\n" in citation
     assert f"\n## {version}" in (ROOT / "CHANGELOG.md").read_text()
 
 

@@ -45,11 +45,17 @@ class Digits(NamedTuple):
 class Side(NamedTuple):
     """One of the sides that are compared."""
 
-    name: str  # "weights, optimizer"
+    weights: str
+    optimizer: str
     dtype: Any  # of the weights
     tx: optax.GradientTransformation
     nnx_optimizer: type[nnx.Optimizer]
     step: Callable  # ``step(tx, grads, state, params)`` returns ``(params, state)``
+
+    @property
+    def name(self) -> str:
+        """For labels."""
+        return f"{self.weights}, {self.optimizer}"
 
 
 class Run(NamedTuple):
@@ -90,9 +96,9 @@ def make_sides(lr: float) -> list[Side]:
     """The three sides, float32 first."""
     lean = jadam.exact_bf16(jadam.adam(lr, moments="int8"))
     return [
-        Side("float32, optax.adam", jnp.float32, optax.adam(lr), nnx.Optimizer, update_and_apply),
-        Side("bf16, optax.adam", jnp.bfloat16, optax.adam(lr), nnx.Optimizer, update_and_apply),
-        Side("bf16, jadam (int8)", jnp.bfloat16, lean, jadam.flax.Optimizer, jadam.step),
+        Side("float32", "optax.adam", jnp.float32, optax.adam(lr), nnx.Optimizer, update_and_apply),
+        Side("bf16", "optax.adam", jnp.bfloat16, optax.adam(lr), nnx.Optimizer, update_and_apply),
+        Side("bf16", "jadam (int8)", jnp.bfloat16, lean, jadam.flax.Optimizer, jadam.step),
     ]
 
 
@@ -145,8 +151,9 @@ def train(side: Side, data: tuple[Digits, Digits], steps: int, seed: int, on_pro
     training, test = data
     model = make_model(side, seed)
     optimizer = side.nnx_optimizer(model, side.tx, wrt=nnx.Param)
-    parts = [jax.tree.leaves(x) for x in (nnx.state(model, nnx.Param), nnx.state(optimizer, nnx.optimizer.OptState))]
-    weight_bytes, state_bytes = (sum(x.nbytes for x in part) / sum(x.size for x in parts[0]) for part in parts)
+    params, state = nnx.state(model, nnx.Param), nnx.state(optimizer, nnx.optimizer.OptState)
+    number = sum(x.size for x in jax.tree.leaves(params))
+    weight_bytes, state_bytes = (sum(x.nbytes for x in jax.tree.leaves(tree)) / number for tree in (params, state))
 
     train_on = nnx.cached_partial(train_step, model, optimizer)  # less overhead per step
     taken, losses = [0], [float(evaluate(model, *training)[0])]
@@ -230,7 +237,7 @@ def table(runs: list[Run]) -> Table:
         result.add_column(heading, justify="left" if is_name else "right", overflow="fold")
     for run in runs:
         numbers = f"{run.loss[-1]:#.4g}", f"{run.accuracy:.3f}", f"{run.bytes:.2f}", short(run.milliseconds)
-        result.add_row(*run.side.name.split(", "), *numbers)
+        result.add_row(run.side.weights, run.side.optimizer, *numbers)
     return result
 
 

@@ -49,7 +49,7 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """Result of `describe`: a `Leaf` for each parameter, and ``other_bytes`` of the rest, such as step counters.
+    """Result of `describe`: a ``Leaf`` for each parameter, and ``other_bytes`` of the rest, such as step counters.
 
     ``one_pass``: whether `jadam.step` is fused, one pass over memory, on the default backend; None if only a state was
     given. ``step``: the same in words, with the reason if it is not fused.

@@ -263,7 +263,7 @@ def _minor(x):
     decades = np.log10(np.nanmax(x) / np.nanmin(x)) if x.size else np.inf
     if decades < 1:
         return _plain()
-    return FuncFormatter(lambda x, _: f"{x:g}" * (f"{x:e}"[0] in "25")) if decades < 2 else NullFormatter()
+    return FuncFormatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "") if decades < 2 else NullFormatter()
 
 
 def _drawable(names: list[str]) -> tuple[list[str], list[str]]:

@@ -39,7 +39,7 @@ def step(
     `jadam.describe` shows what is fused, and the reason if not.
 
     On several devices each device updates its shards in the same way: on CPU and GPU under plain `jax.jit`, and on any
-    platform on a mesh with explicit axes, with `jadam.sharding.sharded` or `zero1`, and inside `jax.shard_map`. On a
+    platform on a mesh with explicit axes, with `jadam.sharding.sharded` or ``zero1``, and inside `jax.shard_map`. On a
     TPU mesh whose axes are ``Auto``, XLA does the step and partitions it, unless `jadam.sharding.sharded` declares the
     shardings. Where parameters and state are sharded alike, nothing is sent between devices.
 

@@ -82,7 +82,7 @@ class Hyperparams(SimpleNamespace):
 
 
 class QuantizedAdamState(NamedTuple):
-    """State where some leaves may have int8 moments: Optax's `ScaleByAdamState`, a scale for each moment, a version.
+    """State where some leaves may have int8 moments: Optax's ``ScaleByAdamState``, a scale for each moment, a version.
 
     For an int8 leaf of shape ``[..., n]``, ``mu`` (int8) holds codes of ``r = m / sqrt(v)`` and ``nu`` (uint8) codes of
     ``v``, which `jadam.convert_moments` decodes. ``mu_scale`` and ``nu_scale`` (float32, ``[..., blocks]``) hold the

@@ -85,7 +85,7 @@ def long_directions():
 def test_error_against_float64_over_1500_steps(b2, scale):
     # Storing v in float32 rounds it once a step, by 0.29 ulp rms. The roundings add up as a random walk over 1/(1-b2)
     # steps. At b2 = 0.9999 v grows in all 1500 steps, and sqrt(v) has sqrt(1500/3) * 0.29 * 2**-23.5 / 2 = 2.7e-7 rms.
-    # That is a floor for any Adam with float32 state. The README claims 7e-7 for 16 coordinates.
+    # That is a floor for any Adam with float32 state. docs/accuracy.md has 5.4e-7 for 16 coordinates.
     gradients, found = long_gradients(scale), long_directions()[b2, scale]
     expected = np.array(oracle.adam(gradients, b2=b2))
     assert largest_error(found[:, FEW], expected[:, FEW]) <= 7e-7
