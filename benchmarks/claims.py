@@ -481,7 +481,7 @@ def band(axis, x, rows, side, **style):
 
 def legend(axis, title=None):
     """Legend below the axis."""
-    axis.legend(fontsize=8, title=title, title_fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15))
+    axis.legend(title=title, loc="upper center", bbox_to_anchor=(0.5, -0.15), frameon=False)
 
 
 def log_scale(axis):
@@ -551,7 +551,7 @@ def draw_bias(axes, result):
                 axis.fill_between(result["log10_rate"], rows.min(0), rows.max(0), color=color, alpha=0.25, lw=0)
         axis.set(title=f"b1 = {cell['b1']:g}, b2 = {cell['b2']:g}", xlabel="log10 of the learning rate")
         axis.set(ylabel="loss, nats per digit", ylim=(100, 400))
-    np.ravel(axes)[0].legend(fontsize=7, title="bias correction (no point: diverged)", title_fontsize=7)
+    np.ravel(axes)[0].legend(title="bias correction", frameon=False)
 
 
 def plot(result, folder: Path) -> None:
@@ -578,7 +578,7 @@ def plot(result, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     for name, (down, across, draw) in pictures.items():
         figure, axes = plt.subplots(
-            down, across, figsize=(4.4 * across, (3.0 if name == "bias" else 4.6) * down), layout="constrained"
+            down, across, figsize=(4.0 * across, (3.0 if name == "bias" else 4.6) * down), layout="constrained"
         )
         draw(axes)
         figure.canvas.draw()
