@@ -562,11 +562,13 @@ def plot(result, folder: Path) -> None:
     problems = result["problems"]
 
     def each(draw, *names):
-        return lambda axes: [draw(axis, name, problems[name]) for axis, name in zip(np.ravel(axes), names, strict=True)]
+        return lambda axes: [
+            draw(axis, name, problems[name]) for axis, name in zip(np.ravel(axes), names, strict=False)
+        ]
 
     pictures = {
-        "faster": (1, 3, each(curves, "mnist_logistic", "reviews", "mnist_wide_network")),
-        "tuning": (1, 3, each(widths, "mnist_logistic", "reviews", "mnist_network")),
+        "faster": (2, 2, each(curves, "mnist_logistic", "reviews", "mnist_wide_network")),
+        "tuning": (2, 2, each(widths, "mnist_logistic", "reviews", "mnist_network")),
         "noise": (1, 2, each(curves, "reviews", "mnist_wrong_labels")),
         "rescaling": (1, 2, lambda axes: draw_rescaled(axes, result["rescaling"])),
         "bias": (
@@ -578,12 +580,15 @@ def plot(result, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     for name, (down, across, draw) in pictures.items():
         figure, axes = plt.subplots(
-            down, across, figsize=(4.0 * across, (3.0 if name == "bias" else 4.6) * down), layout="constrained"
+            down, across, figsize=(4.4 * across, (3.0 if name == "bias" else 4.6) * down), layout="constrained"
         )
         draw(axes)
+        for axis in np.ravel(axes):
+            if not axis.has_data():
+                axis.remove()
         figure.canvas.draw()
         picture = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
-        picture.quantize(128).save(folder / f"claims-{name}.png", optimize=True)  # a third of the size
+        picture.quantize(64).save(folder / f"claims-{name}.png", optimize=True)  # a third of the size
         plt.close(figure)
 
 
