@@ -481,7 +481,7 @@ def band(axis, x, rows, side, **style):
 
 def legend(axis, title=None):
     """Legend below the axis."""
-    axis.legend(fontsize=8, title=title, title_fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15))
+    axis.legend(title=title, loc="upper center", bbox_to_anchor=(0.5, -0.15), frameon=False)
 
 
 def log_scale(axis):
@@ -551,7 +551,7 @@ def draw_bias(axes, result):
                 axis.fill_between(result["log10_rate"], rows.min(0), rows.max(0), color=color, alpha=0.25, lw=0)
         axis.set(title=f"b1 = {cell['b1']:g}, b2 = {cell['b2']:g}", xlabel="log10 of the learning rate")
         axis.set(ylabel="loss, nats per digit", ylim=(100, 400))
-    np.ravel(axes)[0].legend(fontsize=7, title="bias correction (no point: diverged)", title_fontsize=7)
+    np.ravel(axes)[0].legend(title="bias correction", frameon=False)
 
 
 def plot(result, folder: Path) -> None:
@@ -562,11 +562,13 @@ def plot(result, folder: Path) -> None:
     problems = result["problems"]
 
     def each(draw, *names):
-        return lambda axes: [draw(axis, name, problems[name]) for axis, name in zip(np.ravel(axes), names, strict=True)]
+        return lambda axes: [
+            draw(axis, name, problems[name]) for axis, name in zip(np.ravel(axes), names, strict=False)
+        ]
 
     pictures = {
-        "faster": (1, 3, each(curves, "mnist_logistic", "reviews", "mnist_wide_network")),
-        "tuning": (1, 3, each(widths, "mnist_logistic", "reviews", "mnist_network")),
+        "faster": (2, 2, each(curves, "mnist_logistic", "reviews", "mnist_wide_network")),
+        "tuning": (2, 2, each(widths, "mnist_logistic", "reviews", "mnist_network")),
         "noise": (1, 2, each(curves, "reviews", "mnist_wrong_labels")),
         "rescaling": (1, 2, lambda axes: draw_rescaled(axes, result["rescaling"])),
         "bias": (
@@ -581,9 +583,12 @@ def plot(result, folder: Path) -> None:
             down, across, figsize=(4.4 * across, (3.0 if name == "bias" else 4.6) * down), layout="constrained"
         )
         draw(axes)
+        for axis in np.ravel(axes):
+            if not axis.has_data():
+                axis.remove()
         figure.canvas.draw()
         picture = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
-        picture.quantize(128).save(folder / f"claims-{name}.png", optimize=True)  # a third of the size
+        picture.quantize(64).save(folder / f"claims-{name}.png", optimize=True)  # a third of the size
         plt.close(figure)
 
 
