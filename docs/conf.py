@@ -31,7 +31,8 @@ extensions = [
 ]
 exclude_patterns = ["_build"]
 nitpicky = True  # a reference that leads nowhere is an error, but for names of other projects
-nitpick_ignore_regex = [(r".*", r"(jax|optax|nnx|torch|pandas|matplotlib|re|train_state)\..*|NamedSharding|AbstractMesh")]
+OTHERS = r"(jax|optax|nnx|torch|pandas|matplotlib|re|train_state)\..*|NamedSharding|AbstractMesh"
+nitpick_ignore_regex = [(r".*", OTHERS)]
 
 default_role = "py:obj"
 autodoc_typehints = "none"  # docstrings tell types in words
