@@ -190,9 +190,10 @@ def sharded(tx: optax.GradientTransformation, params, mesh) -> Sharded:
 def state_shardings(tx: optax.GradientTransformation, params) -> Any:
     """Return the shardings of ``tx``'s state: moments, scales and remainders like their parameter, others replicated.
 
-    They are those of ``tx.init(params)`` outside of `jax.jit`. Use them as ``in_shardings`` and ``out_shardings`` of a
-    training step, to restore a checkpoint, or in ``jax.jit(tx.init, out_shardings=...)``. Under `jax.jit`, ``tx.init``
-    does not know the shardings of ``params``: if they cut int8 blocks of 128, use ``sharded(tx, params, mesh).init``.
+    They are those of ``tx.init(params)`` outside of `jax.jit`, which leaves counters on one device. Use them as
+    ``in_shardings`` and ``out_shardings`` of a training step, to restore a checkpoint, or in ``jax.jit(tx.init,
+    out_shardings=...)``. Under `jax.jit`, ``tx.init`` does not know the shardings of ``params``: if they cut int8
+    blocks of 128, use ``sharded(tx, params, mesh).init``.
 
     Args:
         tx: any Optax transformation.
