@@ -4,6 +4,7 @@ import argparse
 import datetime
 import importlib
 import json
+import os
 import platform
 import re
 import sys
@@ -15,7 +16,7 @@ import optax
 
 import jadam
 
-NAMES = ["accuracy", "aot", "claims", "core", "cuda", "gpu", "lean", "mesh", "mutation", "record", "speed"]
+NAMES = ["accuracy", "aot", "claims", "core", "cuda", "fits", "gpu", "lean", "mesh", "mutation", "record", "speed"]
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -48,7 +49,7 @@ def main() -> int:
         "--mesh", type=aot_mesh, help="aot: compile a step of --model for a TPU topology, e.g. v5e:16x16"
     )
     parser.add_argument("--model", default="llama-70b", help="aot --mesh: a model that `jadam plan` knows")
-    parser.add_argument("--quick", action="store_true", help="aot, cuda: the essential rows; writes nothing")
+    parser.add_argument("--quick", action="store_true", help="aot, cuda, fits: the essential rows; writes nothing")
     parser.add_argument("--against", metavar="COMMIT", help="core: the commit to compare with")
     parser.add_argument("--torch-python", help="a Python interpreter with PyTorch, to compare with")
     parser.add_argument("--minutes", type=float, default=5.0, help="gpu: the run ends within this time; default: 5")
@@ -57,6 +58,8 @@ def main() -> int:
     options = parser.parse_args()
     if unknown := set(options.names) - set(NAMES):
         parser.error(f"no benchmark named {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
+    if "fits" in options.names:  # the processes that it starts need the GPU's memory
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     for name, backend in jadam.backends().items():
         print(f"{name}: {backend}")
     for name in options.names or NAMES:
