@@ -1,37 +1,33 @@
 """Run benchmarks by name, or all of them: ``python -m benchmarks [NAME ...]``."""
 
 import argparse
-import datetime
 import importlib
 import json
 import os
-import platform
 import re
 import sys
 from pathlib import Path
 
-import jax
-import numpy
-import optax
-
 import jadam
+from benchmarks.running import machine
 
-NAMES = ["accuracy", "aot", "claims", "core", "cuda", "fits", "gpu", "lean", "mesh", "mutation", "record", "speed"]
+NAMES = [
+    "accuracy",
+    "aot",
+    "claims",
+    "core",
+    "cuda",
+    "fits",
+    "gpu",
+    "lean",
+    "mesh",
+    "mutation",
+    "ppo",
+    "record",
+    "speed",
+    "train",
+]
 RESULTS = Path(__file__).parent / "results"
-
-
-def machine() -> dict:
-    """Date, machine and versions, for the results file."""
-    info = Path("/proc/cpuinfo")
-    names = [line for line in (info.read_text() if info.exists() else "").splitlines() if line.startswith("model name")]
-    cpu = names[0].split(":")[1].strip() if names else platform.processor()
-    packages = {module.__name__: module.__version__ for module in (jax, optax, numpy, jadam)}
-    return {
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {cpu}, {jax.default_backend()}",
-        "python": platform.python_version(),
-        **packages,
-    }
 
 
 def aot_mesh(text: str) -> str:
@@ -49,12 +45,15 @@ def main() -> int:
         "--mesh", type=aot_mesh, help="aot: compile a step of --model for a TPU topology, e.g. v5e:16x16"
     )
     parser.add_argument("--model", default="llama-70b", help="aot --mesh: a model that `jadam plan` knows")
-    parser.add_argument("--quick", action="store_true", help="aot, cuda, fits: the essential rows; writes nothing")
+    quick = "aot, cuda, fits: the essential rows; ppo: a shorter training; writes nothing. train: fewer steps"
+    parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--against", metavar="COMMIT", help="core: the commit to compare with")
     parser.add_argument("--torch-python", help="a Python interpreter with PyTorch, to compare with")
-    parser.add_argument("--minutes", type=float, default=5.0, help="gpu: the run ends within this time; default: 5")
+    parser.add_argument("--minutes", type=float, help="gpu, train: the run ends within this time; default: 5, 10")
     parser.add_argument("--cpu", action="store_true", help="gpu: run on a CPU, with small sizes")
-    parser.add_argument("--out", metavar="FILE", help="gpu: the results; default: benchmarks/results/gpu-CARD.json")
+    parser.add_argument("--out", metavar="FILE", help="gpu, train: the results; default: in benchmarks/results")
+    parser.add_argument("--size", choices=["gpt2", "tiny"], default="gpt2", help="train: the model; default: gpt2")
+    parser.add_argument("--aot", action="store_true", help="train: compile for an H100, which need not be there")
     options = parser.parse_args()
     if unknown := set(options.names) - set(NAMES):
         parser.error(f"no benchmark named {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
@@ -67,10 +66,16 @@ def main() -> int:
         if not result:
             continue
         RESULTS.mkdir(exist_ok=True)
-        mesh = options.mesh if name == "aot" else None
-        out = RESULTS / (f"{name}-{mesh.replace(':', '-')}.json" if mesh else f"{name}.json")
-        command = f"python -m benchmarks {name}" + (f" --mesh {mesh} --model {options.model}" if mesh else "")
-        command += f" --against {options.against}" if name == "core" else ""
+        stem, command = name, f"python -m benchmarks {name}"
+        if name == "aot" and options.mesh:
+            stem += f"-{options.mesh.replace(':', '-')}"
+            command += f" --mesh {options.mesh} --model {options.model}"
+        if name == "core":
+            command += f" --against {options.against}"
+        if name == "train":  # without --aot it writes its results itself
+            stem += f"-{options.size}-aot"
+            command += f" --size {options.size} --aot" + " --quick" * options.quick
+        out = RESULTS / f"{stem}.json"
         out.write_text(json.dumps({"command": command, **machine(), **result}, indent=1) + "\n")
         print(f"{name}: written to {out}")
     return 0

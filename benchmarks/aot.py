@@ -21,12 +21,14 @@ from pathlib import Path
 import jax
 
 HERE = Path(__file__).resolve().parent
+CUDA = [
+    *("jax==0.10.2", "optax==0.2.8", "lazy-loader==0.6", "jax-cuda12-plugin==0.10.2", "jax-cuda12-pjrt==0.10.2"),
+    "nvidia-cuda-nvcc-cu12",  # for ptxas
+]
 PACKAGES = {
     "tpu": ["jax==0.10.2", "optax==0.2.8", "lazy-loader==0.6", "libtpu==0.0.42.*"],
-    "cuda": [
-        *("jax==0.10.2", "optax==0.2.8", "lazy-loader==0.6", "jax-cuda12-plugin==0.10.2", "jax-cuda12-pjrt==0.10.2"),
-        "nvidia-cuda-nvcc-cu12",  # for ptxas
-    ],
+    "cuda": CUDA,
+    "train": [*CUDA, "flax==0.12.8"],  # for `benchmarks.train.aot`
     "nvrtc": [
         "lazy-loader==0.6",
         "nvidia-cuda-nvrtc-cu12==12.9.*",
@@ -145,7 +147,7 @@ def run_in_environment(platform, *arguments, module="benchmarks.aot"):
                 yield json.loads(line)
         if child.wait() or not found:
             errors.seek(0)
-            raise SystemExit(f"aot: {' '.join(arguments)} failed:\n{errors.read()[-4000:]}")
+            raise SystemExit(f"{module} {' '.join(arguments)} failed:\n{errors.read()[-4000:]}")
 
 
 def on_mesh(topology, model) -> dict:

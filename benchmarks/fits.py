@@ -27,7 +27,8 @@ from rich.table import Table
 
 import jadam
 from benchmarks.gpu import HERE, last_line
-from benchmarks.gpu_sides import first_line, one_pass, update_and_apply
+from benchmarks.gpu_sides import one_pass, update_and_apply
+from benchmarks.running import first_line
 from jadam._diagnostics.models import MODELS
 from jadam._diagnostics.plan import CONFIGURATIONS, MemoryPlan
 

@@ -13,34 +13,27 @@ The exit status is 1 if a check fails. ``--cpu`` runs the same code on a CPU wit
 """
 
 import contextlib
-import importlib.metadata
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
 import jax
 
-import jadam
 from benchmarks import gpu_checks, gpu_sides
-from benchmarks.gpu_sides import SIDES, first_line
+from benchmarks.gpu_sides import SIDES
+from benchmarks.running import TimedRun, card_name, describe_machine, first_line, print_table
 
 HERE = Path(__file__).resolve().parent
+MINUTES = 5.0
 SHARE_OF_CHECKS = 0.4  # of the time; checks that do not fit come again at the end
 UNKNOWN = 4.0  # seconds that the first case of a kind may take, which nothing tells
-MARGIN = 0.04  # of the time, for the plot and for what cannot be interrupted
-PACKAGES = (
-    *("jax", "jaxlib", "optax", "numpy", "jax-cuda12-plugin", "jax-cuda13-plugin"),
-    *("nvidia-cuda-nvrtc-cu12", "nvidia-cuda-nvrtc", "torch", "bitsandbytes", "flashoptim-jax"),
-)
 GRAPHS = {  # XLA's flags; it calls a CUDA graph a command buffer, and by default wants five operations in one
     "graph of the loop's body": "--xla_gpu_graph_min_graph_size=1",
     "no graph": "--xla_gpu_enable_command_buffer=",
@@ -50,40 +43,14 @@ GRAPHS = {  # XLA's flags; it calls a CUDA graph a command buffer, and by defaul
 TOOLS = ("memcheck", "racecheck")
 
 
-class Bench:
-    """The results so far, their file, and the time left."""
+class Bench(TimedRun):
+    """A timed run on a device."""
 
     def __init__(self, device, small: bool, out: Path, minutes: float):
-        self.device, self.small, self.out = device, small, out
-        self.seconds = 60 * minutes * (1 - MARGIN)
-        self.end = time.monotonic() + self.seconds
-        self.watchdog = threading.Timer(60 * minutes, self.stop)
-        self.watchdog.daemon = True
-        self.result: dict = {"checks": {}, "cases": {}, "CUDA graph": {}, "compute-sanitizer": {}}
-        self.failed: list[str] = []
-        self.left_out: list[str] = []
+        super().__init__("gpu", out, minutes)
+        self.device, self.small = device, small
+        self.result = {"checks": {}, "cases": {}, "CUDA graph": {}, "compute-sanitizer": {}}
         self.pace: dict[str, float] = {}  # seconds to compile a side, per leaf
-
-    def left(self) -> float:
-        """Seconds left."""
-        return self.end - time.monotonic()
-
-    def write(self) -> None:
-        """Replaces the results file."""
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        new = self.out.with_suffix(".new")
-        new.write_text(json.dumps({**self.result, "left out": self.left_out}, indent=1) + "\n")
-        new.replace(self.out)
-
-    def stop(self) -> None:
-        """Ends the process: something took longer than expected, and cannot be interrupted."""
-        print(f"gpu: stopped, out of time; see {self.out}", flush=True)
-        os._exit(1 if self.failed else 0)
-
-    def error(self, what: str, error: BaseException) -> None:
-        """Prints and records what failed."""
-        print(f"gpu: {what} failed: {first_line(error)}", flush=True)
-        self.result.setdefault("errors", {})[what] = first_line(error)
 
 
 def find_device(options):
@@ -99,15 +66,14 @@ def find_device(options):
 
 def run(options) -> dict:
     """Runs everything. Writes its results itself, after every case."""
-    if options.minutes <= 0:
-        raise SystemExit(f"gpu: --minutes must be > 0, got {options.minutes:g}")
     device = find_device(options)
     if device is None:
         return {}
     jax.config.update("jax_enable_compilation_cache", False)  # compile times are measured
-    card = re.sub(r"[^a-z0-9]+", "-", device.device_kind.lower()).strip("-") or "unknown"
-    default = Path(tempfile.gettempdir()) / "gpu-cpu.json" if options.cpu else HERE / "results" / f"gpu-{card}.json"
-    bench = Bench(device, options.cpu, Path(options.out or default), options.minutes)
+    default = HERE / "results" / f"gpu-{card_name(device)}.json"
+    default = Path(tempfile.gettempdir()) / "gpu-cpu.json" if options.cpu else default
+    minutes = MINUTES if options.minutes is None else options.minutes
+    bench = Bench(device, options.cpu, Path(options.out or default), minutes)
     bench.watchdog.start()
     with jax.default_device(device):
         try:
@@ -139,20 +105,9 @@ def run(options) -> dict:
 
 def header(bench, options) -> None:
     """Prints and records card, driver, versions, kernels and bandwidth."""
-    from benchmarks.__main__ import machine
-
-    versions = {}
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
     facts = {
-        "command": f"python -m benchmarks gpu --minutes {options.minutes:g}" + " --cpu" * options.cpu,
-        **machine(),
-        "card": bench.device.device_kind,
-        "driver": driver(),
-        "platform": " ".join(str(getattr(bench.device.client, "platform_version", "")).split()),
-        "versions": versions,
-        "backends": {name: str(backend) for name, backend in jadam.backends().items()},
+        "command": f"python -m benchmarks gpu --minutes {bench.minutes:g}" + " --cpu" * options.cpu,
+        **describe_machine(bench.device),
     }
     bench.result = {**facts, **bench.result}
     for name in ("card", "driver", "platform", "versions", "backends"):
@@ -164,17 +119,6 @@ def header(bench, options) -> None:
     except Exception as error:
         bench.error("copy bandwidth", error)
     bench.write()
-
-
-def driver() -> str:
-    """What nvidia-smi says of the driver, clocks and power limit; or why it says nothing."""
-    query = "--query-gpu=name,driver_version,clocks.max.sm,clocks.max.mem,power.limit"
-    try:
-        command = ["nvidia-smi", query, "--format=csv,noheader"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-        return "; ".join(done.stdout.split("\n")).strip("; ")
-    except (OSError, subprocess.SubprocessError) as error:
-        return first_line(error)
 
 
 # ---------------------------------------------------------------- correctness
@@ -246,7 +190,7 @@ def measure(bench, case, shapes) -> None:
                 grads[dtype] = gpu_sides.gradients(shapes, dtype)
             sides[name] = make(grads[dtype])
         except ImportError as error:
-            missing(bench, name, error)
+            bench.missing(name, error)
         except Exception as error:
             bench.error(f"{case}: {name}", error)
         else:
@@ -269,14 +213,6 @@ def measure(bench, case, shapes) -> None:
     if "torch" in sys.modules:
         with contextlib.suppress(Exception):
             sys.modules["torch"].cuda.empty_cache()
-
-
-def missing(bench, name, error) -> None:
-    """Prints once that a side's package is not installed."""
-    known = bench.result.setdefault("not installed", {})
-    if name not in known:
-        known[name] = first_line(error)
-        print(f"gpu: {name} left out: {first_line(error)}", flush=True)
 
 
 # ---------------------------------------------------------------- child processes
@@ -402,25 +338,6 @@ def summary(bench) -> None:
             print(f"gpu: no plot: {first_line(error)}", flush=True)
         except Exception as error:
             bench.error("plot", error)
-
-
-def print_table(title, header, rows) -> None:
-    """Prints a table, by rich if it is installed."""
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-        print(f"\n{title}")
-        for row in (header, *rows):
-            print("  ".join(x.ljust(n) for x, n in zip(row, widths, strict=True)))
-        return
-    table = Table(*header, title=title)
-    for row in rows:
-        table.add_row(*row)
-    console = Console()
-    console.width = max(console.width, 100)
-    console.print(table)
 
 
 def draw(result, path: Path) -> None:

@@ -18,6 +18,7 @@ import optax
 
 import jadam
 from benchmarks.aot import FREE
+from benchmarks.running import first_line
 from jadam._diagnostics.plan import shapes_of
 
 STEPS = 20  # of a loop within one program
@@ -215,11 +216,6 @@ SIDES = {  # name: (function that makes the side from gradients, dtype of weight
     "flashoptim-jax, 8-bit": (_flashoptim, jnp.float32),
 }
 MANY_LEAVES = ("Optax", "step float32", "step bfloat16", "step float32, exact_bf16", "torch, fused")  # Optax: 16 s each
-
-
-def first_line(error: BaseException) -> str:
-    """Type and first line of an error."""
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"[:300]
 
 
 def time_sides(sides, report, time_left=lambda: math.inf) -> dict[str, dict]:

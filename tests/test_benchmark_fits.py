@@ -48,7 +48,7 @@ def test_compiled_arguments_are_as_planned(name):
 
 
 class Device:
-    """A GPU, of which JAX may use 95 %."""
+    """A small GPU. JAX may use 95 % of its memory."""
 
     platform, device_kind = "gpu", "a small card"
 
