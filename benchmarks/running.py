@@ -60,7 +60,8 @@ class TimedRun:
 
     def stop(self) -> None:
         """Ends the process: something took longer than expected, and cannot be interrupted."""
-        print(f"{self.name}: stopped, out of time; see {self.out}", flush=True)
+        written = f"see {self.out}" if self.out.exists() else "nothing was written"
+        print(f"{self.name}: stopped, out of time; {written}", flush=True)
         os._exit(1 if self.failed else 0)
 
     def error(self, what: str, error: BaseException) -> None:

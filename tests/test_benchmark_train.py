@@ -219,6 +219,7 @@ def test_what_does_not_fit_is_named_and_goes_on(tmp_path, monkeypatch, capsys):
     (kept,) = (text.cache() / "result").glob("*/*")
     assert [x.name for x in kept.iterdir()] == ["2"]
     training.run(given)
+    assert "train: Optax, float32, seed 0: goes on after step 4" in capsys.readouterr().out
     assert json.loads(given.out.read_text())["complete"]
     assert not list((text.cache() / "result").glob("*/*"))
 
@@ -299,7 +300,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
     resumed = start("killed.json", "b")
     output, _ = resumed.communicate(timeout=300)
     assert resumed.returncode == 0, output
-    assert "train: resumes " in output
+    assert "train: jadam, int8, seed 0: goes on after step " in output
     losses = lambda name: [(x["loss"], x["curve"]) for runs in results(name).values() for x in runs.values()]
     assert losses("killed.json") == losses("whole.json")
 

@@ -258,6 +258,8 @@ def train(training, name, seed, prepared, advance) -> dict | None:
     with Checkpoint(folder) as checkpoint:
         done, (params, state, curve) = checkpoint.restore((*begin(training, prepared.side, seed), curve))
         curve = np.array(curve)
+        if done:
+            print(f"train: {name}, seed {seed}: goes on after step {done * size.chunk}", flush=True)
         advance(done * size.chunk)
         for chunk in range(done, len(starts)):
             over = training.left() < prepared.seconds + save_seconds
