@@ -45,11 +45,11 @@ def main() -> int:
         "--mesh", type=aot_mesh, help="aot: compile a step of --model for a TPU topology, e.g. v5e:16x16"
     )
     parser.add_argument("--model", default="llama-70b", help="aot --mesh: a model that `jadam plan` knows")
-    quick = "aot, cuda, fits: the essential rows; ppo: a shorter training; writes nothing. train: fewer steps"
+    quick = "aot, cuda, fits, ppo: less, and writes nothing; train: fewer steps, written to another file"
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--against", metavar="COMMIT", help="core: the commit to compare with")
     parser.add_argument("--torch-python", help="a Python interpreter with PyTorch, to compare with")
-    parser.add_argument("--minutes", type=float, help="gpu, train: the run ends within this time; default: 5, 10")
+    parser.add_argument("--minutes", type=float, help="gpu, train: end within this time; default: 5, 10 (--quick 4)")
     parser.add_argument("--cpu", action="store_true", help="gpu: run on a CPU, with small sizes")
     parser.add_argument("--out", metavar="FILE", help="gpu, train: the results; default: in benchmarks/results")
     parser.add_argument("--size", choices=["gpt2", "tiny"], default="gpt2", help="train: the model; default: gpt2")

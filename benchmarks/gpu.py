@@ -110,7 +110,7 @@ def header(bench, options) -> None:
         **describe_machine(bench.device),
     }
     bench.result = {**facts, **bench.result}
-    for name in ("card", "driver", "platform", "versions", "backends"):
+    for name in ("card", "driver", "platform", "versions", "kernels"):
         print(f"gpu: {name}: {facts[name]}", flush=True)
     try:
         rate, elements = gpu_sides.copy_bandwidth(2**18 if bench.small else 2**27)

@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -36,8 +37,14 @@ class TimedRun:
     """
 
     def __init__(self, name: str, out: Path, minutes: float):
-        if minutes <= 0:
-            raise SystemExit(f"{name}: --minutes must be > 0, got {minutes:g}")
+        if not 0 < minutes < math.inf:
+            raise SystemExit(f"{name}: --minutes must be > 0 and finite, got {minutes:g}")
+        if out.suffix != ".json" or out.is_dir():
+            raise SystemExit(f"{name}: --out must be a .json file, got {out}")
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SystemExit(f"{name}: --out: cannot write {out}: {error.strerror}") from None
         self.name, self.out, self.minutes = name, out, minutes
         self.seconds = 60 * minutes * (1 - MARGIN)
         self.end = time.monotonic() + self.seconds
@@ -46,6 +53,7 @@ class TimedRun:
         self.result: dict = {}
         self.failed: list[str] = []
         self.left_out: list[str] = []
+        self.written = False
 
     def left(self) -> float:
         """Seconds left."""
@@ -53,16 +61,16 @@ class TimedRun:
 
     def write(self) -> None:
         """Replaces the results file."""
-        self.out.parent.mkdir(parents=True, exist_ok=True)
         new = self.out.with_suffix(".new")
         new.write_text(json.dumps({**self.result, "left out": self.left_out}, indent=1) + "\n")
         new.replace(self.out)
+        self.written = True
 
     def stop(self) -> None:
         """Ends the process: something took longer than expected, and cannot be interrupted."""
-        written = f"see {self.out}" if self.out.exists() else "nothing was written"
-        print(f"{self.name}: stopped, out of time; {written}", flush=True)
-        os._exit(1 if self.failed else 0)
+        written = f"see {self.out}" if self.written else "nothing was finished; try a larger --minutes"
+        print(f"{self.name}: stopped after {self.minutes:g} minutes; {written}", flush=True)
+        os._exit(1 if self.failed or not self.written else 0)
 
     def error(self, what: str, error: BaseException) -> None:
         """Prints and records what failed."""
@@ -100,10 +108,10 @@ def describe_machine(device) -> dict:
     return {
         **machine(),
         "card": device.device_kind,
-        "driver": driver(),
+        "driver": driver() if device.platform == "gpu" else None,
         "platform": " ".join(str(getattr(device.client, "platform_version", "")).split()),
         "versions": versions,
-        "backends": {name: str(backend) for name, backend in jadam.backends().items()},
+        "kernels": {name: backend.kernel or "XLA" for name, backend in jadam.backends().items()},
     }
 
 

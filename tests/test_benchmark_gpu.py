@@ -80,12 +80,32 @@ def test_cases_that_do_not_fit_are_named(tmp_path):
     assert "left out, out of time: " in text
 
 
-def test_a_run_that_hangs_is_ended(tmp_path, monkeypatch):
+@pytest.mark.parametrize("written", [False, True])
+def test_a_run_that_hangs_is_ended(written, tmp_path, monkeypatch):
     ended = queue.Queue()
     monkeypatch.setattr(os, "_exit", ended.put)
     bench = gpu.Bench(jax.devices()[0], True, tmp_path / "result.json", 1e-3)
+    if written:
+        bench.write()
     bench.watchdog.start()
-    assert ended.get(timeout=100) == 0
+    assert ended.get(timeout=100) == (0 if written else 1)
+
+
+@pytest.mark.parametrize(
+    ("out", "minutes", "message"),
+    [
+        ("x.json", 0, "gpu: --minutes must be > 0 and finite, got 0"),
+        ("x.json", float("nan"), "gpu: --minutes must be > 0 and finite, got nan"),
+        ("x.png", 1, "gpu: --out must be a .json file, got .*x.png"),
+        ("folder.json", 1, "gpu: --out must be a .json file, got .*folder.json"),
+        ("folder.json/file.txt/x.json", 1, "gpu: --out: cannot write .*x.json: "),
+    ],
+)
+def test_bad_options(out, minutes, message, tmp_path):
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "folder.json" / "file.txt").touch()
+    with pytest.raises(SystemExit, match=message):
+        gpu.Bench(jax.devices()[0], True, tmp_path / out, minutes)
 
 
 def test_without_a_gpu_it_is_skipped(capsys):

@@ -58,7 +58,7 @@ def show(result, picture: Path) -> None:
         ]
         for name, entry in trained.items()
     ]
-    header = ["", "loss", "over float32", "bytes", "MiB, compiler", "MiB, device", "tokens/s", "optimizer"]
+    header = ["", "loss", "over float32", "bytes/param", "MiB, compiler", "MiB, device", "tokens/s", "step share"]
     title = f"{result['card']}, {result['steps']} steps; entropy of single tokens {result[ENTROPY]:.4f}"
     print_table(title, header, rows)
     draw(result, trained, picture)
@@ -83,8 +83,10 @@ def draw(result, trained, picture: Path) -> None:
     right.barh(names, sizes, color=[STYLES[name][0] for name in names])
     for y, entry in enumerate(trained.values()):
         ratio = entry["mean over float32"]
-        right.text(sizes[y], y, "" if ratio is None else f" loss {ratio:.3f}", va="center")
+        right.text(sizes[y], y, "" if ratio is None else f" loss {ratio:.3f}x", va="center")
     right.set(xlabel="bytes per parameter, weights and optimizer", xlim=(0, 1.25 * max(sizes)))
-    figure.suptitle(f"{result['card']}, {result['steps']} steps, {result['date']}, jax {result['jax']}")
+    right.invert_yaxis()
+    what = f"{entry['parameters']:,} parameters, {result['steps']} steps of {result['size']['batch']} sequences"
+    figure.suptitle(f"{what}; {result['card']}, {result['date']}, jax {result['jax']}")
     figure.savefig(picture, dpi=110)
     pyplot.close(figure)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+BYTES = 256  # vocabulary of a text of bytes
 TEST_SHARE = 0.05
 MOST_BYTES = 48 * 10**6
 INSTALLED = ("site-packages", "dist-packages")  # folders in that of the standard library
@@ -145,7 +146,7 @@ def cache() -> Path:
 
 @functools.cache
 def load(vocabulary: int) -> Text:
-    """Return the bytes of `codecs` if ``vocabulary`` is 256, else the tokens of all sources."""
-    if vocabulary == 256:
+    """Return the bytes of `codecs` if ``vocabulary`` is `BYTES`, else the tokens of all sources."""
+    if vocabulary == BYTES:
         return by_bytes(*read(codecs))
     return by_pairs(*read(standard_library, packages), vocabulary)

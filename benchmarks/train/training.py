@@ -51,7 +51,8 @@ class Training(TimedRun):
 
     def load(self) -> None:
         """Load the text, and the results of a run with the same settings that did not end."""
-        print("train: loads the text; the first time it trains the tokeniser, about a minute", flush=True)
+        if self.size.vocabulary > text.BYTES:
+            print("train: reads the text; the first time it trains the tokeniser, about a minute", flush=True)
         loaded = text.load(self.size.vocabulary)
         self.train_text, self.test_text = jnp.asarray(loaded.train), jnp.asarray(loaded.test)
         settings = {
@@ -67,7 +68,8 @@ class Training(TimedRun):
             print(f"train: {key}: {settings[key]}", flush=True)
         identity = json.dumps({key: value for key, value in settings.items() if key != "date"} | {"steps": self.wanted})
         identity = hashlib.sha256(identity.encode()).hexdigest()
-        self.folder = text.cache() / self.out.stem / identity[:16]
+        of_out = hashlib.sha256(str(self.out.resolve()).encode()).hexdigest()[:8]
+        self.folder = text.cache() / f"{self.out.stem}-{of_out}" / identity[:16]
         remove_others(self.folder)
         self.result = {**settings, "identity": identity, "complete": False, "steps": None, "sides": {}}
         try:
@@ -107,14 +109,16 @@ class Training(TimedRun):
 def run(options) -> dict:
     """Train every side. Writes its results itself, after every training."""
     device = jax.devices()[0]
-    if reason := why_not(options.size, device):
-        print(f"train: skipped, {reason}; --size tiny trains on any device, --aot compiles for an H100")
-        return {}
     training = Training(options, device)
+    if reason := why_not(options.size, device):
+        print(f"train: skipped, {reason}. --size tiny trains on any device, --aot compiles for an H100")
+        return {}
     training.watchdog.start()
     try:
         training.load()
         train_all(training)
+    except KeyboardInterrupt:
+        raise SystemExit("train: interrupted; the same command goes on") from None
     finally:
         training.watchdog.cancel()
     report.show(training.result, training.out.with_suffix(".png"))
@@ -129,7 +133,7 @@ def run(options) -> dict:
 def why_not(size: str, device) -> str | None:
     """Return why a model of this size is not trained on the device."""
     if size == "gpt2" and device.platform == "cpu":
-        return "GPT-2 small needs a GPU"
+        return "GPT-2 small needs a GPU, and JAX finds none (for NVIDIA's, install jax[cuda12] or jax[cuda13])"
     capability = getattr(device, "compute_capability", "")
     if size == "gpt2" and capability and float(capability) < 8:
         return f"products of bfloat16 matrices need compute capability 8.0, and this GPU has {capability}"
