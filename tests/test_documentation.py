@@ -77,7 +77,7 @@ def is_valid(command: str) -> bool:
     if program == "pip":
         extras = re.findall(r"^(\w+) = \[", PYPROJECT.split("optional-dependencies]")[1], re.MULTILINE)
         jax_extras = importlib.metadata.metadata("jax").get_all("Provides-Extra")
-        known = {"install", ".", "orbax-checkpoint", "equinox", "safetensors", "jupyterlab", "--force-reinstall"}
+        known = {"install", "-e", ".", "orbax-checkpoint", "equinox", "safetensors", "jupyterlab", "--force-reinstall"}
         known |= {"--no-deps", "--no-cache-dir", *(f".[{x}]" for x in extras), *(f"jax[{x}]" for x in jax_extras)}
         return set(arguments) <= known
     if program == "jadam":
