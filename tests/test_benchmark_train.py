@@ -326,7 +326,8 @@ def test_capability(monkeypatch):
     device = lambda capability: SimpleNamespace(platform="gpu", compute_capability=capability)
     assert "needs a GPU" in training.why_not("gpt2", jax.devices("cpu")[0])
     assert "8.0, and this GPU has 7.5" in training.why_not("gpt2", device("7.5"))
-    assert training.why_not("gpt2", device("9.0")) is training.why_not("tiny", device("7.5")) is None
+    for size, capability in (("gpt2", "9.0"), ("gpt2", "12.0"), ("gpt2", "gfx942"), ("tiny", "7.5")):
+        assert training.why_not(size, device(capability)) is None
 
 
 @pytest.mark.parametrize(("arguments", "temporaries"), [(103, 0), (100, 2**16 + 1)])

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import math
+import re
 import shutil
 import statistics
 import time
@@ -134,8 +135,8 @@ def why_not(size: str, device) -> str | None:
     """Return why a model of this size is not trained on the device."""
     if size == "gpt2" and device.platform == "cpu":
         return "GPT-2 small needs a GPU, and JAX finds none (for NVIDIA's, install jax[cuda12] or jax[cuda13])"
-    capability = getattr(device, "compute_capability", "")
-    if size == "gpt2" and capability and float(capability) < 8:
+    capability = getattr(device, "compute_capability", "")  # such as 9.0, or gfx942 of an AMD GPU
+    if size == "gpt2" and re.fullmatch(r"\d+\.\d+", capability) and float(capability) < 8:
         return f"products of bfloat16 matrices need compute capability 8.0, and this GPU has {capability}"
     return None
 
