@@ -244,6 +244,7 @@ def test_a_side_that_fails_is_named(tmp_path, monkeypatch, capsys):
     assert "train: missing left out: ImportError: no such package" in out
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # tensorstore's, for a damaged index
 def test_a_damaged_checkpoint_is_not_used(tmp_path, capsys):
     trees = [{"w": jnp.full((64, 64), float(i))} for i in range(3)]
     with checkpoint.Checkpoint(tmp_path / "run") as saved:
