@@ -55,7 +55,11 @@ def environment():
         return cartpole.reset, cartpole.step, "benchmarks.cartpole"
     env, params = gymnax.make("CartPole-v1")
     reset = lambda key: env.reset(key, params)
-    step = lambda key, state, action: env.step(key, state, action, params)
+
+    def step(key, state, action):
+        observation, state, reward, *done, info = env.step(key, state, action, params)
+        return observation, state, reward, sum(done) > 0, info  # from gymnax 1.0 on: terminated, truncated
+
     return reset, step, f"gymnax {importlib.metadata.version('gymnax')}"
 
 

@@ -100,7 +100,7 @@ def machine() -> dict:
 
 
 def describe_machine(device) -> dict:
-    """The same, and the device, its driver, and the versions and kernels that serve."""
+    """Return the facts of `machine`, the device, its driver, and the versions and kernels in use."""
     versions = {}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +74,17 @@ def test_an_episode_ends_and_the_next_one_starts():
             np.testing.assert_array_equal(jnp.stack(state), jnp.stack(cartpole.reset(key)[1]))
         else:
             assert state.time == time + 1
+
+
+@pytest.mark.parametrize("ends", [[False], [True], [False, False], [True, False], [False, True]])
+def test_gymnax_has_one_or_two_ends_of_an_episode(ends, monkeypatch):
+    env = SimpleNamespace(step=lambda *_: ("observation", "state", 1.0, *map(jnp.asarray, ends), {}))
+    monkeypatch.setitem(sys.modules, "gymnax", SimpleNamespace(make=lambda name: (env, "params")))
+    monkeypatch.setattr(ppo.importlib.metadata, "version", lambda name: "0")
+    _, step, name = ppo.environment()
+    assert name == "gymnax 0"
+    observation, state, reward, done, _ = step(None, None, 0)
+    assert (observation, state, reward, bool(done)) == ("observation", "state", 1.0, any(ends))
 
 
 def test_advantages_are_those_of_a_loop():
